@@ -1,0 +1,46 @@
+// llmengine._cpu: the CPU kernels.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings/bind.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "ops/norm.h"
+
+namespace py = pybind11;
+
+namespace llmengine {
+namespace {
+
+// torch.get_num_threads, given by the Python side at import; asked at every call, since users change it at will.
+py::object& thread_count() {
+  static auto* source = new py::object();  // never destroyed: the interpreter may be gone by then
+  return *source;
+}
+
+template <class Params>
+void bind_cpu(py::module_& module, const char* name) {
+  bind<Params>(
+      module, name, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
+      [](const Params& params) { cpu::run(params); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.def("set_thread_count_source", [](py::object source) { thread_count() = std::move(source); });
+  module.def("isa", [] { return std::string(cpu::name(cpu::active_isa())); });
+  module.def("supported_isas", [] {
+    py::list names;
+    for (int i = 0; i < cpu::kIsaCount; ++i) {
+      if (cpu::supported(static_cast<cpu::Isa>(i))) names.append(cpu::name(static_cast<cpu::Isa>(i)));
+    }
+    return names;
+  });
+
+  bind_cpu<ops::NormForward>(module, "norm_forward");
+  bind_cpu<ops::NormBackward>(module, "norm_backward");
+}
+
+}  // namespace llmengine

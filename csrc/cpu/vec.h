@@ -1,0 +1,143 @@
+// The vector type of the CPU kernels: kLanes floats, in the compiler's own vector extension, so that one source serves
+// every instruction set (and Arm) without intrinsics. Included by kernel files only, which the build compiles once per
+// set.
+//
+// Everything here lives in the instruction set's own namespace: were two sets to share a function, the linker would
+// keep one of the two copies for both.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/tensor.h"
+#include "cpu/isa.h"
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+inline F broadcast(float x) { return F{} + x; }
+inline F to_float(I x) { return __builtin_convertvector(x, F); }
+inline I bits(F x) { return __builtin_bit_cast(I, x); }
+inline F from_bits(I x) { return __builtin_bit_cast(F, x); }
+inline F select(I condition, F yes, F no) { return condition ? yes : no; }
+// NaN in `a` stays: a comparison with NaN is false.
+inline F max(F a, F b) { return a < b ? b : a; }
+inline F min(F a, F b) { return a > b ? b : a; }
+
+inline float sum(F x) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes / 2; width; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float reduce_max(F x) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes / 2; width; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
+  }
+  return lanes[0];
+}
+
+// ---- element types: float and bf16; arithmetic is always float ----
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, bf16* out) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+inline F load(const float* p) {
+  F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline F load(const bf16* p) {
+  H h;
+  std::memcpy(&h, p, sizeof h);
+  const U u = __builtin_convertvector(h, U) << 16;
+  return __builtin_bit_cast(F, u);
+}
+
+inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, F v) {
+  const U u = __builtin_bit_cast(U, v);
+  const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const U nan = U{} + 0x7fc0;
+  const H h = __builtin_convertvector((v != v) ? nan : rounded, H);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < kLanes elements; the other lanes are `fill`.
+template <class T>
+inline F load_part(const T* p, int64_t n, float fill = 0.0f) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? widen(p[i]) : fill;
+  return load(lanes);
+}
+template <class T>
+inline void store_part(T* p, F v, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) narrow(lanes[i], p + i);
+}
+
+// Calls body(offset, count) over [0, n) in steps of kLanes; only the last count may be smaller.
+template <class Body>
+inline void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, std::integral_constant<int, kLanes>{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+// load/store for such a body: whole vectors take the fast path, resolved when compiling.
+template <class T>
+inline F load_n(const T* p, std::integral_constant<int, kLanes>, float = 0.0f) {
+  return load(p);
+}
+template <class T>
+inline F load_n(const T* p, int n, float fill = 0.0f) {
+  return load_part(p, n, fill);
+}
+template <class T>
+inline void store_n(T* p, F v, std::integral_constant<int, kLanes>) {
+  store(p, v);
+}
+template <class T>
+inline void store_n(T* p, F v, int n) {
+  store_part(p, v, n);
+}
+
+// Calls body(T{}) with the C++ type of a float dtype; validate() has refused the others.
+template <class Body>
+inline void visit_float(DType dtype, const Body& body) {
+  if (dtype == DType::bf16) return body(bf16{});
+  body(float{});
+}
+
+}  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -1,0 +1,78 @@
+// exp, tanh and the normal distribution for kLanes floats. The polynomials are minimax fits made for these kernels;
+// each function states its error against double precision (checked by tests/csrc on every instruction set).
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+
+// exp(x), within 2 ulp; 0 below -87.33 (no denormals), infinity above 88.72, NaN stays NaN.
+inline F exp(F x) {
+  const F clamped = min(max(x, broadcast(-87.33654f)), broadcast(88.72283f));
+  // x = n ln 2 + r, |r| <= ln(2)/2. Adding and taking away 1.5 x 2^23 rounds to an integer.
+  const float magic = 12582912.0f;
+  const F n = (clamped * 1.44269504f + magic) - magic;
+  F r = clamped - n * 0.693145752f;  // ln 2 in two parts: n times the first is exact
+  r = r - n * 1.42860677e-6f;
+  F p = broadcast(1.3941079e-3f);
+  p = p * r + 8.3631798e-3f;
+  p = p * r + 4.1666376e-2f;
+  p = p * r + 1.6666577e-1f;
+  p = p * r + 5.0000000e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two steps, since 2^128 is no float while 2^127 x 2 x p may be one.
+  const I whole = __builtin_convertvector(n, I);
+  const I half = whole >> 1;
+  F y = p * from_bits((half + 127) << 23) * from_bits((whole - half + 127) << 23);
+  y = select(x < -87.33654f, F{}, y);
+  y = select(x > 88.72283f, broadcast(INFINITY), y);
+  return select(x != x, x, y);
+}
+
+// tanh(x), within 3 ulp.
+inline F tanh(F x) {
+  const F magnitude = from_bits(bits(x) & 0x7fffffff);
+  const F u = x * x;
+  F p = broadcast(-6.0621446e-3f);
+  p = p * u + 2.0974940e-2f;
+  p = p * u - 5.3846675e-2f;
+  p = p * u + 1.3332746e-1f;
+  p = p * u - 3.3333329e-1f;
+  const F small = x + x * u * p;
+  const F large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  const F signed_large = from_bits(bits(large) | (bits(x) & static_cast<int32_t>(0x80000000)));
+  return select(magnitude < 0.625f, small, select(x != x, x, signed_large));
+}
+
+// The standard normal distribution function, (1 + erf(x / sqrt 2)) / 2, and its density at x. The lower tail keeps its
+// relative accuracy (1e-6), where 1 + erf would cancel.
+struct Normal {
+  F cdf, density;
+};
+inline Normal normal(F x) {
+  const F z = from_bits(bits(x) & 0x7fffffff) * 0.707106781f;
+  const F gauss = exp(-z * z);
+  const F u = z * z;
+  F p = broadcast(7.8890855e-5f);
+  p = p * u - 8.0208311e-4f;
+  p = p * u + 5.1895342e-3f;
+  p = p * u - 2.6854444e-2f;
+  p = p * u + 1.1283600e-1f;
+  p = p * u - 3.7612627e-1f;
+  p = p * u + 1.1283792f;
+  const F near_tail = 0.5f - 0.5f * (z * p);  // z < 1
+  const F t = 1.0f / (0.5f * z + 1.0f);
+  F q = broadcast(8.4036694e-2f);  // erfc(z) exp(z^2) in t, 1 <= z <= 12
+  q = q * t - 1.9631836e-1f;
+  q = q * t + 4.2148492e-2f;
+  q = q * t + 9.1067969e-2f;
+  q = q * t + 1.6522136e-1f;
+  q = q * t + 2.5074391e-1f;
+  q = q * t + 2.8140422e-1f;
+  q = q * t + 2.8215724e-1f;
+  q = q * t - 2.2979607e-6f;
+  const F tail = select(z < 1.0f, near_tail, 0.5f * gauss * q);
+  return {select(x < 0.0f, tail, 1.0f - tail), gauss * 0.398942280f};
+}
+
+}  // namespace llmengine::cpu::LLMENGINE_ISA
