@@ -1,0 +1,11 @@
+"""C++ kernels for CPUs (csrc/cpu), float32 and bfloat16. Buffers are allocated here, by PyTorch."""
+
+from __future__ import annotations
+
+from llmengine.backends.cpu import norm
+from llmengine.backends.cpu.native import unavailable
+from llmengine.ops.registry import Kernel
+
+__all__ = ["KERNELS", "unavailable"]
+
+KERNELS: dict[str, Kernel] = {**norm.KERNELS}

@@ -1,0 +1,42 @@
+"""The native module `llmengine._cpu` and what all CPU kernels share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from llmengine import _cpu as module  # torch is imported first: the two share its OpenMP pool
+except ImportError as error:
+    module = None
+    _reason = f"the native module llmengine._cpu is not built ({error}); run `pip install -e .`"
+else:
+    module.set_thread_count_source(torch.get_num_threads)
+    _reason = None
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def unavailable() -> str | None:
+    return _reason
+
+
+def refuses_tensors(*tensors: Tensor | None) -> str | None:
+    """The refusals that all CPU kernels have in common: a device or float dtype that they do not take."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"the cpu backend takes CPU tensors, got one on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"the cpu backend takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def unit_last_stride(x: Tensor | None) -> Tensor | None:
+    """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

@@ -1,0 +1,48 @@
+"""Layer norm and RMS norm on the CPU: csrc/cpu/kernels/norm.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def _forward_refuses(input, residual, weight, bias, seed, eps, dropout_p, subtract_mean):
+    return refuses_tensors(input, residual, weight, bias)
+
+
+def _backward_refuses(grad_output, grad_new_residual, h, weight, mean, rstd, *_):
+    return refuses_tensors(grad_output, grad_new_residual, h, weight, mean, rstd)
+
+
+@kernel(KERNELS, "norm_forward", _forward_refuses)
+def norm_forward(input, residual, weight, bias, seed, eps, dropout_p, subtract_mean):
+    rows = input.shape[0]
+    output = torch.empty(input.shape, dtype=input.dtype)
+    new_residual = torch.empty(input.shape if residual is not None else (0,), dtype=input.dtype)
+    mean = torch.empty(rows if subtract_mean else 0)
+    rstd = torch.empty(rows)
+    module.norm_forward(
+        input=unit_last_stride(input), residual=unit_last_stride(residual), weight=contiguous(weight),
+        bias=contiguous(bias), seed=seed, eps=eps, dropout_p=dropout_p, subtract_mean=subtract_mean, output=output,
+        new_residual=new_residual if residual is not None else None, mean=mean if subtract_mean else None, rstd=rstd,
+    )  # fmt: skip
+    return output, new_residual, mean, rstd
+
+
+@kernel(KERNELS, "norm_backward", _backward_refuses)
+def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, dropout_p, subtract_mean, split):
+    grad_input = torch.empty(h.shape, dtype=h.dtype)
+    grad_residual = torch.empty(h.shape if split else (0,), dtype=h.dtype)
+    grad_weight, grad_bias = torch.empty(2, h.shape[1]).unbind()
+    module.norm_backward(
+        grad_output=unit_last_stride(grad_output), grad_new_residual=unit_last_stride(grad_new_residual),
+        h=unit_last_stride(h), weight=contiguous(weight), mean=mean if subtract_mean else None, rstd=rstd, seed=seed,
+        dropout_p=dropout_p, subtract_mean=subtract_mean, grad_input=grad_input,
+        grad_residual=grad_residual if split else None, grad_weight=grad_weight, grad_bias=grad_bias,
+    )  # fmt: skip
+    # two outputs of an operator must not share storage
+    return grad_input, grad_residual, grad_weight, grad_bias.clone()

@@ -1,0 +1,15 @@
+"""Plain PyTorch, any float dtype, any device: the oracle that every other backend is tested against, in float64.
+
+16-bit inputs are computed in float32 and rounded once at the end. Clear before fast.
+"""
+
+from __future__ import annotations
+
+from llmengine.backends.reference import norm
+from llmengine.ops.registry import Kernel
+
+KERNELS: dict[str, Kernel] = {**norm.KERNELS}
+
+
+def unavailable() -> str | None:
+    return None

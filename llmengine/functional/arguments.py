@@ -1,0 +1,68 @@
+"""Checks and casts that the public operators share. A message names operator, argument, what was given, what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_float(op: str, argument: str, value: object) -> None:
+    check_tensor(op, argument, value)
+    if value.dtype not in FLOATS:
+        allowed = ", ".join(map(short, FLOATS))
+        raise ValueError(f"{op}: {argument} has dtype {short(value.dtype)}; allowed: {allowed}")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    first, *rest = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.device != first[1].device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; all must share one device"
+            )
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    first, *rest = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.dtype != first[1].dtype:
+            raise ValueError(
+                f"{op}: {name} has dtype {short(tensor.dtype)} but {first[0]} has {short(first[1].dtype)}; "
+                "they must be equal"
+            )
+
+
+def check_probability(op: str, argument: str, p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: {argument} must lie in [0, 1), got {p}")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, the operands of matrix products in its dtype; otherwise as they are."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed, int64 (1,), from PyTorch's generator of that device: torch.manual_seed governs it."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)

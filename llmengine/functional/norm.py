@@ -1,0 +1,147 @@
+"""Layer norm and RMS norm, plain and with a fused residual add and dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmengine.functional.arguments import (
+    check_float,
+    check_probability,
+    check_same_device,
+    check_same_dtype,
+    draw_seed,
+    needs_grad,
+)
+from llmengine.ops import norm as ops
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation over the last dimensions (Ba, Kiros & Hinton 2016), as `torch.nn.functional.layer_norm`.
+
+    Shapes: input (*, normalized_shape), weight and bias normalized_shape; the result is like input. Statistics are
+    float32. weight and bias may be float32 where input is 16-bit. Raises ValueError on shapes, dtypes or devices that
+    do not fit.
+    """
+    return _norm("layer_norm", input, normalized_shape, weight, bias, eps, subtract_mean=True)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), as `torch.nn.functional.rms_norm`.
+
+    eps None is the machine epsilon of the accumulation dtype (float32 for 16-bit inputs). Shapes, errors: `layer_norm`.
+    """
+    return _norm("rms_norm", input, normalized_shape, weight, None, eps, subtract_mean=False)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """new_residual = residual + dropout(input); returns (layer_norm(new_residual), new_residual), in one pass.
+
+    Shapes: input and residual (*, normalized_shape), equal dtypes. What is normalised is the rounded new_residual.
+    """
+    return _add_norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps, dropout_p, True)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """As `add_layer_norm`, with `rms_norm`."""
+    return _add_norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps, dropout_p, False)
+
+
+def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
+    columns = _check(op, input, normalized_shape, weight, bias)
+    rows = input.reshape(-1, columns)
+    weight, bias = _flat(weight), _flat(bias)
+    eps = _epsilon(op, eps, input)
+    if needs_grad(rows, weight, bias):
+        output = ops.Norm.apply(rows, weight, bias, eps, subtract_mean)
+    else:
+        output = ops.norm_forward(rows, None, weight, bias, None, eps, 0.0, subtract_mean)[0]
+    return output.view(input.shape)
+
+
+def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_p, subtract_mean):
+    check_float(op, "residual", residual)
+    columns = _check(op, input, normalized_shape, weight, bias)
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"{op}: residual has shape {tuple(residual.shape)} but input has {tuple(input.shape)}; they must be equal"
+        )
+    if torch.is_autocast_enabled(input.device.type) and residual.dtype != input.dtype:
+        input, residual = (
+            input.to(torch.promote_types(input.dtype, residual.dtype)),
+            residual.to(torch.promote_types(input.dtype, residual.dtype)),
+        )
+    check_same_dtype(op, input=input, residual=residual)
+    check_same_device(op, input=input, residual=residual)
+    check_probability(op, "dropout_p", dropout_p)
+    seed = draw_seed(input.device) if dropout_p > 0 else None
+    args = (
+        input.reshape(-1, columns), residual.reshape(-1, columns), _flat(weight), _flat(bias), seed,
+        _epsilon(op, eps, input), float(dropout_p), subtract_mean,
+    )  # fmt: skip
+    run = ops.AddNorm.apply if needs_grad(*args[:4]) else ops.norm_forward
+    output, new_residual = run(*args)[:2]
+    return output.view(input.shape), new_residual.view(input.shape)
+
+
+def _check(op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
+    """Validates, and returns the number of normalised elements."""
+    check_float(op, "input", input)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape or len(shape) > input.ndim:
+        raise ValueError(f"{op}: normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        check_float(op, name, parameter)
+        if tuple(parameter.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected {shape}")
+        if parameter.dtype not in (input.dtype, torch.float32):
+            raise ValueError(
+                f"{op}: {name} has dtype {parameter.dtype}; allowed: that of input ({input.dtype}) or float32"
+            )
+    check_same_device(op, input=input, weight=weight, bias=bias)
+    columns = math.prod(shape)
+    if columns == 0:
+        raise ValueError(f"{op}: normalized_shape {shape} has no elements to normalise")
+    return columns
+
+
+def _epsilon(op: str, eps: float | None, input: Tensor) -> float:
+    if eps is None:
+        return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    return float(eps)
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1)

@@ -1,0 +1,223 @@
+"""Backends, and the choice among them.
+
+Every operator is one opaque ``torch.ops.llmengine.*`` node; when it runs, `pick` asks the backends of its device in
+order of preference and the first that does not refuse runs it. A refusal is a sentence, so that `explain` can print why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Backend", "backend", "define", "dispatch", "explain", "kernel", "known_backends", "pick", "report"]
+
+LIBRARY = torch.library.Library("llmengine", "DEF")
+
+# For each device type, the backends in order of preference. A new backend is one word here.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+FALLBACK = ("reference",)  # devices without kernels of their own
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPERATORS: dict[str, str] = {}  # name -> schema
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one operator; `refuses(*args)` returns a reason, or None to accept."""
+
+    run: Callable
+    refuses: Callable[..., str | None] | None = None
+
+
+@dataclass
+class Backend:
+    """The kernels of ``llmengine.backends.<name>``; `unavailable` says why none of them can run here."""
+
+    name: str
+    unavailable: str | None = None
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+    def refuses(self, op: str, args: tuple) -> str | None:
+        if self.unavailable:
+            return self.unavailable
+        found = self.kernels.get(op)
+        if found is None:
+            return f"the {self.name} backend has no kernel for {op}"
+        return found.refuses(*args) if found.refuses else None
+
+
+_loaded: dict[str, Backend] = {}
+
+
+def load(name: str) -> Backend:
+    """The backend of that name, imported at its first use."""
+    if name not in _loaded:
+        backend = Backend(name)
+        try:
+            module = importlib.import_module(f"llmengine.backends.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"llmengine.backends.{name}":
+                raise
+            backend.unavailable = f"llmengine has no {name} backend in this version"
+        else:
+            backend.unavailable = module.unavailable()
+            backend.kernels = module.KERNELS
+        _loaded[name] = backend
+    return _loaded[name]
+
+
+def known_backends() -> tuple[str, ...]:
+    return BACKENDS
+
+
+# ---- definition of operators -----------------------------------------------------------------------------------------
+
+
+def define(schema: str, fake: Callable) -> Callable:
+    """Registers an operator with torch.library and returns its overload. The schema's name is the operator's."""
+    name = schema.split("(", 1)[0]
+    OPERATORS[name] = schema
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *args: dispatch(name, args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmengine::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.llmengine, name).default
+
+
+def kernel(table: dict[str, Kernel], op: str, refuses: Callable[..., str | None] | None = None) -> Callable:
+    """Decorator of a backend's file: enters the function into that backend's table as its kernel for `op`."""
+
+    def enter(run: Callable) -> Callable:
+        table[op] = Kernel(run, refuses)
+        return run
+
+    return enter
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+_choice = threading.local()
+_warned: set[tuple[str, str]] = set()
+
+
+def demanded() -> str | None:
+    """The backend that ``with llmengine.backend(...)`` or LLMENGINE_BACKEND demands, if any."""
+    name = getattr(_choice, "name", None) or os.environ.get("LLMENGINE_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block, operators of this thread run on backend `name`, or raise with its reason: no falling back."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    previous = getattr(_choice, "name", None)
+    _choice.name = name
+    try:
+        yield
+    finally:
+        _choice.name = previous
+
+
+def device_type(args: tuple) -> str:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+    return "cpu"
+
+
+def pick(op: str, args: tuple) -> tuple[str, Kernel]:
+    """The name and kernel of the backend that runs `op` on these arguments."""
+    device = device_type(args)
+    wanted = demanded()
+    if wanted is not None:
+        chosen = load(wanted)
+        reason = chosen.refuses(op, args)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {wanted!r} was demanded but refuses: {reason}")
+        _record(op, [(wanted, None)])
+        return wanted, chosen.kernels[op]
+    answers = []
+    for name in PREFERENCE.get(device, FALLBACK):
+        candidate = load(name)
+        reason = candidate.refuses(op, args)
+        answers.append((name, reason))
+        if reason is None:
+            if name == "reference" and len(answers) > 1:
+                _warn_fallback(op, device, answers[:-1])
+            _record(op, answers)
+            return name, candidate.kernels[op]
+    raise RuntimeError(f"{op}: no backend accepts these arguments: " + "; ".join(f"{n}: {r}" for n, r in answers))
+
+
+def dispatch(op: str, args: tuple):
+    return pick(op, args)[1].run(*args)
+
+
+def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str | None]]) -> None:
+    if (op, device) in _warned:
+        return
+    _warned.add((op, device))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    warnings.warn(f"llmengine: {op} on {device} runs on the slow reference backend ({reasons})", stacklevel=4)
+
+
+# ---- explanation -----------------------------------------------------------------------------------------------------
+
+
+def _record(op: str, answers: list[tuple[str, str | None]]) -> None:
+    log = getattr(_choice, "log", None)
+    if log is not None:
+        log.append((op, answers))
+
+
+def explain(function: str | Callable, *args, **kwargs) -> str:
+    """Runs a public operator once and tells, for each kernel it used, which backend ran it and why the others did not.
+
+    `function` is a name of `llmengine.functional` ("layer_norm") or any callable, such as a model.
+    """
+    if isinstance(function, str):
+        functional = importlib.import_module("llmengine.functional")
+        if function not in functional.__all__:
+            raise ValueError(f"explain: {function!r} is not one of {', '.join(functional.__all__)}")
+        call = getattr(functional, function)
+    else:
+        call = function
+    _choice.log = log = []
+    try:
+        call(*args, **kwargs)
+    finally:
+        _choice.log = None
+    lines = []
+    for op, answers in log:
+        line = f"{op}: {answers[-1][0]}" + "".join(f"\n  not {name}: {why}" for name, why in answers[:-1])
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def report() -> dict:
+    """What `llmengine info` prints: for each backend why it is unavailable, if it is, and the operators it has."""
+    importlib.import_module("llmengine.functional")
+    rows = {}
+    for name in BACKENDS:
+        loaded = load(name)
+        rows[name] = {"unavailable": loaded.unavailable, "operators": sorted(loaded.kernels)}
+    cpu = load("cpu")
+    module = importlib.import_module("llmengine._cpu") if cpu.unavailable is None else None
+    return {
+        "operators": sorted(OPERATORS),
+        "backends": rows,
+        "cpu_isa": module.isa() if module else None,
+        "cpu_isas_supported": list(module.supported_isas()) if module else [],
+    }
