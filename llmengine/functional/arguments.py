@@ -1,4 +1,4 @@
-"""Checks and casts that the public operators share. A message names operator, argument, what was given, what is allowed."""
+"""Checks and casts that the public operators share. A message names operator, argument, the given and the allowed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Backends, and the choice among them.
 
 Every operator is one opaque ``torch.ops.llmengine.*`` node; when it runs, `pick` asks the backends of its device in
-order of preference and the first that does not refuse runs it. A refusal is a sentence, so that `explain` can print why.
+order of preference and the first that does not refuse runs it. A refusal is a sentence: `explain` prints it.
 """
 
 from __future__ import annotations

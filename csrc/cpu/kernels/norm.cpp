@@ -100,7 +100,8 @@ struct Backward {
 
   // grad_w and grad_b of rows [begin, end) are added to the lines gw and gb.
   void operator()(int64_t begin, int64_t end, float* gw, float* gb) const {
-    std::vector<float> keep(dropout.active ? columns : 0);
+    // g waits here as rounded: contracted into an FMA it would not cancel against its own mean (one column)
+    std::vector<float> line(columns), keep(dropout.active ? columns : 0);
     for (int64_t row = begin; row < end; ++row) {
       const T* h = row_of<T>(p.h, row);
       const T* dy = row_of<T>(p.grad_output, row);
@@ -109,6 +110,7 @@ struct Backward {
       F sum_g{}, sum_gx{};
       for_lanes(columns, [&](int64_t c, auto n) {
         const F x = (load_n(h + c, n, mean) - mean) * rstd, d = load_n(dy + c, n), g = d * load_n(weight.data() + c, n);
+        store_n(line.data() + c, g, n);
         sum_g = sum_g + g;
         sum_gx = sum_gx + g * x;
         store_n(gw + c, load_n(gw + c, n) + d * x, n);
@@ -120,7 +122,7 @@ struct Backward {
       T* grad_residual = const_cast<T*>(row_of<T>(p.grad_residual, row));
       if (dropout.active) dropout.multipliers(0, row, 0, columns, keep.data());
       for_lanes(columns, [&](int64_t c, auto n) {
-        const F x = (load_n(h + c, n) - mean) * rstd, g = load_n(dy + c, n) * load_n(weight.data() + c, n);
+        const F x = (load_n(h + c, n) - mean) * rstd, g = load_n(line.data() + c, n);
         F grad = (g - mean_g - x * mean_gx) * rstd;
         if (carried) grad = grad + load_n(carried + c, n);
         if (grad_residual) store_n(grad_residual + c, grad, n);

@@ -1,0 +1,12 @@
+"""What tests and benchmarks share: the tolerance law, sample cases per operator, memory layouts, NaN poison.
+
+Not imported by ``import llmengine``.
+"""
+
+from __future__ import annotations
+
+from llmengine.testing.law import assert_law, poison
+from llmengine.testing.layouts import LAYOUTS
+from llmengine.testing.sample import Operator, Sample, all_operators, evaluate
+
+__all__ = ["LAYOUTS", "Operator", "Sample", "all_operators", "assert_law", "evaluate", "poison"]

@@ -1,0 +1,61 @@
+"""The tolerance law: how wrong a result may be, measured by how wrong plain PyTorch is in the same precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+OUTPUT, GRADIENT = 2.0, 3.0
+
+
+def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what: str) -> None:
+    """Compares `ours` with the float64 `oracle`, both computed from the same rounded inputs.
+
+    max|ours - oracle| <= factor max|plain - oracle| + floor  and  rms(...) <= 1.5 rms(...) + floor / 8, where `plain`
+    is PyTorch's result in the dtype of `ours` and the floor two roundings of the largest element of the oracle, plus
+    two float32 roundings of 1: samples are of order one, and what cancels does so up to the roundings of its terms.
+    NaN and infinities must stand in the same places.
+    """
+    if ours.shape != oracle.shape:
+        raise AssertionError(f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}")
+    if not ours.numel():
+        return
+    o, y, p = oracle.double(), ours.double(), plain.double()
+    finite = o.isfinite()
+    for name, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        if not torch.equal(test(y), test(o)):
+            worst = (test(y) != test(o)).nonzero()[0].tolist()
+            raise AssertionError(f"{what}: {name} differs at {worst}: ours {y[tuple(worst)]}, oracle {o[tuple(worst)]}")
+    o, y, p = (torch.where(finite, t, 0.0) for t in (o, y, p))
+    floor = torch.finfo(ours.dtype).eps * o.abs().max().item() + torch.finfo(torch.float32).eps
+    error, allowed = (y - o).abs(), factor * (p - o).abs().max().item() + floor
+    if error.max().item() > allowed:
+        worst = tuple(torch.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(
+            f"{what}: error {error.max().item():.3e} exceeds {allowed:.3e} at {[int(i) for i in worst]}: "
+            f"ours {y[worst].item():.9g}, plain PyTorch {p[worst].item():.9g}, float64 {o[worst].item():.9g}"
+        )
+    rms, rms_allowed = _rms(y - o), 1.5 * _rms(p - o) + floor / min(8, ours.numel())
+    if rms > rms_allowed:
+        raise AssertionError(f"{what}: rms error {rms:.3e} exceeds {rms_allowed:.3e}")
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Within the block, PyTorch fills every uninitialised buffer with NaN: an element that a kernel forgets shows."""
+    state = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(state[0], warn_only=state[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill

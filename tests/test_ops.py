@@ -1,0 +1,170 @@
+"""The laws that every operator obeys, on every backend of this machine, over the cases of llmengine.testing.samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmengine
+from llmengine.ops import registry
+from llmengine.testing import LAYOUTS, Operator, Sample, all_operators, assert_law, evaluate, poison
+from llmengine.testing.law import GRADIENT, OUTPUT
+
+OPERATORS = all_operators()
+CASES = [pytest.param(op, s, id=f"{op.name}-{s.name}") for op in OPERATORS for s in op.samples()]
+FIRST = [pytest.param(op, op.samples()[0], id=op.name) for op in OPERATORS]
+
+
+def allclose(ours, other) -> None:
+    outputs, gradients = ours
+    for a, b in zip([*outputs, *gradients.values()], [*other[0], *other[1].values()], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op, sample", CASES)
+def test_errors_against_float64_are_those_of_plain_pytorch(op: Operator, sample: Sample, dtype: torch.dtype):
+    given = sample.rounded(dtype)
+    oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
+    plain = evaluate(op.plain or op.function, given, None if op.plain else "reference")
+    with poison():
+        ours = evaluate(op.function, given, "cpu")
+    for i, (y, p, o) in enumerate(zip(ours[0], plain[0], oracle[0], strict=True)):
+        assert_law(y, p, o, OUTPUT, f"{op.name} {sample.name} {dtype}: output {i}")
+    assert ours[1].keys() == oracle[1].keys()
+    for key in ours[1]:
+        assert_law(
+            ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{op.name} {sample.name} {dtype}: grad {key}"
+        )
+        assert ours[1][key].dtype == given.tensors()[key].dtype
+
+
+@pytest.mark.parametrize("op, sample", [c for c in CASES if c.values[0].plain])
+def test_reference_is_plain_pytorch_in_float64(op: Operator, sample: Sample):
+    reference = evaluate(op.function, sample, "reference")
+    plain = evaluate(op.plain, sample, None)
+    for a, b in zip([*reference[0], *reference[1].values()], [*plain[0], *plain[1].values()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_gradcheck_of_the_reference(op: Operator, sample: Sample):
+    keys = [k for k, t in sample.tensors().items() if t.is_floating_point() and k not in sample.constants]
+
+    def function(*leaves):
+        given = dict(zip(keys, leaves, strict=True))
+        torch.manual_seed(5)
+        with llmengine.backend("reference"):
+            return op.function(
+                *(given.get(i, a) for i, a in enumerate(sample.args)),
+                **{k: given.get(k, v) for k, v in sample.kwargs.items()},
+            )
+
+    leaves = [sample.tensors()[k].clone().requires_grad_() for k in keys]
+    with llmengine.backend("reference"):
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_every_layout_of_every_argument_gives_the_same_answer(op: Operator, sample: Sample, layout: str):
+    given = sample.rounded(torch.float32)
+    expected = evaluate(op.function, given, "cpu")
+    for key in given.tensors():
+        allclose(evaluate(op.function, sample.rounded(torch.float32, LAYOUTS[layout], key), "cpu"), expected)
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_backward_accepts_expanded_gradients(op: Operator, sample: Sample):
+    """Autograd hands out stride-0 gradients (y.sum().backward()); kernels that assume strides return silent garbage."""
+    given = sample.rounded(torch.float32)
+    expanded = evaluate(op.function, given, "cpu", lambda o: o.new_ones(()).expand(o.shape))
+    allclose(expanded, evaluate(op.function, given, "cpu", torch.ones_like))
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_gradients_appear_only_where_asked(op: Operator, sample: Sample):
+    given = sample.rounded(torch.float32)
+    everything = evaluate(op.function, given, "cpu")[1]
+    for wanted in everything:
+        others = tuple(k for k in everything if k != wanted) + given.constants
+        alone = Sample(given.name, given.args, given.kwargs, others, given.float32_stays)
+        torch.testing.assert_close(evaluate(op.function, alone, "cpu")[1][wanted], everything[wanted])
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_repeats_and_thread_counts_give_equal_bits(op: Operator, sample: Sample):
+    given = sample.rounded(torch.float32)
+    first = evaluate(op.function, given, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            again = evaluate(op.function, given, "cpu")
+            assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True)), f"{n} threads"
+            if n == threads:
+                assert all(torch.equal(first[1][k], again[1][k]) for k in first[1]), f"{n} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_opcheck(op: Operator, sample: Sample):
+    """Schema, fake kernel and AOT dispatch of every node that the operator runs."""
+    calls: list[tuple[str, tuple]] = []
+    dispatch = registry.dispatch
+
+    def record(name, args):
+        calls.append((name, args))
+        return dispatch(name, args)
+
+    registry.dispatch = record
+    try:
+        evaluate(op.function, sample.rounded(torch.float32), None)
+    finally:
+        registry.dispatch = dispatch
+    assert calls
+    for name, args in calls:
+        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(getattr(torch.ops.llmengine, name).default, detached)
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_compiles_into_one_graph(op: Operator, sample: Sample):
+    given = sample.rounded(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    allclose(evaluate(compiled, given, None), evaluate(op.function, given, None))
+
+
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_meta_tensors_have_the_shapes_of_the_result(op: Operator, sample: Sample):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = sample.rounded(torch.float32)
+    torch.manual_seed(1234)
+    real = op.function(*given.args, **given.kwargs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {k: mode.from_tensor(t) for k, t in given.tensors().items()}
+        fake = op.function(
+            *(fakes.get(i, a) for i, a in enumerate(given.args)),
+            **{k: fakes.get(k, v) for k, v in given.kwargs.items()},
+        )
+    real, fake = ([r] if isinstance(r, torch.Tensor) else r for r in (real, fake))
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("op, sample", FIRST)
+def test_other_float_dtypes_run_on_the_reference(op: Operator, sample: Sample, dtype: torch.dtype):
+    given = sample.rounded(dtype)
+    with pytest.raises(RuntimeError, match="demanded but refuses"):
+        evaluate(op.function, given, "cpu")
+    with pytest.warns(UserWarning, match="reference"):
+        registry._warned.clear()
+        evaluate(op.function, given, None)
+
+
+def test_every_public_operator_has_samples():
+    assert {op.name for op in OPERATORS} == set(llmengine.functional.__all__)
