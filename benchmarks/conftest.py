@@ -1,0 +1,130 @@
+"""Side-by-side benchmarks: every group times llmengine and its peer in one run, and the summary prints their ratio.
+
+pytest benchmarks/ --benchmark-only                         all suites
+pytest benchmarks/bench_norm.py --benchmark-only -k bf16    one of them
+... --results benchmarks/results/cpu.json                   also write medians, ratios and the machine as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmengine
+from llmengine.ops.registry import report
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="write medians and ratios as JSON to this file")
+
+
+@pytest.fixture(params=list(DTYPES))
+def dtype(request) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def side_by_side(benchmark, request):
+    """Times `calls[peer]()`; the test is parametrised over `peer`, and groups by everything else."""
+
+    def run(peer: str, calls: dict[str, Callable[[], object]], *, flops: float = 0.0, bytes_moved: float = 0.0):
+        name = request.node.name
+        benchmark.group = name.replace(f"{peer}-", "").replace(f"-{peer}", "")
+        benchmark.extra_info |= {"peer": peer, "flops": flops, "bytes": bytes_moved}
+        call = calls[peer]
+        call()
+        benchmark.pedantic(
+            call, rounds=request.config.getoption("--benchmark-min-rounds"), iterations=1, warmup_rounds=2
+        )
+
+    return run
+
+
+def forward_backward(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Callable[[], None]:
+    """A call that runs `function` on the tensors, and the backward of its (first) output with a random gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    sample = function(*leaves)
+    grad = torch.randn_like(sample if isinstance(sample, torch.Tensor) else sample[0])
+
+    def call() -> None:
+        output = function(*leaves)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        torch.autograd.grad(output, leaves, grad if output.ndim else None)
+
+    return call
+
+
+def machine() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit,
+        "processor": _processor(),
+        "cpu_isa": report()["cpu_isa"],
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "llmengine": llmengine.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    groups: dict[str, dict[str, object]] = {}
+    for bench in getattr(session, "benchmarks", []):
+        if "peer" in bench.extra_info:
+            groups.setdefault(bench.group, {})[bench.extra_info["peer"]] = bench
+    rows = [row for group, peers in groups.items() if (row := _row(group, peers))]
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("llmengine beside its peers (medians)")
+    width = max(len(row["case"]) for row in rows)
+    for row in rows:
+        others = "  ".join(
+            f"{p}: {ms:9.3f} ms = {row['ratios'][p]:5.2f}x" for p, ms in row["ms"].items() if p != "llmengine"
+        )
+        rate = (
+            f"  {row['gflops']:8.1f} GFLOP/s"
+            if row["gflops"]
+            else f"  {row['gbytes']:8.1f} GB/s"
+            if row["gbytes"]
+            else ""
+        )
+        write(f"{row['case']:{width}}  llmengine: {row['ms']['llmengine']:9.3f} ms{rate}  {others}")
+    write("(ratio: the peer's time over ours; above 1 llmengine is faster)")
+    if path := config.getoption("--results"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        write(f"written: {path}")
+
+
+def _row(group: str, peers: dict) -> dict | None:
+    if "llmengine" not in peers:
+        return None
+    seconds = {name: bench.stats.median for name, bench in peers.items()}
+    ours, info = seconds["llmengine"], peers["llmengine"].extra_info
+    return {
+        "case": group,
+        "ms": {name: s * 1e3 for name, s in seconds.items()},
+        "ratios": {name: s / ours for name, s in seconds.items() if name != "llmengine"},
+        "gflops": info["flops"] / ours / 1e9,
+        "gbytes": info["bytes"] / ours / 1e9,
+    }
