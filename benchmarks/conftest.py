@@ -40,11 +40,8 @@ def side_by_side(benchmark, request):
         name = request.node.name
         benchmark.group = name.replace(f"{peer}-", "").replace(f"-{peer}", "")
         benchmark.extra_info |= {"peer": peer, "flops": flops, "bytes": bytes_moved}
-        call = calls[peer]
-        call()
-        benchmark.pedantic(
-            call, rounds=request.config.getoption("--benchmark-min-rounds"), iterations=1, warmup_rounds=2
-        )
+        rounds = max(request.config.getoption("--benchmark-min-rounds"), 7)
+        benchmark.pedantic(calls[peer], rounds=rounds, iterations=1, warmup_rounds=2)
 
     return run
 
@@ -99,21 +96,20 @@ def pytest_terminal_summary(terminalreporter, config):
     width = max(len(row["case"]) for row in rows)
     for row in rows:
         others = "  ".join(
-            f"{p}: {ms:9.3f} ms = {row['ratios'][p]:5.2f}x" for p, ms in row["ms"].items() if p != "llmengine"
+            f"{peer}: {row['ms'][peer]:9.3f} ms = {ratio:5.2f}x" for peer, ratio in row["ratios"].items()
         )
-        rate = (
-            f"  {row['gflops']:8.1f} GFLOP/s"
-            if row["gflops"]
-            else f"  {row['gbytes']:8.1f} GB/s"
-            if row["gbytes"]
-            else ""
-        )
-        write(f"{row['case']:{width}}  llmengine: {row['ms']['llmengine']:9.3f} ms{rate}  {others}")
+        write(f"{row['case']:{width}}  llmengine: {row['ms']['llmengine']:9.3f} ms {_rate(row)}  {others}")
     write("(ratio: the peer's time over ours; above 1 llmengine is faster)")
     if path := config.getoption("--results"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
         write(f"written: {path}")
+
+
+def _rate(row: dict) -> str:
+    if row["gflops"]:
+        return f"{row['gflops']:8.1f} GFLOP/s"
+    return f"{row['gbytes']:8.1f} GB/s" if row["gbytes"] else ""
 
 
 def _row(group: str, peers: dict) -> dict | None:
