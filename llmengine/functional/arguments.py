@@ -17,7 +17,7 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_float(op: str, argument: str, value: object) -> None:
+def check_float(op: str, argument: str, value: Tensor) -> None:
     check_tensor(op, argument, value)
     if value.dtype not in FLOATS:
         allowed = ", ".join(map(short, FLOATS))

@@ -193,7 +193,8 @@ def explain(function: str | Callable, *args, **kwargs) -> str:
         call = getattr(functional, function)
     else:
         call = function
-    _choice.log = log = []
+    log: list[tuple[str, list[tuple[str, str | None]]]] = []
+    _choice.log = log
     try:
         call(*args, **kwargs)
     finally:

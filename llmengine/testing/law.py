@@ -33,10 +33,10 @@ def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what:
     floor = torch.finfo(ours.dtype).eps * o.abs().max().item() + torch.finfo(torch.float32).eps
     error, allowed = (y - o).abs(), factor * (p - o).abs().max().item() + floor
     if error.max().item() > allowed:
-        worst = tuple(torch.unravel_index(error.argmax(), error.shape))
+        where = tuple(torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(
-            f"{what}: error {error.max().item():.3e} exceeds {allowed:.3e} at {[int(i) for i in worst]}: "
-            f"ours {y[worst].item():.9g}, plain PyTorch {p[worst].item():.9g}, float64 {o[worst].item():.9g}"
+            f"{what}: error {error.max().item():.3e} exceeds {allowed:.3e} at {[int(i) for i in where]}: "
+            f"ours {y[where].item():.9g}, plain PyTorch {p[where].item():.9g}, float64 {o[where].item():.9g}"
         )
     rms, rms_allowed = _rms(y - o), 1.5 * _rms(p - o) + floor / min(8, ours.numel())
     if rms > rms_allowed:
@@ -51,11 +51,8 @@ def _rms(x: Tensor) -> float:
 def poison() -> Iterator[None]:
     """Within the block, PyTorch fills every uninitialised buffer with NaN: an element that a kernel forgets shows."""
     state = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory is on by default
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(state[0], warn_only=state[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill

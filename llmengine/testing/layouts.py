@@ -56,11 +56,8 @@ def _huge(x: Tensor) -> Tensor:
         return x.clone()
     row = x[0].numel()
     stride = 2**31 // (x.shape[0] - 1) + 8
-    flat = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # never touch the pages between the rows
-    try:
-        storage = torch.empty(stride * (x.shape[0] - 1) + row, dtype=x.dtype)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = flat
+    storage = torch.empty(
+        stride * (x.shape[0] - 1) + row, dtype=x.dtype
+    )  # not under poison(): it would touch every page
     view = storage.as_strided(x.shape, (stride, *x[0].contiguous().stride()))
     return view.copy_(x)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
+module: Any
+_reason: str | None
 try:
-    from llmengine import _cpu as module  # torch is imported first: the two share its OpenMP pool
+    module = importlib.import_module("llmengine._cpu")  # torch is imported first: the two share its OpenMP pool
 except ImportError as error:
     module = None
     _reason = f"the native module llmengine._cpu is not built ({error}); run `pip install -e .`"

@@ -24,11 +24,11 @@ def keep_multiplier(
 
     `seed` is int64 (1,); `stream` and `row` broadcast against each other to shape S; the result is S + (columns,).
     """
-    stream = torch.as_tensor(stream, dtype=torch.int64, device=row.device)
-    stream, row = torch.broadcast_tensors(stream, row.to(torch.int64))
+    streams = torch.as_tensor(stream, dtype=torch.int64, device=row.device)
+    streams, row = torch.broadcast_tensors(streams, row.to(torch.int64))
     quads = torch.arange((columns + 3) // 4, device=row.device)
     c0 = (row >> 32)[..., None].expand(*row.shape, len(quads))
-    c1, c2 = stream[..., None].expand_as(c0), (row & _MASK)[..., None].expand_as(c0)
+    c1, c2 = streams[..., None].expand_as(c0), (row & _MASK)[..., None].expand_as(c0)
     c3 = quads.expand_as(c0)
     k0, k1 = int(seed) & _MASK, (int(seed) >> 32) & _MASK
     for _ in range(10):

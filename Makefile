@@ -1,0 +1,67 @@
+# One verb per act; each sets up what it needs. Variables: PYTHON, VENV, TORCH (the PyTorch to install), MAX_JOBS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUNS ?= runs
+BERT ?=
+GPT ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-heavy bench lint format dev info clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        pretrain a BERT and a GPT on six novels (about 5 minutes on 2 cores); results in $(RUNS)/"
+	@echo "make test        all tests        make test-heavy  also the large matrices"
+	@echo "make bench       every operator beside PyTorch"
+	@echo "make lint format dev info clean"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.tested
+	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=3.0" "cmake>=3.25" ninja ruff mypy clang-format
+	$(BIN)/pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/llmengine train examples/train_bert.yaml --output $(RUNS)/bert $(BERT)
+	$(BIN)/llmengine train examples/train_gpt.yaml --output $(RUNS)/gpt $(GPT)
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest tests -m "not heavy"
+
+test-heavy: $(VENV)/.tested
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.tested
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+dev: $(VENV)/.dev
+
+info: $(VENV)/.installed
+	$(BIN)/llmengine info
+
+clean:
+	rm -rf build dist *.egg-info llmengine/_cpu*.so llmengine/_cuda*.so
