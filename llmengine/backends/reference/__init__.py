@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from llmengine.backends.reference import norm
+from llmengine.backends.reference import cross_entropy, norm, softmax
 from llmengine.ops.registry import Kernel
 
-KERNELS: dict[str, Kernel] = {**norm.KERNELS}
+KERNELS: dict[str, Kernel] = {**cross_entropy.KERNELS, **norm.KERNELS, **softmax.KERNELS}
 
 
 def unavailable() -> str | None:
