@@ -1,0 +1,35 @@
+"""Public modules, named and shaped as in torch.nn, same state_dict keys: `from llmengine import nn` is the port.
+
+FeedForward is ours. Everything else of torch.nn (Linear, Embedding, Dropout, ...) is served from torch.nn itself.
+"""
+
+from __future__ import annotations
+
+import torch.nn as _torch_nn
+
+from llmengine.nn.attention import MultiheadAttention
+from llmengine.nn.feed_forward import FeedForward
+from llmengine.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from llmengine.nn.norm import LayerNorm, RMSNorm
+from llmengine.nn.stack import Transformer, TransformerDecoder, TransformerEncoder
+from llmengine.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+
+__all__ = [
+    "CrossEntropyLoss",
+    "FeedForward",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]
+
+
+def __getattr__(name: str):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(_torch_nn, name)

@@ -1,0 +1,78 @@
+"""The position-wise feed-forward network, plain or gated, and its unfused twin for leaves that were replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmengine import functional
+from llmengine.nn.fusing import touched
+
+_torch = torch.nn.functional
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _torch.gelu,
+    "gelu_tanh": lambda x: _torch.gelu(x, approximate="tanh"),
+    "relu": _torch.relu,
+    "silu": _torch.silu,
+}
+
+
+class FeedForward(Module):
+    """down(dropout(act(up(x)))), or down(dropout(act(gate(x)) * up(x))) when gated (Shazeer 2020).
+
+    Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up. activation is "gelu",
+    "gelu_tanh", "relu" or "silu". Input (*, d_model); the result has its shape. One fused operator while the leaves are
+    plain; `unfused_because()` says why not, if not.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"FeedForward: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"FeedForward: dropout must lie in [0, 1), got {dropout}")
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.up = torch.nn.Linear(d_model, dim_feedforward, **options)
+        self.gate = torch.nn.Linear(d_model, dim_feedforward, **options) if gated else None
+        self.down = torch.nn.Linear(dim_feedforward, d_model, **options)
+        self.activation = activation
+        self.dropout = dropout
+
+    def unfused_because(self) -> str | None:
+        gate = {} if self.gate is None else {"gate": self.gate}
+        return touched(up=self.up, down=self.down, **gate)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        if self.unfused_because() is not None:
+            act = ACTIVATIONS[self.activation]
+            hidden = act(self.up(input)) if self.gate is None else act(self.gate(input)) * self.up(input)
+            return self.down(_torch.dropout(hidden, dropout_p, dropout_p > 0))
+        return functional.ffn(
+            input,
+            self.up.weight,
+            self.down.weight,
+            b_up=self.up.bias,
+            b_down=self.down.bias,
+            w_gate=None if self.gate is None else self.gate.weight,
+            b_gate=None if self.gate is None else self.gate.bias,
+            activation=self.activation,
+            dropout_p=dropout_p,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, dropout={self.dropout}"

@@ -1,0 +1,43 @@
+"""When may a fused operator read the parameters of leaf modules instead of calling them?
+
+Parameters live in ordinary leaves (nn.Linear, LayerNorm), which adapters, quantisers, sharding and hooks replace or watch.
+A fused operator may only stand in for leaves that nobody touched; otherwise the leaves themselves are called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from llmengine import functional
+from llmengine.nn.norm import LayerNorm
+
+LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
+LAYER_NORM = (LayerNorm, torch.nn.LayerNorm)
+_OWN = frozenset((*LINEAR, *LAYER_NORM))
+
+
+def touched(**leaves: Module) -> str | None:
+    """Why some of these leaves must be called as they are, or None: all are plain and may be fused."""
+    for name, leaf in leaves.items():
+        if type(leaf) not in _OWN:
+            return f"{name} is a {type(leaf).__name__}"
+        if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
+            return f"{name} has hooks"
+        if "forward" in leaf.__dict__:
+            return f"{name}'s forward was replaced"
+        if leaf.weight is not None and type(leaf.weight) not in (Parameter, Tensor):
+            return f"{name}'s weight is a {type(leaf.weight).__name__}"
+    return None
+
+
+def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """new_residual = residual + dropout(input); returns (norm(new_residual), new_residual): one kernel where it may be."""
+    if touched(norm=norm) is None:
+        return functional.add_layer_norm(
+            input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+        )
+    new_residual = residual + torch.nn.functional.dropout(input, dropout_p, dropout_p > 0)
+    return norm(new_residual), new_residual

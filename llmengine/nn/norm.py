@@ -1,0 +1,22 @@
+"""LayerNorm and RMSNorm: torch.nn's modules on our kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmengine import functional
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm, computed by `llmengine.functional.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm, computed by `llmengine.functional.rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
