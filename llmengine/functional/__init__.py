@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from llmengine.functional.cross_entropy import cross_entropy
+from llmengine.functional.ffn import ffn
+from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmengine.functional.softmax import softmax
 
-__all__ = ["add_layer_norm", "add_rms_norm", "cross_entropy", "layer_norm", "rms_norm", "softmax"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "cross_entropy",
+    "ffn",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "softmax",
+]

@@ -66,3 +66,22 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed, int64 (1,), from PyTorch's generator of that device: torch.manual_seed governs it."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def parameter_like(
+    op: str, argument: str, parameter: Tensor | None, shape: tuple[int, ...], input: Tensor
+) -> Tensor | None:
+    """A weight or bias of that shape, in input's dtype or float32; under autocast other floats are cast to input's."""
+    if parameter is None:
+        return None
+    check_float(op, argument, parameter)
+    if tuple(parameter.shape) != shape:
+        raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}; expected {shape}")
+    if parameter.dtype == input.dtype or (parameter.dtype == torch.float32 and input.dtype != torch.float64):
+        return parameter
+    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (parameter.dtype, input.dtype):
+        return parameter.to(input.dtype)
+    raise ValueError(
+        f"{op}: {argument} has dtype {short(parameter.dtype)}; allowed: that of input ({short(input.dtype)})"
+        + ("" if input.dtype in (torch.float32, torch.float64) else " or float32")
+    )

@@ -161,7 +161,13 @@ def pick(op: str, args: tuple) -> tuple[str, Kernel]:
 
 
 def dispatch(op: str, args: tuple):
-    return pick(op, args)[1].run(*args)
+    run = pick(op, args)[1].run
+    device = device_type(args)
+    if not torch.is_autocast_enabled(device):
+        return run(*args)
+    # The public functions have cast what autocast casts; a kernel's own arithmetic keeps its precision.
+    with torch.autocast(device, enabled=False):
+        return run(*args)
 
 
 def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str | None]]) -> None:

@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
-from llmengine.backends.reference import cross_entropy, norm, softmax
+from llmengine.backends.reference import cross_entropy, ffn, linear_cross_entropy, norm, softmax
 from llmengine.ops.registry import Kernel
 
-KERNELS: dict[str, Kernel] = {**cross_entropy.KERNELS, **norm.KERNELS, **softmax.KERNELS}
+KERNELS: dict[str, Kernel] = {
+    **cross_entropy.KERNELS,
+    **ffn.KERNELS,
+    **linear_cross_entropy.KERNELS,
+    **norm.KERNELS,
+    **softmax.KERNELS,
+}
 
 
 def unavailable() -> str | None:

@@ -1,0 +1,46 @@
+"""Cross-entropy of a linear layer: its logits, whole and in float32, through the reference cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.reference.cross_entropy import check_targets, cross_entropy_backward, cross_entropy_forward
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _logits(input, linear_weight, linear_bias):
+    x = _wide(input)
+    logits = x @ _wide(linear_weight).to(x.dtype).T
+    return logits if linear_bias is None else logits + _wide(linear_bias).to(x.dtype)
+
+
+@kernel(KERNELS, "linear_cross_entropy_forward")
+def linear_cross_entropy_forward(input, linear_weight, linear_bias, target, weight, reduction, ignore_index, *options):
+    valid = check_targets("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+    logits = _logits(input, linear_weight, linear_bias)
+    loss, lse, normaliser = cross_entropy_forward(logits, target, weight, reduction, ignore_index, *options)
+    return loss, torch.where(valid, lse, 0.0), normaliser
+
+
+@kernel(KERNELS, "linear_cross_entropy_backward")
+def linear_cross_entropy_backward(
+    grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index, *options
+):
+    *options, wanted = options
+    logits = _logits(input, linear_weight, linear_bias)
+    grad_logits = cross_entropy_backward(
+        grad_loss, logits, target, weight, lse, normaliser, reduction, ignore_index, *options
+    )
+    wide = grad_logits.dtype
+    gradients = (
+        (grad_logits @ _wide(linear_weight).to(wide)).to(input.dtype),
+        (grad_logits.T @ _wide(input)).to(linear_weight.dtype),
+        grad_logits.sum(0),
+    )
+    return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, wanted, strict=True))

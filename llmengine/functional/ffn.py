@@ -1,0 +1,65 @@
+"""The feed-forward block of a transformer layer, plain or gated."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmengine.functional.arguments import (
+    autocast,
+    check_float,
+    check_probability,
+    check_same_device,
+    draw_seed,
+    needs_grad,
+    parameter_like,
+)
+from llmengine.ops import ffn as ops
+
+
+def ffn(
+    input: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """down(dropout(act(up(x)))), or with w_gate down(dropout(act(gate(x)) up(x))) (Vaswani et al. 2017; Shazeer 2020).
+
+    activation: "gelu" (exact, by erf), "gelu_tanh" (its tanh approximation), "relu" or "silu"; a gate with silu is
+    SwiGLU. Dropout falls on the hidden layer.
+
+    Shapes: input (*, d); w_up and w_gate (f, d), w_down (d, f), as nn.Linear holds them; b_up and b_gate (f,), b_down
+    (d,). The result is like input. Parameters are in input's dtype, or float32 beside a 16-bit input (as under
+    autocast, which casts input alone): products are then taken in input's precision, and gradients come back in each
+    parameter's dtype. For the backward it keeps input and the pre-activations (tokens x f, twice that with a gate); the
+    hidden layer after activation and dropout is formed again rather than kept.
+
+    Raises ValueError on shapes, dtypes, devices or options that do not fit.
+    """
+    op = "ffn"
+    check_float(op, "input", input)
+    if activation not in ops.ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; allowed: {', '.join(map(repr, ops.ACTIVATIONS))}")
+    check_probability(op, "dropout_p", dropout_p)
+    if input.ndim == 0:
+        raise ValueError(f"{op}: input has shape (); expected (*, d)")
+    if b_gate is not None and w_gate is None:
+        raise ValueError(f"{op}: b_gate was given without w_gate; give both, or neither")
+    parameters = {"w_up": w_up, "b_up": b_up, "w_gate": w_gate, "b_gate": b_gate, "w_down": w_down, "b_down": b_down}
+    check_float(op, "w_up", w_up)
+    check_float(op, "w_down", w_down)
+    d, f = input.shape[-1], w_up.shape[0] if w_up.ndim else 0
+    shapes = {"w_up": (f, d), "b_up": (f,), "w_gate": (f, d), "b_gate": (f,), "w_down": (d, f), "b_down": (d,)}
+    (x,) = autocast(input)
+    for name, parameter in parameters.items():
+        parameters[name] = parameter_like(op, name, parameter, shapes[name], x)
+    check_same_device(op, input=input, **parameters)
+    seed = draw_seed(input.device) if dropout_p > 0 else None
+    args = (x.reshape(x.shape[:-1].numel(), d), *parameters.values(), seed, activation, float(dropout_p))
+    output = ops.FeedForward.apply(*args) if needs_grad(*args[:7]) else ops.ffn_forward(*args, False)[0]
+    return output.view(x.shape)

@@ -1,0 +1,71 @@
+"""Cross-entropy of a linear layer's logits, without ever holding them whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmengine.functional.arguments import autocast, check_float, check_same_device, needs_grad, parameter_like
+from llmengine.functional.cross_entropy import check_options, check_targets, check_weight
+from llmengine.ops import linear_cross_entropy as ops
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), the memory of whose logits is never spent.
+
+    The formula, its options and the dtype of the result are those of `llmengine.functional.cross_entropy`; names and
+    order are those of `torch.nn.functional.linear_cross_entropy`. Tokens of class ignore_index (None: -100) are left
+    out before any product. Extra memory is a few blocks of fixed size and, in the backward, one float32 copy of the
+    input's gradient; the backward computes the logits again from each token's saved log-sum-exp.
+
+    Shapes: input (*, d), linear_weight (C, d), linear_bias and weight (C,), target (*) of class indices; the result is
+    () or, for reduction "none", like target. linear_weight and linear_bias are in input's dtype, or float32 beside a
+    16-bit input (as under autocast, which casts input alone): products are then taken in input's precision, and
+    gradients come back in each parameter's dtype.
+
+    Differences from PyTorch: a mean over no labels is 0 with zero gradients; targets are indices alone, and the
+    linear layer has one class dimension. Raises ValueError on shapes, dtypes, devices or options that do not fit, and
+    on the CPU for a target out of range.
+    """
+    op = "linear_cross_entropy"
+    check_float(op, "input", input)
+    check_options(op, reduction, label_smoothing, z_loss, softcap)
+    if input.ndim == 0:
+        raise ValueError(f"{op}: input has shape (); expected (*, d)")
+    check_float(op, "linear_weight", linear_weight)
+    if linear_weight.ndim != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{op}: linear_weight has shape {tuple(linear_weight.shape)}; expected (classes, {input.shape[-1]})"
+        )
+    classes, d = linear_weight.shape
+    expected = input.shape[:-1]
+    target = check_targets(op, target, expected, -100 if ignore_index is None else ignore_index)
+    (x,) = autocast(input)
+    check_weight(op, weight, classes, x)
+    linear_weight = parameter_like(op, "linear_weight", linear_weight, (classes, d), x)
+    linear_bias = parameter_like(op, "linear_bias", linear_bias, (classes,), x)
+    check_same_device(
+        op, input=input, linear_weight=linear_weight, linear_bias=linear_bias, target=target, weight=weight
+    )
+    if classes == 0 and target.numel():
+        raise ValueError(f"{op}: linear_weight of shape {(classes, d)} has no classes")
+    args = (
+        x.reshape(expected.numel(), d), linear_weight, linear_bias, target.reshape(-1),
+        None if weight is None else weight.detach(), reduction, -100 if ignore_index is None else int(ignore_index),
+        float(label_smoothing), float(z_loss), float(softcap),
+    )  # fmt: skip
+    run = ops.LinearCrossEntropy.apply if needs_grad(*args[:3]) else ops.linear_cross_entropy_forward
+    loss = run(*args)
+    loss = loss if isinstance(loss, Tensor) else loss[0]
+    return loss.view(expected) if reduction == "none" else loss
