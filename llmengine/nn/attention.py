@@ -125,24 +125,21 @@ def merge_masks(
 ) -> Tensor | None:
     """torch.nn's masks (True forbids) as one of scaled_dot_product_attention: boolean (True allows) or additive."""
     batch, queries = q.shape[:2]
-    shapes = {
-        "attn_mask": {
-            (queries, keys): (1, 1, queries, keys),
-            (batch * heads, queries, keys): (batch, heads, queries, keys),
-        },
-        "key_padding_mask": {(batch, keys): (batch, 1, 1, keys)},
-    }
+    per_head = ((batch * heads, queries, keys), (batch, heads, queries, keys))
     masks = []
-    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+    for name, mask, shapes in (
+        ("attn_mask", attn_mask, (((queries, keys), (1, 1, queries, keys)), per_head)),
+        ("key_padding_mask", key_padding_mask, (((batch, keys), (batch, 1, 1, keys)),)),
+    ):
         if mask is None:
             continue
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"MultiheadAttention: {name} has dtype {mask.dtype}; allowed: bool and floating point")
-        view = shapes[name].get(tuple(mask.shape))
+        view = next((view for shape, view in shapes if tuple(mask.shape) == shape), None)
         if view is None:
-            allowed = " or ".join(map(str, shapes[name]))
+            allowed = " or ".join(str(shape) for shape, _ in shapes)
             raise ValueError(f"MultiheadAttention: {name} has shape {tuple(mask.shape)}; expected {allowed}")
-        masks.append(mask.view(view))
+        masks.append(mask.reshape(view))
     if not masks:
         return None
     if all(mask.dtype == torch.bool for mask in masks):

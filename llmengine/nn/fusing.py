@@ -1,7 +1,7 @@
 """When may a fused operator read the parameters of leaf modules instead of calling them?
 
-Parameters live in ordinary leaves (nn.Linear, LayerNorm), which adapters, quantisers, sharding and hooks replace or watch.
-A fused operator may only stand in for leaves that nobody touched; otherwise the leaves themselves are called.
+Parameters live in ordinary leaves (nn.Linear, LayerNorm), which adapters, quantisers, sharding and hooks replace or
+watch. A fused operator may stand in only for leaves that nobody touched; otherwise the leaves themselves are called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def touched(**leaves: Module) -> str | None:
 
 
 def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """new_residual = residual + dropout(input); returns (norm(new_residual), new_residual): one kernel where it may be."""
+    """new_residual = residual + dropout(input); returns (norm(new_residual), new_residual), in one kernel if it may."""
     if touched(norm=norm) is None:
         return functional.add_layer_norm(
             input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p

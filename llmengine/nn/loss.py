@@ -27,8 +27,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(torch.nn.Module):
     """torch.nn.LinearCrossEntropyLoss for class indices: cross_entropy(linear(input), target).
 
-    The (tokens, num_classes) logits are never held. input (N, in_features) or (in_features,), target (N,) or (). `options`
-    (PyTorch's choice of chunks) is accepted and has no effect; out_features and class probabilities are not supported.
+    The (tokens, num_classes) logits are never held. input (N, in_features) or (in_features,), target (N,) or ().
+    `options` (PyTorch's choice of chunks) is accepted and has no effect; out_features and class probabilities are not
+    supported.
     """
 
     def __init__(

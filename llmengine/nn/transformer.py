@@ -1,4 +1,4 @@
-"""TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's layers with fused attention, feed-forward and norms."""
+"""TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's layers, fused."""
 
 from __future__ import annotations
 

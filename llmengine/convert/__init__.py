@@ -1,0 +1,71 @@
+"""Checkpoints of other toolkits, in and out: a table per family (bert.py, gpt2.py), and our own layout.
+
+A new family is one file with a `Family` and one word in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmengine.convert import files
+from llmengine.convert.bert import BERT
+from llmengine.convert.family import Family
+from llmengine.convert.gpt2 import GPT2
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, GPT2)}
+OWN = "llmengine"  # model_type of our own layout
+
+__all__ = ["FAMILIES", "Checkpoint", "Family", "save"]
+
+
+class Checkpoint:
+    """A directory opened for reading: `fields` for TransformerConfig, `tensors` for its model."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+        config = files.read_config(self.directory)
+        model_type = config.get("model_type")
+        if model_type != OWN and model_type not in FAMILIES:
+            known = ", ".join([*FAMILIES, OWN])
+            raise ValueError(f"from_pretrained: model_type {model_type!r} in {directory} is not one of {known}")
+        self.family = FAMILIES.get(model_type)
+        self.files = {name: (path, name) for name, path in files.tensor_files(self.directory).items()}
+        if self.family is None:
+            self.fields = config["config"]
+            return
+        has_prefix = any(name.startswith(self.family.prefix) for name in self.files)
+        self.files = {self.family.canonical(name, has_prefix): place for name, place in self.files.items()}
+        self.fields = self.family.read_config(config, self.files)
+
+    def tensors(self, wanted: Iterable[str], layers: int, tied: bool) -> dict[str, Tensor]:
+        """Our tensors by name. ValueError where some are missing or the file has others."""
+        if self.family is not None:
+            return self.family.read_tensors(self.files, self._get, wanted, layers, tied)
+        wanted = set(wanted)
+        if missing := sorted(wanted - self.files.keys()):
+            raise ValueError(f"from_pretrained: {self.directory} lacks {', '.join(missing)}")
+        return {name: self._get(name) for name in wanted}
+
+    def _get(self, name: str) -> Tensor:
+        return files.read_tensor(*self.files[name])
+
+
+def save(directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model of these TransformerConfig fields in its family's layout, or in our own."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    family = FAMILIES.get(fields["family"])
+    if family is None:
+        config: dict[str, Any] = {"model_type": OWN, "config": dict(fields)}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    else:
+        config = family.write_config(fields)
+        tensors = family.write_tensors(tensors, fields["n_layers"])
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    if len(dtypes) == 1 and family is not None:
+        config["dtype"] = dtypes.pop()
+    files.write(Path(directory), config, tensors)

@@ -1,0 +1,98 @@
+"""Checkpoint directories: safetensors read lazily, written atomically. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise FileNotFoundError(f"from_pretrained: {directory} is not a directory with {CONFIG} and {TENSORS}")
+    if not path.is_file():
+        raise FileNotFoundError(f"from_pretrained: {directory} has no {CONFIG}")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"from_pretrained: {path} holds a {type(value).__name__}; expected an object")
+    return value
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Every tensor's file."""
+    if (directory / INDEX).is_file():
+        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        if lost := sorted({file for file in weight_map.values() if not (directory / file).is_file()}):
+            raise FileNotFoundError(f"from_pretrained: {directory} lacks the shards {', '.join(lost)} of {INDEX}")
+        return {name: directory / file for name, file in weight_map.items()}
+    path = directory / TENSORS
+    if not path.is_file():
+        pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        remedy = (
+            f"; {', '.join(pickled)} are pickles, which can run code and are not read: "
+            "load them in Hugging Face transformers and save_pretrained once, which writes safetensors"
+            if pickled
+            else ""
+        )
+        raise FileNotFoundError(f"from_pretrained: {directory} has no {TENSORS}{remedy}")
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Both files, whole or not at all: a new directory appears at once, in an old one each file is replaced at once."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"save_pretrained: {directory} is a file; give a directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    parent = directory if directory.is_dir() else directory.parent
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=parent))
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        _synced(temporary / TENSORS, lambda path: save_file(dict(tensors), path, metadata={"format": "pt"}))
+        _synced(temporary / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        if directory.is_dir():
+            for name in (TENSORS, CONFIG):
+                os.replace(temporary / name, directory / name)
+        else:
+            temporary.chmod(0o777 & ~_umask())
+            os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _synced(path: Path, write_to: Callable[[Path], Any]) -> None:
+    write_to(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
