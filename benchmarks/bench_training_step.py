@@ -1,6 +1,6 @@
 """One whole training step (forward, backward, AdamW) of BERT and GPT-2, beside Hugging Face on PyTorch's kernels.
 
-Equal weights, equal batches without padding, dropout off, fused AdamW on both sides; bf16 is autocast with float32 weights.
+Equal weights, equal batches without padding, dropout off, fused AdamW on both; bf16 is autocast with float32 weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def hugging_face(family: str, layers: int, width: int, heads: int, vocabulary: i
         )  # fmt: skip
         return transformers.BertForPreTraining(config).train()
     config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=0, eos_token_id=0,
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config).train()
 
