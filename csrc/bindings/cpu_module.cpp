@@ -6,7 +6,9 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/cross_entropy.h"
 #include "ops/norm.h"
+#include "ops/softmax.h"
 
 namespace py = pybind11;
 
@@ -39,8 +41,12 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
+  bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
+  bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");
+  bind_cpu<ops::SoftmaxBackward>(module, "softmax_backward");
 }
 
 }  // namespace llmengine

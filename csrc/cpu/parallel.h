@@ -16,6 +16,15 @@ using RangeBody = void (*)(void* context, int64_t begin, int64_t end, int thread
 int planned_threads(int64_t n, int64_t grain);
 void parallel_ranges(int64_t n, int64_t grain, RangeBody body, void* context);
 
+// parallel_ranges over rows, body(begin, end, thread): a thread is woken for no less than `grain` elements.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t columns, int64_t grain, const Body& body) {
+  const auto call = [](void* b, int64_t begin, int64_t end, int thread) {
+    (*static_cast<const Body*>(b))(begin, end, thread);
+  };
+  parallel_ranges(rows, grain / (columns + 1) + 1, call, const_cast<Body*>(&body));
+}
+
 // Like parallel_ranges, but hands out single indices as threads come free: for tasks of unequal cost.
 using TaskBody = void (*)(void* context, int64_t index, int thread);
 void parallel_tasks(int64_t n, TaskBody body, void* context);

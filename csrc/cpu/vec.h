@@ -115,7 +115,22 @@ inline void for_lanes(int64_t n, const Body& body) {
   for (; i + kLanes <= n; i += kLanes) body(i, std::integral_constant<int, kLanes>{});
   if (i < n) body(i, static_cast<int>(n - i));
 }
-// load/store for such a body: whole vectors take the fast path, resolved when compiling.
+// As for_lanes, for reductions: body(offset, count, k) with k cycling through 0..3, so that a body with one accumulator
+// for each k keeps four sums in flight where a single one would wait for its own last addition.
+template <class Body>
+inline void for_lanes_by_4(int64_t n, const Body& body) {
+  constexpr std::integral_constant<int, kLanes> full{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    body(i, full, std::integral_constant<int, 0>{});
+    body(i + kLanes, full, std::integral_constant<int, 1>{});
+    body(i + 2 * kLanes, full, std::integral_constant<int, 2>{});
+    body(i + 3 * kLanes, full, std::integral_constant<int, 3>{});
+  }
+  for (; i + kLanes <= n; i += kLanes) body(i, full, std::integral_constant<int, 0>{});
+  if (i < n) body(i, static_cast<int>(n - i), std::integral_constant<int, 1>{});
+}
+// load/store for such bodies: whole vectors take the fast path, resolved when compiling.
 template <class T>
 inline F load_n(const T* p, std::integral_constant<int, kLanes>, float = 0.0f) {
   return load(p);

@@ -29,6 +29,27 @@ inline F exp(F x) {
   return select(x != x, x, y);
 }
 
+// exp(x) for x <= 88, within 2 ulp: the softmax's, whose arguments are differences from a maximum. 0 below -87.33, NaN
+// stays NaN.
+inline F exp_of_nonpositive(F x) {
+  const F clamped = max(x, broadcast(-87.33654f));
+  const float magic = 12582912.0f;
+  const F shifted = clamped * 1.44269504f + magic;
+  const F n = shifted - magic;
+  F r = clamped - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  F p = broadcast(1.3941079e-3f);
+  p = p * r + 8.3631798e-3f;
+  p = p * r + 4.1666376e-2f;
+  p = p * r + 1.6666577e-1f;
+  p = p * r + 5.0000000e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // The low bits of `shifted` are the integer n: added to p's exponent they multiply by 2^n.
+  const U exponent = __builtin_bit_cast(U, shifted) << 23;
+  const F y = __builtin_bit_cast(F, __builtin_bit_cast(U, p) + exponent);
+  return select(x < -87.33654f, F{}, y);
+}
+
 // tanh(x), within 3 ulp.
 inline F tanh(F x) {
   const F magnitude = from_bits(bits(x) & 0x7fffffff);

@@ -30,13 +30,20 @@ def _capped(x, softcap):
     return softcap * (x / softcap).tanh() if softcap > 0 else x
 
 
+def _log_sum_exp(z):
+    """NaN for +inf, where torch.logsumexp gives +inf: there is no distribution."""
+    largest = z.amax(1)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    return shift + (z - shift[:, None]).exp().sum(1).log()
+
+
 @kernel(KERNELS, "cross_entropy_forward")
 def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap):
     rows, classes = input.shape
     valid = check_targets("cross_entropy", target, classes, ignore_index)
     z = _capped(_wide(input), softcap)
     w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
-    lse = z.logsumexp(1) if classes else z.new_full((rows,), -torch.inf)
+    lse = _log_sum_exp(z) if classes else z.new_full((rows,), -torch.inf)
     index = torch.where(valid, target, 0)
     if not rows or not bool(valid.any()):
         losses, weights = torch.zeros_like(lse), torch.zeros_like(lse)
