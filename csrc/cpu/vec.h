@@ -29,7 +29,8 @@ typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
-inline F broadcast(float x) { return F{} + x; }
+// x - 0, which is x for every x: the compiler drops it, as it may not drop 0 + x (-0 + 0 is +0).
+inline F broadcast(float x) { return x - F{}; }
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
 inline I bits(F x) { return __builtin_bit_cast(I, x); }
 inline F from_bits(I x) { return __builtin_bit_cast(F, x); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmengine.functional.attention import scaled_dot_product_attention, varlen_attention
 from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
@@ -16,5 +17,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]

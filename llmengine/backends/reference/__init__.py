@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from llmengine.backends.reference import cross_entropy, ffn, linear_cross_entropy, norm, softmax
+from llmengine.backends.reference import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
 from llmengine.ops.registry import Kernel
 
 KERNELS: dict[str, Kernel] = {
+    **attention.KERNELS,
     **cross_entropy.KERNELS,
     **ffn.KERNELS,
     **linear_cross_entropy.KERNELS,

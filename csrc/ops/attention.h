@@ -1,0 +1,238 @@
+// Attention, softmax(logits) value, of padded batches and of packed sequences (Vaswani et al. 2017; computed in tiles
+// with an online softmax, so that no (rows, keys) matrix is held: Dao et al. 2022).
+//
+//   u = scale query key^T                      logits = cap(u) - slope |key - p| + mask;  -inf where the key is not seen
+//   cap(u) = softcap tanh(u / softcap)         (p, and the keys a row sees: ops/attention_band.h)
+//   lse = log sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value
+//   A row that sees no key: output 0, lse -inf, no gradients.
+//
+//   backward, with Z = keep / (1 - dropout_p) and delta = rowsum(grad_output output) - grad_lse:
+//     grad_value = (P Z)^T grad_output
+//     grad_logits = P ((grad_output value^T) Z - delta) = grad_mask, summed over what the mask was broadcast along
+//     grad_u = grad_logits cap'(u),  grad_query = scale grad_u key,  grad_key = scale grad_u^T query
+//
+//   Dropout draws (ops/philox.h): stream = sequence x heads + head, row and column counted within the sequence.
+//   Query heads [g group, (g + 1) group) share key head g.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "common/check.h"
+#include "common/tensor.h"
+#include "ops/attention_band.h"
+#include "ops/fields.h"
+
+namespace llmengine::ops {
+
+struct AttentionOptions {
+  TensorView query;                       // (batch, heads, rows, head_dim), unit last stride like all operands
+  TensorView key, value;                  // (batch, key heads, keys, head_dim or value_dim)
+  TensorView mask;                        // (1|batch, 1|heads, 1|rows, 1|keys), bool (true: seen) or float, or none
+  TensorView alibi_slopes;                // float32 (sequences, heads), or none
+  TensorView cu_seqlens_q, cu_seqlens_k;  // int32 (sequences + 1,): batch is 1 and rows and keys are cut; or none
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+  TensorView seed;  // int64 (1,), where dropout_p > 0
+  int64_t window_left = -1, window_right = -1;
+  bool bottom_right = false;
+  double scale = 1.0, softcap = 0.0, dropout_p = 0.0;
+
+  static constexpr auto fields() {
+    using P = AttentionOptions;
+    return std::tuple{field("query", &P::query),
+                      field("key", &P::key),
+                      field("value", &P::value),
+                      field("mask", &P::mask),
+                      field("alibi_slopes", &P::alibi_slopes),
+                      field("cu_seqlens_q", &P::cu_seqlens_q),
+                      field("cu_seqlens_k", &P::cu_seqlens_k),
+                      field("max_seqlen_q", &P::max_seqlen_q),
+                      field("max_seqlen_k", &P::max_seqlen_k),
+                      field("seed", &P::seed),
+                      field("window_left", &P::window_left),
+                      field("window_right", &P::window_right),
+                      field("bottom_right", &P::bottom_right),
+                      field("scale", &P::scale),
+                      field("softcap", &P::softcap),
+                      field("dropout_p", &P::dropout_p)};
+  }
+
+  int64_t heads() const { return query.size(1); }
+  int64_t key_heads() const { return key.size(1); }
+  int64_t group() const { return key_heads() ? heads() / key_heads() : 1; }
+  bool packed() const { return cu_seqlens_q.defined(); }
+  int64_t sequences() const { return packed() ? cu_seqlens_q.size(0) - 1 : query.size(0); }
+  Band band(const Sequence& s) const { return {s.rows, s.keys, window_left, window_right, bottom_right}; }
+};
+
+struct AttentionForward : AttentionOptions {
+  TensorView output;  // like query, with value_dim
+  TensorView lse;     // float32 (batch, heads, rows)
+
+  static constexpr auto fields() {
+    using P = AttentionForward;
+    return std::tuple_cat(AttentionOptions::fields(), std::tuple{field("output", &P::output), field("lse", &P::lse)});
+  }
+};
+
+struct AttentionBackward : AttentionOptions {
+  TensorView grad_output;  // like output
+  TensorView grad_lse;     // like lse, or none
+  TensorView output, lse;
+  TensorView delta;                              // workspace: float32, like lse
+  TensorView accumulator;                        // workspace: float32, like query; grad_query itself where that is float32
+  TensorView grad_query, grad_key, grad_value;   // like query, key, value
+  TensorView grad_mask;                          // float32, like mask; or none
+
+  static constexpr auto fields() {
+    using P = AttentionBackward;
+    return std::tuple_cat(
+        AttentionOptions::fields(),
+        std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse), field("output", &P::output),
+                   field("lse", &P::lse), field("delta", &P::delta), field("accumulator", &P::accumulator),
+                   field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
+                   field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
+  }
+};
+
+inline void check_operands(const Checker& at, const AttentionOptions& p) {
+  for (auto [t, argument] : NamedTensors{{&p.query, "query"}, {&p.key, "key"}, {&p.value, "value"}}) {
+    at.defined(*t, argument);
+    at.dtype(*t, argument, {DType::f32, DType::bf16});
+    at.dtype(*t, argument, {p.query.dtype});
+    if (t->ndim != 4) at.fail_at(argument, "must be (batch, heads, tokens, head_dim), got " + t->shape());
+    at.unit_last_stride(*t, argument);
+  }
+  const int64_t batch = p.query.size(0), keys = p.key.size(2);
+  at.shape(p.key, "key", {batch, p.key_heads(), keys, p.query.size(3)});
+  at.shape(p.value, "value", {batch, p.key_heads(), keys, p.value.size(3)});
+  if (p.key_heads() ? p.heads() % p.key_heads() != 0 : p.heads() != 0) {
+    at.fail_at("query", "has " + std::to_string(p.heads()) + " heads, which is no multiple of key's " +
+                            std::to_string(p.key_heads()));
+  }
+}
+
+inline void check_mask(const Checker& at, const AttentionOptions& p) {
+  if (!p.mask.defined()) return;
+  at.dtype(p.mask, "mask", {DType::boolean, DType::f32, DType::bf16});
+  const int64_t full[] = {p.query.size(0), p.heads(), p.query.size(2), p.key.size(2)};
+  bool fits = p.mask.ndim == 4;
+  for (int d = 0; fits && d < 4; ++d) fits = p.mask.size(d) == 1 || p.mask.size(d) == full[d];
+  if (!fits) at.fail_at("mask", "has shape " + p.mask.shape() + "; each size must be 1 or that of the scores");
+  at.unit_last_stride(p.mask, "mask");
+  if (p.packed()) at.fail_at("mask", "does not go with cu_seqlens");
+}
+
+inline void validate_options(const Checker& at, const AttentionOptions& p) {
+  check_operands(at, p);
+  check_mask(at, p);
+  if (p.cu_seqlens_q.defined() != p.cu_seqlens_k.defined()) at.fail_at("cu_seqlens_q", "and cu_seqlens_k go together");
+  for (auto [t, argument] :
+       NamedTensors{{&p.cu_seqlens_q, "cu_seqlens_q"}, {&p.cu_seqlens_k, "cu_seqlens_k"}}) {
+    at.dtype(*t, argument, {DType::i32});
+    at.contiguous(*t, argument);
+    if (!t->defined()) continue;
+    if (t->ndim != 1 || t->size(0) < 1) at.fail_at(argument, "must be (sequences + 1,), got " + t->shape());
+    at.shape(*t, argument, {p.cu_seqlens_q.size(0)});
+    if (p.query.size(0) != 1) at.fail_at(argument, "needs a batch of 1");
+  }
+  at.dtype(p.alibi_slopes, "alibi_slopes", {DType::f32});
+  at.shape(p.alibi_slopes, "alibi_slopes", {p.sequences(), p.heads()});
+  at.probability(p.dropout_p, "dropout_p");
+  if (p.dropout_p > 0) at.defined(p.seed, "seed");
+  at.dtype(p.seed, "seed", {DType::i64});
+  at.shape(p.seed, "seed", {1});
+  if (!std::isfinite(p.scale)) at.fail_at("scale", "must be finite");
+  if (!(std::isfinite(p.softcap) && p.softcap >= 0)) at.fail_at("softcap", "must be finite and at least 0");
+  if (p.window_left < -1 || p.window_right < -1) at.fail_at("window_size", "must be at least 0, or -1 (unbounded)");
+}
+
+// Tensors shaped like `like` but for the last size; float32 statistics lack it.
+inline void check_like(const Checker& at, const TensorView& t, const char* argument, const TensorView& like,
+                       int64_t last) {
+  at.shape(t, argument, {like.size(0), like.size(1), like.size(2), last});
+  at.unit_last_stride(t, argument);
+}
+inline void check_statistics(const Checker& at, const TensorView& t, const char* argument, const TensorView& query) {
+  at.dtype(t, argument, {DType::f32});
+  at.shape(t, argument, {query.size(0), query.size(1), query.size(2)});
+  at.contiguous(t, argument);
+}
+
+inline void validate(const AttentionForward& p) {
+  const Checker at{"attention"};
+  validate_options(at, p);
+  at.defined(p.output, "output");
+  at.dtype(p.output, "output", {p.query.dtype});
+  check_like(at, p.output, "output", p.query, p.value.size(3));
+  at.defined(p.lse, "lse");
+  check_statistics(at, p.lse, "lse", p.query);
+}
+
+inline void validate(const AttentionBackward& p) {
+  const Checker at{"attention backward"};
+  validate_options(at, p);
+  for (auto [t, argument] : NamedTensors{{&p.output, "output"}, {&p.grad_output, "grad_output"}}) {
+    at.defined(*t, argument);
+    at.dtype(*t, argument, {p.query.dtype});
+    check_like(at, *t, argument, p.query, p.value.size(3));
+  }
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.delta, "delta"}}) at.defined(*t, argument);
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.delta, "delta"}, {&p.grad_lse, "grad_lse"}}) {
+    check_statistics(at, *t, argument, p.query);
+  }
+  at.defined(p.accumulator, "accumulator");
+  at.dtype(p.accumulator, "accumulator", {DType::f32});
+  check_like(at, p.accumulator, "accumulator", p.query, p.query.size(3));
+  struct Gradient {
+    const TensorView *gradient, *of;
+    const char* argument;
+  };
+  for (auto [gradient, of, argument] : {Gradient{&p.grad_query, &p.query, "grad_query"},
+                                        Gradient{&p.grad_key, &p.key, "grad_key"},
+                                        Gradient{&p.grad_value, &p.value, "grad_value"}}) {
+    at.defined(*gradient, argument);
+    at.dtype(*gradient, argument, {p.query.dtype});
+    check_like(at, *gradient, argument, *of, of->size(3));
+  }
+  at.dtype(p.grad_mask, "grad_mask", {DType::f32});
+  if (!p.grad_mask.defined()) return;
+  at.defined(p.mask, "mask");
+  at.shape(p.grad_mask, "grad_mask", {p.mask.size(0), p.mask.size(1), p.mask.size(2), p.mask.size(3)});
+  at.contiguous(p.grad_mask, "grad_mask");
+}
+
+// The independent blocks of a call. Reads cu_seqlens, and refuses what does not cut the tokens into sequences: for
+// backends whose boundaries lie in memory that this process can read. Tokens after the last boundary follow as rows that
+// see no key and keys that no row sees.
+inline std::vector<Sequence> sequences_of(const AttentionOptions& p) {
+  std::vector<Sequence> all;
+  const int64_t count = p.sequences(), rows = p.query.size(2), keys = p.key.size(2);
+  if (!p.packed()) {
+    for (int64_t b = 0; b < count; ++b) all.push_back({b, b, 0, rows, 0, keys});
+    return all;
+  }
+  const Checker at{"varlen_attention"};
+  const auto refuse = [&](const TensorView& cu, const char* argument, int64_t tokens, int64_t longest) {
+    const int32_t* ends = cu.as<int32_t>();
+    if (ends[0] != 0) at.fail_at(argument, "must begin with 0, got " + std::to_string(ends[0]));
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t length = static_cast<int64_t>(ends[n + 1]) - ends[n];
+      if (length >= 0 && length <= longest) continue;
+      at.fail_at(argument, "gives sequence " + std::to_string(n) + " " + std::to_string(length) + " tokens" +
+                               (length < 0 ? ": it must never fall" : ", above its maximum " + std::to_string(longest)));
+    }
+    if (ends[count] > tokens) {
+      at.fail_at(argument, "ends at " + std::to_string(ends[count]) + ", past the " + std::to_string(tokens) + " tokens");
+    }
+  };
+  refuse(p.cu_seqlens_q, "cu_seqlens_q", rows, p.max_seqlen_q);
+  refuse(p.cu_seqlens_k, "cu_seqlens_k", keys, p.max_seqlen_k);
+  const int32_t *q = p.cu_seqlens_q.as<int32_t>(), *k = p.cu_seqlens_k.as<int32_t>();
+  for (int64_t n = 0; n < count; ++n) all.push_back({n, 0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
+  if (q[count] < rows) all.push_back({count, 0, q[count], rows - q[count], keys, 0});
+  if (k[count] < keys) all.push_back({count, 0, rows, 0, k[count], keys - k[count]});
+  return all;
+}
+
+}  // namespace llmengine::ops

@@ -1,0 +1,212 @@
+"""Cases of attention: every option alone and together, sizes around tile edges, empty and fully masked rows."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as torch_functional
+
+from llmengine import functional
+from llmengine.ops.registry import backend
+from llmengine.testing.sample import Operator, Sample
+
+
+def plain_sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, **more):
+    """PyTorch's function, given the windows and biases as a dense mask; written out where it has no such option."""
+    if dropout_p:  # PyTorch draws other numbers
+        with backend("reference"):
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **more
+            )
+    left, right = more.pop("window_size", (-1, -1))
+    causal = more.pop("causal", None)
+    band = (left, 0 if is_causal or causal else right, causal == "bottom_right")
+    return _plain(query, key, value, attn_mask, scale, enable_gqa, band, more)
+
+
+def _plain(query, key, value, attn_mask, scale, enable_gqa, band, more):
+    left, right, bottom_right = band
+    rows, keys = query.shape[-2], key.shape[-2]
+    distance = torch.arange(keys) - torch.arange(rows)[:, None] - (keys - rows if bottom_right else 0)
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    if left >= 0:
+        seen &= distance >= -left
+    if right >= 0:
+        seen &= distance <= right
+    bias = None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        seen = seen & attn_mask
+    elif attn_mask is not None:
+        bias = attn_mask
+    if (slopes := more.get("alibi_slopes")) is not None:
+        alibi = -slopes[..., None, None] * distance.abs()
+        bias = alibi if bias is None else bias + alibi
+    if not (more.get("softcap") or more.get("return_lse")):
+        mask = seen if bias is None else torch.where(seen, bias, -torch.inf).to(query.dtype)
+        if bias is None and seen.all():
+            mask = None
+        return torch_functional.scaled_dot_product_attention(
+            query, key, value, mask, scale=scale, enable_gqa=enable_gqa
+        )
+    return _written_out(query, key, value, seen, bias, scale, more)
+
+
+def _written_out(query, key, value, seen, bias, scale, more):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    group = query.shape[-3] // max(1, key.shape[-3])
+    k, v = (x.to(wide).repeat_interleave(max(1, group), -3) for x in (key, value))
+    scores = query.to(wide) @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if cap := more.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores if bias is None else scores + bias.to(wide)
+    scores = torch.where(seen, scores, -torch.inf)
+    some = seen.expand(scores.shape).any(-1, keepdim=True)
+    scores = torch.where(some, scores, 0.0)  # rows that see nothing, without the NaN of their gradients
+    output = torch.where(some, torch.softmax(scores, -1) @ v, 0.0).to(query.dtype)
+    if not more.get("return_lse"):
+        return output
+    return output, torch.where(some.squeeze(-1), scores.logsumexp(-1), -torch.inf)
+
+
+def plain_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, is_causal=False, **more):
+    """PyTorch's function, sequence by sequence."""
+    if more.get("dropout_p"):
+        with backend("reference"):
+            return functional.varlen_attention(
+                query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, **more
+            )
+    lse = more.get("return_lse")
+    slopes, scale, causal = more.pop("alibi_slopes", None), more.pop("scale", None), more.pop("causal", None)
+    left, right = more.pop("window_size", (-1, -1))
+    band = (left, 0 if is_causal or causal else right, causal != "top_left")
+    outputs, logs = [], []
+    for n in range(len(cu_seqlens_q) - 1):
+        q = query[cu_seqlens_q[n] : cu_seqlens_q[n + 1]].transpose(0, 1)
+        k, v = (x[cu_seqlens_k[n] : cu_seqlens_k[n + 1]].transpose(0, 1) for x in (key, value))
+        if slopes is not None:
+            more["alibi_slopes"] = slopes if slopes.ndim == 1 else slopes[n]
+        result = _plain(q, k, v, None, scale, True, band, more)
+        outputs.append((result[0] if lse else result).transpose(0, 1))
+        if lse:
+            logs.append(result[1])
+    rest = query.shape[0] - int(cu_seqlens_q[-1])
+    spare = (0 * query[cu_seqlens_q[-1] :, :, :1]).expand(-1, -1, value.shape[2])
+    output = torch.cat([*outputs, spare])
+    if not lse:
+        return output
+    return output, torch.cat([*logs, logs[0].new_full((query.shape[1], rest), -torch.inf)], dim=1)
+
+
+class _Maker:
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.samples: list[Sample] = []
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def chance(self, *shape, p=0.5):
+        return torch.rand(shape, generator=self.generator) < p
+
+    def add(self, name, args, **options):
+        slopes = ("alibi_slopes",) if "alibi_slopes" in options else ()
+        self.samples.append(Sample(name, args, options, slopes, slopes))
+
+    def padded(self, name, batch, heads, rows, keys, dim, value_dim=None, key_heads=None, **options):
+        key_heads = heads if key_heads is None else key_heads
+        if key_heads != heads:
+            options["enable_gqa"] = True
+        q, k = self.randn(batch, heads, rows, dim), self.randn(batch, key_heads, keys, dim)
+        self.add(name, (q, k, self.randn(batch, key_heads, keys, value_dim or dim)), **options)
+
+    def packed(self, name, rows, keys, heads, key_heads, dim, value_dim=None, spare=0, **options):
+        """`spare` tokens follow the last sequence."""
+        cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (rows, keys))
+        q, k = self.randn(sum(rows) + spare, heads, dim), self.randn(sum(keys) + spare, key_heads, dim)
+        v = self.randn(sum(keys) + spare, key_heads, value_dim or dim)
+        self.add(name, (q, k, v, cu_q, cu_k, max([0, *rows]), max([0, *keys])), **options)
+
+
+CAUSAL = {
+    "full": {}, "causal": {"is_causal": True}, "bottom right": {"causal": "bottom_right"},
+    "window": {"window_size": (9, 4)}, "causal window": {"is_causal": True, "window_size": (5, -1)},
+    "bottom right window": {"causal": "bottom_right", "window_size": (12, -1)},
+}  # fmt: skip
+
+
+def _sdpa_samples() -> list[Sample]:
+    m = _Maker(0)
+    m.padded(
+        "everything", 2, 4, 5, 7, 8, 6, 2, attn_mask=m.randn(2, 1, 5, 7), causal="bottom_right", window_size=(4, -1),
+        softcap=3.0, alibi_slopes=m.randn(4).abs(), dropout_p=0.2, scale=-0.4, return_lse=True,
+    )  # fmt: skip
+    for name, options in CAUSAL.items():
+        for rows, keys in [(70, 70), (33, 130), (130, 33), (1, 64), (64, 1)]:
+            m.padded(f"{name} {rows}x{keys}", 1, 2, rows, keys, 16, **options)
+    for dim, value_dim in [(1, 1), (3, 5), (59, 59), (64, 64), (80, 128), (129, 33), (200, 16), (256, 256)]:
+        m.padded(f"head_dim {dim} {value_dim}", 1, 2, 35, 50, dim, value_dim, is_causal=True)
+    for heads, key_heads in [(4, 1), (6, 2), (6, 3)]:
+        m.padded(f"heads {heads} over {key_heads}", 2, heads, 20, 30, 24, key_heads=key_heads, return_lse=True)
+    for shape in [(2, 3, 40, 70), (1, 3, 40, 70), (2, 1, 1, 70), (40, 1), (1,), (3, 1, 70), (2, 3, 1, 1)]:
+        mask = m.randn(*shape)
+        m.padded(f"bias {shape}", 2, 3, 40, 70, 16, attn_mask=mask)
+        m.padded(f"mask {shape}", 2, 3, 40, 70, 16, attn_mask=mask > -0.5)
+        infinite = torch.where(m.chance(*shape, p=0.3), -torch.inf, mask)
+        m.padded(f"infinite bias {shape}", 2, 3, 40, 70, 16, attn_mask=infinite, is_causal=True)
+    m.padded("bias of grouped heads", 2, 4, 40, 70, 16, key_heads=2, attn_mask=m.randn(4, 40, 70), softcap=2.0)
+    empty = m.chance(2, 1, 40, 70)
+    empty[:, :, 3:9] = False
+    empty[1, :, 20:] = False
+    m.padded("rows without keys", 2, 3, 40, 70, 16, attn_mask=empty, return_lse=True)
+    m.padded("no key at all", 1, 1, 4, 6, 8, attn_mask=torch.zeros(4, 6, dtype=torch.bool), return_lse=True)
+    for name, options in {
+        "scale 0": {"scale": 0.0}, "negative scale": {"scale": -0.7}, "large scale": {"scale": 30.0},
+        "softcap": {"softcap": 1.5}, "softcap causal": {"softcap": 1.5, "is_causal": True, "scale": 1.0},
+        "alibi": {"alibi_slopes": m.randn(3).abs()}, "alibi per batch": {"alibi_slopes": m.randn(2, 3)},
+        "lse": {"return_lse": True}, "dropout": {"dropout_p": 0.3, "return_lse": True},
+        "dropout causal": {"dropout_p": 0.9, "is_causal": True},
+        "dropout mask": {"dropout_p": 0.1, "attn_mask": m.chance(2, 1, 1, 75)},
+        "window of one": {"window_size": (0, 0)}, "window to the right": {"window_size": (-1, 0)},
+        "wide window": {"window_size": (500, 500)}, "window ahead": {"window_size": (0, 20)},
+    }.items():  # fmt: skip
+        m.padded(name, 2, 3, 40, 75, 16, **options)
+    for batch, heads, rows, keys in [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)]:
+        m.padded(f"empty {(batch, heads, rows, keys)}", batch, heads, rows, keys, 8, return_lse=True)
+    m.add("three dimensions", (m.randn(3, 9, 8), m.randn(3, 11, 8), m.randn(3, 11, 4), m.randn(3, 9, 11)))
+    m.add("two dimensions", (m.randn(9, 8), m.randn(11, 8), m.randn(11, 8)), is_causal=True)
+    m.add("five dimensions", (m.randn(2, 2, 3, 9, 8), *[m.randn(2, 2, 3, 11, 8)] * 2, m.randn(2, 1, 1, 9, 11)))
+    m.add("broadcast batch", (m.randn(3, 9, 8), m.randn(2, 3, 11, 8), m.randn(1, 3, 11, 8)))
+    m.add("broadcast heads", (m.randn(2, 1, 9, 8), m.randn(2, 3, 11, 8), m.randn(2, 3, 11, 8)))
+    m.padded("large scores", 1, 2, 40, 90, 32, scale=20.0, is_causal=True, return_lse=True)
+    m.padded("several tiles", 1, 1, 300, 700, 32, causal="bottom_right", return_lse=True)
+    return m.samples
+
+
+def _varlen_samples() -> list[Sample]:
+    m = _Maker(1)
+    m.packed(
+        "everything", [2, 0, 3], [4, 1, 3], 4, 2, 8, 6, is_causal=True, window_size=(2, -1), softcap=3.0,
+        alibi_slopes=m.randn(4).abs(), dropout_p=0.2, return_lse=True,
+    )  # fmt: skip
+    for name, options in CAUSAL.items():
+        m.packed(f"{name} equal", [5, 70, 33, 1], [5, 70, 33, 1], 2, 2, 16, **options)
+        m.packed(f"{name} unequal", [5, 40, 33, 8], [60, 30, 1, 7], 2, 1, 16, **options)
+    for where in (0, 1, 2):
+        lengths = [4, 6]
+        lengths.insert(where, 0)
+        m.packed(f"empty sequence {where}", lengths, lengths, 2, 2, 8)
+    m.packed("no rows here, no keys there", [0, 5, 4, 0], [3, 0, 2, 0], 2, 2, 8, return_lse=True)
+    m.packed("no tokens", [0, 0], [0, 0], 2, 2, 8, return_lse=True)
+    m.packed("no sequences", [], [], 2, 2, 8)
+    m.packed("spare tokens", [9, 4], [7, 6], 4, 2, 8, spare=3, return_lse=True)
+    m.packed("alibi per sequence", [9, 14], [17, 6], 4, 2, 8, alibi_slopes=m.randn(2, 4).abs(), return_lse=True)
+    m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left")
+    m.packed("dropout", [9, 14], [17, 6], 2, 2, 8, dropout_p=0.4)
+    m.packed("softcap", [9, 14], [17, 6], 2, 2, 8, softcap=2.0, scale=1.0)
+    m.packed("many", list(range(1, 40)), list(range(1, 40)), 2, 1, 16, is_causal=True)
+    return m.samples
+
+
+OPERATORS = [
+    Operator("scaled_dot_product_attention", functional.scaled_dot_product_attention, _sdpa_samples, plain_sdpa),
+    Operator("varlen_attention", functional.varlen_attention, _varlen_samples, plain_varlen),
+]
