@@ -8,6 +8,7 @@
 //   which keeps both multiply-add ports of an AVX-512 core busy (225 of about 230 Gflop/s measured).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -23,7 +24,7 @@ inline constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 16 registers elsew
 inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
 
-enum class Lies { along, across };      // A(row, k): a[row stride + k] or a[k stride + row]
+enum class Lies { along, across };       // A(row, k): a[row stride + k] or a[k stride + row]
 enum class Into { place, add, scaled };  // beta 0, 1 or beta[row]
 
 template <int kVectors, Lies lies, Into into>
@@ -68,7 +69,25 @@ inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, 
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// C of any size, a panel of columns and a stripe of rows at a time. B(k, column) of panel i: b[i panel_stride + k
+// b_stride + column - i columns of a panel], a panel being kPanelVectors or kTileVectors wide.
+template <Lies lies, Into into>
+inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride,
+                     const float* b, int64_t b_stride, int64_t panel_stride, float* c, int64_t c_stride,
+                     const float* beta = nullptr) {
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    const float* stripe = lies == Lies::along ? a + r * a_stride : a + r;
+    const int count = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+    for (int64_t v = 0, panel = 0; v < vectors; v += panel_vectors, ++panel) {
+      const int width = static_cast<int>(vectors - v < panel_vectors ? vectors - v : panel_vectors);
+      multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride,
+                                c + r * c_stride + v * kLanes, c_stride, beta ? beta + r : nullptr);
+    }
+  }
+}
+
+// ---- packing
+// ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -104,10 +123,11 @@ inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t 
   }
 }
 
-// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel + column kPanel
-// + row % kPanel]. Rows up to a multiple of kLanes become zero.
+// The transpose times `factor` in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel +
+// column kPanel + row % kPanel]. Rows up to a multiple of kLanes become zero.
 template <class T>
-inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to) {
+inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor,
+                            float* to) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     float* panel = to + r / kPanel * columns * kPanel + r % kPanel;
     const int64_t count = rows - r < kLanes ? rows - r : kLanes;
@@ -116,9 +136,9 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
       F block[kLanes] = {};
       if (count == kLanes && width == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * from_stride + c);
+        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * from_stride + c) * factor;
       } else {
-        for (int64_t i = 0; i < count; ++i) block[i] = load_part(from + (r + i) * from_stride + c, width);
+        for (int64_t i = 0; i < count; ++i) block[i] = load_part(from + (r + i) * from_stride + c, width) * factor;
       }
       transpose(block);
       if (width == kLanes) {
@@ -131,14 +151,30 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
   }
 }
 
-// ---- scratch ---------------------------------------------------------------------------------------------------------
+// ---- scratch
+// ---------------------------------------------------------------------------------------------------------
 
 // Aligned floats of one thread, kept between calls: fresh pages would cost more than small attentions take.
 class Scratch {
  public:
-  // Begins anew: earlier pointers die, `floats` are there to be taken.
+  // Buffers of so many floats each; what was taken before dies.
+  template <class... Count>
+  std::array<float*, sizeof...(Count)> take(Count... counts) {
+    const int64_t sizes[] = {round_up(counts, 64 / 4)...};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    reserve(total);
+    std::array<float*, sizeof...(Count)> buffers;
+    float* next = memory_.get();
+    for (size_t i = 0; i < sizeof...(Count); ++i) {
+      buffers[i] = next;
+      next += sizes[i];
+    }
+    return buffers;
+  }
+
+ private:
   void reserve(int64_t floats) {
-    used_ = 0;
     if (floats <= size_) return;
     size_ = 0;
     const size_t bytes = static_cast<size_t>(round_up(floats * 4, 4096));
@@ -146,18 +182,12 @@ class Scratch {
     if (!memory_) throw std::bad_alloc();
     size_ = floats;
   }
-  float* take(int64_t floats) {
-    float* p = memory_.get() + used_;
-    used_ += round_up(floats, 64 / 4);
-    return p;
-  }
 
- private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
   std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0, used_ = 0;
+  int64_t size_ = 0;
 };
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA
