@@ -27,8 +27,7 @@ inline constexpr int64_t kRows = 96, kKeys = 96, kTile = kRows * kKeys;
 constexpr int64_t count_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kLanes); }
 
-// ---- operands
-// --------------------------------------------------------------------------------------------------------
+// ---- operands -------------------------------------------------------------------------------------------------------
 
 // The rows of one head of a (batch, heads, rows, columns) tensor, from row `first` on.
 template <class T>
@@ -50,7 +49,7 @@ struct Floats {
 
 template <class T>
 Floats pack(const Rows<T>& x, int64_t first, int64_t count, float* to) {
-  pack_rows(x.row(first), x.stride, count, x.columns, 1.0f, to, padded(x.columns));
+  pack_rows(x.row(first), x.stride, count, x.columns, to, padded(x.columns));
   return {to, padded(x.columns)};
 }
 
@@ -71,15 +70,14 @@ void store_rows(const float* from, int64_t stride, int64_t count, float factor, 
   }
 }
 
-// tile = x transposed^T: `transposed` holds `rows` query rows, packed in panels by pack_transposed.
-inline void multiply_scores(const Floats& x, int64_t keys, int64_t depth, const float* transposed, int64_t rows,
-                            float* tile) {
-  multiply<Lies::along, Into::place>(kPanelVectors, keys, count_of(rows, kLanes), depth, x.data, x.stride, transposed,
-                                     kPanel, depth * kPanel, tile, kRows);
+// tile = scale x transposed^T: `transposed` holds `rows` query rows, packed in panels by pack_transposed.
+inline void multiply_scores(const Floats& x, int64_t keys, int64_t depth, float scale, const float* transposed,
+                            int64_t rows, float* tile) {
+  multiply<Lies::along, Into::times>(kPanelVectors, keys, count_of(rows, kLanes), depth, x.data, x.stride, transposed,
+                                     kPanel, depth * kPanel, tile, kRows, &scale);
 }
 
-// ---- scores
-// ----------------------------------------------------------------------------------------------------------
+// ---- scores ---------------------------------------------------------------------------------------------------------
 
 struct TilePlace {
   int64_t row, rows, key, keys;  // within the sequence; key is a multiple of 4
@@ -230,8 +228,7 @@ class Scores {
   Dropout dropout_;
 };
 
-// ---- tasks
-// -----------------------------------------------------------------------------------------------------------
+// ---- tasks ----------------------------------------------------------------------------------------------------------
 
 // Numbers the tasks of all sequences from 0 on, sequence after sequence.
 class SequenceTasks {

@@ -1,6 +1,6 @@
 // Products of small float tiles that lie in a core's own caches, and the packing that brings tensors there.
 //
-//   C(row, column) = beta_row C(row, column) + sum_k A(row, k) B(k, column)
+//   C(row, column) = sum_k A(row, k) B(k, column), scaled by or added to what C holds
 //
 //   The micro-kernel holds kTileRows x kTileVectors vectors of C in registers and adds an outer product for every k:
 //   it loads vectors of B and broadcasts elements of A, so A may lie either way round (Across: element (row, k) at
@@ -24,8 +24,8 @@ inline constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 16 registers elsew
 inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
 
-enum class Lies { along, across };       // A(row, k): a[row stride + k] or a[k stride + row]
-enum class Into { place, add, scaled };  // beta 0, 1 or beta[row]
+enum class Lies { along, across };              // A(row, k): a[row stride + k] or a[k stride + row]
+enum class Into { place, times, add, scaled };  // C = AB, beta[0] AB, C + AB, beta[row] C + AB
 
 template <int kVectors, Lies lies, Into into>
 inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
@@ -48,6 +48,7 @@ inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_str
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* out = c + r * c_stride + v * kLanes;
+      if constexpr (into == Into::times) sum[r][v] *= beta[0];
       if constexpr (into == Into::add) sum[r][v] = load(out) + sum[r][v];
       if constexpr (into == Into::scaled) sum[r][v] = load(out) * beta[r] + sum[r][v];
       store(out, sum[r][v]);
@@ -81,13 +82,12 @@ inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t d
     for (int64_t v = 0, panel = 0; v < vectors; v += panel_vectors, ++panel) {
       const int width = static_cast<int>(vectors - v < panel_vectors ? vectors - v : panel_vectors);
       multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride,
-                                c + r * c_stride + v * kLanes, c_stride, beta ? beta + r : nullptr);
+                                c + r * c_stride + v * kLanes, c_stride, into == Into::scaled ? beta + r : beta);
     }
   }
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -110,24 +110,22 @@ inline void transpose(F (&x)[kLanes]) {
   }
 }
 
-// Rows of a tensor, widened and multiplied by `factor`, `width` floats apart; columns up to `width` become zero.
+// Rows of a tensor, widened, `width` floats apart; columns up to `width` become zero.
 template <class T>
-inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor, float* to,
-                      int64_t width) {
+inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = from + r * from_stride;
     float* line = to + r * width;
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) store(line + c, load(x + c) * factor);
-    if (c < width) store(line + c, load_part(x + c, columns - c) * factor);
+    for (; c + kLanes <= columns; c += kLanes) store(line + c, load(x + c));
+    if (c < width) store(line + c, load_part(x + c, columns - c));
   }
 }
 
-// The transpose times `factor` in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel +
+// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel +
 // column kPanel + row % kPanel]. Rows up to a multiple of kLanes become zero.
 template <class T>
-inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor,
-                            float* to) {
+inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     float* panel = to + r / kPanel * columns * kPanel + r % kPanel;
     const int64_t count = rows - r < kLanes ? rows - r : kLanes;
@@ -136,9 +134,9 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
       F block[kLanes] = {};
       if (count == kLanes && width == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * from_stride + c) * factor;
+        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * from_stride + c);
       } else {
-        for (int64_t i = 0; i < count; ++i) block[i] = load_part(from + (r + i) * from_stride + c, width) * factor;
+        for (int64_t i = 0; i < count; ++i) block[i] = load_part(from + (r + i) * from_stride + c, width);
       }
       transpose(block);
       if (width == kLanes) {
@@ -151,8 +149,7 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
   }
 }
 
-// ---- scratch
-// ---------------------------------------------------------------------------------------------------------
+// ---- scratch --------------------------------------------------------------------------------------------------------
 
 // Aligned floats of one thread, kept between calls: fresh pages would cost more than small attentions take.
 class Scratch {

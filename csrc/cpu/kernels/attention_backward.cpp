@@ -14,7 +14,11 @@
 //   of threads, so that this changes no bit. Limit: the multiply-add ports.
 //
 //   The gradient of a mask is made by tasks of its own, each owning a tile of it and going through all batch entries,
-//   heads, rows or keys that share the tile: two products more where it is asked for, and no quadratic buffer.
+//   heads or rows that share the tile: two products more where it is asked for, and no quadratic buffer. A bias that is
+//   one for all keys of a row moves lse and nothing else: its gradient is that of lse.
+#include <numeric>
+#include <tuple>
+
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
 
@@ -49,11 +53,11 @@ class Workspace {
     const Rows<const T> query(p_.query, s_.batch, head, s_.row0 + row);
     const Rows<const T> grad(p_.grad_output, s_.batch, head, s_.row0 + row);
     const Rows<const T> output(p_.output, s_.batch, head, s_.row0 + row);
-    pack_transposed(query.data, query.stride, rows, query.columns, static_cast<float>(p_.scale), query_transposed_);
-    pack_transposed(grad.data, grad.stride, rows, grad.columns, 1.0f, grad_transposed_);
+    pack_transposed(query.data, query.stride, rows, query.columns, query_transposed_);
+    pack_transposed(grad.data, grad.stride, rows, grad.columns, grad_transposed_);
     pack(query, 0, rows, query_);
     pack(grad, 0, rows, grad_);
-    pack_transposed(output.data, output.stride, rows, output.columns, 1.0f, output_transposed_);
+    pack_transposed(output.data, output.stride, rows, output.columns, output_transposed_);
     make_delta(rows);
     const int64_t statistic = (s_.batch * p_.heads() + head) * p_.query.size(2) + s_.row0 + row;
     std::fill_n(lse_, kRows, INFINITY);  // of lanes without a row: their probabilities are 0
@@ -67,10 +71,11 @@ class Workspace {
   // P keep and P (grad_P keep - delta), the gradient of the logits
   void make_tiles(const Scores& scores, const TilePlace& at) {
     at_ = at;
-    multiply_scores(lie_or_pack(value_, at.key, at.keys, values_), at.keys, value_.columns, grad_transposed_, at.rows,
-                    g_tile_);
+    multiply_scores(lie_or_pack(value_, at.key, at.keys, values_), at.keys, value_.columns, 1.0f, grad_transposed_,
+                    at.rows, g_tile_);
     packed_key_ = pack(key_, at.key, at.keys, keys_);
-    multiply_scores(packed_key_, at.keys, key_.columns, query_transposed_, at.rows, p_tile_);
+    multiply_scores(packed_key_, at.keys, key_.columns, static_cast<float>(p_.scale), query_transposed_, at.rows,
+                    p_tile_);
     scores.to_logits(at, p_tile_, slope_);
     if (scores.drops()) scores.keep_multipliers(at, keep_);
     for_scores(at, p_tile_, [&](int64_t v, int64_t, float* x) {
@@ -133,8 +138,7 @@ class Workspace {
   TilePlace at_;
 };
 
-// ---- grad_query, grad_key, grad_value
-// --------------------------------------------------------------------------------
+// ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
 constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
 
@@ -250,15 +254,13 @@ class Backward {
   std::unique_ptr<float[]> partials_;
 };
 
-// ---- grad_mask
-// -------------------------------------------------------------------------------------------------------
+// ---- grad_mask ------------------------------------------------------------------------------------------------------
 
-// One size of the mask and the positions that share an element of it: all of them where it is broadcast.
+// The positions along one dimension that share index i of the mask: i alone, or all where the mask has size 1.
 struct Shared {
   int64_t size, full;
-  bool broadcast() const { return size == 1; }
-  int64_t first(int64_t i) const { return broadcast() ? 0 : i; }
-  int64_t last(int64_t i, int64_t step = 1) const { return broadcast() ? full : std::min(full, i + step); }
+  int64_t first(int64_t i) const { return size == 1 ? 0 : i; }
+  int64_t last(int64_t i, int64_t step = 1) const { return size == 1 ? full : std::min(full, i + step); }
 };
 
 class MaskGradient {
@@ -268,67 +270,74 @@ class MaskGradient {
         batch_{p.mask.size(0), p.query.size(0)},
         heads_{p.mask.size(1), p.heads()},
         rows_{p.mask.size(2), p.query.size(2)},
-        keys_{p.mask.size(3), p.key.size(2)} {}
+        keys_(p.mask.size(3)) {}
 
+  // A task owns one (batch, head, row tile, key tile) of the mask.
   template <class T>
   void run() const {
-    const int64_t row_tiles = count_of(rows_.size, kRows), key_tiles = count_of(keys_.size, kKeys);
+    const int64_t row_tiles = count_of(rows_.size, kRows), key_tiles = count_of(keys_, kKeys);
     parallel_each(batch_.size * heads_.size * row_tiles * key_tiles, [&](int64_t index) {
       const int64_t key = index % key_tiles * kKeys, row = index / key_tiles % row_tiles * kRows;
-      const int64_t head = index / key_tiles / row_tiles % heads_.size;
-      task<T>(index / key_tiles / row_tiles / heads_.size, head, row, key);
+      const int64_t slice = index / key_tiles / row_tiles, batch = slice / heads_.size, head = slice % heads_.size;
+      thread_local Scratch scratch;
+      float* sum = scratch.take(kTile)[0];
+      std::fill_n(sum, kTile, 0.0f);
+      if (keys_ > 1) {
+        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_scores<T>(b, h, row, key, sum); });
+      } else {
+        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_grad_lse(b, h, row, sum); });
+      }
+      write(slice, row, key, sum);
     });
   }
 
  private:
-  // Sums the tile at (batch, head, row, key) of the mask; broadcast rows and keys fold onto one tile before they fold
-  // onto one element.
-  template <class T>
-  void task(int64_t batch, int64_t head, int64_t row, int64_t key) const {
-    thread_local Scratch tiles, total;
-    float* sum = total.take(kTile)[0];
-    std::fill_n(sum, kTile, 0.0f);
-    const auto sequences = ops::sequences_of(p_);
+  template <class Body>
+  void for_sharers(int64_t batch, int64_t head, const Body& body) const {
     for (int64_t b = batch_.first(batch); b < batch_.last(batch); ++b) {
-      for (int64_t h = heads_.first(head); h < heads_.last(head); ++h) {
-        Workspace<T> work(p_, sequences[b], h / p_.group(), tiles);
-        const Scores scores(p_, sequences[b], h);
-        for (int64_t r = rows_.first(row); r < rows_.last(row, kRows); r += kRows) {
-          work.open_rows(h, r);
-          add_keys(work, scores, r, key, sum);
-        }
-      }
+      for (int64_t h = heads_.first(head); h < heads_.last(head); ++h) body(b, h);
     }
-    write(batch, head, row, key, sum);
   }
 
   template <class T>
-  void add_keys(Workspace<T>& work, const Scores& scores, int64_t row, int64_t key, float* sum) const {
-    const int64_t rows = std::min(kRows, rows_.full - row);
-    const int64_t end = std::min(keys_.last(key, kKeys), scores.last_key(row + rows));
-    for (int64_t k = keys_.first(key); k < end; k += kKeys) {
-      const TilePlace at{row, rows, k, std::min(kKeys, end - k)};
+  void add_scores(int64_t b, int64_t h, int64_t first_row, int64_t key, float* sum) const {
+    thread_local Scratch scratch;
+    const ops::Sequence sequence{b, b, 0, rows_.full, 0, keys_};
+    Workspace<T> work(p_, sequence, h / p_.group(), scratch);
+    const Scores scores(p_, sequence, h);
+    for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); row += kRows) {
+      const TilePlace at{row, std::min(kRows, rows_.full - row), key, std::min(kKeys, keys_ - key)};
+      work.open_rows(h, row);
       work.make_tiles(scores, at);
       for_scores(at, sum, [&](int64_t, int64_t, float* x) { store(x, load(x) + load(work.g_tile() + (x - sum))); });
     }
   }
 
-  void write(int64_t batch, int64_t head, int64_t row, int64_t key, const float* sum) const {
-    float* out = p_.grad_mask.as<float>() + (batch * heads_.size + head) * rows_.size * keys_.size;
-    const int64_t rows = std::min(kRows, rows_.full), keys = std::min(kKeys, keys_.full);
-    for (int64_t r = 0; r < std::min(kRows, rows_.size - row); ++r) {
-      for (int64_t c = 0; c < std::min(kKeys, keys_.size - key); ++c) {
-        float total = 0.0f;
-        for (int64_t i = c; i < (keys_.broadcast() ? keys : c + 1); ++i) {
-          for (int64_t j = r; j < (rows_.broadcast() ? rows : r + 1); ++j) total += sum[i * kRows + j];
-        }
-        out[(row + r) * keys_.size + key + c] = total;
+  void add_grad_lse(int64_t b, int64_t h, int64_t first_row, float* sum) const {
+    if (!p_.grad_lse.defined()) return;
+    const int64_t statistic = (b * p_.heads() + h) * rows_.full;
+    for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); ++row) {
+      const bool sees = p_.lse.as<float>()[statistic + row] != -INFINITY;
+      if (sees) sum[row % kRows] += p_.grad_lse.as<float>()[statistic + row];
+    }
+  }
+
+  // The tile that begins at (row, key); rows that share an element have come to lie side by side.
+  void write(int64_t slice, int64_t row, int64_t key, const float* sum) const {
+    float* out = p_.grad_mask.as<float>() + slice * rows_.size * keys_;
+    const int64_t rows = std::min(kRows, rows_.size - row), keys = std::min(kKeys, keys_ - key);
+    const int64_t lanes = rows_.size == 1 ? std::min(kRows, rows_.full) : 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < keys; ++c) {
+        const float* from = sum + c * kRows + r;
+        out[(row + r) * keys_ + key + c] = std::accumulate(from, from + lanes, 0.0f);
       }
     }
   }
 
   const ops::AttentionBackward& p_;
-  Shared batch_, heads_, rows_, keys_;
+  Shared batch_, heads_, rows_;
+  int64_t keys_;
 };
 
 void attention_backward(const ops::AttentionBackward& p) {

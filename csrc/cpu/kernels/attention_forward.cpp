@@ -53,18 +53,19 @@ void forward_rows(const ops::AttentionForward& p, const ops::Sequence& s, int64_
   const Rows<const T> query(p.query, s.batch, head, s.row0 + row);
   const Rows<const T> key(p.key, s.batch, key_head, s.key0), value(p.value, s.batch, key_head, s.key0);
   const int64_t depth = query.columns, width = padded(value.columns);
+  const float scale = static_cast<float>(p.scale);
   const Scores scores(p, s, head);
 
   thread_local Scratch scratch;
   const auto [transposed, keys, values, tile, keep, output] = scratch.take(
       depth * kRows, padded(depth) * kKeys, width * kKeys, kTile, scores.drops() ? kTile : 0, width * kRows);
-  pack_transposed(query.data, query.stride, rows, depth, static_cast<float>(p.scale), transposed);
+  pack_transposed(query.data, query.stride, rows, depth, transposed);
   std::fill_n(output, width * rows, 0.0f);
   Statistics statistics;
   const int64_t end = scores.last_key(row + rows);
   for (int64_t first = scores.first_key(row); first < end; first += kKeys) {
     const TilePlace at{row, rows, first, std::min(kKeys, end - first)};
-    multiply_scores(lie_or_pack(key, first, at.keys, keys), at.keys, depth, transposed, rows, tile);
+    multiply_scores(lie_or_pack(key, first, at.keys, keys), at.keys, depth, scale, transposed, rows, tile);
     scores.to_logits(at, tile);
     statistics.update(at, tile);
     if (scores.drops()) {
