@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/norm.h"
 #include "ops/softmax.h"
@@ -41,6 +42,8 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AttentionForward>(module, "attention_forward");
+  bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
