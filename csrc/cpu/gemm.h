@@ -16,7 +16,8 @@
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 
-// An operand where it lies: element (row, column) at data[row stride + column] or, transposed, data[column stride + row].
+// An operand where it lies: element (row, column) at data[row stride + column] or, transposed, data[column stride +
+// row].
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -47,7 +48,8 @@ struct Term {
 };
 
 inline constexpr int kAccumulators = 2;
-inline constexpr int64_t kTileColumns = 384;  // of C; tiles begin at its multiples. Divisible by every panel, and by 64.
+inline constexpr int64_t kTileColumns =
+    384;  // of C; tiles begin at its multiples. Divisible by every panel, and by 64.
 static_assert(kTileColumns % kPanel == 0);
 
 // A finished tile of C: element (row + r, column + c) of accumulator i at c[i][r stride + c]. The epilogue owns it: it

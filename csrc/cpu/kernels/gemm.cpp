@@ -9,8 +9,8 @@
 //
 //   All threads pack a strip, then take tiles of it as they come free. A panel of B (16 KiB) stays in the first-level
 //   cache while A's block (96 KiB) and C's tile (144 KiB) go by from the second; tiles of one column follow each other,
-//   so that their B (depth x kTileColumns) comes from the third. Packing costs one pass over B in all and one over A for
-//   each column of tiles, 1/384 of the multiply-adds. Limit: the multiply-add units.
+//   so that their B (depth x kTileColumns) comes from the third. Packing costs one pass over B in all and one over A
+//   for each column of tiles, 1/384 of the multiply-adds. Limit: the multiply-add units.
 //
 //   A processor with matrix instructions wants other panels (pairs of bf16) and another inner product: that is Packing
 //   and multiply_panels() below; strips, tiles and epilogues stay.
@@ -52,7 +52,8 @@ void pack_a_along(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t
   for (int64_t r = rows; r < round_up(rows, kTileRows); ++r) std::fill_n(to + r * kRowOfA, depth, 0.0f);
 }
 
-// The same of a transposed A, in groups of kTileRows rows: element (r, k) of the group at row g at [g kRowOfA + k kTileRows + r].
+// The same of a transposed A, in groups of kTileRows rows: element (r, k) of the group at row g at [g kRowOfA + k
+// kTileRows + r].
 template <class T>
 void pack_a_across(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* to) {
   const int64_t whole = rows / kTileRows * kTileRows;
@@ -123,8 +124,7 @@ struct Block {
     });
   }
   void pack_b(int64_t column, int64_t columns, float* to) const {
-    visit_float(term->b.dtype,
-                [&]<class T>(T) { LLMENGINE_ISA::pack_b<T>(term->b, k, depth, column, columns, to); });
+    visit_float(term->b.dtype, [&]<class T>(T) { LLMENGINE_ISA::pack_b<T>(term->b, k, depth, column, columns, to); });
   }
 };
 
