@@ -50,6 +50,7 @@ struct Term {
 inline constexpr int kAccumulators = 2;
 inline constexpr int64_t kTileColumns =
     384;  // of C; tiles begin at its multiples. Divisible by every panel, and by 64.
+inline constexpr int64_t kRowBlock = 4 * kTileRows;  // tiles begin at multiples of it, too
 static_assert(kTileColumns % kPanel == 0);
 
 // A finished tile of C: element (row + r, column + c) of accumulator i at c[i][r stride + c]. The epilogue owns it: it
@@ -59,6 +60,20 @@ struct Tile {
   float* c[kAccumulators];
   int64_t stride;
 };
+
+// The tile's first accumulator, plus a line of C's width if given, rounded into its place in `out`.
+inline void store_tile(const Tile& tile, const TensorView& out, const float* bias = nullptr) {
+  visit_float(out.dtype, [&]<class T>(T) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* to = out.as<T>() + (tile.row + r) * out.stride(0) + tile.column;
+      const float* c = tile.c[0] + r * tile.stride;
+      for_lanes(tile.columns, [&](int64_t i, auto n) {
+        const F value = load_n(c + i, n);
+        store_n(to + i, bias ? value + load_n(bias + tile.column + i, n) : value, n);
+      });
+    }
+  });
+}
 
 // Called once for every tile of C, from any thread, on no two tiles that overlap.
 struct Epilogue {

@@ -26,16 +26,10 @@ namespace {
 
 constexpr int64_t kBlockDepth = 256;
 constexpr int64_t kRowOfA = kBlockDepth + 8;  // not a power of two: rows of a block must not share one cache set
-constexpr int64_t kMostTileRows = 16 * kTileRows, kLeastTileRows = 4 * kTileRows;
+constexpr int64_t kMostTileRows = 4 * kRowBlock;
 constexpr int64_t kStripBytes = 8 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class Body>
-void parallel_over(int64_t n, const Body& body) {
-  const auto call = [](void* b, int64_t index, int) { (*static_cast<const Body*>(b))(index); };
-  parallel_tasks(n, call, const_cast<Body*>(&body));
-}
 
 template <class T>
 const T* line(const Matrix& m, int64_t row) {
@@ -138,7 +132,7 @@ class Gemm {
     const int64_t strips = ceil_div(tiles, std::max<int64_t>(affordable, 1));
     strip_ = ceil_div(tiles, strips) * kTileColumns;
     // Too few tiles for the threads: lower ones. Their height changes no sum.
-    while (tile_rows_ > kLeastTileRows && ceil_div(rows, tile_rows_) * tiles < 4 * num_threads()) tile_rows_ /= 2;
+    while (tile_rows_ > kRowBlock && ceil_div(rows, tile_rows_) * tiles < 4 * num_threads()) tile_rows_ /= 2;
     tile_rows_ = std::min(tile_rows_, round_up(rows, kTileRows));
   }
 
@@ -152,13 +146,13 @@ class Gemm {
       const auto place = [&](const Block& block, int64_t tile) {
         return packed + block.before * round_up(end - column, kPanel) + tile * kTileColumns * block.depth;
       };
-      parallel_over(tiles * static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
+      parallel_each(tiles * static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
         const Block& block = blocks_[task / tiles];
         const int64_t tile = task % tiles;
         block.pack_b(column + tile * kTileColumns, columns_of(tile), place(block, tile));
       });
       const int64_t layers = ceil_div(rows_, tile_rows_);
-      parallel_over(tiles * layers, [&](int64_t task) {
+      parallel_each(tiles * layers, [&](int64_t task) {
         const int64_t tile = task / layers, row = task % layers * tile_rows_;
         run_tile(row, std::min(tile_rows_, rows_ - row), column + tile * kTileColumns, columns_of(tile),
                  [&](const Block& block) { return place(block, tile); });
@@ -168,6 +162,7 @@ class Gemm {
 
  private:
   int64_t rows_, columns_, strip_ = 0, tile_rows_ = kMostTileRows, depth_ = 0;
+  int accumulators_ = 1;
   Epilogue epilogue_;
   std::vector<Block> blocks_;
   bool begun_[kAccumulators] = {};
@@ -177,6 +172,7 @@ class Gemm {
       const int64_t depth = std::min(kBlockDepth, term.depth - k);
       blocks_.push_back({&term, k, depth, depth_, begun_[term.into] ? Into::add : Into::place});
       begun_[term.into] = true;
+      accumulators_ = std::max(accumulators_, term.into + 1);
       depth_ += depth;
     }
   }
@@ -185,10 +181,10 @@ class Gemm {
   void run_tile(int64_t row, int64_t rows, int64_t column, int64_t columns, const PackedB& packed_b) const {
     static thread_local Scratch scratch;
     const int64_t padded_rows = round_up(rows, kTileRows), stride = round_up(columns, kPanel);
-    scratch.reserve(padded_rows * (kRowOfA + kAccumulators * stride));
+    scratch.reserve(padded_rows * (kRowOfA + accumulators_ * stride));
     float* a = scratch.take(padded_rows * kRowOfA);
     Tile tile{row, column, rows, columns, {}, stride};
-    for (int i = 0; i < kAccumulators; ++i) {
+    for (int i = 0; i < accumulators_; ++i) {
       tile.c[i] = scratch.take(padded_rows * stride);
       if (!begun_[i]) std::fill_n(tile.c[i], rows * stride, 0.0f);
     }
