@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/ffn.h"
 #include "ops/norm.h"
 #include "ops/softmax.h"
 
@@ -46,6 +47,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
+  bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
+  bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");

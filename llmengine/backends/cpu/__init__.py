@@ -1,11 +1,17 @@
-"""C++ kernels for CPUs (csrc/cpu), float32 and bfloat16. Buffers are allocated here, by PyTorch."""
+"""C++ kernels for CPUs, float32 and bfloat16, of csrc/cpu/."""
 
 from __future__ import annotations
 
-from llmengine.backends.cpu import attention, cross_entropy, norm, softmax
+from llmengine.backends.cpu import attention, cross_entropy, ffn, norm, softmax
 from llmengine.backends.cpu.native import unavailable
 from llmengine.ops.registry import Kernel
 
 __all__ = ["KERNELS", "unavailable"]
 
-KERNELS: dict[str, Kernel] = {**attention.KERNELS, **cross_entropy.KERNELS, **norm.KERNELS, **softmax.KERNELS}
+KERNELS: dict[str, Kernel] = {
+    **attention.KERNELS,
+    **cross_entropy.KERNELS,
+    **ffn.KERNELS,
+    **norm.KERNELS,
+    **softmax.KERNELS,
+}
