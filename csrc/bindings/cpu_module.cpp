@@ -26,7 +26,7 @@ py::object& thread_count() {
 template <class Params>
 void bind_cpu(py::module_& module, const char* name) {
   bind<Params>(
-      module, name, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
+      module, name, dlpack::kCPU, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
       [](const Params& params) { cpu::run(params); });
 }
 
