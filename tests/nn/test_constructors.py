@@ -1,4 +1,4 @@
-"""Every module has torch.nn's constructor, forward arguments, state_dict and initial weights, and names bad arguments."""
+"""Every module has torch.nn's constructor, arguments, state_dict and initial weights, and names bad arguments."""
 
 from __future__ import annotations
 
