@@ -181,5 +181,5 @@ def test_bad_inputs_are_named(args, options, message):
 
 def test_nested_tensors_are_refused_with_a_remedy():
     ragged = torch.nested.nested_tensor([X[0], Y[0]], layout=torch.jagged)
-    with pytest.raises(ValueError, match="query is a nested tensor, .* use llmengine.functional.varlen_attention"):
+    with pytest.raises(ValueError, match=r"query is a nested tensor, .* use llmengine\.functional\.varlen_attention"):
         nn.MultiheadAttention(8, 2, batch_first=True)(ragged, ragged, ragged)
