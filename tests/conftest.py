@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# Whether a test passes must not depend on how busy the machine is.
+hypothesis.settings.register_profile("llmengine", deadline=None)
+hypothesis.settings.load_profile("llmengine")
 
 # Two threads wherever the tests run: enough to show races and reductions that depend on the split.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
