@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from llmengine.training.config import RunConfig
+from llmengine.training.loop import Diverged, Result, train
+from llmengine.training.observer import Observer
 
-__all__ = ["RunConfig"]
+__all__ = ["Diverged", "Observer", "Result", "RunConfig", "train"]

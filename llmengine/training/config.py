@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a training run, from YAML or TOML, and the sentences that say what is wrong with it."""
+"""RunConfig: what decides a training run, from YAML or TOML, and the sentences that say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class RunConfig(Section):
         preset = self.model.get("preset")
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"model.preset: {preset!r} is not a preset{hint(preset, PRESETS)}; {', '.join(PRESETS)}")
-        architecture = self.model.get("architecture", PRESETS.get(preset, {}).get("architecture"))
+        architecture = self.model.get("architecture", PRESETS[preset]["architecture"] if preset else None)
         needed = "decoder" if self.objective == "clm" else "encoder"
         if architecture in ("encoder", "decoder") and architecture != needed:
             raise ValueError(f'objective: "{self.objective}" needs the architecture {needed}; model is {architecture}')
@@ -192,8 +192,9 @@ class RunConfig(Section):
         """The model's config for a tokenizer of this size and with these special tokens (None: it has none)."""
         tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
         heads = {"objectives": list(HEADS[self.objective]), "vocab_size": vocab_size}
+        unpooled = {} if "nsp" in HEADS[self.objective] else {"pooler": "none"}  # else it would never be trained
         try:
-            return TransformerConfig.from_dict({**self.model, **heads, **tokens})
+            return TransformerConfig.from_dict({**self.model, **heads, **tokens, **unpooled})
         except ValueError as error:
             raise ValueError("model: " + str(error).removeprefix("TransformerConfig: ")) from None
 
@@ -226,13 +227,17 @@ class RunConfig(Section):
         fields["tokenizer"] = self.tokenizer.model_dump(exclude_none=True)
         return fields
 
+    def flat(self) -> dict[str, Any]:
+        """{"data.workers": 0, …}."""
+        return config_file.flat(self.to_dict())
+
     def to_file(self, path: str | Path) -> None:
         """Writes YAML."""
         config_file.write(Path(path), self.to_dict())
 
     def changed(self, other: RunConfig) -> list[str]:
         """Names of the fields that differ from `other`'s and change what is computed, so that a run cannot go on."""
-        ours, theirs = (config_file.flat(config.to_dict()) for config in (self, other))
+        ours, theirs = self.flat(), other.flat()
         differ = {name for name in ours.keys() | theirs.keys() if ours.get(name, ...) != theirs.get(name, ...)}
         constant = self.schedule.kind == other.schedule.kind == "constant"  # then more steps continue the same curve
         return sorted(differ - set(FREE) - ({"steps"} if constant else set()))

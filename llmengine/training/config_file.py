@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from llmengine.training.files import replace_text
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -56,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, fields: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(fields), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, text)
 
 
 def overridden(fields: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
