@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from llmengine.models.config import TransformerConfig
 from llmengine.models.presets import PRESETS
+from llmengine.objectives import OBJECTIVES
 from llmengine.training import config_file
 from llmengine.training.config_errors import hint, sentences
 
@@ -20,7 +21,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # JSON, YAML and TOML have lists only; strictness is meant for the elements
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
-HEADS: dict[str, tuple[str, ...]] = {"bert": ("mlm", "nsp"), "mlm": ("mlm",), "clm": ("clm",)}
 _TOKENIZERS = {
     "bert": {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True},
     "mlm": {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True},
@@ -191,8 +191,10 @@ class RunConfig(Section):
     ) -> TransformerConfig:
         """The model's config for a tokenizer of this size and with these special tokens (None: it has none)."""
         tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
-        heads = {"objectives": list(HEADS[self.objective]), "vocab_size": vocab_size}
-        unpooled = {} if "nsp" in HEADS[self.objective] else {"pooler": "none"}  # else it would never be trained
+        heads = {"objectives": list(OBJECTIVES[self.objective].heads), "vocab_size": vocab_size}
+        unpooled = (
+            {} if "nsp" in OBJECTIVES[self.objective].heads else {"pooler": "none"}
+        )  # else it would never be trained
         try:
             return TransformerConfig.from_dict({**self.model, **heads, **tokens, **unpooled})
         except ValueError as error:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from llmengine.data.batches import StepBatches
+from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer
-from llmengine.models.output import TransformerOutput
 
 COUNTED = {"mlm": "tokens", "clm": "tokens", "nsp": "sequences"}  # what a head's loss is a mean over
-IGNORED = -100
 
 
 @torch.no_grad()
@@ -30,13 +29,14 @@ def evaluate(model: Transformer, batches: StepBatches, device: torch.device, pre
     items: Counter[str] = Counter()
     right: Counter[str] = Counter()
     for step in range(batches.steps_per_epoch):
-        for batch in batches[step].micro_batches:
+        packed = batches[step]
+        for batch in packed.micro_batches:
             batch = on(device, batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 out = model(**batch, num_items_in_batch={"tokens": 1, "sequences": 1})
                 right.update(_right(model, batch, out))
             totals.update({head: float(loss) for head, loss in out.losses.items()})
-        items.update(batches[step].items)
+        items.update(packed.items)
     model.train(was_training)
     losses = {head: total / max(items[COUNTED[head]], 1) for head, total in totals.items()}
     tokens = next(loss for head, loss in losses.items() if head != "nsp")
@@ -50,10 +50,10 @@ def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _right(model: Transformer, batch: dict[str, Any], out: TransformerOutput) -> dict[str, int]:
+def _right(model: Transformer, batch: dict[str, Any], out: Any) -> dict[str, int]:
     """How many labels each head but the next-token one guesses. The token head sees labelled tokens only."""
     right = {}
-    if "mlm" in out.losses:
+    if "mlm" in out.losses and model.token_head is not None:
         labelled = (batch["labels"] != IGNORED).nonzero().squeeze(1)
         hidden = out.last_hidden_state[labelled]
         guesses = model.token_head(hidden, model.embeddings.word.weight).argmax(-1)

@@ -31,7 +31,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[Record]:
-    """All whole records, none where there is no file; a last line that a killed process left half-written is dropped."""
+    """All whole records, none where there is no file; a line that a killed process left half-written is dropped."""
     if not path.exists():
         return []
     records = []

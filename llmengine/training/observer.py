@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Override what you want to hear. Drawing random numbers does not disturb the run: each step seeds the generators."""
+    """Override what you want to hear. Drawing random numbers does no harm: each step seeds the generators anew."""
 
     def started(self, run: Run, step: int, records: Sequence[Record]) -> None:
         """Training goes on at `step` (0: from the start); records: the lines of metrics.jsonl before it."""
