@@ -191,12 +191,11 @@ class RunConfig(Section):
     ) -> TransformerConfig:
         """The model's config for a tokenizer of this size and with these special tokens (None: it has none)."""
         tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
-        heads = {"objectives": list(OBJECTIVES[self.objective].heads), "vocab_size": vocab_size}
-        unpooled = (
-            {} if "nsp" in OBJECTIVES[self.objective].heads else {"pooler": "none"}
-        )  # else it would never be trained
+        heads = list(OBJECTIVES[self.objective].heads)
+        unpooled = {} if "nsp" in heads else {"pooler": "none"}  # a pooler that no head reads would never be trained
+        given = {**self.model, **tokens, **unpooled, "objectives": heads, "vocab_size": vocab_size}
         try:
-            return TransformerConfig.from_dict({**self.model, **heads, **tokens, **unpooled})
+            return TransformerConfig.from_dict(given)
         except ValueError as error:
             raise ValueError("model: " + str(error).removeprefix("TransformerConfig: ")) from None
 
