@@ -159,7 +159,7 @@ class _Loop:
         reseed(config.seed, TRAINING_STEP, self.step)
         losses = accumulate(run.model, batch, run.device, config.precision)
         norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
-        self._check_finite(losses, norm)
+        self._check_finite(self.step + 1, **losses, gradient_norm=norm)
         rate = learning_rate(config, self.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -169,14 +169,14 @@ class _Loop:
         self.flops += training_flops(run.model.config, batch.micro_batches, batch.items["tokens"])
         return {"loss": sum(losses.values()), "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
 
-    def _check_finite(self, losses: dict[str, float], norm: float) -> None:
-        if all(map(math.isfinite, (*losses.values(), norm))):
+    def _check_finite(self, step: int, **numbers: float) -> None:
+        if all(map(math.isfinite, numbers.values())):
             return
-        place = self.checkpoint or "none yet"
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
         raise Diverged(
-            f"step {self.step + 1}: losses {losses}, gradient norm {norm}: not finite. The step was not applied and "
-            f"nothing was overwritten; the newest checkpoint is {place}. Resuming repeats this step: begin a new run "
-            "with a lower optimizer.lr, a longer schedule.warmup or precision fp32"
+            f"step {step}: {values}: not finite. Nothing was overwritten; the newest checkpoint is "
+            f"{self.checkpoint or 'none yet'}. Resuming repeats the same steps: begin a new run with a lower "
+            "optimizer.lr, a longer schedule.warmup or precision fp32"
         )
 
     def _after_step(self, record: Record) -> None:
@@ -204,6 +204,7 @@ class _Loop:
         if run.held_out is None:
             return
         result = evaluate(run.model, run.held_out, run.device, self.config.precision)
+        self._check_finite(self.step, **{f"held-out {head}": loss for head, loss in result["losses"].items()})
         self.evaluation = {"kind": "evaluation", "step": self.step, **result}
         self._record(self.evaluation)
 
