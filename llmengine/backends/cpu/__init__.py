@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs, float32 and bfloat16, of csrc/cpu/."""
+"""C++ kernels for CPUs (csrc/cpu), float32 and bfloat16. Buffers are allocated here, by PyTorch."""
 
 from __future__ import annotations
 
