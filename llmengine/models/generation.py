@@ -18,7 +18,8 @@ class Cache:
     """Keys and values of every layer, (batch, slots, heads, head_dim) each; row b holds lengths[b] tokens."""
 
     def __init__(self, layers: int, batch: int, slots: int, heads: int, head_dim: int, like: Tensor) -> None:
-        self.keys, self.values = ([like.new_empty(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
+        # zeros: a forbidden key's value counts 0 times, which garbage that happens to be NaN would survive
+        self.keys, self.values = ([like.new_zeros(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
 
     def write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -105,14 +106,14 @@ class Generation:
         config = self.config
         if self.token_head is None or not config.causal:
             raise ValueError(f"generate: needs a decoder with objective 'clm'; this is {config.architecture!r}")
-        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, config.vocab_size)
+        eos = config.eos_token_id if eos_token_id is None else eos_token_id
+        pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
+        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, config.vocab_size)
+        packed = layout_of(config, input_ids, attention_mask, None, None)
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
             generator = torch.Generator(input_ids.device).manual_seed(seed)
-        eos = config.eos_token_id if eos_token_id is None else eos_token_id
-        pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
-        packed = layout_of(config, input_ids, attention_mask, None, None)
         prompt = int(packed.cu_seqlens.diff().max())
         if prompt + max_new_tokens > config.max_positions:
             raise ValueError(
@@ -250,13 +251,15 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, vocab_size) -> None:
+def _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, vocab_size) -> None:
     for name, value, right, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature > 0, "above 0 (greedy: do_sample=False)"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
         ("num_beams", num_beams, 1 <= num_beams <= vocab_size, f"from 1 to vocab_size ({vocab_size})"),
+        ("eos_token_id", eos, eos is None or 0 <= eos < vocab_size, f"from 0 to {vocab_size - 1}"),
+        ("pad_token_id", pad, 0 <= pad < vocab_size, f"from 0 to {vocab_size - 1}"),
     ):
         if not right:
             raise ValueError(f"generate: {name} is {value}; it must be {allowed}")
