@@ -3,8 +3,8 @@
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb unpacked
     python examples/corpus/make_austen.py unpacked llmengine/data/corpora/austen
 
-R's lazy-load database is a row of blocks, one for each book: a 4-byte length, then a zlib stream of an R vector of strings in
-XDR (big-endian) form. Lines are joined as they are; what an editor of our time added is left out.
+R's lazy-load database is a row of blocks, one for each book: a 4-byte length, then a zlib stream of an R vector of
+strings in XDR (big-endian) form. Lines are joined as they are; what an editor of our time added is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Optimizer steps: which examples go into which packed batch, as a function of (seed, step) alone.
 
 An epoch's examples are shuffled and, in that order, packed: a pack is a micro-batch of at most batch_tokens tokens, and
-`accumulation` packs make a step. So that no epoch ends in a step of a few tokens, the packs are filled to the lowest limit
-that needs no more steps than batch_tokens does: an epoch's steps are about equally large, each example is in exactly one.
+`accumulation` packs make a step. So that no epoch ends in a step of a few tokens, packs are filled to the lowest limit
+that needs no more steps than batch_tokens does: steps of an epoch are about equally large, each example is in one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llmengine.data.draws import Draws, Purpose
+from llmengine.data.draws import Draws, Purpose, check_seed
 from llmengine.data.examples import IGNORED, Examples, Latest
 
 
@@ -28,7 +28,7 @@ class Step:
     micro_batches: arguments of the model's call: input_ids, labels (tokens,) int64, cu_seqlens (sequences + 1,) int32,
         max_seqlen int, and where the objective has them token_type_ids (tokens,), next_sentence_label (sequences,).
     items: what the step's losses are divided by, the model's num_items_in_batch: {"tokens": labelled tokens (for
-        next-token prediction after the shift), "sequences": pairs} ("sequences" only where nsp is trained).
+        next-token prediction after the shift), "sequences": pairs} ("sequences" only where nsp is trained); 1 at least.
     epoch: which epoch the step belongs to, from 0. progress: epochs done when the step is done.
     """
 
@@ -59,6 +59,7 @@ class StepBatches(Dataset):
         for name, value in (("batch_tokens", batch_tokens), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"StepBatches: {name} must be 1 or more, got {value}")
+        check_seed(seed)
         self.examples = examples
         self.batch_tokens = batch_tokens
         self.accumulation = accumulation
@@ -84,7 +85,8 @@ class StepBatches(Dataset):
             begin = plan.ends[i - 1] if i else 0
             micro_batches.append(pack([self.examples[epoch, int(j)] for j in plan.order[begin : plan.ends[i]]]))
         items = [self._items(micro_batch) for micro_batch in micro_batches]
-        total = {name: sum(each[name] for each in items) for name in items[0]}
+        # where nothing has a label the loss is 0, not 0 / 0
+        total = {name: max(1, sum(each[name] for each in items)) for name in items[0]}
         return Step(micro_batches, total, epoch, epoch + (within + 1) / plan.steps)
 
     def _place(self, step: int) -> tuple[int, int]:
@@ -127,28 +129,28 @@ def fill(lengths: np.ndarray, limit: int, accumulation: int) -> tuple[np.ndarray
     as even as that number of steps allows.
     """
     ends = np.cumsum(lengths)
-    packs = _next_fit(ends, limit)
+    packs = _next_fit(ends, limit, len(lengths))
     steps = -(-len(packs) // accumulation)
     low, high = int(lengths.max()), limit  # the answer is in [low, high]
     while low < high:
         middle = (low + high) // 2
         tried = _next_fit(ends, middle, steps * accumulation)
-        if tried is None:
-            low = middle + 1
-        else:
+        if tried:
             packs, high = tried, middle
+        else:
+            low = middle + 1
     return np.array(packs), steps
 
 
-def _next_fit(ends: np.ndarray, limit: int, most: float = float("inf")) -> list[int] | None:
-    """Where packs of up to `limit` tokens end; None if there are more than `most` of them."""
+def _next_fit(ends: np.ndarray, limit: int, most: int) -> list[int]:
+    """Where packs of up to `limit` tokens end; [] if there are more than `most` of them."""
     packs: list[int] = []
     done = 0
     while not packs or packs[-1] < len(ends):
         packs.append(int(ends.searchsorted(done + limit, "right")))
         done = int(ends[packs[-1] - 1])
         if len(packs) > most:
-            return None
+            return []
     return packs
 
 
@@ -170,4 +172,9 @@ def loader(batches: StepBatches, first: int, last: int, workers: int = 0) -> Ite
         raise ValueError(f"loader: steps must have 0 <= first <= last, got first {first}, last {last}")
     if workers < 0:
         raise ValueError(f"loader: workers must be 0 or more, got {workers}")
-    return iter(DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers))
+    # its seed for workers is drawn from a generator of its own: dropout's must not depend on when loaders are made
+    return iter(
+        DataLoader(
+            batches, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator()
+        )
+    )

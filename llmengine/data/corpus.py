@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,8 @@ from llmengine.data.draws import Draws, Purpose
 
 BUILT_IN = {"austen": Path(__file__).parent / "corpora" / "austen"}
 TEXT, LINES = (".txt", ".txt.xz", ".txt.gz"), (".jsonl", ".jsonl.xz", ".jsonl.gz")
-PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")
+PARAGRAPH_END, LINE_END, SPACE = re.compile(r"\n(?:[ \t]*\n)+"), re.compile(r"\n"), re.compile(r"\s")
+SURROGATE = re.compile("[\ud800-\udfff]")
 SMALL = 1 / 5  # of the held-out part: documents up to this size are held out whole
 
 
@@ -70,9 +72,10 @@ def _whole(documents: Sequence[str], wanted: float, seed: int) -> tuple[list[str
 def _cut(document: str, fraction: float) -> tuple[str, str]:
     """A document in two: the cut lies where a paragraph, line or word ends, nearest to the fraction asked for."""
     wanted = len(document) * (1 - fraction)
-    for end in (PARAGRAPH_END, re.compile("\n"), re.compile(r"\s")):
-        # both parts must hold text
-        places = [m.end() for m in end.finditer(document.rstrip()) if document[: m.end()].strip()]
+    # both parts must hold text
+    first, last = len(document) - len(document.lstrip()), len(document.rstrip())
+    for end in (PARAGRAPH_END, LINE_END, SPACE):
+        places = [match.end() for match in end.finditer(document, first, last)]
         if places:
             place = min(places, key=lambda at: abs(at - wanted))
             return document[:place], document[place:]
@@ -84,7 +87,8 @@ def _cut(document: str, fraction: float) -> tuple[str, str]:
 
 def _files(source: str | Path) -> list[Path]:
     """The files of one source, sorted."""
-    path = BUILT_IN.get(str(source), Path(source).expanduser())
+    built_in = BUILT_IN.get(source) if isinstance(source, str) else None
+    path = built_in or Path(source).expanduser()
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.name.endswith(TEXT + LINES) and p.is_file()]
         # hidden files and folders are editors' and systems', not text
@@ -114,7 +118,7 @@ def _read(path: Path) -> Iterator[str]:
                 yield from _records(path, file)
             else:
                 yield _text(path, file.read(), 0)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"corpus: {path} cannot be uncompressed: {error}") from None
     except OSError as error:
         raise type(error)(f"corpus: {path} cannot be read: {error.strerror or error}") from None
@@ -140,6 +144,8 @@ def _records(path: Path, file: BinaryIO) -> Iterator[str]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             given = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f'corpus: {path}, line {number} has {given}; expected an object with a string "text"')
+        if SURROGATE.search(record["text"]):
+            raise ValueError(f'corpus: {path}, line {number}: "text" has half a surrogate pair, which is no character')
         yield _lines(record["text"])
 
 

@@ -55,7 +55,9 @@ class Tokenizer:
             raise ValueError("Tokenizer.train: documents hold no text")
         if kind == "bpe":
             return cls(_train_bpe(documents, vocab_size), dict(BPE))
-        return cls(_train_wordpiece(documents, vocab_size, lowercase), dict(WORDPIECE), {"do_lower_case": lowercase})
+        # what transformers is to return for a text or a pair
+        config = {"do_lower_case": lowercase, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        return cls(_train_wordpiece(documents, vocab_size, lowercase), dict(WORDPIECE), config)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
@@ -125,15 +127,18 @@ class Tokenizer:
         return self._id("eos_token")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special token added."""
+        """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
+        self.backend.encode_special_tokens = False
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """Ids of each text, none added, on all cores. No text gives a special token: text for training."""
+        self.backend.encode_special_tokens = True
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """`encode` of each text, and a bool array: which tokens begin a word (what the pre-tokenizer split off)."""
+        """`encode_many`, and for each text a bool array: which tokens begin a word of the pre-tokenizer's."""
+        self.backend.encode_special_tokens = True
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         # a token that belongs to no word counts as one
         words = [np.array([-1 if word is None else word for word in e.word_ids], np.int64) for e in encodings]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 
 from llmengine.data.tokenizer import Tokenizer
 
-BLOCK = 4096  # texts tokenised at a time
+BLOCK = 2**22  # characters tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ class Tokens:
     documents: np.ndarray
     words: np.ndarray | None = None
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """(segments,) int64."""
-        return np.diff(self.bounds)
-
 
 def tokenize(
     documents: Iterable[Iterable[str]], tokenizer: Tokenizer, *, longest: int | None = None,
@@ -42,39 +37,45 @@ def tokenize(
     longest: cut longer segments. end: a token after each segment. words: also tell where words begin.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size)
-    ids, starts, lengths, segments = [], [], [], []
-    texts = ((number, text) for number, document in enumerate(documents) for text in document)
-    for number, encoded, begins in _encode(texts, tokenizer, words):
-        if not encoded:
-            continue
-        array = np.array(encoded if end is None else [*encoded, end], dtype)
-        step = longest or len(array)
-        pieces = [min(step, len(array) - i) for i in range(0, len(array), step)]
-        ids.append(array)
-        starts.append(begins)
-        lengths += pieces
-        segments += [number] * len(pieces)
-    per_document = np.unique(np.array(segments, np.int64), return_counts=True)[1]
+    tail = [] if end is None else [end]
+    ids, starts = [np.zeros(0, dtype)], [np.zeros(0, bool)]
+    lengths: list[int] = []
+    owners: list[int] = []  # each segment's document
+    for block in _blocks((number, text) for number, document in enumerate(documents) for text in document):
+        texts = [text for _, text in block]
+        if words:
+            both = tokenizer.encode_words(texts)
+            encoded = [each for each, _ in both]
+            starts += [begins for _, begins in both]
+        else:
+            encoded = tokenizer.encode_many(texts)
+        encoded = [each + tail if each else each for each in encoded]
+        ids.append(np.fromiter(chain.from_iterable(encoded), dtype))
+        for (number, _), each in zip(block, encoded, strict=True):
+            step = longest or max(1, len(each))
+            pieces = [min(step, len(each) - i) for i in range(0, len(each), step)]
+            lengths += pieces
+            owners += [number] * len(pieces)
+    per_document = np.unique(np.array(owners, np.int64), return_counts=True)[1]
     return Tokens(
-        np.concatenate(ids) if ids else np.zeros(0, dtype),
+        np.concatenate(ids),
         _offsets(np.array(lengths, np.int64)),
         _offsets(per_document),
-        np.concatenate(starts) if words and starts else None,
+        np.concatenate(starts) if words else None,
     )
 
 
-def _encode(
-    texts: Iterator[tuple[int, str]], tokenizer: Tokenizer, words: bool
-) -> Iterator[tuple[int, list[int], np.ndarray | None]]:
-    """(document, ids, where words begin) of each text, block by block."""
-    while block := list(islice(texts, BLOCK)):
-        strings = [text for _, text in block]
-        if words:
-            for (number, _), (ids, begins) in zip(block, tokenizer.encode_words(strings), strict=True):
-                yield number, ids, begins
-        else:
-            for (number, _), ids in zip(block, tokenizer.encode_many(strings), strict=True):
-                yield number, ids, None
+def _blocks(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Texts in lists of about BLOCK characters."""
+    block, size = [], 0
+    for number, text in texts:
+        block.append((number, text))
+        size += len(text)
+        if size >= BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmengine.data.draws import check_seed
 from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.bert import BertExamples
@@ -14,7 +15,8 @@ from llmengine.objectives.mlm import MlmExamples
 
 __all__ = ["OBJECTIVES", "build"]
 
-OBJECTIVES: dict[str, type[BertExamples] | type[MlmExamples] | type[ClmExamples]] = {
+# Any: each class takes its own Options
+OBJECTIVES: dict[str, Any] = {
     "bert": BertExamples,
     "mlm": MlmExamples,
     "clm": ClmExamples,
@@ -35,4 +37,5 @@ def build(
     allowed = option_names(OBJECTIVES[name].Options)
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"objective {name!r}: no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}")
+    check_seed(seed)
     return OBJECTIVES[name](documents, tokenizer, sequence_length, seed, OBJECTIVES[name].Options(**options))

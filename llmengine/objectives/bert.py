@@ -20,7 +20,7 @@ from llmengine.data.examples import Examples, Latest
 from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
-from llmengine.objectives.masking import Masking, check_share, check_tokenizer, mask
+from llmengine.objectives.masking import Masking, check_share, mask, special_ids
 
 SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 IS_NEXT, IS_RANDOM = 0, 1  # Hugging Face's labels
@@ -55,7 +55,7 @@ class Pairs:
 class BertExamples(Examples):
     """[CLS] A [SEP] B [SEP] with token types 0 and 1; pairs and masks are drawn anew each epoch.
 
-    Sentences longer than a sequence are cut into several; every sentence is in the A or the true B of some pair of
+    Sentences longer than half a sequence are cut into several; every sentence is in the A or the true B of some pair of
     each epoch, and only truncation takes tokens of it away. Options: those of `BertOptions`.
     """
 
@@ -65,16 +65,15 @@ class BertExamples(Examples):
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: BertOptions
     ) -> None:
-        check_tokenizer("bert", tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, self._mask = special_ids("bert", tokenizer, "cls", "sep", "mask")
         if sequence_length < SPECIALS + 2:
             raise ValueError(f"objective 'bert': sequence_length must be {SPECIALS + 2} or more, got {sequence_length}")
         self._room = sequence_length - SPECIALS
         self._tokens = tokenize(
-            map(split_sentences, documents), tokenizer, longest=self._room, words=options.whole_word
+            map(split_sentences, documents), tokenizer, longest=self._room // 2, words=options.whole_word
         )
         self._check_corpus()
         self._seed, self._options = seed, options
-        self._cls, self._sep, self._mask = tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
         self._vocab_size = tokenizer.vocab_size
         self._pairs = Latest(self._pair)
 

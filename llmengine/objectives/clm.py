@@ -13,7 +13,7 @@ from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
-from llmengine.objectives.masking import check_tokenizer
+from llmengine.objectives.masking import special_ids
 
 
 class ClmExamples(Examples):
@@ -31,19 +31,18 @@ class ClmExamples(Examples):
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: Options
     ) -> None:
-        check_tokenizer("clm", tokenizer, "eos")
-        if sequence_length < 2:
-            raise ValueError(f"objective 'clm': sequence_length must be 2 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, end=tokenizer.eos_id)
+        (eos,) = special_ids("clm", tokenizer, "eos")
+        if sequence_length < 3:
+            raise ValueError(f"objective 'clm': sequence_length must be 3 or more, got {sequence_length}")
+        self._tokens = tokenize(([document] for document in documents), tokenizer, end=eos)
         if not len(self._tokens.ids):
             raise ValueError("objective 'clm': the documents hold no token; give more text")
-        self._cuts = Cuts(self._tokens, sequence_length, seed)
+        self._cuts = Cuts(self._tokens, sequence_length, seed, shortest=2)
 
     def lengths(self, epoch: int) -> np.ndarray:
         return self._cuts.lengths(epoch)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = place
-        begin, end = (int(at) for at in self._cuts.spans(epoch, np.int64(index)))
-        ids = torch.from_numpy(self._tokens.ids[begin:end].astype(np.int64))
+        ids = torch.from_numpy(self._tokens.ids[self._cuts.span(epoch, index)].astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}

@@ -88,12 +88,15 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"objective: {name} must be in [0, 1], got {value}")
 
 
-def check_tokenizer(objective: str, tokenizer: Tokenizer, *roles: str) -> None:
-    if missing := [role for role in roles if getattr(tokenizer, f"{role}_id") is None]:
+def special_ids(objective: str, tokenizer: Tokenizer, *roles: str) -> list[int]:
+    """The ids of the special tokens that an objective needs."""
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in roles}
+    if missing := [role for role in roles if ids[role] is None]:
         raise ValueError(
             f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; "
             f'train one of kind "{"bpe" if "eos" in missing else "wordpiece"}"'
         )
+    return list(ids.values())
 
 
 def option_names(options: type) -> list[str]:

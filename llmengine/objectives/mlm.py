@@ -13,7 +13,7 @@ from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
-from llmengine.objectives.masking import Masking, check_tokenizer, mask
+from llmengine.objectives.masking import Masking, mask, special_ids
 
 
 class MlmExamples(Examples):
@@ -28,7 +28,7 @@ class MlmExamples(Examples):
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: Masking
     ) -> None:
-        check_tokenizer("mlm", tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, self._mask = special_ids("mlm", tokenizer, "cls", "sep", "mask")
         if sequence_length < 3:
             raise ValueError(f"objective 'mlm': sequence_length must be 3 or more, got {sequence_length}")
         self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.whole_word)
@@ -36,7 +36,6 @@ class MlmExamples(Examples):
             raise ValueError("objective 'mlm': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)
         self._seed, self._options = seed, options
-        self._cls, self._sep, self._mask = tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
         self._vocab_size = tokenizer.vocab_size
 
     def lengths(self, epoch: int) -> np.ndarray:
@@ -44,13 +43,13 @@ class MlmExamples(Examples):
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = place
-        begin, end = (int(at) for at in self._cuts.spans(epoch, np.int64(index)))
-        ids = np.concatenate([[self._cls], self._tokens.ids[begin:end], [self._sep]], dtype=np.int64)
+        span = self._cuts.span(epoch, index)
+        ids = np.concatenate([[self._cls], self._tokens.ids[span], [self._sep]], dtype=np.int64)
         special = np.zeros(len(ids), bool)
         special[[0, -1]] = True
         words = None
         if self._tokens.words is not None:
-            words = np.concatenate([[True], self._tokens.words[begin:end], [True]])
+            words = np.concatenate([[True], self._tokens.words[span], [True]])
         draws = Draws(self._seed, epoch, Purpose.MASK, index)
         masked, labels = mask(ids, special, words, self._options, self._mask, self._vocab_size, draws)
         return {"input_ids": torch.from_numpy(masked), "labels": torch.from_numpy(labels)}

@@ -22,9 +22,14 @@ def sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file under another name and renames it."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         sync(temporary)
         os.replace(temporary, path)
     finally:
