@@ -115,7 +115,7 @@ def _counts(batch: Step, tokenizer: Tokenizer) -> Iterator[str]:
     """How many tokens are predicted and what stands in their places; how many pairs are of which kind."""
     first = batch.micro_batches[0]
     tokens = sum(len(micro["input_ids"]) for micro in batch.micro_batches)
-    if tokenizer.mask_id is not None and "token_type_ids" in first or not _next_token(first):
+    if (tokenizer.mask_id is not None and "token_type_ids" in first) or not _next_token(first):
         kinds: Counter[str] = Counter()
         for micro in batch.micro_batches:
             kinds.update(_kinds(micro["input_ids"].tolist(), micro["labels"].tolist(), tokenizer.mask_id))

@@ -67,8 +67,9 @@ class Samples(Observer):
 def _sections(text: str) -> Iterator[tuple[int, str]]:
     """The sections of a file: (step, text)."""
     heads = list(SECTION.finditer(text))
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
-        yield int(head[1]), text[head.start() : following.start() if following else len(text)].strip()
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    for head, end in zip(heads, ends, strict=False):
+        yield int(head[1]), text[head.start() : end].strip()
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
