@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llmengine.data.draws import Draws, Purpose
+from llmengine.data.draws import Draws, Purpose, check_seed
 from llmengine.data.examples import IGNORED, Examples, Latest
 
 
@@ -59,6 +59,7 @@ class StepBatches(Dataset):
         for name, value in (("batch_tokens", batch_tokens), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"StepBatches: {name} must be 1 or more, got {value}")
+        check_seed(seed)
         self.examples = examples
         self.batch_tokens = batch_tokens
         self.accumulation = accumulation

@@ -145,9 +145,7 @@ def _records(path: Path, file: BinaryIO) -> Iterator[str]:
             given = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f'corpus: {path}, line {number} has {given}; expected an object with a string "text"')
         if SURROGATE.search(record["text"]):
-            raise ValueError(
-                f'corpus: {path}, line {number}: "text" has half of a surrogate pair, which is no character'
-            )
+            raise ValueError(f'corpus: {path}, line {number}: "text" has half a surrogate pair, which is no character')
         yield _lines(record["text"])
 
 

@@ -26,8 +26,7 @@ class Draws:
     """One stream of random numbers."""
 
     def __init__(self, seed: int, epoch: int, purpose: Purpose, index: int = 0) -> None:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        check_seed(seed)
         words = np.array([[seed, epoch, 0, 0], [0, 0, purpose, index]], np.uint64)
         self._bits = np.random.Philox(key=words[0, :2], counter=words[1])
 
@@ -42,3 +41,8 @@ class Draws:
     def order(self, n: int) -> np.ndarray:
         """(n,) int64: a permutation of 0 … n - 1."""
         return np.argsort(self._bits.random_raw(n), kind="stable")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmengine.data.draws import check_seed
 from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.bert import BertExamples
@@ -36,4 +37,5 @@ def build(
     allowed = option_names(OBJECTIVES[name].Options)
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"objective {name!r}: no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}")
+    check_seed(seed)
     return OBJECTIVES[name](documents, tokenizer, sequence_length, seed, OBJECTIVES[name].Options(**options))

@@ -55,7 +55,7 @@ class Pairs:
 class BertExamples(Examples):
     """[CLS] A [SEP] B [SEP] with token types 0 and 1; pairs and masks are drawn anew each epoch.
 
-    Sentences longer than a sequence are cut into several; every sentence is in the A or the true B of some pair of
+    Sentences longer than half a sequence are cut into several; every sentence is in the A or the true B of some pair of
     each epoch, and only truncation takes tokens of it away. Options: those of `BertOptions`.
     """
 
@@ -70,7 +70,7 @@ class BertExamples(Examples):
             raise ValueError(f"objective 'bert': sequence_length must be {SPECIALS + 2} or more, got {sequence_length}")
         self._room = sequence_length - SPECIALS
         self._tokens = tokenize(
-            map(split_sentences, documents), tokenizer, longest=self._room, words=options.whole_word
+            map(split_sentences, documents), tokenizer, longest=self._room // 2, words=options.whole_word
         )
         self._check_corpus()
         self._seed, self._options = seed, options

@@ -8,6 +8,7 @@ which the next save sweeps away. What a failing disk damages later fails the dig
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -61,7 +62,8 @@ def save(directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]],
             path = partial / f"{name}.safetensors"
             _write_tensors(path, tensors)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+        manifest = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files}
+        manifest["sha256"] = _digest(manifest)
         replace_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if place.exists():
             place.rename(directory / f"{_HIDDEN}replaced-{place.name}")
@@ -83,15 +85,17 @@ def read(path: Path) -> Checkpoint:
     """Checks every byte; raises Unreadable saying what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, step = manifest.pop("files"), manifest.pop("step")
-        version = manifest.pop("format")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Unreadable(f"{path / MANIFEST} is missing or damaged: {error!r}") from None
-    if version != FORMAT:
-        raise Unreadable(f"{path} has format {version}; this llmengine reads {FORMAT}")
+    if digest != _digest(manifest):
+        raise Unreadable(f"{path / MANIFEST} is damaged: its contents do not have its SHA-256")
+    if manifest["format"] != FORMAT:
+        raise Unreadable(f"{path} has format {manifest['format']}; this llmengine reads {FORMAT}")
+    step = manifest["step"]
     if path.name != f"step-{step:06d}":
         raise Unreadable(f"{path / MANIFEST} says step {step}")
-    for name, fact in files.items():
+    for name, fact in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise Unreadable(f"{file} is missing")
@@ -99,7 +103,7 @@ def read(path: Path) -> Checkpoint:
             raise Unreadable(f"{file} has {file.stat().st_size} bytes, not {fact['bytes']}")
         if sha256(file) != fact["sha256"]:
             raise Unreadable(f"{file} is damaged: its SHA-256 is not that of {MANIFEST}")
-    return Checkpoint(path, step, manifest)
+    return Checkpoint(path, step, manifest["facts"])
 
 
 def newest(directory: Path, notice: Callable[[str], None]) -> Checkpoint | None:
@@ -124,6 +128,10 @@ def prune(directory: Path, keep: int) -> None:
     for path in paths(directory)[:-keep]:
         path.rename(directory / f"{_HIDDEN}old-{path.name}")
     _sweep(directory)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sweep(directory: Path) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from llmengine.data.batches import Step, loader
+from llmengine.models import Transformer
 from llmengine.training import checkpoint, metrics
 from llmengine.training.config import RunConfig
 from llmengine.training.evaluation import evaluate, on
+from llmengine.training.files import exclusive
 from llmengine.training.flops import training_flops
 from llmengine.training.interrupt import StopRequest
 from llmengine.training.metrics import Metrics, Record
@@ -58,33 +60,37 @@ def train(config: RunConfig, output: str | Path, *, resume: bool = False, observ
     FileNotFoundError, ValueError (config, corpus, checkpoints), Diverged, OSError.
     """
     folder, watchers, device = Folder(Path(output)), Observers(observers), pick_device(config.device)
-    saved = _open(config, folder, resume, watchers)
+    _check(folder, resume)
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), StopRequest() as stop, _full_disk_explained(folder):
+    with _full_disk_explained(folder), exclusive(folder.lock), torch.random.fork_rng(gpus), StopRequest() as stop:
+        saved = _saved(config, folder, watchers) if resume else None
+        run = Run.prepare(config, folder, device)
+        run.begin()
         try:
-            return _Loop(Run.prepare(config, folder, device), watchers, stop, saved).go()
+            return _Loop(run, watchers, stop, saved).go()
         finally:
             watchers.closed()
 
 
-def _open(config: RunConfig, folder: Folder, resume: bool, watchers: Observer) -> checkpoint.Checkpoint | None:
-    """Checks that the folder is one to begin in, or to go on in; writes config.yaml; returns where to go on."""
+def _check(folder: Folder, resume: bool) -> None:
+    """That the folder is one to begin in, or to go on in; makes it."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"output {path} is a file; give a folder")
-    saved = None
-    if resume:
-        if not folder.config.is_file():
-            raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
-        saved = checkpoint.newest(folder.checkpoints, watchers.noticed)
-        if saved is None:
-            watchers.noticed(f"{path} has no checkpoint yet: the run begins anew")
-        else:
-            _check_unchanged(config, RunConfig.from_dict(saved.facts["config"]), path)
-    elif path.is_dir() and any(path.iterdir()):
+    if resume and not folder.config.is_file():
+        raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
+    if not resume and not folder.is_empty():
         raise FileExistsError(f"output {path} is not empty; give another folder, or resume the run that is there")
     path.mkdir(parents=True, exist_ok=True)
-    config.to_file(folder.config)
+
+
+def _saved(config: RunConfig, folder: Folder, watchers: Observer) -> checkpoint.Checkpoint | None:
+    """Where to go on; None: at the start."""
+    saved = checkpoint.newest(folder.checkpoints, watchers.noticed)
+    if saved is None:
+        watchers.noticed(f"{folder.path} has no checkpoint yet: the run begins anew")
+    else:
+        _check_unchanged(config, RunConfig.from_dict(saved.facts["config"]), folder.path)
     return saved
 
 
@@ -94,6 +100,21 @@ def _check_unchanged(config: RunConfig, before: RunConfig, path: Path) -> None:
         ours, theirs = config.flat(), before.flat()
         differences = "; ".join(f"{n} is {ours.get(n)!r}, was {theirs.get(n)!r}" for n in changes)
         raise ValueError(f"cannot resume {path} with another config: {differences}; restore it, or start a new run")
+
+
+def accumulate(model: Transformer, batch: Step, device: torch.device, precision: str) -> dict[str, float]:
+    """Adds a step's gradients to the parameters'; returns each head's loss: the mean over all labels of the step.
+
+    The sums of the micro-batches are divided by the step's counts, so that how it is cut into them changes nothing.
+    """
+    losses: dict[str, Any] = {}
+    for micro_batch in batch.micro_batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out = model(**on(device, micro_batch), num_items_in_batch=batch.items)
+        out.loss.backward()
+        for head, loss in out.losses.items():
+            losses[head] = losses.get(head, 0) + loss.detach()
+    return {head: float(loss) for head, loss in losses.items()}
 
 
 class _Loop:
@@ -136,16 +157,9 @@ class _Loop:
         """One optimizer step; what it was like."""
         run, config = self.run, self.config
         reseed(config.seed, TRAINING_STEP, self.step)
-        losses: dict[str, Any] = {}
-        for micro_batch in batch.micro_batches:
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                out = run.model(**on(run.device, micro_batch), num_items_in_batch=batch.items)
-            out.loss.backward()
-            for head, loss in out.losses.items():
-                losses[head] = losses.get(head, 0) + loss.detach()
-        losses = {head: float(loss) for head, loss in losses.items()}
+        losses = accumulate(run.model, batch, run.device, config.precision)
         norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
-        self._check_finite(losses, norm)
+        self._check_finite(self.step + 1, **losses, gradient_norm=norm)
         rate = learning_rate(config, self.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -155,14 +169,14 @@ class _Loop:
         self.flops += training_flops(run.model.config, batch.micro_batches, batch.items["tokens"])
         return {"loss": sum(losses.values()), "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
 
-    def _check_finite(self, losses: dict[str, float], norm: float) -> None:
-        if all(map(math.isfinite, (*losses.values(), norm))):
+    def _check_finite(self, step: int, **numbers: float) -> None:
+        if all(map(math.isfinite, numbers.values())):
             return
-        place = self.checkpoint or "none yet"
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
         raise Diverged(
-            f"step {self.step + 1}: losses {losses}, gradient norm {norm}: not finite. The step was not applied and "
-            f"nothing was overwritten; the newest checkpoint is {place}. Resuming repeats this step: begin a new run "
-            "with a lower optimizer.lr, a longer schedule.warmup or precision fp32"
+            f"step {step}: {values}: not finite. Nothing was overwritten; the newest checkpoint is "
+            f"{self.checkpoint or 'none yet'}. Resuming repeats the same steps: begin a new run with a lower "
+            "optimizer.lr, a longer schedule.warmup or precision fp32"
         )
 
     def _after_step(self, record: Record) -> None:
@@ -190,6 +204,7 @@ class _Loop:
         if run.held_out is None:
             return
         result = evaluate(run.model, run.held_out, run.device, self.config.precision)
+        self._check_finite(self.step, **{f"held-out {head}": loss for head, loss in result["losses"].items()})
         self.evaluation = {"kind": "evaluation", "step": self.step, **result}
         self._record(self.evaluation)
 
@@ -245,10 +260,10 @@ def _full_disk_explained(folder: Folder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            errno.ENOSPC,
+            error.errno,
             f"the disk is full; checkpoints in {folder.checkpoints} that were there are whole. Free some space "
             "(a lower `keep` needs less), then resume",
             str(folder.path),

@@ -45,7 +45,7 @@ class ProgressLine(Observer):
 
     def recorded(self, run: Run, record: Record) -> None:
         if record["kind"] == "evaluation":
-            self.console.print(evaluation_line(record), highlight=False)
+            self.console.print(evaluation_line(record), highlight=False, soft_wrap=True)
             return
         self._smooth(record["loss"])
         line = training_line(record, self._sum / self._weight, run.config.steps)

@@ -40,12 +40,19 @@ class Folder:
 
     @property
     def model(self) -> Path:
-        """A Hugging Face directory: the tokenizer from the start, the weights when training ends."""
+        """A Hugging Face directory: the tokenizer from the start, the weights when training ends or is interrupted."""
         return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    def is_empty(self) -> bool:
+        return not self.path.exists() or all(entry == self.lock for entry in self.path.iterdir())
 
 
 @dataclass
@@ -60,8 +67,14 @@ class Run:
     held_out: StepBatches | None
     corpus_digest: str
 
+    def begin(self) -> None:
+        """Writes what a run's folder holds from the start."""
+        self.config.to_file(self.folder.config)
+        self.tokenizer.save(self.folder.model)
+
     @classmethod
     def prepare(cls, config: RunConfig, folder: Folder, device: torch.device) -> Run:
+        """Reads and makes everything; writes nothing."""
         documents = read_documents(config.corpus)
         held_out: Sequence[str] = ()
         digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
@@ -103,18 +116,13 @@ def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, 
 
 
 def tokenizer_of(config: RunConfig, documents: Sequence[str], directory: Path) -> Tokenizer:
-    """The run's tokenizer: as saved in `directory`; the first time, trained or read as the config says, and saved."""
+    """The run's tokenizer: as saved in `directory`, or, the first time, read or trained as the config says."""
     if (directory / "tokenizer.json").is_file():
         return Tokenizer.load(directory)
     section = config.tokenizer
     if section.path is not None:
-        tokenizer = Tokenizer.load(section.path)
-    else:
-        tokenizer = Tokenizer.train(
-            documents, kind=section.kind, vocab_size=section.vocab_size, lowercase=section.lowercase
-        )
-    tokenizer.save(directory)
-    return tokenizer
+        return Tokenizer.load(section.path)
+    return Tokenizer.train(documents, **section.model_dump(exclude_none=True))
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/dropout.h"
+#include "cpu/lines.h"
 #include "cpu/parallel.h"
 #include "cpu/vec_math.h"
 
@@ -28,17 +29,6 @@ int64_t row_grain(int64_t columns) { return kGrainElements / (columns + 1) + 1; 
 template <class T>
 const T* row_of(const TensorView& t, int64_t row) {
   return t.defined() ? t.as<T>() + row * t.stride(0) : nullptr;
-}
-
-// weight or bias as float, or a line of `otherwise` where none was given
-std::vector<float> as_floats(const TensorView& t, int64_t columns, float otherwise) {
-  std::vector<float> line(columns, otherwise);
-  if (t.defined()) {
-    visit_float(t.dtype, [&]<class T>(T) {
-      for (int64_t c = 0; c < columns; ++c) line[c] = widen(t.as<T>()[c]);
-    });
-  }
-  return line;
 }
 
 template <class T>
