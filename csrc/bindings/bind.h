@@ -30,7 +30,7 @@ T taken(const Argument& argument, Given<T>&& value) {
 template <class Params, class Before, class Run>
 void bind(pybind11::module_& module, const char* name, dlpack::DeviceType device, Before before, Run run) {
   std::apply(
-      [&]<class... T>(ops::Field<Params, T>... field) {
+      [&]<class... Owner, class... T>(ops::Field<Owner, T>... field) {  // an Owner: Params, or what it extends
         module.def(
             name,
             [=](Given<T>... value) {
