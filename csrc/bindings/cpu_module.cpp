@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
@@ -26,7 +27,7 @@ py::object& thread_count() {
 template <class Params>
 void bind_cpu(py::module_& module, const char* name) {
   bind<Params>(
-      module, name, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
+      module, name, dlpack::kCPU, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
       [](const Params& params) { cpu::run(params); });
 }
 
@@ -43,6 +44,8 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AttentionForward>(module, "attention_forward");
+  bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");

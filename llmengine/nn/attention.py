@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmengine import functional
+from llmengine.functional.arguments import check_probability
 
 _torch = torch.nn.functional
 
@@ -18,6 +19,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Attention weights are computed, by the plain formula with its L x S matrix, only when `need_weights` asks for them.
     Beyond torch.nn: is_causal works without an attn_mask, and a query that may attend nothing gets zeros, not NaN.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_probability("MultiheadAttention", "dropout", dropout)
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(f"MultiheadAttention: num_heads ({num_heads}) must divide embed_dim ({embed_dim})")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
 
     def forward(
         self,

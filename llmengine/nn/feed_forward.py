@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmengine import functional
+from llmengine.functional.arguments import check_probability
 from llmengine.nn.fusing import touched
 
 _torch = torch.nn.functional
@@ -43,8 +44,7 @@ class FeedForward(Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"FeedForward: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"FeedForward: dropout must lie in [0, 1), got {dropout}")
+        check_probability("FeedForward", "dropout", dropout)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.up = torch.nn.Linear(d_model, dim_feedforward, **options)
         self.gate = torch.nn.Linear(d_model, dim_feedforward, **options) if gated else None

@@ -1,6 +1,6 @@
 """When may a fused operator read the parameters of leaf modules instead of calling them?
 
-Parameters live in ordinary leaves (nn.Linear, LayerNorm), which adapters, quantisers, sharding and hooks replace or
+Parameters live in ordinary leaves (nn.Linear, LayerNorm, Dropout), which adapters, quantisers, sharding and hooks replace or
 watch. A fused operator may stand in only for leaves that nobody touched; otherwise the leaves themselves are called.
 """
 
@@ -16,7 +16,7 @@ from llmengine.nn.norm import LayerNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 LAYER_NORM = (LayerNorm, torch.nn.LayerNorm)
-_OWN = frozenset((*LINEAR, *LAYER_NORM))
+_OWN = frozenset((*LINEAR, *LAYER_NORM, torch.nn.Dropout))
 
 
 def touched(**leaves: Module) -> str | None:
@@ -28,8 +28,9 @@ def touched(**leaves: Module) -> str | None:
             return f"{name} has hooks"
         if "forward" in leaf.__dict__:
             return f"{name}'s forward was replaced"
-        if leaf.weight is not None and type(leaf.weight) not in (Parameter, Tensor):
-            return f"{name}'s weight is a {type(leaf.weight).__name__}"
+        weight = getattr(leaf, "weight", None)
+        if weight is not None and type(weight) not in (Parameter, Tensor):
+            return f"{name}'s weight is a {type(weight).__name__}"
     return None
 
 

@@ -8,10 +8,28 @@ import torch
 from torch import Tensor
 
 from llmengine import functional
+from llmengine.functional.cross_entropy import check_options
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss on our kernels. Where no label counts, "mean" gives 0 with zero gradients, not NaN."""
+    """torch.nn.CrossEntropyLoss on our kernels, for class indices.
+
+    Where no label counts, "mean" gives 0 with zero gradients, not NaN.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average=None,
+        ignore_index: int = -100,
+        reduce=None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        check_options("CrossEntropyLoss", reduction, label_smoothing, 0.0, 0.0)
+        if weight is not None and weight.dim() != 1:
+            raise ValueError(f"CrossEntropyLoss: weight has shape {tuple(weight.shape)}; expected (classes,)")
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -56,8 +74,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             raise ValueError(
                 f"LinearCrossEntropyLoss: weight has shape {tuple(weight.shape)}; expected {(num_classes,)}"
             )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"LinearCrossEntropyLoss: label_smoothing must lie in [0, 1], got {label_smoothing}")
+        check_options("LinearCrossEntropyLoss", reduction, label_smoothing, 0.0, 0.0)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         self.reduction = reduction

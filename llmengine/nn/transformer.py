@@ -26,7 +26,7 @@ class _Layer(Module):
         """Post-LN: norm(x + dropout(block(x))); pre-LN: x + dropout(block(norm(x)))."""
         if self.norm_first:
             return x + dropout(block(norm(x)))
-        if type(dropout) is not Dropout:
+        if touched(dropout=dropout) is not None:
             return norm(x + dropout(block(x)))
         return add_norm(block(x), x, norm, dropout.p if self.training else 0.0)[0]
 
@@ -47,9 +47,7 @@ class _Layer(Module):
         """Why the feed-forward block runs leaf by leaf instead of as one fused operator, or None if it is fused."""
         if activation_name(self.activation) is None:
             return f"activation {self.activation!r} has no fused kernel"
-        if type(self.dropout) is not Dropout:
-            return f"dropout is a {type(self.dropout).__name__}"
-        return touched(linear1=self.linear1, linear2=self.linear2)
+        return touched(linear1=self.linear1, dropout=self.dropout, linear2=self.linear2)
 
 
 class TransformerEncoderLayer(_Layer):

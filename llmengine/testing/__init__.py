@@ -5,8 +5,8 @@ Not imported by ``import llmengine``.
 
 from __future__ import annotations
 
-from llmengine.testing.law import assert_law, poison
+from llmengine.testing.law import assert_law, assert_near, poison
 from llmengine.testing.layouts import LAYOUTS
 from llmengine.testing.sample import Operator, Sample, all_operators, evaluate
 
-__all__ = ["LAYOUTS", "Operator", "Sample", "all_operators", "assert_law", "evaluate", "poison"]
+__all__ = ["LAYOUTS", "Operator", "Sample", "all_operators", "assert_law", "assert_near", "evaluate", "poison"]

@@ -57,3 +57,15 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(state[0], warn_only=state[1])
+
+
+def assert_near(ours: Tensor, other: Tensor, tolerance: float, what: str = "") -> None:
+    """Equal shapes and dtypes, and no element off by more than `tolerance` times the largest one of `other`, or 1."""
+    if (ours.shape, ours.dtype) != (other.shape, other.dtype):
+        raise AssertionError(f"{what}: {tuple(ours.shape)} {ours.dtype}, expected {tuple(other.shape)} {other.dtype}")
+    if not other.numel():
+        return
+    scale = max(1.0, other.abs().max().item())
+    error = (ours - other).abs().max().item()
+    if not error <= tolerance * scale:
+        raise AssertionError(f"{what}: error {error:.2e} exceeds {tolerance:.0e} x {scale:.2g}")

@@ -138,8 +138,7 @@ class Gemm {
 
   void run() const {
     static thread_local Scratch scratch;
-    scratch.reserve(depth_ * std::min(strip_, round_up(columns_, kPanel)));
-    float* packed = scratch.take(0);
+    float* packed = scratch.take(depth_ * std::min(strip_, round_up(columns_, kPanel)))[0];
     for (int64_t column = 0; column < columns_; column += strip_) {
       const int64_t end = std::min(columns_, column + strip_), tiles = ceil_div(end - column, kTileColumns);
       const auto columns_of = [&](int64_t tile) { return std::min(kTileColumns, end - column - tile * kTileColumns); };
@@ -181,11 +180,10 @@ class Gemm {
   void run_tile(int64_t row, int64_t rows, int64_t column, int64_t columns, const PackedB& packed_b) const {
     static thread_local Scratch scratch;
     const int64_t padded_rows = round_up(rows, kTileRows), stride = round_up(columns, kPanel);
-    scratch.reserve(padded_rows * (kRowOfA + accumulators_ * stride));
-    float* a = scratch.take(padded_rows * kRowOfA);
+    const auto [a, c] = scratch.take(padded_rows * kRowOfA, accumulators_ * padded_rows * stride);
     Tile tile{row, column, rows, columns, {}, stride};
     for (int i = 0; i < accumulators_; ++i) {
-      tile.c[i] = scratch.take(padded_rows * stride);
+      tile.c[i] = c + i * padded_rows * stride;
       if (!begun_[i]) std::fill_n(tile.c[i], rows * stride, 0.0f);
     }
     for (const Block& block : blocks_) {

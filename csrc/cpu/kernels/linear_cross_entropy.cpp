@@ -161,9 +161,8 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   void run() {
     const bool rounded = p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
     static thread_local Scratch scratch;
-    scratch.reserve(kTokens * kClasses + (rounded ? kClasses * d + 16 : 0));
-    dx = scratch.take(kTokens * kClasses);
-    if (rounded) weight_sums = scratch.take(kClasses * d);
+    const auto [block, sums] = scratch.take(kTokens * kClasses, rounded ? kClasses * d : 0);
+    dx = block, weight_sums = rounded ? sums : nullptr;
     for (int64_t first = 0; first < classes; first += kClasses) {
       const int64_t n = std::min(kClasses, classes - first), count = static_cast<int64_t>(labelled.size());
       for (int64_t row = 0; row < std::max<int64_t>(count, 1); row += kTokens) {

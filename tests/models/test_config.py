@@ -1,0 +1,136 @@
+"""TransformerConfig: what is allowed, what an error says, round trips and presets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmengine import Transformer, TransformerConfig
+from llmengine.models.presets import PRESETS
+
+SMALL = {
+    "architecture": "encoder", "vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48,
+    "max_positions": 24,
+}  # fmt: skip
+# published parameter counts; a tied output embedding counts once
+SIZES = {
+    "bert-base": 110_106_428, "bert-large": 336_226_108, "gpt2": 124_439_808, "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_json(name):
+    config = TransformerConfig.preset(name)
+    again = TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.to_dict() == config.to_dict()
+    assert config.to_dict().keys() == TransformerConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_models_of_the_published_size(name):
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.preset(name))
+    parameters = sum(p.numel() for p in model.parameters())
+    if name in SIZES:
+        assert parameters == SIZES[name]
+    assert model.config.head_dim * model.config.n_heads == model.config.d_model
+
+
+def test_a_preset_may_be_overridden():
+    config = TransformerConfig.preset("bert-mini", vocab_size=100, dropout=0.0)
+    assert (config.vocab_size, config.dropout, config.n_layers, config.family) == (100, 0.0, 4, "bert")
+    assert TransformerConfig.from_dict({"preset": "bert-mini", "vocab_size": 100, "dropout": 0.0}) == config
+    assert config.replace(dropout=0.1).dropout == 0.1 and config.dropout == 0.0
+
+
+def test_a_list_of_objectives_is_a_tuple():
+    config = TransformerConfig.from_dict(SMALL | {"objectives": ["mlm"]})
+    assert config.objectives == ("mlm",) and config.to_dict()["objectives"] == ["mlm"]
+
+
+def test_it_is_frozen():
+    config = TransformerConfig.from_dict(SMALL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.d_model = 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_modle": 3}, "d_modle is not a field; fields: family, architecture"),
+        ({"d_model": "32"}, "d_model: .*integer.*, got '32'"),
+        ({"d_model": 32.0}, "d_model: .*integer.*, got 32.0"),
+        ({"d_model": 0}, "d_model: .*greater than 0, got 0"),
+        ({"n_layers": -1}, "n_layers: .*greater than 0, got -1"),
+        ({"n_heads": 5}, r"n_heads \(5\) must divide d_model \(32\)"),
+        ({"dropout": 1.0}, "dropout: .*less than 1, got 1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout: .*greater than or equal to 0, got -0.1"),
+        ({"norm_eps": 0.0}, "norm_eps: .*greater than 0"),
+        ({"activation": "tanh"}, "activation: .*'gelu'.*, got 'tanh'"),
+        ({"architecture": "both"}, "architecture: .*'encoder' or 'decoder', got 'both'"),
+        ({"norm_place": "middle"}, "norm_place: .*'post' or 'pre', got 'middle'"),
+        ({"family": "t5"}, "family: .*'bert', 'gpt2' or 'custom', got 't5'"),
+        ({"objectives": ["plm"]}, "objectives.0: .*'mlm', 'nsp' or 'clm', got 'plm'"),
+        ({"objectives": ["clm"]}, 'objectives: "clm" does not fit architecture "encoder"'),
+        ({"objectives": ["mlm", "mlm"]}, r"objectives \['mlm', 'mlm'\] names one twice"),
+        ({"objectives": ["nsp"]}, 'objectives: "nsp" reads the pooled token; set pooler to "cls_tanh"'),
+        ({"architecture": "decoder", "objectives": ["mlm"]}, '"mlm" does not fit architecture "decoder"'),
+        ({"pad_token_id": 61}, r"pad_token_id \(61\) must be below vocab_size \(61\)"),
+        ({"eos_token_id": 99}, r"eos_token_id \(99\) must be below vocab_size \(61\)"),
+        ({"bos_token_id": -1}, "bos_token_id: .*greater than or equal to 0, got -1"),
+        ({"freeze_padding_row": True}, "freeze_padding_row needs pad_token_id"),
+        ({"preset": "bert-huge"}, "preset 'bert-huge' is not one of bert-base, "),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_errors_name_the_field(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TransformerConfig.from_dict(SMALL | change)
+    assert str(error.value).startswith("TransformerConfig: ")
+
+
+@pytest.mark.parametrize("field", SMALL)
+def test_a_missing_field_is_named(field):
+    with pytest.raises(ValueError, match=f"TransformerConfig: {field} is required"):
+        TransformerConfig.from_dict({key: value for key, value in SMALL.items() if key != field})
+
+
+def test_every_wrong_field_is_told_at_once():
+    with pytest.raises(ValueError, match=r"d_model.*; n_heads.*; vocab is not a field"):
+        TransformerConfig.from_dict(SMALL | {"d_model": 0, "n_heads": "4", "vocab": 3})
+
+
+def test_the_model_wants_a_config():
+    with pytest.raises(TypeError, match="config must be a TransformerConfig, got dict"):
+        Transformer(SMALL)
+
+
+@pytest.mark.parametrize("family", ["bert-mini", "gpt-mini"])
+def test_initial_weights(family):
+    torch.manual_seed(0)
+    config = TransformerConfig.preset(family, vocab_size=500)
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (parameter == (1.0 if name.endswith("norm.weight") else 0.0)).all(), name
+            continue
+        residual = config.scale_residual_init and ("attention.out" in name or "feed_forward.down" in name)
+        expected = config.init_std / (8**0.5 if residual else 1)
+        if name == "nsp_head.weight" or name == "embeddings.token_type.weight":
+            assert parameter.std().item() == pytest.approx(expected, rel=0.2), name
+        else:
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+    if config.freeze_padding_row:
+        assert (model.embeddings.word.weight[config.pad_token_id] == 0).all()
+
+
+def test_a_seed_gives_the_weights():
+    config = TransformerConfig.from_dict(SMALL | {"objectives": ["mlm"]})
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(Transformer(config).state_dict()["layers.1.attention.qkv.weight"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
