@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "cpu/vec.h"
 
@@ -91,23 +92,26 @@ inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t d
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// x[i] lane j <-> x[j] lane i
-inline void transpose(F (&x)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step; step /= 2) {
-    I low, high;
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? kLanes + (i ^ step) : i;
-      high[i] = i & step ? kLanes + i : i ^ step;
-    }
+// Exchanges the off-diagonal quarters of all 2 step x 2 step blocks. The lane numbers are constants when parsed: the
+// compiler lowers a shuffle by anything else to memory before it unrolls a loop.
+template <int step, int... lane>
+inline void transpose_blocks(F (&x)[kLanes], std::integer_sequence<int, lane...>) {
+  constexpr I low = {(lane & step ? kLanes + (lane ^ step) : lane)...};
+  constexpr I high = {(lane & step ? kLanes + lane : lane ^ step)...};
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const F a = x[i], b = x[i + step];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + step] = __builtin_shuffle(a, b, high);
-    }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & step) continue;
+    const F a = x[i], b = x[i + step];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + step] = __builtin_shuffle(a, b, high);
   }
+}
+
+// x[i] lane j <-> x[j] lane i
+template <int step = kLanes / 2>
+inline void transpose(F (&x)[kLanes]) {
+  transpose_blocks<step>(x, std::make_integer_sequence<int, kLanes>());
+  if constexpr (step > 1) transpose<step / 2>(x);
 }
 
 // Rows of a tensor, widened, `width` floats apart; columns up to `width` become zero.
@@ -122,29 +126,33 @@ inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t 
   }
 }
 
-// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel +
-// column kPanel + row % kPanel]. Rows up to a multiple of kLanes become zero.
+// kLanes x kLanes elements transposed, the rows of the result `step` apart.
+template <class T>
+inline void transpose_block(const T* from, int64_t from_stride, float* to, int64_t step) {
+  F block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * from_stride);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * step, block[i]);
+}
+
+// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel + column kPanel
+// + row % kPanel]. Rows up to a multiple of kLanes become zero.
 template <class T>
 inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     float* panel = to + r / kPanel * columns * kPanel + r % kPanel;
     const int64_t count = rows - r < kLanes ? rows - r : kLanes;
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const int64_t width = columns - c < kLanes ? columns - c : kLanes;
-      F block[kLanes] = {};
-      if (count == kLanes && width == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * from_stride + c);
-      } else {
-        for (int64_t i = 0; i < count; ++i) block[i] = load_part(from + (r + i) * from_stride + c, width);
+    int64_t c = 0;
+    if (count == kLanes) {
+      for (; c + kLanes <= columns; c += kLanes) {
+        transpose_block(from + r * from_stride + c, from_stride, panel + c * kPanel, kPanel);
       }
-      transpose(block);
-      if (width == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(panel + (c + i) * kPanel, block[i]);
-      } else {
-        for (int64_t i = 0; i < width; ++i) store(panel + (c + i) * kPanel, block[i]);
-      }
+    }
+    for (; c < columns; ++c) {
+      float* line = panel + c * kPanel;
+      for (int64_t i = 0; i < kLanes; ++i) line[i] = i < count ? widen(from[(r + i) * from_stride + c]) : 0.0f;
     }
   }
 }

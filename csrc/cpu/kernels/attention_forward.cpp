@@ -82,9 +82,8 @@ void forward_rows(const ops::AttentionForward& p, const ops::Sequence& s, int64_
   for (int64_t r = 0; r < rows; ++r) {
     const float total = statistics.total[r];
     const float* line = output + r * width;
-    for_lanes(out.columns, [&](int64_t c, auto n) {
-      store_n(out.row(r) + c, total == 0.0f ? F{} : load(line + c) * (1.0f / total), n);
-    });
+    for_lanes(out.columns,
+              [&](int64_t c, auto n) { store_n(out.row(r) + c, total == 0.0f ? F{} : load(line + c) / total, n); });
     const double lse = std::log(static_cast<double>(total)) + (total == 0.0f ? 0.0 : statistics.largest[r]);
     const float high = static_cast<float>(lse);
     p.lse.as<float>()[statistic + r] = high;
