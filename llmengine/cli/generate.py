@@ -19,8 +19,8 @@ EXAMPLES = """\
 def command(
     run: ModelPath,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The beginning of a text.")],
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="The most tokens to add; 100, or as many as the model has room for.")
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens to add; 100, or as many as the model has room for.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
     temperature: Annotated[float, typer.Option(help="Below 1: likelier words.")] = 0.8,
@@ -44,8 +44,6 @@ def command(
     if not greedy and beams == 1:
         options = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     trained = models.load(run, device)
-    texts = continuations(
-        trained.model, trained.tokenizer, [prompt] * samples,
-        most=100 if max_new_tokens is None else max_new_tokens, explicit=max_new_tokens is not None, **options,
-    )  # fmt: skip
+    prompts = [prompt] * samples
+    texts = continuations(trained.model, trained.tokenizer, prompts, new_tokens=new_tokens, **options)
     typer.echo("\n\n---\n\n".join(texts))

@@ -97,7 +97,7 @@ def _table(operators: list[str], backends: dict[str, dict[str, Any]]) -> list[st
         elif missing:
             lines.append(f"{name}: no kernel for {', '.join(missing)}")
     lines.append(
-        "An operator runs on the first backend of its device that takes its arguments; llmengine.explain tells."
+        "Of these, the first backend of a device that takes the arguments runs; llmengine.explain tells which."
     )
     return lines
 

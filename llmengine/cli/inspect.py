@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,7 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
     batches = StepBatches(examples, batch_tokens=data.batch_tokens, accumulation=data.accumulation, seed=config.seed)
     yield f"corpus      {len(documents):,} documents to train on, {_size(documents)}; held out {_size(held_out)}"
     yield f"tokenizer   {tokenizer.vocab_size:,} tokens"
-    yield f"epoch       {len(examples):,} sequences, {batches.steps_per_epoch:,} steps; the run has {config.steps:,} steps"
+    yield f"epoch       {len(examples):,} sequences, {batches.steps_per_epoch:,} steps, of the run's {config.steps:,}"
     yield from ("", f"sequence lengths of an epoch ({config.data.sequence_length} at most)")
     yield from histogram(examples.lengths(0))
     batch = batches[step]
@@ -87,11 +88,10 @@ def histogram(lengths: ndarray) -> list[str]:
     bins = min(BINS, high - low + 1)
     edges = [low + (high + 1 - low) * i // bins for i in range(bins + 1)]
     counts, _ = numpy.histogram(lengths, bins=edges)
-    # the last bin of numpy's includes its right edge, which no length reaches
     width = len(str(high))
     return [
         f"  {first:{width}} to {end - 1:{width}}  {count:>9,}  {'#' * -(-BAR * int(count) // int(counts.max()))}"
-        for first, end, count in zip(edges, edges[1:], counts, strict=False)
+        for (first, end), count in zip(pairwise(edges), counts, strict=True)
     ]
 
 
@@ -115,7 +115,7 @@ def _counts(batch: Step, tokenizer: Tokenizer) -> Iterator[str]:
     """How many tokens are predicted and what stands in their places; how many pairs are of which kind."""
     first = batch.micro_batches[0]
     tokens = sum(len(micro["input_ids"]) for micro in batch.micro_batches)
-    if tokenizer.mask_id is not None and "token_type_ids" in first or not _next_token(first):
+    if not _next_token(first):
         kinds: Counter[str] = Counter()
         for micro in batch.micro_batches:
             kinds.update(_kinds(micro["input_ids"].tolist(), micro["labels"].tolist(), tokenizer.mask_id))
@@ -149,10 +149,10 @@ def _kinds(ids: Sequence[int], labels: Sequence[int], mask_id: int | None) -> It
 
 def _sequences(batch: Step, tokenizer: Tokenizer, most: int) -> Iterator[str]:
     micro = batch.micro_batches[0]
-    starts = micro["cu_seqlens"].tolist()
+    bounds = micro["cu_seqlens"].tolist()
     if most and not _next_token(micro):
         yield "  below: truth→[MASK], truth→random token, =kept (predicted, but left as it is)"
-    for i, (start, end) in enumerate(zip(starts[:most], starts[1:], strict=False)):
+    for i, (start, end) in enumerate(islice(pairwise(bounds), most)):
         kind = ""
         if "next_sentence_label" in micro:
             kind = ", the second segment " + ("is random", "follows")[micro["next_sentence_label"][i] == 0]

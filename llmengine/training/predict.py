@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,8 @@ def fill_text(model: Transformer, tokenizer: Tokenizer, text: str, top: int = 5)
         raise ValueError("fill: the tokenizer has no mask, cls and sep tokens; give a model trained to fill masks")
     ids = [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
     if tokenizer.mask_id not in ids:
-        raise ValueError(
-            f"fill: the text has no {tokenizer.token(tokenizer.mask_id)}; write it where a word is missing"
-        )
+        mask = tokenizer.token(tokenizer.mask_id)
+        raise ValueError(f"fill: the text has no {mask}; write it where a word is missing")
     return fill(model, ids, tokenizer.mask_id, top=top)
 
 
@@ -72,11 +72,16 @@ def follows(model: Transformer, input_ids: Tensor, token_type_ids: Tensor) -> fl
 
 
 def continuations(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], *, most: int, explicit: bool = False, **options
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int | None = None,
+    **options: Any,
 ) -> list[str]:
     """Each prompt with what the model adds to it, up to its end token; `options` are those of `model.generate`.
 
-    most: the most new tokens. explicit False: fewer where the longest prompt leaves less room.
+    new_tokens: the most new ones of each; None: 100, or as many as the longest prompt leaves room for.
     """
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     if not all(rows):
@@ -89,8 +94,7 @@ def continuations(
     with evaluating(model) as device:
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
         attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        new = most if explicit else min(most, room)
-        out = model.generate(ids, attention, new, pad_token_id=pad, **options)
+        out = model.generate(ids, attention, new_tokens or min(100, room), pad_token_id=pad, **options)
     return [
         tokenizer.decode([*row, *_until(tokenizer.eos_id, out[i, longest:].tolist())]) for i, row in enumerate(rows)
     ]

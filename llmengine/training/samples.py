@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 FILE = "samples.md"
 TEXTS, MASKS, CANDIDATES, PAIRS = 3, 5, 5, 6
-NEW_TOKENS, PROMPT_WORDS = 80, 7
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40, "seed": 0}
+PROMPT_WORDS = 7
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "seed": 0}
 SECTION = re.compile(r"^## Step (\d+)", re.M)
 
 
@@ -41,10 +41,8 @@ class Samples(Observer):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         # as with metrics.jsonl, a resumed run writes anew what came after its checkpoint
         self._sections = {at: text for at, text in _sections(before) if at <= step}
-        held_out = run.held_out is not None
-        self._writers = choose(
-            (run.held_out or run.batches).examples, run.tokenizer, "held-out" if held_out else "training"
-        )
+        source = "training" if run.held_out is None else "held-out"
+        self._writers = choose((run.held_out or run.batches).examples, run.tokenizer, source)
         if step == 0:
             self._write(run, 0)
 
@@ -67,8 +65,9 @@ class Samples(Observer):
 def _sections(text: str) -> Iterator[tuple[int, str]]:
     """The sections of a file: (step, text)."""
     heads = list(SECTION.finditer(text))
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
-        yield int(head[1]), text[head.start() : following.start() if following else len(text)].strip()
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    for head, end in zip(heads, ends, strict=False):
+        yield int(head[1]), text[head.start() : end].strip()
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def _masked(example: dict[str, Tensor], tokenizer: Tokenizer) -> dict[str, Tenso
     labels = labels.new_full(labels.shape, IGNORED)
     labels[places] = truth[places]
     ids = truth.clone()
-    ids[places] = tokenizer.mask_id
+    ids[places] = _mask_id(tokenizer)
     return {**example, "input_ids": ids, "labels": labels}
 
 
@@ -132,7 +131,7 @@ class Prompts:
 
     def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"Beginnings of {self.source} sentences, and how the model goes on."
-        texts = continuations(model, tokenizer, self.prompts, most=NEW_TOKENS, **SAMPLING)
+        texts = continuations(model, tokenizer, self.prompts, **SAMPLING)
         for prompt, text in zip(self.prompts, texts, strict=True):
             yield f"**{prompt}** …\n\n~~~~text\n{text}\n~~~~"
 
@@ -144,12 +143,11 @@ class Masks:
 
     def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"Masked words of {self.source} texts: the model's first candidates with their probabilities."
-        assert tokenizer.mask_id is not None, "objectives with masks have checked it"
         for example in self.examples:
             ids, types = example["input_ids"], example.get("token_type_ids")
             truths = example["labels"][example["labels"] != IGNORED].tolist()
             kinds = None if types is None else types.tolist()
-            filling = fill(model, ids.tolist(), tokenizer.mask_id, token_type_ids=kinds, top=CANDIDATES)
+            filling = fill(model, ids.tolist(), _mask_id(tokenizer), token_type_ids=kinds, top=CANDIDATES)
             rows = ["| truth | candidates |", "|---|---|"]
             for truth, candidates in zip(truths, filling.candidates, strict=True):
                 cells = (_candidate(tokenizer, token, share, token == truth) for token, share in candidates)
@@ -172,6 +170,11 @@ class Pairs:
             share = follows(model, ids, types)
             rows.append(f"| … {_cell(first[-70:])} | {_cell(second[:70])} … | {truth} | {100 * share:.0f} % |")
         yield "\n".join(rows)
+
+
+def _mask_id(tokenizer: Tokenizer) -> int:
+    assert tokenizer.mask_id is not None, "objectives with masks do not begin without one"
+    return tokenizer.mask_id
 
 
 def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
