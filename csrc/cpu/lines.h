@@ -20,27 +20,30 @@ inline std::vector<float> as_floats(const TensorView& t, int64_t columns, float 
   return line;
 }
 
-// out = or += the sum over rows. Rows are added in blocks of 64 and these in order, whatever the threads: a sum of
-// sums, whose error grows slower than that of one long sum.
+// out = or += the sum over rows, each addition's rounding error gathered beside it (Knuth's two-sum): right to the last
+// bit but one, whatever the number of rows, and the same for every number of threads.
 template <class T>
 void column_sums(const T* x, int64_t stride, int64_t rows, int64_t columns, bool add, float* out) {
-  constexpr int64_t kColumns = 256, kRows = 64;
+  constexpr int64_t kColumns = 256;
   parallel_each((columns + kColumns - 1) / kColumns, [&](int64_t task) {
     const int64_t first = task * kColumns, n = std::min(kColumns, columns - first);
-    float* total = out + first;
-    if (!add) std::fill_n(total, n, 0.0f);
-    for (int64_t block = 0; block < rows; block += kRows) {
-      float line[kColumns] = {};
-      for (int64_t row = block; row < std::min(rows, block + kRows); ++row) {
-        const T* values = x + row * stride + first;
-        for_lanes(n, [&](int64_t c, auto count) {
-          store_n(line + c, load_n(line + c, count) + load_n(values + c, count), count);
-        });
-      }
+    float totals[kColumns] = {}, errors[kColumns] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* values = x + row * stride + first;
       for_lanes(n, [&](int64_t c, auto count) {
-        store_n(total + c, load_n(total + c, count) + load_n(line + c, count), count);
+        const F before = load_n(totals + c, count), value = load_n(values + c, count);
+        const F total = before + value, rest = total - before;
+        const F error = (before - (total - rest)) + (value - rest);
+        store_n(totals + c, total, count);
+        store_n(errors + c, load_n(errors + c, count) + error, count);
       });
     }
+    for_lanes(n, [&](int64_t c, auto count) {
+      const F total = load_n(totals + c, count);
+      const I finite = total - total == F{};  // the error of an infinite sum is NaN
+      const F exact = select(finite, total + load_n(errors + c, count), total);
+      store_n(out + first + c, add ? load_n(out + first + c, count) + exact : exact, count);
+    });
   });
 }
 

@@ -136,6 +136,12 @@ struct FeedForwardChecker {
     }
   }
 
+  void gated_only(const TensorView& w_gate, NamedTensors tensors) const {
+    for (auto [t, argument] : tensors) {
+      if (t->defined() && !w_gate.defined()) at.fail_at(argument, "was given without w_gate; give both, or neither");
+    }
+  }
+
   void options(const std::string& activation, double dropout_p, const TensorView& seed) const {
     activation_of(at, activation);
     at.probability(dropout_p, "dropout_p");
@@ -157,7 +163,7 @@ inline void validate(const FeedForwardForward& p) {
   c.biases({{&p.b_down, "b_down"}}, {c.dtype, DType::f32}, c.d);
   c.activations({{&p.output, "output"}}, c.d);
   c.activations({{&p.hidden, "hidden"}, {&p.up, "up"}, {&p.gate, "gate"}}, c.f);
-  if (p.b_gate.defined()) c.at.defined(p.w_gate, "w_gate");
+  c.gated_only(p.w_gate, {{&p.b_gate, "b_gate"}, {&p.gate, "gate"}});
   c.options(p.activation, p.dropout_p, p.seed);
 }
 
@@ -178,7 +184,11 @@ inline void validate(const FeedForwardBackward& p) {
   c.parameters({{&p.w_down, "w_down"}}, c.d, c.f);
   c.activations({{&p.grad_output, "grad_output"}, {&p.grad_input, "grad_input"}}, c.d);
   c.activations({{&p.up, "up"}, {&p.hidden, "hidden"}, {&p.grad_up, "grad_up"}}, c.f);
-  if (gated) c.activations({{&p.gate, "gate"}, {&p.grad_gate, "grad_gate"}}, c.f);
+  c.gated_only(p.w_gate, {{&p.gate, "gate"},
+                          {&p.grad_gate, "grad_gate"},
+                          {&p.grad_w_gate, "grad_w_gate"},
+                          {&p.grad_b_gate, "grad_b_gate"}});
+  c.activations({{&p.gate, "gate"}, {&p.grad_gate, "grad_gate"}}, c.f);
   c.matrices({{&p.grad_w_up, "grad_w_up"}}, {p.w_up.dtype}, c.f, c.d);
   c.matrices({{&p.grad_w_down, "grad_w_down"}}, {p.w_down.dtype}, c.d, c.f);
   if (gated) c.matrices({{&p.grad_w_gate, "grad_w_gate"}}, {p.w_gate.dtype}, c.f, c.d);

@@ -1,0 +1,192 @@
+"""Linear cross-entropy: random shapes, layouts and options; torch.nn as oracle; its memory; errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as torch_functional
+
+import llmengine
+from llmengine import functional
+from llmengine.testing import LAYOUTS, Sample, all_operators, assert_law, evaluate, poison
+from llmengine.testing.law import GRADIENT, OUTPUT
+
+OPERATOR = next(op for op in all_operators() if op.name == "linear_cross_entropy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make(tokens, d, classes, seed, *, bias=True, weighted=False, ignored=0.0, **options) -> Sample:
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    target = torch.randint(classes, (tokens,), generator=g)
+    target[torch.rand(tokens, generator=g) < ignored] = -100
+    if bias:
+        options["linear_bias"] = randn(classes)
+    if weighted:
+        options["weight"] = randn(classes).abs()
+    args = (randn(tokens, d), 3 * max(d, 1) ** -0.5 * randn(classes, d), target)
+    return Sample(f"{tokens} x {d} x {classes}", args, options, ("weight",))
+
+
+def assert_lawful(sample: Sample, given: Sample) -> None:
+    """`given` on the CPU backend against float64 and plain PyTorch on `sample`, the same numbers laid out plainly."""
+    oracle = evaluate(OPERATOR.function, sample.rounded(torch.float64), "reference")
+    plain = evaluate(OPERATOR.plain, sample, None)
+    with poison():
+        ours = evaluate(OPERATOR.function, given, "cpu")
+    assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name}: loss")
+    for key in oracle[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name}: grad {key}")
+
+
+# "none", whose many losses give the law a mean: a single rounding of plain PyTorch's may be none at all.
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(40, 230), d=st.integers(16, 70), classes=st.integers(16, 900), seed=st.integers(0, 99),
+    bias=st.booleans(), weighted=st.booleans(), ignored=st.sampled_from([0.0, 0.3]),
+    label_smoothing=st.sampled_from([0.0, 0.1]), z_loss=st.sampled_from([0.0, 1e-3]),
+    softcap=st.sampled_from([0.0, 6.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)  # fmt: skip
+def test_law_on_random_shapes_layouts_and_options(tokens, d, classes, seed, dtype, layout, **options):
+    sample = make(tokens, d, classes, seed, reduction="none", **options).rounded(dtype)
+    assert_lawful(sample, sample.rounded(dtype, LAYOUTS[layout]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 9), d=st.integers(1, 9), classes=st.integers(1, 9), seed=st.integers(0, 99),
+    bias=st.booleans(), weighted=st.booleans(), ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    reduction=st.sampled_from(["none", "sum", "mean"]), label_smoothing=st.sampled_from([0.0, 0.1]),
+)  # fmt: skip
+def test_small_sizes(tokens, d, classes, seed, **options):
+    sample = make(tokens, d, classes, seed, **options)
+    oracle = evaluate(OPERATOR.function, sample, "reference")
+    ours = evaluate(OPERATOR.function, sample.rounded(torch.float32), "cpu")
+    for a, b in zip([*ours[0], *ours[1].values()], [*oracle[0], *oracle[1].values()], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "tokens, d, classes", [(2100, 24, 700), (70, 300, 6500), (1025, 16, 1537)], ids=["tokens", "classes", "both"]
+)
+def test_sizes_past_the_blocks(tokens, d, classes, dtype):
+    sample = make(tokens, d, classes, 0, ignored=0.02, reduction="none").rounded(dtype)
+    assert_lawful(sample, sample)
+
+
+def test_equals_a_linear_layer_and_cross_entropy_of_torch():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(48, 1000)
+    x, target = torch.randn(2, 33, 48, requires_grad=True), torch.randint(1000, (2, 33))
+    target[0, :9] = -100
+    leaves = [x, head.weight, head.bias]
+    expected = torch_functional.cross_entropy(head(x).flatten(0, 1), target.flatten(), label_smoothing=0.1)
+    with llmengine.backend("cpu"):
+        ours = functional.linear_cross_entropy(x, head.weight, target, linear_bias=head.bias, label_smoothing=0.1)
+        gradients = torch.autograd.grad(ours, leaves)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_equals_cross_entropy_of_the_logits():
+    """Both operators share their rows: with logits that are exact they give equal losses."""
+    x, eye = torch.randint(-9, 9, (20, 37)).float(), torch.eye(37)
+    target = torch.randint(37, (20,))
+    options = {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 5.0, "reduction": "none"}
+    with llmengine.backend("cpu"):
+        ours = functional.linear_cross_entropy(x, eye, target, **options)
+        theirs = functional.cross_entropy(x, target, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_equal_bits_for_any_number_of_threads():
+    sample = make(1100, 40, 4000, 2, ignored=0.1, label_smoothing=0.1).rounded(torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(evaluate(functional.linear_cross_entropy, sample, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0][0][0], other[0][0])
+        assert all(torch.equal(found[0][1][key], other[1][key]) for key in found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ignored_tokens_may_hold_anything(dtype):
+    """They enter no product: NaN there changes nothing, and their gradient is zero."""
+    sample = make(60, 24, 100, 3, ignored=0.4).rounded(dtype)
+    ignored = sample.args[2] == -100
+    poisoned = sample.rounded(dtype, torch.clone)
+    poisoned.args[0][ignored] = torch.nan
+    clean, ours = (evaluate(functional.linear_cross_entropy, s, "cpu") for s in (sample, poisoned))
+    assert torch.equal(clean[0][0], ours[0][0])
+    assert all(torch.equal(clean[1][key], ours[1][key]) for key in clean[1])
+    assert not ours[1][0][ignored].any()
+
+
+PEAK = """
+import resource, sys, torch, llmengine
+from llmengine import functional
+backend, tokens, classes, d = sys.argv[1], *map(int, sys.argv[2:])
+def call(tokens, classes):
+    x, w = torch.randn(tokens, d, requires_grad=True), torch.randn(classes, d, requires_grad=True)
+    target = torch.randint(classes, (tokens,))
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak()
+    with llmengine.backend(backend):
+        functional.linear_cross_entropy(x, w, target).backward()
+    return peak() - before - 4 * (x.numel() + w.numel()) / 2**20
+call(8, 8)
+print(call(tokens, classes))
+"""
+
+
+def peak_mib(backend: str, tokens: int, classes: int) -> float:
+    """What one forward and backward raises the peak of a fresh process by, beyond the gradients that it returns."""
+    command = [sys.executable, "-c", PEAK, backend, str(tokens), str(classes), "32"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+def test_memory_does_not_grow_with_tokens_times_classes():
+    small, large = peak_mib("cpu", 1024, 8192), peak_mib("cpu", 4096, 32768)
+    logits = 4 * (4096 * 32768 - 1024 * 8192) / 2**20  # what their float32 logits differ by: 480 MiB
+    assert large - small < 0.05 * logits
+    assert peak_mib("reference", 4096, 32768) > logits  # the measure sees logits where they are held
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"linear_weight": torch.ones(7, 5)}, r"linear_weight has shape \(7, 5\); expected \(classes, 4\)"),
+        ({"linear_bias": torch.ones(4)}, r"linear_bias has shape \(4,\); expected \(7,\)"),
+        ({"weight": torch.ones(4)}, r"weight has shape \(4,\)"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, r"target has shape \(4,\)"),
+        ({"target": torch.zeros(3)}, "target has dtype float32"),
+        ({"target": torch.tensor([0, 7, 1])}, r"target 7 at row 1 is out of range; allowed: 0 to 6 \(7 classes\)"),
+        ({"target": torch.tensor([0, 1, -1])}, "target -1 at row 2 is out of range"),
+        ({"reduction": "max"}, "reduction is 'max'; allowed: 'none', 'mean', 'sum'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]"),
+        ({"z_loss": -1.0}, "z_loss must be finite and at least 0"),
+        ({"softcap": -1.0}, "softcap must be finite and at least 0"),
+        ({"input": torch.ones(())}, r"input has shape \(\); expected \(\*, d\)"),
+        ({"linear_weight": torch.ones(7, 4).bfloat16()}, "linear_weight has dtype bfloat16; allowed: that of input"),
+    ],
+)
+def test_errors_name_argument_given_and_allowed(change, message):
+    arguments = {"input": torch.ones(3, 4), "linear_weight": torch.ones(7, 4), "target": torch.zeros(3).long()}
+    with pytest.raises(ValueError, match=f"^linear_cross_entropy: {message}"):
+        functional.linear_cross_entropy(**arguments | change)
