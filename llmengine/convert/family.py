@@ -92,7 +92,7 @@ class Family:
     poolers: Mapping[str, str] = field(default_factory=dict)
     """The tensor whose presence tells that a file has this pooler."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Their second names for a tensor, which files may repeat."""
+    """Their second names for a tensor, which files may repeat. Without tied embeddings it is the second that they use."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -172,8 +172,8 @@ class Family:
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def write_tensors(self, ours: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-        """Their tensors (or gradients) from ours; each stored once."""
+    def write_tensors(self, ours: Mapping[str, Tensor], layers: int, tied: bool = True) -> dict[str, Tensor]:
+        """Their tensors (or gradients) from ours; each stored once, and under its second name too where not tied."""
         theirs: dict[str, Tensor] = {}
         left = set(ours)
         for rule in self.rules(layers):
@@ -182,7 +182,8 @@ class Family:
                 left.discard(rule.ours)
         if left:
             raise ValueError(f'family "{self.name}" has no name for {", ".join(sorted(left))}')
-        return theirs
+        seconds = {} if tied else {second: first for second, first in self.tied.items() if second not in theirs}
+        return theirs | {second: theirs[first].clone() for second, first in seconds.items() if first in theirs}
 
     def read_tensors(
         self, names: Iterable[str], get: Callable[[str], Tensor], wanted: Iterable[str], layers: int, tied: bool
@@ -192,7 +193,8 @@ class Family:
         rules = {rule.ours: rule for rule in self.rules(layers)}
         if missing := sorted({t for ours in wanted for t in rules[ours].theirs} - names):
             raise ValueError(f"checkpoint of family {self.name} lacks {_some(missing)}")
-        known = {t for rule in rules.values() for t in rule.theirs} | self.tied.keys()
+        own = {t for rule in rules.values() for t in rule.theirs}
+        known = own | self.tied.keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
         for second, first in self.tied.items():
@@ -201,7 +203,8 @@ class Family:
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
                     "(tie_word_embeddings)"
                 )
-        return {ours: rules[ours].read([get(name) for name in rules[ours].theirs]) for ours in wanted}
+        used = {} if tied else {first: second for second, first in self.tied.items() if second in names - own}
+        return {ours: rules[ours].read([get(used.get(name, name)) for name in rules[ours].theirs]) for ours in wanted}
 
 
 def _some(names: list[str], most: int = 8) -> str:
