@@ -92,7 +92,7 @@ class Family:
     poolers: Mapping[str, str] = field(default_factory=dict)
     """The tensor whose presence tells that a file has this pooler."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Their second names for a tensor, which files may repeat. Without tied embeddings it is the second that they use."""
+    """Their second names for a tensor, which files may repeat. Without tied embeddings they use the second."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -182,7 +182,7 @@ class Family:
                 left.discard(rule.ours)
         if left:
             raise ValueError(f'family "{self.name}" has no name for {", ".join(sorted(left))}')
-        seconds = {} if tied else {second: first for second, first in self.tied.items() if second not in theirs}
+        seconds = {} if tied else self._second_names()
         return theirs | {second: theirs[first].clone() for second, first in seconds.items() if first in theirs}
 
     def read_tensors(
@@ -193,8 +193,7 @@ class Family:
         rules = {rule.ours: rule for rule in self.rules(layers)}
         if missing := sorted({t for ours in wanted for t in rules[ours].theirs} - names):
             raise ValueError(f"checkpoint of family {self.name} lacks {_some(missing)}")
-        own = {t for rule in rules.values() for t in rule.theirs}
-        known = own | self.tied.keys()
+        known = {t for rule in rules.values() for t in rule.theirs} | self.tied.keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
         for second, first in self.tied.items():
@@ -203,8 +202,13 @@ class Family:
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
                     "(tie_word_embeddings)"
                 )
-        used = {} if tied else {first: second for second, first in self.tied.items() if second in names - own}
+        used = {} if tied else {first: second for second, first in self._second_names().items() if second in names}
         return {ours: rules[ours].read([get(used.get(name, name)) for name in rules[ours].theirs]) for ours in wanted}
+
+    def _second_names(self) -> dict[str, str]:
+        """Those of `tied` that no tensor of ours has to itself."""
+        own = {name for rule in self.tensors for name in rule.theirs}
+        return {second: first for second, first in self.tied.items() if second not in own}
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -76,6 +76,13 @@ def test_untied_output_embeddings(name, tmp_path):
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
 
 
+def test_an_untied_backbone_has_no_head(tmp_path):
+    for name in ("bert-tiny", "gpt-tiny"):
+        config = TransformerConfig.preset(name, vocab_size=61, objectives=[], tie_embeddings=False)
+        Transformer(config).save_pretrained(tmp_path)
+        assert not any(key.startswith(("cls.", "lm_head.")) for key in load_file(tmp_path / "model.safetensors"))
+
+
 def test_a_custom_model_round_trips(tmp_path):
     model = Transformer(TransformerConfig.from_dict(CUSTOM)).eval()
     model.save_pretrained(tmp_path / "a" / "b")
