@@ -137,6 +137,19 @@ def test_compiles_into_one_graph(op: Operator, sample: Sample):
     allclose(evaluate(compiled, given, None), evaluate(op.function, given, None))
 
 
+@pytest.mark.parametrize("op, sample", [c for c in FIRST if c.values[0].plain])
+def test_autocast_gives_the_dtypes_that_pytorch_gives(op: Operator, sample: Sample):
+    given = sample.rounded(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = evaluate(op.function, given, None), evaluate(op.plain, given, None)
+    exact = evaluate(op.function, given, None)
+    assert [o.dtype for o in ours[0]] == [p.dtype for p in plain[0]]
+    for key, gradient in ours[1].items():
+        assert gradient.dtype == torch.float32, key
+        # what a bf16 product may lose: the operands' rounding, in relation to the largest element
+        assert (gradient - exact[1][key]).abs().max() <= 0.05 * exact[1][key].abs().max() + 1e-6, key
+
+
 @pytest.mark.parametrize("op, sample", FIRST)
 def test_meta_tensors_have_the_shapes_of_the_result(op: Operator, sample: Sample):
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -4,22 +4,38 @@
 #include <pybind11/pybind11.h>
 
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "bindings/caster.h"
+#include "ops/fields.h"
 
 namespace llmengine {
 
-// `before()` runs with the interpreter locked; validate() and `run(params)` follow with it released.
+// What Python gives for a field: tensors as objects, which become views under the name of their argument.
+template <class T>
+using Given = std::conditional_t<std::is_same_v<T, TensorView>, TensorObject, T>;
+
+template <class T>
+T taken(const Argument& argument, Given<T>&& value) {
+  if constexpr (std::is_same_v<T, TensorView>) {
+    return view_of(argument, value.object);
+  } else {
+    return std::move(value);
+  }
+}
+
+// `before()` runs with the interpreter locked; validate() and `run(params)` follow with it released. Tensors must lie
+// on `device`.
 template <class Params, class Before, class Run>
-void bind(pybind11::module_& module, const char* name, Before before, Run run) {
+void bind(pybind11::module_& module, const char* name, dlpack::DeviceType device, Before before, Run run) {
   std::apply(
-      [&]<class... Field>(Field... field) {
+      [&]<class... Owner, class... T>(ops::Field<Owner, T>... field) {  // an Owner: Params, or what it extends
         module.def(
             name,
-            [=](std::remove_cvref_t<decltype(std::declval<Params>().*(field.member))>... value) {
+            [=](Given<T>... value) {
               Params params;
-              ((params.*(field.member) = std::move(value)), ...);
+              ((params.*(field.member) = taken<T>({name, field.name, device}, std::move(value))), ...);
               before();
               pybind11::gil_scoped_release unlocked;
               validate(params);

@@ -6,7 +6,10 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/ffn.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/norm.h"
 #include "ops/softmax.h"
 
@@ -24,7 +27,7 @@ py::object& thread_count() {
 template <class Params>
 void bind_cpu(py::module_& module, const char* name) {
   bind<Params>(
-      module, name, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
+      module, name, dlpack::kCPU, [] { cpu::set_num_threads(thread_count() ? thread_count()().cast<int>() : 1); },
       [](const Params& params) { cpu::run(params); });
 }
 
@@ -41,8 +44,14 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AttentionForward>(module, "attention_forward");
+  bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
+  bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
+  bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
+  bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
+  bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");

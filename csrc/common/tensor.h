@@ -62,8 +62,9 @@ struct TensorView {
     return n;
   }
 
-  // Strides of dimensions of size one never matter.
+  // Strides of dimensions of size one never matter, nor those of a tensor without elements.
   bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int d = ndim - 1; d >= 0; --d) {
       if (sizes[d] != 1 && strides[d] != expected) return false;

@@ -29,4 +29,11 @@ void parallel_rows(int64_t rows, int64_t columns, int64_t grain, const Body& bod
 using TaskBody = void (*)(void* context, int64_t index, int thread);
 void parallel_tasks(int64_t n, TaskBody body, void* context);
 
+// parallel_tasks with body(index).
+template <class Body>
+void parallel_each(int64_t n, const Body& body) {
+  const auto call = [](void* b, int64_t index, int) { (*static_cast<const Body*>(b))(index); };
+  parallel_tasks(n, call, const_cast<Body*>(&body));
+}
+
 }  // namespace llmengine::cpu

@@ -1,6 +1,6 @@
 // Products of small float tiles that lie in a core's own caches, and the packing that brings tensors there.
 //
-//   C(row, column) = beta_row C(row, column) + sum_k A(row, k) B(k, column)
+//   C(row, column) = sum_k A(row, k) B(k, column), scaled by or added to what C holds
 //
 //   The micro-kernel holds kTileRows x kTileVectors vectors of C in registers and adds an outer product for every k:
 //   it loads vectors of B and broadcasts elements of A, so A may lie either way round (Across: element (row, k) at
@@ -8,6 +8,7 @@
 //   which keeps both multiply-add ports of an AVX-512 core busy (225 of about 230 Gflop/s measured).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -23,8 +24,8 @@ inline constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 16 registers elsew
 inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
 
-enum class Lies { along, across };      // A(row, k): a[row stride + k] or a[k stride + row]
-enum class Into { place, add, scaled };  // beta 0, 1 or beta[row]
+enum class Lies { along, across };              // A(row, k): a[row stride + k] or a[k stride + row]
+enum class Into { place, times, add, scaled };  // C = AB, beta[0] AB, C + AB, beta[row] C + AB
 
 template <int kVectors, Lies lies, Into into>
 inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
@@ -47,6 +48,7 @@ inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_str
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* out = c + r * c_stride + v * kLanes;
+      if constexpr (into == Into::times) sum[r][v] *= beta[0];
       if constexpr (into == Into::add) sum[r][v] = load(out) + sum[r][v];
       if constexpr (into == Into::scaled) sum[r][v] = load(out) * beta[r] + sum[r][v];
       store(out, sum[r][v]);
@@ -68,7 +70,24 @@ inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, 
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// C of any size, a panel of columns and a stripe of rows at a time. B(k, column) of panel i: b[i panel_stride + k
+// b_stride + column - i columns of a panel], a panel being kPanelVectors or kTileVectors wide.
+template <Lies lies, Into into>
+inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride,
+                     const float* b, int64_t b_stride, int64_t panel_stride, float* c, int64_t c_stride,
+                     const float* beta = nullptr) {
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    const float* stripe = lies == Lies::along ? a + r * a_stride : a + r;
+    const int count = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
+    for (int64_t v = 0, panel = 0; v < vectors; v += panel_vectors, ++panel) {
+      const int width = static_cast<int>(vectors - v < panel_vectors ? vectors - v : panel_vectors);
+      multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride,
+                                c + r * c_stride + v * kLanes, c_stride, into == Into::scaled ? beta + r : beta);
+    }
+  }
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -91,21 +110,20 @@ inline void transpose(F (&x)[kLanes]) {
   }
 }
 
-// Rows of a tensor, widened and multiplied by `factor`, `width` floats apart; columns up to `width` become zero.
+// Rows of a tensor, widened, `width` floats apart; columns up to `width` become zero.
 template <class T>
-inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float factor, float* to,
-                      int64_t width) {
+inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = from + r * from_stride;
     float* line = to + r * width;
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) store(line + c, load(x + c) * factor);
-    if (c < width) store(line + c, load_part(x + c, columns - c) * factor);
+    for (; c + kLanes <= columns; c += kLanes) store(line + c, load(x + c));
+    if (c < width) store(line + c, load_part(x + c, columns - c));
   }
 }
 
-// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel + column kPanel
-// + row % kPanel]. Rows up to a multiple of kLanes become zero.
+// The transpose in panels of kPanel columns: element (row, column) at to[(row / kPanel) columns kPanel +
+// column kPanel + row % kPanel]. Rows up to a multiple of kLanes become zero.
 template <class T>
 inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -131,14 +149,29 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
   }
 }
 
-// ---- scratch ---------------------------------------------------------------------------------------------------------
+// ---- scratch --------------------------------------------------------------------------------------------------------
 
 // Aligned floats of one thread, kept between calls: fresh pages would cost more than small attentions take.
 class Scratch {
  public:
-  // Begins anew: earlier pointers die, `floats` are there to be taken.
+  // Buffers of so many floats each; what was taken before dies.
+  template <class... Count>
+  std::array<float*, sizeof...(Count)> take(Count... counts) {
+    const int64_t sizes[] = {round_up(counts, 64 / 4)...};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    reserve(total);
+    std::array<float*, sizeof...(Count)> buffers;
+    float* next = memory_.get();
+    for (size_t i = 0; i < sizeof...(Count); ++i) {
+      buffers[i] = next;
+      next += sizes[i];
+    }
+    return buffers;
+  }
+
+ private:
   void reserve(int64_t floats) {
-    used_ = 0;
     if (floats <= size_) return;
     size_ = 0;
     const size_t bytes = static_cast<size_t>(round_up(floats * 4, 4096));
@@ -146,18 +179,12 @@ class Scratch {
     if (!memory_) throw std::bad_alloc();
     size_ = floats;
   }
-  float* take(int64_t floats) {
-    float* p = memory_.get() + used_;
-    used_ += round_up(floats, 64 / 4);
-    return p;
-  }
 
- private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
   std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0, used_ = 0;
+  int64_t size_ = 0;
 };
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

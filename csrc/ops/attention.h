@@ -1,10 +1,13 @@
 // Attention, softmax(logits) value, of padded batches and of packed sequences (Vaswani et al. 2017; computed in tiles
 // with an online softmax, so that no (rows, keys) matrix is held: Dao et al. 2022).
 //
-//   u = scale query key^T                      logits = cap(u) - slope |key - p| + mask;  -inf where the key is not seen
-//   cap(u) = softcap tanh(u / softcap)         (p, and the keys a row sees: ops/attention_band.h)
+//   u = scale query key^T
+//   logits = cap(u) - slope |key - p| + mask, -inf where the key is not seen; cap(u) = softcap tanh(u / softcap)
+//            (p, and the keys a row sees: ops/attention_band.h)
 //   lse = log sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value
 //   A row that sees no key: output 0, lse -inf, no gradients.
+//   lse_low is what rounding took from lse (0 where lse is infinite): with |lse| in the hundreds, float32 lse alone
+//   would make every P of a row wrong by 1e-5.
 //
 //   backward, with Z = keep / (1 - dropout_p) and delta = rowsum(grad_output output) - grad_lse:
 //     grad_value = (P Z)^T grad_output
@@ -68,30 +71,29 @@ struct AttentionOptions {
 struct AttentionForward : AttentionOptions {
   TensorView output;  // like query, with value_dim
   TensorView lse;     // float32 (batch, heads, rows)
+  TensorView lse_low;
 
   static constexpr auto fields() {
     using P = AttentionForward;
-    return std::tuple_cat(AttentionOptions::fields(), std::tuple{field("output", &P::output), field("lse", &P::lse)});
+    return std::tuple_cat(AttentionOptions::fields(), std::tuple{field("output", &P::output), field("lse", &P::lse),
+                                                                 field("lse_low", &P::lse_low)});
   }
 };
 
 struct AttentionBackward : AttentionOptions {
   TensorView grad_output;  // like output
   TensorView grad_lse;     // like lse, or none
-  TensorView output, lse;
-  TensorView delta;                              // workspace: float32, like lse
-  TensorView accumulator;                        // workspace: float32, like query; grad_query itself where that is float32
-  TensorView grad_query, grad_key, grad_value;   // like query, key, value
-  TensorView grad_mask;                          // float32, like mask; or none
+  TensorView output, lse, lse_low;
+  TensorView grad_query, grad_key, grad_value;  // like query, key, value
+  TensorView grad_mask;                         // float32, like mask; or none
 
   static constexpr auto fields() {
     using P = AttentionBackward;
-    return std::tuple_cat(
-        AttentionOptions::fields(),
-        std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse), field("output", &P::output),
-                   field("lse", &P::lse), field("delta", &P::delta), field("accumulator", &P::accumulator),
-                   field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
-                   field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
+    return std::tuple_cat(AttentionOptions::fields(),
+                          std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse),
+                                     field("output", &P::output), field("lse", &P::lse), field("lse_low", &P::lse_low),
+                                     field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
+                                     field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
   }
 };
 
@@ -127,8 +129,7 @@ inline void validate_options(const Checker& at, const AttentionOptions& p) {
   check_operands(at, p);
   check_mask(at, p);
   if (p.cu_seqlens_q.defined() != p.cu_seqlens_k.defined()) at.fail_at("cu_seqlens_q", "and cu_seqlens_k go together");
-  for (auto [t, argument] :
-       NamedTensors{{&p.cu_seqlens_q, "cu_seqlens_q"}, {&p.cu_seqlens_k, "cu_seqlens_k"}}) {
+  for (auto [t, argument] : NamedTensors{{&p.cu_seqlens_q, "cu_seqlens_q"}, {&p.cu_seqlens_k, "cu_seqlens_k"}}) {
     at.dtype(*t, argument, {DType::i32});
     at.contiguous(*t, argument);
     if (!t->defined()) continue;
@@ -165,8 +166,10 @@ inline void validate(const AttentionForward& p) {
   at.defined(p.output, "output");
   at.dtype(p.output, "output", {p.query.dtype});
   check_like(at, p.output, "output", p.query, p.value.size(3));
-  at.defined(p.lse, "lse");
-  check_statistics(at, p.lse, "lse", p.query);
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.lse_low, "lse_low"}}) {
+    at.defined(*t, argument);
+    check_statistics(at, *t, argument, p.query);
+  }
 }
 
 inline void validate(const AttentionBackward& p) {
@@ -177,20 +180,18 @@ inline void validate(const AttentionBackward& p) {
     at.dtype(*t, argument, {p.query.dtype});
     check_like(at, *t, argument, p.query, p.value.size(3));
   }
-  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.delta, "delta"}}) at.defined(*t, argument);
-  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.delta, "delta"}, {&p.grad_lse, "grad_lse"}}) {
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.lse_low, "lse_low"}}) {
+    at.defined(*t, argument);
     check_statistics(at, *t, argument, p.query);
   }
-  at.defined(p.accumulator, "accumulator");
-  at.dtype(p.accumulator, "accumulator", {DType::f32});
-  check_like(at, p.accumulator, "accumulator", p.query, p.query.size(3));
+  check_statistics(at, p.grad_lse, "grad_lse", p.query);
   struct Gradient {
     const TensorView *gradient, *of;
     const char* argument;
   };
-  for (auto [gradient, of, argument] : {Gradient{&p.grad_query, &p.query, "grad_query"},
-                                        Gradient{&p.grad_key, &p.key, "grad_key"},
-                                        Gradient{&p.grad_value, &p.value, "grad_value"}}) {
+  for (auto [gradient, of, argument] :
+       {Gradient{&p.grad_query, &p.query, "grad_query"}, Gradient{&p.grad_key, &p.key, "grad_key"},
+        Gradient{&p.grad_value, &p.value, "grad_value"}}) {
     at.defined(*gradient, argument);
     at.dtype(*gradient, argument, {p.query.dtype});
     check_like(at, *gradient, argument, *of, of->size(3));
@@ -203,8 +204,8 @@ inline void validate(const AttentionBackward& p) {
 }
 
 // The independent blocks of a call. Reads cu_seqlens, and refuses what does not cut the tokens into sequences: for
-// backends whose boundaries lie in memory that this process can read. Tokens after the last boundary follow as rows that
-// see no key and keys that no row sees.
+// backends whose boundaries lie in memory that this process can read. Tokens after the last boundary follow as rows
+// that see no key and keys that no row sees.
 inline std::vector<Sequence> sequences_of(const AttentionOptions& p) {
   std::vector<Sequence> all;
   const int64_t count = p.sequences(), rows = p.query.size(2), keys = p.key.size(2);
@@ -219,11 +220,13 @@ inline std::vector<Sequence> sequences_of(const AttentionOptions& p) {
     for (int64_t n = 0; n < count; ++n) {
       const int64_t length = static_cast<int64_t>(ends[n + 1]) - ends[n];
       if (length >= 0 && length <= longest) continue;
-      at.fail_at(argument, "gives sequence " + std::to_string(n) + " " + std::to_string(length) + " tokens" +
-                               (length < 0 ? ": it must never fall" : ", above its maximum " + std::to_string(longest)));
+      at.fail_at(argument,
+                 "gives sequence " + std::to_string(n) + " " + std::to_string(length) + " tokens" +
+                     (length < 0 ? ": it must never fall" : ", above its maximum " + std::to_string(longest)));
     }
     if (ends[count] > tokens) {
-      at.fail_at(argument, "ends at " + std::to_string(ends[count]) + ", past the " + std::to_string(tokens) + " tokens");
+      at.fail_at(argument,
+                 "ends at " + std::to_string(ends[count]) + ", past the " + std::to_string(tokens) + " tokens");
     }
   };
   refuse(p.cu_seqlens_q, "cu_seqlens_q", rows, p.max_seqlen_q);

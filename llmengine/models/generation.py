@@ -18,7 +18,7 @@ class Cache:
     """Keys and values of every layer, (batch, slots, heads, head_dim) each; row b holds lengths[b] tokens."""
 
     def __init__(self, layers: int, batch: int, slots: int, heads: int, head_dim: int, like: Tensor) -> None:
-        # zeros: a forbidden key's value counts 0 times, which garbage that happens to be NaN would survive
+        # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN that lay there would be NaN
         self.keys, self.values = ([like.new_zeros(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
 

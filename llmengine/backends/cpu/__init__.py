@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from llmengine.backends.cpu import cross_entropy, norm, softmax
+from llmengine.backends.cpu import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
 from llmengine.backends.cpu.native import unavailable
 from llmengine.ops.registry import Kernel
 
 __all__ = ["KERNELS", "unavailable"]
 
-KERNELS: dict[str, Kernel] = {**cross_entropy.KERNELS, **norm.KERNELS, **softmax.KERNELS}
+KERNELS: dict[str, Kernel] = {
+    **attention.KERNELS,
+    **cross_entropy.KERNELS,
+    **ffn.KERNELS,
+    **linear_cross_entropy.KERNELS,
+    **norm.KERNELS,
+    **softmax.KERNELS,
+}

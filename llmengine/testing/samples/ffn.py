@@ -62,7 +62,7 @@ def _samples() -> list[Sample]:
     ]
     for gated, p in itertools.product((False, True), (0.0, 0.2)):
         for shape, f in [
-            ((1, 1), 1), ((3, 7), 5), ((2, 3, 17), 33), ((130, 65), 129), ((7, 300), 20), ((0, 8), 16), ((64,), 70),
+            ((1, 1), 1), ((11, 7), 5), ((2, 3, 17), 33), ((130, 65), 129), ((7, 300), 20), ((0, 8), 16), ((64,), 70),
             ((33, 96), 1030),
         ]:  # fmt: skip
             samples.append(sample(shape, f, "gelu", gated=gated, dropout_p=p))

@@ -1,0 +1,257 @@
+// What the forward and the backward of attention share: tiles of scores, and what stands between query key^T and the
+// logits (formulas: ops/attention.h).
+//
+//   A tile holds up to kKeys keys x kRows query rows as floats, a key's rows side by side ("transposed"):
+//
+//               rows ->            lane = query row: maxima, sums and exponentials of a row are plain vector
+//     keys   [ . . . . . . ]       operations, no reduction across lanes;
+//       |    [ . . . . . . ]       key and value are read as they lie: in key query^T they are the micro-kernel's
+//       v    [ . . . . . . ]       broadcast operand, in P value its contiguous one; only query is transposed, once
+//                                  for all keys.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/dropout.h"
+#include "cpu/tile_gemm.h"
+#include "cpu/vec_math.h"
+#include "ops/attention.h"
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+
+// Multiples of kTileRows, kPanel, kLanes and of the 4 columns of a dropout counter.
+inline constexpr int64_t kRows = 96, kKeys = 96, kTile = kRows * kKeys;
+
+constexpr int64_t count_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t padded(int64_t columns) { return round_up(columns, kLanes); }
+
+// ---- operands -------------------------------------------------------------------------------------------------------
+
+// The rows of one head of a (batch, heads, rows, columns) tensor, from row `first` on.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride, columns;
+
+  Rows(const TensorView& t, int64_t batch, int64_t head, int64_t first)
+      : data(t.as<T>() + batch * t.stride(0) + head * t.stride(1) + first * t.stride(2)),
+        stride(t.stride(2)),
+        columns(t.size(3)) {}
+  T* row(int64_t r) const { return data + r * stride; }
+};
+
+struct Floats {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T>
+Floats pack(const Rows<T>& x, int64_t first, int64_t count, float* to) {
+  pack_rows(x.row(first), x.stride, count, x.columns, to, padded(x.columns));
+  return {to, padded(x.columns)};
+}
+
+// Rows for the micro-kernel's broadcast operand, of which it reads whole stripes: where they lie, if it may.
+template <class T>
+Floats lie_or_pack(const Rows<T>& x, int64_t first, int64_t count, float* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count % kTileRows == 0) return {x.row(first), x.stride};
+  }
+  return pack(x, first, count, to);
+}
+
+// Rows of floats, `stride` apart and multiplied by `factor`, to a tensor.
+template <class T>
+void store_rows(const float* from, int64_t stride, int64_t count, float factor, const Rows<T>& to) {
+  for (int64_t r = 0; r < count; ++r) {
+    for_lanes(to.columns, [&](int64_t c, auto n) { store_n(to.row(r) + c, load(from + r * stride + c) * factor, n); });
+  }
+}
+
+// tile = scale x transposed^T: `transposed` holds `rows` query rows, packed in panels by pack_transposed.
+inline void multiply_scores(const Floats& x, int64_t keys, int64_t depth, float scale, const float* transposed,
+                            int64_t rows, float* tile) {
+  multiply<Lies::along, Into::times>(kPanelVectors, keys, count_of(rows, kLanes), depth, x.data, x.stride, transposed,
+                                     kPanel, depth * kPanel, tile, kRows, &scale);
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+struct TilePlace {
+  int64_t row, rows, key, keys;  // within the sequence; key is a multiple of 4
+  int64_t vectors() const { return count_of(rows, kLanes); }
+};
+
+// Calls body(vector, key, score) for the vectors of scores in a tile.
+template <class Body>
+inline void for_scores(const TilePlace& at, float* tile, const Body& body) {
+  for (int64_t c = 0; c < at.keys; ++c) {
+    for (int64_t v = 0; v < at.vectors(); ++v) body(v, c, tile + c * kRows + v * kLanes);
+  }
+}
+
+// One head of one sequence.
+class Scores {
+ public:
+  Scores(const ops::AttentionOptions& p, const ops::Sequence& s, int64_t head)
+      : p_(p),
+        band_(p.band(s)),
+        index_(s.index),
+        head_(head),
+        mask_offset_(p.mask.defined() ? step(0) * s.batch + step(1) * head : 0),
+        stream_(static_cast<uint32_t>(s.index * p.heads() + head)),
+        dropout_(p.dropout_p, p.seed) {}
+
+  // The keys that rows [row, row_end) see, from a multiple of 4 on.
+  int64_t first_key(int64_t row) const { return band_.begin(row) / 4 * 4; }
+  int64_t last_key(int64_t row_end) const { return band_.end(row_end - 1); }
+
+  bool capped() const { return p_.softcap > 0; }
+  bool drops() const { return dropout_.active; }
+
+  // Products become logits. `slope`: receives the soft cap's derivative, where it is wanted and there is a cap.
+  void to_logits(const TilePlace& at, float* tile, float* slope = nullptr) const {
+    if (capped()) cap(at, tile, slope);
+    if (p_.alibi_slopes.defined()) add_alibi(at, tile);
+    if (p_.mask.defined()) add_mask(at, tile);
+    if (!band_.covers(at.row, at.row + at.rows, at.key, at.key + at.keys)) apply_band(at, tile);
+  }
+
+  // keep / (1 - dropout_p)
+  void keep_multipliers(const TilePlace& at, float* keep) const {
+    for (int64_t c = 0; c < at.keys; c += 4) {
+      for (int64_t r = 0; r < at.rows; r += Dropout::kBlock) {
+        dropout_.multipliers_across(stream_, at.row + r, at.key + c, keep + c * kRows + r, kRows);
+      }
+    }
+  }
+
+ private:
+  int64_t step(int dim) const { return p_.mask.size(dim) == 1 ? 0 : p_.mask.stride(dim); }
+
+  void cap(const TilePlace& at, float* tile, float* slope) const {
+    const float cap = static_cast<float>(p_.softcap), inverse = static_cast<float>(1.0 / p_.softcap);
+    for_scores(at, tile, [&](int64_t, int64_t, float* x) {
+      const F t = tanh(load(x) * inverse);
+      store(x, t * cap);
+      if (slope) store(slope + (x - tile), 1.0f - t * t);
+    });
+  }
+
+  // position(row) - first key of the tile, in each lane
+  I position(const TilePlace& at, int64_t v) const {
+    I lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<int32_t>(at.row + v * kLanes + i + band_.shift - at.key);
+    return lanes;
+  }
+
+  void add_alibi(const TilePlace& at, float* tile) const {
+    const float slope =
+        p_.alibi_slopes.as<float>()[index_ * p_.alibi_slopes.stride(0) + head_ * p_.alibi_slopes.stride(1)];
+    F positions[kRows / kLanes];
+    for (int64_t v = 0; v < at.vectors(); ++v) positions[v] = to_float(position(at, v));
+    for_scores(at, tile, [&](int64_t v, int64_t c, float* x) {
+      const F distance = positions[v] - static_cast<float>(c);
+      store(x, load(x) - slope * max(distance, -distance));
+    });
+  }
+
+  void apply_band(const TilePlace& at, float* tile) const {
+    I begin[kRows / kLanes] = {}, end[kRows / kLanes] = {};  // of the tile's keys; rows beyond the last see none
+    for (int64_t r = 0; r < at.rows; ++r) {
+      const int64_t first = band_.begin(at.row + r) - at.key, last = band_.end(at.row + r) - at.key;
+      begin[r / kLanes][r % kLanes] = static_cast<int32_t>(ops::clamp_index(first, 0, at.keys));
+      end[r / kLanes][r % kLanes] = static_cast<int32_t>(ops::clamp_index(last, 0, at.keys));
+    }
+    for_scores(at, tile, [&](int64_t v, int64_t c, float* x) {
+      const int32_t key = static_cast<int32_t>(c);
+      store(x, select((begin[v] <= key) & (end[v] > key), load(x), broadcast(-INFINITY)));
+    });
+  }
+
+  // A key whose bias is -inf is not seen, whatever its score: NaN in padding stays there.
+  static F biased(F score, F bias) { return select(bias == -INFINITY, bias, score + bias); }
+
+  void add_mask(const TilePlace& at, float* tile) const {
+    switch (p_.mask.dtype) {
+      case DType::f32: return add_mask_of<float>(at, tile);
+      case DType::bf16: return add_mask_of<bf16>(at, tile);
+      default: return add_mask_of<uint8_t>(at, tile);
+    }
+  }
+
+  template <class T>
+  void add_mask_of(const TilePlace& at, float* tile) const {
+    const int64_t row_step = step(2), key_step = step(3);
+    const T* mask = p_.mask.as<T>() + mask_offset_ + at.row * row_step + at.key * key_step;
+    float line[kLanes][kKeys] = {};
+    if (row_step == 0) {
+      read_mask(mask, key_step, at.keys, line[0]);
+      for_scores(at, tile, [&](int64_t, int64_t c, float* x) { store(x, biased(load(x), broadcast(line[0][c]))); });
+      return;
+    }
+    for (int64_t r = 0; r < at.rows; r += kLanes) {
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, at.rows - r); ++i) {
+        read_mask(mask + (r + i) * row_step, key_step, at.keys, line[i]);
+      }
+      for (int64_t c = 0; c < at.keys; c += kLanes) {
+        F block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = load(line[i] + c);
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i) {
+          float* x = tile + (c + i) * kRows + r;
+          store(x, biased(load(x), block[i]));
+        }
+      }
+    }
+  }
+
+  static float bias_of(float x) { return x; }
+  static float bias_of(bf16 x) { return widen(x); }
+  static float bias_of(uint8_t seen) { return seen ? 0.0f : -INFINITY; }
+
+  template <class T>
+  static void read_mask(const T* mask, int64_t step, int64_t keys, float* line) {
+    if (step == 0) {
+      std::fill_n(line, keys, bias_of(*mask));
+    } else {
+      for (int64_t c = 0; c < keys; ++c) line[c] = bias_of(mask[c]);
+    }
+  }
+
+  const ops::AttentionOptions& p_;
+  ops::Band band_;
+  int64_t index_, head_, mask_offset_;
+  uint32_t stream_;
+  Dropout dropout_;
+};
+
+// ---- tasks ----------------------------------------------------------------------------------------------------------
+
+// Numbers the tasks of all sequences from 0 on, sequence after sequence.
+class SequenceTasks {
+ public:
+  // count(s): the tasks of sequence s
+  template <class Count>
+  SequenceTasks(std::vector<ops::Sequence> sequences, const Count& count) : sequences_(std::move(sequences)) {
+    for (size_t s = 0; s < sequences_.size(); ++s) first_.push_back(first_.back() + count(s));
+  }
+  int64_t size() const { return first_.back(); }
+  struct Task {
+    const ops::Sequence& sequence;
+    size_t which;    // of the sequences
+    int64_t number;  // within the sequence
+  };
+  Task operator[](int64_t index) const {
+    const size_t s = static_cast<size_t>(std::upper_bound(first_.begin(), first_.end(), index) - first_.begin()) - 1;
+    return {sequences_[s], s, index - first_[s]};
+  }
+
+ private:
+  std::vector<ops::Sequence> sequences_;
+  std::vector<int64_t> first_{0};
+};
+
+}  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -1,0 +1,356 @@
+// Attention, backward: probabilities are made again from lse, tile by tile (formulas: ops/attention.h, tiles:
+// cpu/attention_tile.h).
+//
+//   A task owns one key head of one sequence, whose grad_key and grad_value it accumulates in floats, and goes through
+//   the row tiles of the query heads that share it. Of kRows rows it packs query and grad_output, each as it lies and
+//   transposed, and accumulates grad_query against every tile of kKeys keys that the rows see:
+//
+//     P = exp(logits(key query^T) - lse)                10 kRows kKeys head_dim flops
+//     G = P (value grad_output^T keep - delta) cap'     about 30 instructions a vector of scores
+//     grad_value += (P keep) grad_output,  grad_key += G query,  grad_query += G^T key
+//
+//   Where there are few key heads for many processors, the row tiles are dealt out to several tasks, each with
+//   accumulators of its own, which are added in a fixed order: how many is a matter of the shapes, never of the number
+//   of threads, so that this changes no bit. Limit: the multiply-add ports.
+//
+//   The gradient of a mask is made by tasks of its own, each owning a tile of it and going through all batch entries,
+//   heads or rows that share the tile: two products more where it is asked for, and no quadratic buffer. A bias that is
+//   one for all keys of a row moves lse and nothing else: its gradient is that of lse.
+#include <numeric>
+#include <tuple>
+
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+namespace {
+
+// What one task works with: the key head's operands and buffers for a row tile and for its tiles of scores.
+template <class T>
+class Workspace {
+ public:
+  Workspace(const ops::AttentionBackward& p, const ops::Sequence& s, int64_t key_head, Scratch& scratch)
+      : p_(p),
+        s_(s),
+        key_(p.key, s.batch, key_head, s.key0),
+        value_(p.value, s.batch, key_head, s.key0),
+        depth_(padded(key_.columns)),
+        width_(padded(value_.columns)) {
+    const int64_t drops = p.dropout_p > 0 ? kTile : 0, capped = p.softcap > 0 ? kTile : 0;
+    const auto buffers =
+        scratch.take(key_.columns * kRows, value_.columns * kRows, value_.columns * kRows, depth_ * kRows,
+                     width_ * kRows, depth_ * kKeys, width_ * kKeys, kTile, kTile, drops, capped, depth_ * kRows);
+    std::tie(query_transposed_, grad_transposed_, output_transposed_, query_, grad_, keys_, values_, p_tile_, g_tile_,
+             keep_, slope_, grad_query_) = std::tuple_cat(buffers);
+  }
+
+  int64_t depth() const { return depth_; }
+  int64_t width() const { return width_; }
+  const float* g_tile() const { return g_tile_; }
+
+  void open_rows(int64_t head, int64_t row) {
+    const int64_t rows = std::min(kRows, s_.rows - row);
+    const Rows<const T> query(p_.query, s_.batch, head, s_.row0 + row);
+    const Rows<const T> grad(p_.grad_output, s_.batch, head, s_.row0 + row);
+    const Rows<const T> output(p_.output, s_.batch, head, s_.row0 + row);
+    pack_transposed(query.data, query.stride, rows, query.columns, query_transposed_);
+    pack_transposed(grad.data, grad.stride, rows, grad.columns, grad_transposed_);
+    pack(query, 0, rows, query_);
+    pack(grad, 0, rows, grad_);
+    pack_transposed(output.data, output.stride, rows, output.columns, output_transposed_);
+    make_delta(rows);
+    const int64_t statistic = (s_.batch * p_.heads() + head) * p_.query.size(2) + s_.row0 + row;
+    std::fill_n(lse_, kRows, INFINITY);  // of lanes without a row: their probabilities are 0
+    std::fill_n(lse_low_, kRows, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float lse = p_.lse.as<float>()[statistic + r];
+      lse_[r] = lse == -INFINITY ? 0.0f : lse;
+      lse_low_[r] = p_.lse_low.as<float>()[statistic + r];
+      if (p_.grad_lse.defined()) delta_[r] -= p_.grad_lse.as<float>()[statistic + r];
+    }
+  }
+
+  // P keep and P (grad_P keep - delta), the gradient of the logits
+  void make_tiles(const Scores& scores, const TilePlace& at) {
+    at_ = at;
+    multiply_scores(lie_or_pack(value_, at.key, at.keys, values_), at.keys, value_.columns, 1.0f, grad_transposed_,
+                    at.rows, g_tile_);
+    packed_key_ = pack(key_, at.key, at.keys, keys_);
+    multiply_scores(packed_key_, at.keys, key_.columns, static_cast<float>(p_.scale), query_transposed_, at.rows,
+                    p_tile_);
+    scores.to_logits(at, p_tile_, slope_);
+    if (scores.drops()) scores.keep_multipliers(at, keep_);
+    for_scores(at, p_tile_, [&](int64_t v, int64_t, float* x) {
+      const int64_t offset = x - p_tile_, lane = v * kLanes;
+      const F probability = exp_of_nonpositive(load(x) - load(lse_ + lane) - load(lse_low_ + lane));
+      F kept = probability, grad = load(g_tile_ + offset);
+      if (scores.drops()) {
+        const F keep = load(keep_ + offset);
+        kept = probability * keep;
+        grad = grad * keep;
+      }
+      store(x, kept);
+      store(g_tile_ + offset, probability * (grad - load(delta_ + lane)));
+    });
+  }
+
+  // The tiles' part in the gradients; grad_key and grad_value begin at the first key of the sequence.
+  void accumulate(const Scores& scores, float* grad_key, float* grad_value) {
+    const auto [row, rows, key, keys] = at_;
+    constexpr int64_t panel = kTileVectors * kLanes;
+    if (scores.capped()) {
+      for_scores(at_, g_tile_, [&](int64_t, int64_t, float* x) { store(x, load(x) * load(slope_ + (x - g_tile_))); });
+    }
+    multiply<Lies::along, Into::add>(kTileVectors, keys, width_ / kLanes, rows, p_tile_, kRows, grad_, width_, panel,
+                                     grad_value + key * width_, width_);
+    multiply<Lies::along, Into::add>(kTileVectors, keys, depth_ / kLanes, rows, g_tile_, kRows, query_, depth_, panel,
+                                     grad_key + key * depth_, depth_);
+    multiply<Lies::across, Into::add>(kTileVectors, rows, depth_ / kLanes, keys, g_tile_, kRows, packed_key_.data,
+                                      packed_key_.stride, panel, grad_query_, depth_);
+  }
+
+  void begin_grad_query() { std::fill_n(grad_query_, depth_ * kRows, 0.0f); }
+  void store_grad_query(int64_t head, int64_t row) const {
+    store_rows(grad_query_, depth_, std::min(kRows, s_.rows - row), static_cast<float>(p_.scale),
+               Rows<T>(p_.grad_query, s_.batch, head, s_.row0 + row));
+  }
+
+ private:
+  // delta = rowsum(grad_output output), added in the micro-kernel's order: where a row has one key, and output is its
+  // value, delta takes the rounding errors of grad_P with it.
+  void make_delta(int64_t rows) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t panel = r / kPanel * kPanel * value_.columns + r % kPanel;
+      F total = {};
+      for (int64_t c = 0; c < value_.columns; ++c) {
+        total += load(output_transposed_ + panel + c * kPanel) * load(grad_transposed_ + panel + c * kPanel);
+      }
+      store(delta_ + r, total);
+    }
+  }
+
+  const ops::AttentionBackward& p_;
+  const ops::Sequence& s_;
+  Rows<const T> key_, value_;
+  int64_t depth_, width_;
+  float *query_transposed_, *grad_transposed_, *output_transposed_, *query_, *grad_, *keys_, *values_, *p_tile_,
+      *g_tile_, *keep_, *slope_, *grad_query_;
+  alignas(64) float lse_[kRows], lse_low_[kRows], delta_[kRows];
+  Floats packed_key_;
+  TilePlace at_;
+};
+
+// ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
+
+constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
+
+class Backward {
+ public:
+  explicit Backward(const ops::AttentionBackward& p)
+      : p_(p),
+        depth_(padded(p.query.size(3))),
+        width_(padded(p.value.size(3))),
+        sequences_(ops::sequences_of(p)),
+        shares_(shares()),
+        tasks_(sequences_, [&](size_t s) { return p.key_heads() * shares_[s]; }) {
+    for (size_t s = 0; s < sequences_.size(); ++s) {
+      const int64_t partials = shares_[s] > 1 ? p.key_heads() * shares_[s] : 0;
+      first_partial_.push_back(first_partial_.back() + partials * floats(sequences_[s]));
+    }
+    partials_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(first_partial_.back()));
+  }
+
+  template <class T>
+  void run() const {
+    parallel_each(tasks_.size(), [&](int64_t index) { task<T>(tasks_[index]); });
+    const SequenceTasks sums(sequences_, [&](size_t s) {
+      return shares_[s] > 1 ? p_.key_heads() * count_of(sequences_[s].keys, kKeys) : 0;
+    });
+    parallel_each(sums.size(), [&](int64_t index) { add_partials<T>(sums[index]); });
+  }
+
+ private:
+  // Among how many tasks the row tiles of a key head are shared out, for each sequence.
+  std::vector<int64_t> shares() const {
+    int64_t total = 0;
+    for (const ops::Sequence& s : sequences_) total += p_.key_heads() * s.rows * s.keys;
+    std::vector<int64_t> shares;
+    for (const ops::Sequence& s : sequences_) {
+      const int64_t wanted = total ? count_of(kTasks * s.rows * s.keys, total) : 1;
+      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
+    }
+    return shares;
+  }
+  int64_t row_tiles(const ops::Sequence& s) const { return p_.group() * count_of(s.rows, kRows); }
+
+  // Accumulators of a key head: grad_key (keys, depth_), then grad_value (keys, width_).
+  int64_t floats(const ops::Sequence& s) const { return s.keys * (depth_ + width_); }
+  float* partial(const SequenceTasks::Task& at, int64_t key_head, int64_t share) const {
+    return partials_.get() + first_partial_[at.which] + (key_head * shares_[at.which] + share) * floats(at.sequence);
+  }
+
+  template <class T>
+  void task(const SequenceTasks::Task& at) const {
+    const ops::Sequence& s = at.sequence;
+    const int64_t shares = shares_[at.which], key_head = at.number / shares, share = at.number % shares;
+    thread_local Scratch tiles, accumulators;
+    float* grad_key = shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(s))[0];
+    float* grad_value = grad_key + s.keys * depth_;
+    std::fill_n(grad_key, floats(s), 0.0f);
+    Workspace<T> work(p_, s, key_head, tiles);
+    const int64_t per_head = count_of(s.rows, kRows);
+    for (int64_t tile = share; tile < row_tiles(s); tile += shares) {
+      rows(work, s, key_head * p_.group() + tile / per_head, tile % per_head * kRows, grad_key, grad_value);
+    }
+    if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
+  }
+
+  template <class T>
+  void rows(Workspace<T>& work, const ops::Sequence& s, int64_t head, int64_t row, float* grad_key,
+            float* grad_value) const {
+    const int64_t count = std::min(kRows, s.rows - row);
+    const Scores scores(p_, s, head);
+    work.open_rows(head, row);
+    work.begin_grad_query();
+    const int64_t end = scores.last_key(row + count);
+    for (int64_t key = scores.first_key(row); key < end; key += kKeys) {
+      work.make_tiles(scores, {row, count, key, std::min(kKeys, end - key)});
+      work.accumulate(scores, grad_key, grad_value);
+    }
+    work.store_grad_query(head, row);
+  }
+
+  // keys [first, first + count) of a key head, from accumulators that begin there
+  template <class T>
+  void write(const float* grad_key, const float* grad_value, const ops::Sequence& s, int64_t key_head, int64_t first,
+             int64_t count, T) const {
+    const int64_t key = s.key0 + first;
+    store_rows(grad_key, depth_, count, static_cast<float>(p_.scale), Rows<T>(p_.grad_key, s.batch, key_head, key));
+    store_rows(grad_value, width_, count, 1.0f, Rows<T>(p_.grad_value, s.batch, key_head, key));
+  }
+
+  template <class T>
+  void add_partials(const SequenceTasks::Task& at) const {
+    const ops::Sequence& s = at.sequence;
+    const int64_t tiles = count_of(s.keys, kKeys), key_head = at.number / tiles;
+    const int64_t first = at.number % tiles * kKeys, count = std::min(kKeys, s.keys - first);
+    const auto add = [&](int64_t offset, int64_t floats) {
+      float* into = partial(at, key_head, 0) + offset;
+      for (int64_t share = 1; share < shares_[at.which]; ++share) {
+        const float* from = partial(at, key_head, share) + offset;
+        for (int64_t i = 0; i < floats; ++i) into[i] += from[i];
+      }
+      return into;
+    };
+    const float* grad_key = add(first * depth_, count * depth_);
+    const float* grad_value = add(s.keys * depth_ + first * width_, count * width_);
+    write(grad_key, grad_value, s, key_head, first, count, T{});
+  }
+
+  const ops::AttentionBackward& p_;
+  int64_t depth_, width_;
+  std::vector<ops::Sequence> sequences_;
+  std::vector<int64_t> shares_;
+  SequenceTasks tasks_;
+  std::vector<int64_t> first_partial_{0};
+  std::unique_ptr<float[]> partials_;
+};
+
+// ---- grad_mask ------------------------------------------------------------------------------------------------------
+
+// The positions along one dimension that share index i of the mask: i alone, or all where the mask has size 1.
+struct Shared {
+  int64_t size, full;
+  int64_t first(int64_t i) const { return size == 1 ? 0 : i; }
+  int64_t last(int64_t i, int64_t step = 1) const { return size == 1 ? full : std::min(full, i + step); }
+};
+
+class MaskGradient {
+ public:
+  explicit MaskGradient(const ops::AttentionBackward& p)
+      : p_(p),
+        batch_{p.mask.size(0), p.query.size(0)},
+        heads_{p.mask.size(1), p.heads()},
+        rows_{p.mask.size(2), p.query.size(2)},
+        keys_(p.mask.size(3)) {}
+
+  // A task owns one (batch, head, row tile, key tile) of the mask.
+  template <class T>
+  void run() const {
+    const int64_t row_tiles = count_of(rows_.size, kRows), key_tiles = count_of(keys_, kKeys);
+    parallel_each(batch_.size * heads_.size * row_tiles * key_tiles, [&](int64_t index) {
+      const int64_t key = index % key_tiles * kKeys, row = index / key_tiles % row_tiles * kRows;
+      const int64_t slice = index / key_tiles / row_tiles, batch = slice / heads_.size, head = slice % heads_.size;
+      thread_local Scratch scratch;
+      float* sum = scratch.take(kTile)[0];
+      std::fill_n(sum, kTile, 0.0f);
+      if (keys_ > 1) {
+        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_scores<T>(b, h, row, key, sum); });
+      } else {
+        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_grad_lse(b, h, row, sum); });
+      }
+      write(slice, row, key, sum);
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_sharers(int64_t batch, int64_t head, const Body& body) const {
+    for (int64_t b = batch_.first(batch); b < batch_.last(batch); ++b) {
+      for (int64_t h = heads_.first(head); h < heads_.last(head); ++h) body(b, h);
+    }
+  }
+
+  template <class T>
+  void add_scores(int64_t b, int64_t h, int64_t first_row, int64_t key, float* sum) const {
+    thread_local Scratch scratch;
+    const ops::Sequence sequence{b, b, 0, rows_.full, 0, keys_};
+    Workspace<T> work(p_, sequence, h / p_.group(), scratch);
+    const Scores scores(p_, sequence, h);
+    for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); row += kRows) {
+      const TilePlace at{row, std::min(kRows, rows_.full - row), key, std::min(kKeys, keys_ - key)};
+      work.open_rows(h, row);
+      work.make_tiles(scores, at);
+      for_scores(at, sum, [&](int64_t, int64_t, float* x) { store(x, load(x) + load(work.g_tile() + (x - sum))); });
+    }
+  }
+
+  void add_grad_lse(int64_t b, int64_t h, int64_t first_row, float* sum) const {
+    if (!p_.grad_lse.defined()) return;
+    const int64_t statistic = (b * p_.heads() + h) * rows_.full;
+    for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); ++row) {
+      const bool sees = p_.lse.as<float>()[statistic + row] != -INFINITY;
+      if (sees) sum[row % kRows] += p_.grad_lse.as<float>()[statistic + row];
+    }
+  }
+
+  // The tile that begins at (row, key); rows that share an element have come to lie side by side.
+  void write(int64_t slice, int64_t row, int64_t key, const float* sum) const {
+    float* out = p_.grad_mask.as<float>() + slice * rows_.size * keys_;
+    const int64_t rows = std::min(kRows, rows_.size - row), keys = std::min(kKeys, keys_ - key);
+    const int64_t lanes = rows_.size == 1 ? std::min(kRows, rows_.full) : 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < keys; ++c) {
+        const float* from = sum + c * kRows + r;
+        out[(row + r) * keys_ + key + c] = std::accumulate(from, from + lanes, 0.0f);
+      }
+    }
+  }
+
+  const ops::AttentionBackward& p_;
+  Shared batch_, heads_, rows_;
+  int64_t keys_;
+};
+
+void attention_backward(const ops::AttentionBackward& p) {
+  const Backward backward(p);
+  visit_float(p.query.dtype, [&]<class T>(T) {
+    backward.run<T>();
+    if (p.grad_mask.defined()) MaskGradient(p).run<T>();
+  });
+}
+
+const Registrar<ops::AttentionBackward> backward{attention_backward};
+
+}  // namespace
+}  // namespace llmengine::cpu::LLMENGINE_ISA

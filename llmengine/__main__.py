@@ -1,0 +1,5 @@
+"""`python -m llmengine` is the program `llmengine`."""
+
+from llmengine.cli import main
+
+main()

@@ -1,0 +1,54 @@
+"""Attention on the CPU: csrc/cpu/kernels/attention_forward.cpp and attention_backward.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.buffers import empty_rows_first
+from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+OPTIONS = (
+    "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seed", "window_left",
+    "window_right", "bottom_right", "scale", "softcap", "dropout_p",
+)  # fmt: skip
+
+
+def _forward_refuses(query, key, value, mask, *_):
+    return refuses_tensors(query, key, value, mask)
+
+
+def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *_):
+    return refuses_tensors(grad_output, grad_lse, query, key, value, output, lse, mask)
+
+
+def _arguments(query, key, value, options):
+    """The arguments that forward and backward share, by their names in csrc/ops/attention.h."""
+    named = dict(zip(OPTIONS, options, strict=True))
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seed"):
+        named[name] = contiguous(named[name])
+    operands = {"query": query, "key": key, "value": value, "mask": named.pop("mask")}
+    return {name: unit_last_stride(t) for name, t in operands.items()} | named
+
+
+@kernel(KERNELS, "attention_forward", _forward_refuses)
+def attention_forward(query, key, value, *options):
+    output = empty_rows_first(query, value.shape[3])
+    lse, lse_low = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+    module.attention_forward(**_arguments(query, key, value, options), output=output, lse=lse, lse_low=lse_low)
+    return output, lse, lse_low
+
+
+@kernel(KERNELS, "attention_backward", _backward_refuses)
+def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
+    *options, want_grad_mask = options
+    grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
+    grad_mask = torch.empty(options[0].shape if want_grad_mask else (0,))
+    module.attention_backward(
+        **_arguments(query, key, value, options), grad_output=unit_last_stride(grad_output),
+        grad_lse=contiguous(grad_lse), output=output, lse=lse, lse_low=lse_low, grad_query=grad_query,
+        grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if want_grad_mask else None,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_mask

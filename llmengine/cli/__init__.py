@@ -1,0 +1,42 @@
+"""The program `llmengine`. A command's libraries are imported when it runs, so that help comes at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import llmengine
+from llmengine.cli import evaluate, fill, generate, info, inspect, train
+
+app = typer.Typer(
+    name="llmengine",
+    help="Pretrain your own transformer and use it. Each command has examples: llmengine train --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+for module in (train, evaluate, generate, fill, inspect, info):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(module.command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmengine {llmengine.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    app(prog_name="llmengine")

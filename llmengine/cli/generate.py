@@ -1,0 +1,49 @@
+"""`llmengine generate`: a decoder goes on with a text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmengine.cli import models
+from llmengine.cli.common import Debug, ModelPath, reported
+
+EXAMPLES = """\
+  llmengine generate runs/gpt --prompt "It was"
+  llmengine generate runs/gpt --prompt "It was" --samples 3 --temperature 0.7 --seed 1
+  llmengine generate runs/gpt --prompt "It was" --beams 4"""
+
+
+@reported
+def command(
+    run: ModelPath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The beginning of a text.")],
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens to add; 100, or as many as the model has room for.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Below 1: likelier words.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among that many tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest with this probability together.")] = 0.95,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search with that many beams (no sampling).")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same texts again.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Continue a text.
+
+    Prints PROMPT and what the decoder (objective clm) in RUN adds to it.
+    """
+    from llmengine.training.predict import continuations
+
+    if samples > 1 and (greedy or beams > 1):
+        raise ValueError(f"--samples {samples}: --greedy and --beams give one text only")
+    options: dict = {"num_beams": beams}
+    if not greedy and beams == 1:
+        options = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    trained = models.load(run, device)
+    prompts = [prompt] * samples
+    texts = continuations(trained.model, trained.tokenizer, prompts, new_tokens=new_tokens, **options)
+    typer.echo("\n\n---\n\n".join(texts))

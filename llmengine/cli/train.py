@@ -1,0 +1,150 @@
+"""`llmengine train`: pretrains a model as a config file, or flags, say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmengine.cli.common import Debug, Overrides, reported
+
+if TYPE_CHECKING:
+    from llmengine.training import Result, RunConfig
+
+EXAMPLES = """\
+  llmengine train examples/train_gpt.yaml --output runs/gpt
+  llmengine train examples/train_bert.yaml --set corpus=my_texts/ --set optimizer.lr=3e-4
+  llmengine train --corpus my.txt --objective clm --preset gpt-mini --steps 1000
+  llmengine train --resume runs/gpt"""
+
+# what flags alone leave open
+PRESETS, STEPS = {"clm": "gpt-mini", "bert": "bert-mini", "mlm": "bert-mini"}, 1000
+SIGNALS = {"SIGINT": 2, "SIGTERM": 15}
+
+
+@reported
+def command(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .toml file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder; default runs/ and the config's name.")
+    ] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help='A text or JSON-lines file, a folder of such, or "austen". May be repeated.'),
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="bert, mlm or clm.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The model: gpt-mini, bert-base, …")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Pretrain a model.
+
+    Leaves a run folder: config, metrics, loss curve, samples, checkpoints, and the model as a Hugging Face directory.
+    Ctrl-C saves and stops; --resume goes on.
+    """
+    from llmengine.training import ProgressLine, train
+    from llmengine.training.plot import LossPlot
+    from llmengine.training.samples import Samples
+
+    flags = _flags(corpus, objective, preset, steps)
+    if resume is not None:
+        run_config, output = _resumed(config, output, resume, [*flags, *(overrides or [])]), resume
+    else:
+        run_config = _config(config, flags, overrides or [])
+        output = output or Path("runs") / (config.stem if config is not None else run_config.objective)
+    result = train(run_config, output, resume=resume is not None, observers=[ProgressLine(), LossPlot(), Samples()])
+    typer.echo(summary(run_config, result))
+    if result.interrupted:
+        raise typer.Exit(128 + SIGNALS[result.interrupted])
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def _flags(corpus: list[str] | None, objective: str | None, preset: str | None, steps: int | None) -> list[str]:
+    """Flags as overrides."""
+    given: dict[str, Any] = {
+        "corpus": corpus[0] if corpus and len(corpus) == 1 else corpus,
+        "objective": objective,
+        "model.preset": preset,
+        "steps": steps,
+    }
+    # JSON is YAML: quoted, no text means anything else
+    return [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+
+
+def _config(path: Path | None, flags: list[str], overrides: list[str]) -> RunConfig:
+    from llmengine.training import RunConfig
+    from llmengine.training.config_file import overridden
+
+    if path is not None:
+        return RunConfig.from_file(path, [*flags, *overrides])
+    fields = overridden({}, [*flags, *overrides])
+    missing = [f"--{name}" for name in ("corpus", "objective") if name not in fields]
+    if missing:
+        raise ValueError(
+            f"train needs a config file, or flags: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing (llmengine train --help)"
+        )
+    fields.setdefault("steps", STEPS)
+    model = fields.setdefault("model", {})
+    if not model and fields["objective"] in PRESETS:
+        fields["model"] = {"preset": PRESETS[fields["objective"]]}
+    return RunConfig.from_dict(fields)
+
+
+def _resumed(config: Path | None, output: Path | None, run: Path, overrides: list[str]) -> RunConfig:
+    from llmengine.training import RunConfig
+    from llmengine.training.run import Folder
+
+    for name, given in (("a config file", config), ("--output", output)):
+        if given is not None:
+            raise ValueError(f"--resume {run} goes on with that folder's own config.yaml: leave out {name} ({given})")
+    path = Folder(run).config
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {run} is no run folder: it has no {path.name}")
+    return RunConfig.from_file(path, overrides)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def summary(config: RunConfig, result: Result) -> str:
+    """What came out, where it is, and what to do next."""
+    from llmengine.training import metrics
+    from llmengine.training.plot import smoothed
+    from llmengine.training.progress import duration, evaluation_line
+    from llmengine.training.run import Folder
+
+    folder = Folder(result.output)
+    records = [r for r in metrics.read(folder.metrics) if r["kind"] == "train"]
+    lines = [""]
+    if records:
+        last, losses = records[-1], [r["loss"] for r in records]
+        speed = last["tokens"] / max(last["seconds"], 1e-9)
+        lines += [
+            f"loss      {losses[0]:.3f} -> {smoothed(losses)[-1]:.3f} in {result.step:,} steps",
+            f"speed     {last['tokens']:,} tokens in {duration(last['seconds'])}, {speed:,.0f} tokens/s",
+        ]
+    if result.evaluation is not None:
+        lines.append(f"held out  {evaluation_line(result.evaluation).partition('held out: ')[2]}")
+    lines += [
+        f"files     {folder.path}/: loss.png, samples.md, metrics.jsonl, config.yaml, checkpoints/",
+        f"model     {folder.model} (transformers' from_pretrained loads it)",
+        "next      " + "\n          ".join(_next_commands(config, result)),
+    ]
+    return "\n".join(lines)
+
+
+def _next_commands(config: RunConfig, result: Result) -> list[str]:
+    run = result.output
+    commands = [f"llmengine train --resume {run}"] if result.interrupted else []
+    if config.objective == "clm":
+        commands.append(f'llmengine generate {run} --prompt "It was"')
+    else:
+        commands.append(f'llmengine fill {run} "She was [MASK] happy."')
+    return [*commands, f"llmengine evaluate {run}"]

@@ -1,0 +1,48 @@
+"""What every objective offers to whoever makes batches of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+T = TypeVar("T")
+IGNORED = -100  # a label that asks for no loss
+
+
+class Examples(ABC):
+    """Training examples of unlimited epochs; each is a function of (seed, epoch, index) alone."""
+
+    heads: tuple[str, ...]
+    """The model's `objectives`: which heads these examples train."""
+
+    def __len__(self) -> int:
+        """Examples in epoch 0. Others may differ by a few where pairs are drawn anew: lengths(epoch) is the truth."""
+        return len(self.lengths(0))
+
+    @abstractmethod
+    def lengths(self, epoch: int) -> np.ndarray:
+        """(examples,) int64: the tokens of each example of an epoch."""
+
+    @abstractmethod
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        """(epoch, index) -> int64 tensors: input_ids and labels (tokens,), and what else the model takes with them."""
+
+
+class Latest(Generic[T]):
+    """Remembers a function's values at its last two arguments: where one epoch ends another begins."""
+
+    def __init__(self, function: Callable[[int], T]) -> None:
+        self._function = function
+        self._values: dict[int, T] = {}
+
+    def __call__(self, epoch: int) -> T:
+        if epoch not in self._values:
+            value = self._function(epoch)
+            while len(self._values) > 1:
+                self._values.pop(next(iter(self._values)))
+            self._values[epoch] = value
+        return self._values[epoch]

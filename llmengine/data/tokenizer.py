@@ -1,0 +1,266 @@
+"""Tokenizers: WordPiece as BERT's, byte-level BPE as GPT-2's, or any Hugging Face tokenizer directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+WORDPIECE = {
+    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+}  # fmt: skip
+BPE = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+COVERED = 0.999  # of a corpus's characters must be in a WordPiece vocabulary; the rest may become [UNK]
+
+
+class Tokenizer:
+    """Text to token ids and back. `roles` gives special tokens by role: {"mask_token": "[MASK]", ...}."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, roles: dict[str, str], config: dict[str, Any] | None = None):
+        # a file may ask for padding or truncation of every text: here lengths are the caller's business
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.roles = roles
+        self._config = config or {}
+        for role, token in roles.items():
+            if backend.token_to_id(token) is None:
+                raise ValueError(f"Tokenizer: {role} {token!r} is not in the vocabulary")
+
+    # ---- making, saving, loading -------------------------------------------------------------------------------------
+
+    @classmethod
+    def train(
+        cls, documents: Sequence[str], kind: str = "wordpiece", vocab_size: int = 8000, lowercase: bool = True
+    ) -> Tokenizer:
+        """A tokenizer learnt from documents; the same documents always give the same one.
+
+        kind: "wordpiece" (Devlin et al. 2019) with [PAD] [UNK] [CLS] [SEP] [MASK]; "bpe" (byte-level, Radford et al.
+        2019) with <|endoftext|>. vocab_size: the most tokens; a small text may not have as many. lowercase (which
+        strips accents too) is for wordpiece only: byte-level BPE gives every text back as it was.
+        """
+        if kind not in ("wordpiece", "bpe"):
+            raise ValueError(f'Tokenizer.train: kind must be "wordpiece" or "bpe", got {kind!r}')
+        if not any(document.strip() for document in documents):
+            raise ValueError("Tokenizer.train: documents hold no text")
+        if kind == "bpe":
+            return cls(_train_bpe(documents, vocab_size), dict(BPE))
+        # what transformers is to return for a text or a pair
+        config = {"do_lower_case": lowercase, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        return cls(_train_wordpiece(documents, vocab_size, lowercase), dict(WORDPIECE), config)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> Tokenizer:
+        """From a directory with tokenizer.json and, for the roles of its special tokens, tokenizer_config.json."""
+        directory = Path(directory)
+        if not (directory / FILE).is_file():
+            raise FileNotFoundError(
+                f"Tokenizer.load: {directory} has no {FILE}; give a Hugging Face tokenizer directory"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(directory / FILE))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"Tokenizer.load: {directory / FILE} is not a tokenizer: {error}") from None
+        config = _read_json(directory / CONFIG)
+        roles = {}
+        for role in (f"{role}_token" for role in ROLES):
+            token = config.get(role) or (WORDPIECE | BPE).get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and backend.token_to_id(token) is not None:
+                roles[role] = token
+        return cls(backend, roles, config)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes a directory that transformers.AutoTokenizer loads; each file is replaced whole or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # the general class reads tokenizer.json as it is; a family's own class would build another from its parts
+        config = {**self._config, **self.roles, "tokenizer_class": "PreTrainedTokenizerFast"}
+        _replace(directory / FILE, self.backend.to_str(pretty=True))
+        _replace(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+    # ---- ids ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def _id(self, role: str) -> int | None:
+        return self.backend.token_to_id(self.roles[role]) if role in self.roles else None
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id("pad_token")
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._id("unk_token")
+
+    @property
+    def cls_id(self) -> int | None:
+        return self._id("cls_token")
+
+    @property
+    def sep_id(self) -> int | None:
+        return self._id("sep_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._id("mask_token")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id("eos_token")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
+        self.backend.encode_special_tokens = False
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, none added, on all cores. No text gives a special token: text for training."""
+        self.backend.encode_special_tokens = True
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """`encode_many`, and for each text a bool array: which tokens begin a word of the pre-tokenizer's."""
+        self.backend.encode_special_tokens = True
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        # a token that belongs to no word counts as one
+        words = [np.array([-1 if word is None else word for word in e.word_ids], np.int64) for e in encodings]
+        return [(e.ids, np.diff(w, prepend=-2) != 0) for e, w in zip(encodings, words, strict=True)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            raise ValueError(f"Tokenizer.token: {token_id} is not in [0, {self.vocab_size})")
+        return token
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def _train_bpe(documents: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(
+            f"Tokenizer.train: vocab_size {vocab_size} is too small; byte-level BPE needs {len(alphabet)} bytes, "
+            f"<|endoftext|> and some merges: {2 * len(alphabet)} or more"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BPE["eos_token"]], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(documents, trainer, length=len(documents))
+    return backend
+
+
+def _train_wordpiece(documents: Sequence[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
+    specials = list(WORDPIECE.values())
+    backend = _wordpiece(models.WordPiece(unk_token=WORDPIECE["unk_token"]), lowercase)
+    alphabet, inner = _alphabet(documents, backend, vocab_size)
+    # The trainer numbers the characters inside words in the order of a randomly seeded hash table, and breaks ties
+    # by number. Given as special tokens they are numbered before; a new tokenizer then knows the true specials only.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=specials + inner, initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet), show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(documents, trainer, length=len(documents))
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    backend = _wordpiece(models.WordPiece(vocabulary, unk_token=WORDPIECE["unk_token"]), lowercase)
+    backend.add_special_tokens(specials)
+    cls, sep = (WORDPIECE[role] for role in ("cls_token", "sep_token"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )  # fmt: skip
+    return backend
+
+
+def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _alphabet(documents: Sequence[str], backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[str], list[str]]:
+    """The characters that get a token, and "##" forms of those that can continue a word.
+
+    The most frequent ones first, until they cover the text and fill half of the vocabulary.
+    """
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(backend.normalizer.normalize_str(document))
+    ranked = sorted((-n, c) for c, n in counts.items() if not c.isspace())
+    total = -sum(n for n, _ in ranked)
+    alphabet: list[str] = []
+    inner: list[str] = []
+    covered = 0
+    for n, character in ranked:
+        if covered >= COVERED * total and len(alphabet) + len(inner) >= vocab_size // 2:
+            break
+        covered -= n
+        alphabet.append(character)
+        inside = backend.normalizer.normalize_str(f"a{character}a")
+        if len(backend.pre_tokenizer.pre_tokenize_str(inside)) == 1:
+            inner.append(f"##{character}")
+    needed = len(WORDPIECE) + len(alphabet) + len(inner)
+    if needed >= vocab_size:
+        raise ValueError(
+            f"Tokenizer.train: vocab_size {vocab_size} is too small: the special tokens and the characters of this "
+            f"corpus alone are {needed}; give {2 * needed} or more"
+        )
+    return sorted(alphabet), sorted(inner)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Tokenizer.load: {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"Tokenizer.load: {path} holds a {type(value).__name__}; expected an object")
+    return value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,103 @@
+"""Masked language modelling's choice: which tokens are predicted, and what the model sees in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from llmengine.data.draws import Draws
+from llmengine.data.examples import IGNORED
+from llmengine.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Options of masking; the defaults are BERT's.
+
+    mask_fraction: of a sequence's tokens are predicted: exactly round(fraction * tokens), one at least.
+    mask_share, random_share: of the predicted tokens are replaced by [MASK], and by a token drawn from the whole
+        vocabulary; the rest stays as it is.
+    max_predictions: the most predicted tokens of a sequence; None: no other limit.
+    whole_word: tokens are predicted by whole words; a word that would exceed the number is passed over.
+    """
+
+    mask_fraction: float = 0.15
+    mask_share: float = 0.8
+    random_share: float = 0.1
+    max_predictions: int | None = None
+    whole_word: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("mask_fraction", self.mask_fraction)
+        check_share("mask_share", self.mask_share)
+        check_share("random_share", self.random_share)
+        if self.mask_share + self.random_share > 1 + 1e-12:
+            raise ValueError(
+                f"objective: mask_share ({self.mask_share}) and random_share ({self.random_share}) exceed 1 together"
+            )
+        if self.max_predictions is not None and self.max_predictions < 1:
+            raise ValueError(f"objective: max_predictions must be 1 or more, or none, got {self.max_predictions}")
+
+
+def mask(
+    ids: np.ndarray, special: np.ndarray, words: np.ndarray | None, options: Masking, mask_id: int, vocab_size: int,
+    draws: Draws,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(input_ids, labels) of a sequence: labels are the original ids where tokens are predicted, IGNORED elsewhere.
+
+    ids (tokens,) int64. special (tokens,) bool: never predicted. words (tokens,) bool: where words begin, for
+    whole_word. Masks as create_pretraining_data of Devlin et al. (2019) does.
+    """
+    count = max(1, round(len(ids) * options.mask_fraction))
+    count = min(count, options.max_predictions or count)
+    candidates = np.flatnonzero(~special)
+    if words is None:
+        chosen = candidates[draws.order(len(candidates))[:count]]
+    else:
+        chosen = _whole_words(candidates, words, count, draws)
+    labels = np.full_like(ids, IGNORED)
+    labels[chosen] = ids[chosen]
+    masked = ids.copy()
+    fate = draws.uniform(len(chosen))
+    masked[chosen[fate < options.mask_share]] = mask_id
+    drawn = (draws.uniform(len(chosen)) * vocab_size).astype(ids.dtype)
+    at_random = (fate >= options.mask_share) & (fate < options.mask_share + options.random_share)
+    masked[chosen[at_random]] = drawn[at_random]
+    return masked, labels
+
+
+def _whole_words(candidates: np.ndarray, words: np.ndarray, count: int, draws: Draws) -> np.ndarray:
+    """Places of whole words in random order, `count` tokens at most."""
+    begins = words[candidates].copy()
+    begins[:1] = True
+    # a special token between two candidates parts words too
+    begins[1:] |= np.diff(candidates) > 1
+    groups = np.split(candidates, np.flatnonzero(begins)[1:])
+    chosen: list[int] = []
+    for i in draws.order(len(groups)).tolist():
+        if len(chosen) >= count:
+            break
+        if len(chosen) + len(groups[i]) <= count:
+            chosen += groups[i].tolist()
+    return np.array(chosen, np.int64)
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"objective: {name} must be in [0, 1], got {value}")
+
+
+def special_ids(objective: str, tokenizer: Tokenizer, *roles: str) -> list[int]:
+    """The ids of the special tokens that an objective needs."""
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in roles}
+    if missing := [role for role in roles if ids[role] is None]:
+        raise ValueError(
+            f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; "
+            f'train one of kind "{"bpe" if "eos" in missing else "wordpiece"}"'
+        )
+    return list(ids.values())
+
+
+def option_names(options: type) -> list[str]:
+    return [field.name for field in fields(options)]

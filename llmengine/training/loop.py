@@ -1,0 +1,270 @@
+"""The training loop: steps, records, evaluations and checkpoints, so that a resumed run goes on bit for bit.
+
+Everything that a step computes is a function of the config, the step's number and the state before it: batches are
+drawn by number, dropout's generator is seeded by number, the learning rate is a formula of it. What is left to save is
+weights, optimizer state and a few counters.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmengine.data.batches import Step, loader
+from llmengine.models import Transformer
+from llmengine.training import checkpoint, metrics
+from llmengine.training.config import RunConfig
+from llmengine.training.evaluation import evaluate, on
+from llmengine.training.files import exclusive
+from llmengine.training.flops import training_flops
+from llmengine.training.interrupt import StopRequest
+from llmengine.training.metrics import Metrics, Record
+from llmengine.training.observer import Observer, Observers
+from llmengine.training.optimizer import clip, learning_rate, load_state_tensors, state_tensors
+from llmengine.training.run import TRAINING_STEP, Folder, Run, pick_device, reseed, surroundings
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradients are no longer finite; weights and checkpoints are as they were before that step."""
+
+
+@dataclass(frozen=True)
+class Result:
+    output: Path
+    step: int
+    """Steps done, of config.steps."""
+    interrupted: str | None
+    """The signal that ended the run early."""
+    evaluation: Record | None
+    """The last one."""
+    checkpoint: Path | None
+    """The newest one."""
+
+
+def train(config: RunConfig, output: str | Path, *, resume: bool = False, observers: Sequence[Observer] = ()) -> Result:
+    """Trains a model as `config` says, in the folder `output`, which must be empty or not there.
+
+    resume: go on at the newest whole checkpoint of `output`. `config` may differ from the one the run began with in
+    fields that change nothing that is computed; another difference is an error. Losses, weights and optimizer state
+    are then those of a run that was never interrupted, bit by bit, on the same machine with as many threads.
+
+    SIGINT and SIGTERM: the step is finished and saved, and the result says so. Raises FileExistsError,
+    FileNotFoundError, ValueError (config, corpus, checkpoints), Diverged, OSError.
+    """
+    folder, watchers, device = Folder(Path(output)), Observers(observers), pick_device(config.device)
+    _check(folder, resume)
+    gpus = [device] if device.type == "cuda" else []
+    with _full_disk_explained(folder), exclusive(folder.lock), torch.random.fork_rng(gpus), StopRequest() as stop:
+        saved = _saved(config, folder, watchers) if resume else None
+        run = Run.prepare(config, folder, device)
+        run.begin()
+        try:
+            return _Loop(run, watchers, stop, saved).go()
+        finally:
+            watchers.closed()
+
+
+def _check(folder: Folder, resume: bool) -> None:
+    """That the folder is one to begin in, or to go on in; makes it."""
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"output {path} is a file; give a folder")
+    if resume and not folder.config.is_file():
+        raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
+    if not resume and not folder.is_empty():
+        raise FileExistsError(f"output {path} is not empty; give another folder, or resume the run that is there")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _saved(config: RunConfig, folder: Folder, watchers: Observer) -> checkpoint.Checkpoint | None:
+    """Where to go on; None: at the start."""
+    saved = checkpoint.newest(folder.checkpoints, watchers.noticed)
+    if saved is None:
+        watchers.noticed(f"{folder.path} has no checkpoint yet: the run begins anew")
+    else:
+        _check_unchanged(config, RunConfig.from_dict(saved.facts["config"]), folder.path)
+    return saved
+
+
+def _check_unchanged(config: RunConfig, before: RunConfig, path: Path) -> None:
+    changes = config.changed(before)
+    if changes:
+        ours, theirs = config.flat(), before.flat()
+        differences = "; ".join(f"{n} is {ours.get(n)!r}, was {theirs.get(n)!r}" for n in changes)
+        raise ValueError(f"cannot resume {path} with another config: {differences}; restore it, or start a new run")
+
+
+def accumulate(model: Transformer, batch: Step, device: torch.device, precision: str) -> dict[str, float]:
+    """Adds a step's gradients to the parameters'; returns each head's loss: the mean over all labels of the step.
+
+    The sums of the micro-batches are divided by the step's counts, so that how it is cut into them changes nothing.
+    """
+    losses: dict[str, Any] = {}
+    for micro_batch in batch.micro_batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out = model(**on(device, micro_batch), num_items_in_batch=batch.items)
+        out.loss.backward()
+        for head, loss in out.losses.items():
+            losses[head] = losses.get(head, 0) + loss.detach()
+    return {head: float(loss) for head, loss in losses.items()}
+
+
+class _Loop:
+    def __init__(self, run: Run, watchers: Observer, stop: StopRequest, saved: checkpoint.Checkpoint | None) -> None:
+        self.run = run
+        self.config = run.config
+        self.watchers = watchers
+        self.stop = stop
+        self.step = 0  # steps done
+        self.tokens = 0
+        self.seconds = 0.0
+        self.evaluation: Record | None = None
+        self.checkpoint: Path | None = None
+        if saved is not None:
+            self._restore(saved)
+        self.records = metrics.cut(run.folder.metrics, self.step)
+        self.metrics = Metrics(run.folder.metrics)
+        self._since = (self.tokens, 0, self.seconds)  # tokens, FLOPs, seconds at the last record
+        self.flops = 0
+
+    def go(self) -> Result:
+        config = self.config
+        self.watchers.started(self.run, self.step, self.records)
+        self.run.model.train()
+        try:
+            clock = time.perf_counter()
+            for batch in loader(self.run.batches, self.step, config.steps, config.data.workers):
+                record = self._train_step(batch)
+                self.step += 1
+                self.seconds += time.perf_counter() - clock
+                self._after_step(record)
+                if self.stop.name is not None:
+                    break
+                clock = time.perf_counter()
+        finally:
+            self.metrics.close()
+        return self._finish()
+
+    def _train_step(self, batch: Step) -> Record:
+        """One optimizer step; what it was like."""
+        run, config = self.run, self.config
+        reseed(config.seed, TRAINING_STEP, self.step)
+        losses = accumulate(run.model, batch, run.device, config.precision)
+        norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
+        self._check_finite(self.step + 1, **losses, gradient_norm=norm)
+        rate = learning_rate(config, self.step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        self.tokens += sum(len(micro_batch["input_ids"]) for micro_batch in batch.micro_batches)
+        self.flops += training_flops(run.model.config, batch.micro_batches, batch.items["tokens"])
+        return {"loss": sum(losses.values()), "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
+
+    def _check_finite(self, step: int, **numbers: float) -> None:
+        if all(map(math.isfinite, numbers.values())):
+            return
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+        raise Diverged(
+            f"step {step}: {values}: not finite. Nothing was overwritten; the newest checkpoint is "
+            f"{self.checkpoint or 'none yet'}. Resuming repeats the same steps: begin a new run with a lower "
+            "optimizer.lr, a longer schedule.warmup or precision fp32"
+        )
+
+    def _after_step(self, record: Record) -> None:
+        every, last = self.config.every, self.step == self.config.steps
+        if self.step % every.log == 0 or last or self.stop.name:
+            self._record({"kind": "train", "step": self.step, **record, **self._speed()})
+        if self.step % every.evaluate == 0 or last:
+            self._evaluate()
+        if self.step % every.save == 0 or last or self.stop.name:
+            self._save()
+
+    def _speed(self) -> Record:
+        tokens, flops, seconds = self._since
+        passed = max(self.seconds - seconds, 1e-9)
+        self._since = (self.tokens, self.flops, self.seconds)
+        return {
+            "tokens": self.tokens,
+            "tokens_per_second": (self.tokens - tokens) / passed,
+            "flops_per_second": (self.flops - flops) / passed,
+            "seconds": self.seconds,
+        }
+
+    def _evaluate(self) -> None:
+        run = self.run
+        if run.held_out is None:
+            return
+        result = evaluate(run.model, run.held_out, run.device, self.config.precision)
+        self._check_finite(self.step, **{f"held-out {head}": loss for head, loss in result["losses"].items()})
+        self.evaluation = {"kind": "evaluation", "step": self.step, **result}
+        self._record(self.evaluation)
+
+    def _record(self, record: Record) -> None:
+        self.metrics.append(record)
+        self.watchers.recorded(self.run, record)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        run = self.run
+        self.metrics.sync()
+        groups = {"model": run.model.state_dict(), "optimizer": state_tensors(run.optimizer, run.model)}
+        facts = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "evaluation": self.evaluation,
+            "config": self.config.to_dict(),
+            "corpus": run.corpus_digest,
+            "surroundings": surroundings(run.device),
+        }
+        self.checkpoint = checkpoint.save(run.folder.checkpoints, self.step, groups, facts)
+        checkpoint.prune(run.folder.checkpoints, self.config.keep)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        run, facts = self.run, saved.facts
+        if facts["corpus"] != run.corpus_digest:
+            raise ValueError(
+                f"cannot resume {run.folder.path}: the texts of corpus {self.config.corpus!r} are no longer those that "
+                "the run began with; restore them, or start a new run"
+            )
+        now = surroundings(run.device)
+        if changes := [f"{k} is {now[k]}, was {v}" for k, v in facts["surroundings"].items() if now.get(k) != v]:
+            self.watchers.noticed(f"results may differ in their last bits from here on: {'; '.join(changes)}")
+        run.model.load_state_dict(saved.tensors("model"))
+        load_state_tensors(run.optimizer, run.model, saved.tensors("optimizer"))
+        self.step, self.tokens, self.seconds = saved.step, facts["tokens"], facts["seconds"]
+        self.evaluation, self.checkpoint = facts["evaluation"], saved.path
+
+    def _finish(self) -> Result:
+        run, done = self.run, self.step == self.config.steps
+        run.model.save_pretrained(run.folder.model)
+        interrupted = None if done else self.stop.name
+        result = Result(run.folder.path, self.step, interrupted, self.evaluation, self.checkpoint)
+        if interrupted:
+            self.watchers.noticed(f"{interrupted} after step {self.step}: saved in {self.checkpoint}; resume to go on")
+        self.watchers.finished(run, result)
+        return result
+
+
+@contextmanager
+def _full_disk_explained(folder: Folder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full; checkpoints in {folder.checkpoints} that were there are whole. Free some space "
+            "(a lower `keep` needs less), then resume",
+            str(folder.path),
+        ) from error

@@ -1,0 +1,58 @@
+"""AdamW with decay on matrices only, learning-rate schedules, gradient clipping, optimizer state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, Module
+
+from llmengine.training.config import OptimizerSection, RunConfig
+
+
+def adamw(model: Module, config: OptimizerSection) -> torch.optim.AdamW:
+    """Fused AdamW over two groups: matrices decay; embeddings, biases and norms do not."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    for parameter in model.parameters():
+        (decayed if parameter.dim() > 1 and id(parameter) not in embeddings else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Of the 0-based step, a function of nothing else: up linearly to lr, then down to final * lr at the last step."""
+    peak, schedule = config.optimizer.lr, config.schedule
+    if step < schedule.warmup:
+        return peak * (step + 1) / schedule.warmup
+    if schedule.kind == "constant":
+        return peak
+    way = (step - schedule.warmup) / max(config.steps - 1 - schedule.warmup, 1)
+    left = 0.5 * (1 + math.cos(math.pi * way)) if schedule.kind == "cosine" else 1 - way
+    return peak * (schedule.final + (1 - schedule.final) * left)
+
+
+def clip(gradients: list[Tensor], limit: float | None) -> Tensor:
+    """Scales gradients in place so that their common norm is at most `limit`; returns the norm before, ()."""
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if limit is not None and norm > limit:  # a NaN compares false: the caller sees it in the norm
+        torch._foreach_mul_(gradients, limit / norm)
+    return norm
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: Module) -> dict[str, Tensor]:
+    """{"exp_avg.layers.0.…": tensor, "step.layers.0.…": ()} for every parameter that has been updated."""
+    state = optimizer.state
+    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in state.get(p, {}).items()}
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, model: Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `state_tensors`, onto each parameter's device."""
+    parameters = dict(model.named_parameters())
+    for full, value in tensors.items():
+        key, _, name = full.partition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(parameter.device)

@@ -1,0 +1,109 @@
+"""What a trained model says about a text: masked words, whether a sentence follows another, how a text goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmengine.data.tokenizer import Tokenizer
+from llmengine.models import Transformer
+
+
+@dataclass(frozen=True)
+class Filling:
+    """candidates[m]: (token id, probability) of the m-th mask, best first. ids: the text with each mask's best one."""
+
+    ids: list[int]
+    candidates: list[list[tuple[int, float]]]
+
+
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[torch.device]:
+    """No dropout and no gradients within; gives the model's device."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model.embeddings.word.weight.device
+    finally:
+        model.train(was_training)
+
+
+def fill(
+    model: Transformer, ids: Sequence[int], mask_id: int, *, token_type_ids: Sequence[int] | None = None, top: int = 5
+) -> Filling:
+    """The `top` most probable tokens of every mask in ids, special tokens included in ids; each mask on its own."""
+    if "mlm" not in model.config.objectives:
+        raise ValueError(f'fill: needs a model with objective "mlm"; this has {list(model.config.objectives)}')
+    if mask_id not in ids:
+        raise ValueError("fill: the text has no mask")
+    _check_length("fill", len(ids), model)
+    with evaluating(model) as device:
+        types = None if token_type_ids is None else torch.tensor([list(token_type_ids)], device=device)
+        logits = model(torch.tensor([list(ids)], device=device), token_type_ids=types).logits[0]
+    places = [i for i, token in enumerate(ids) if token == mask_id]
+    probabilities, tokens = logits[places].float().softmax(-1).topk(min(top, logits.shape[-1]))
+    candidates = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)]
+    best = dict(zip(places, (found[0][0] for found in candidates), strict=True))
+    return Filling([best.get(i, token) for i, token in enumerate(ids)], candidates)
+
+
+def fill_text(model: Transformer, tokenizer: Tokenizer, text: str, top: int = 5) -> Filling:
+    """`fill` of a text in which masks are written as the tokenizer's mask token."""
+    if tokenizer.mask_id is None or tokenizer.cls_id is None or tokenizer.sep_id is None:
+        raise ValueError("fill: the tokenizer has no mask, cls and sep tokens; give a model trained to fill masks")
+    ids = [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
+    if tokenizer.mask_id not in ids:
+        mask = tokenizer.token(tokenizer.mask_id)
+        raise ValueError(f"fill: the text has no {mask}; write it where a word is missing")
+    return fill(model, ids, tokenizer.mask_id, top=top)
+
+
+def follows(model: Transformer, input_ids: Tensor, token_type_ids: Tensor) -> float:
+    """The probability that the second segment of a pair (tokens,) follows the first (label 0)."""
+    with evaluating(model) as device:
+        out = model(input_ids[None].to(device), token_type_ids=token_type_ids[None].to(device))
+    return float(out.seq_relationship_logits[0].float().softmax(-1)[0])
+
+
+def continuations(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Each prompt with what the model adds to it, up to its end token; `options` are those of `model.generate`.
+
+    new_tokens: the most new ones of each; None: 100, or as many as the longest prompt leaves room for.
+    """
+    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    if not all(rows):
+        raise ValueError("generate: the prompt is empty; give the beginning of a text")
+    longest = max(map(len, rows))
+    room = model.config.max_positions - longest
+    if room < 1:
+        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {model.config.max_positions - 1}")
+    pad = next((t for t in (tokenizer.pad_id, tokenizer.eos_id) if t is not None), 0)
+    with evaluating(model) as device:
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+        attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        out = model.generate(ids, attention, new_tokens or min(100, room), pad_token_id=pad, **options)
+    return [
+        tokenizer.decode([*row, *_until(tokenizer.eos_id, out[i, longest:].tolist())]) for i, row in enumerate(rows)
+    ]
+
+
+def _until(end: int | None, ids: list[int]) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _check_length(name: str, length: int, model: Transformer) -> None:
+    if length > model.config.max_positions:
+        raise ValueError(f"{name}: the text has {length} tokens; the model reads {model.config.max_positions} at most")

@@ -1,0 +1,145 @@
+// The accuracy that csrc/cpu/vec_math.h states, against double precision: every kStep-th float there is, and specials.
+// Compiled once per instruction set by tests/test_vec_math.py. Prints each worst error; the exit code counts failures.
+#include "cpu/vec_math.h"
+
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+using namespace llmengine::cpu::LLMENGINE_ISA;
+namespace vec = llmengine::cpu::LLMENGINE_ISA;
+
+namespace {
+
+constexpr uint32_t kStep = 487;  // prime: visits every exponent with all kinds of mantissas
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kSmallestNormal = std::numeric_limits<float>::min();
+int failures = 0;
+
+void expect(bool holds, const char* what, float x, float y) {
+  if (holds) return;
+  std::printf("FAILED %s at x = %.9g: %.9g\n", what, x, y);
+  ++failures;
+}
+
+double ulp(double value) {
+  const float magnitude = std::fmax(std::fabs(static_cast<float>(value)), kSmallestNormal);
+  return static_cast<double>(std::nextafter(magnitude, kInfinity)) - magnitude;
+}
+double in_ulps(float y, double exact) { return std::fabs(y - exact) / ulp(exact); }
+double relative(float y, double exact) { return std::fabs(y - exact) / std::fabs(exact); }
+
+// Calls body(x, y) for every kStep-th float x of [low, high], y = function(x).
+template <class Function, class Body>
+void sweep(Function function, float low, float high, Body body) {
+  float x[kLanes], y[kLanes];
+  int filled = 0;
+  for (uint64_t pattern = 0; pattern <= 0xffffffff; pattern += kStep) {
+    const float value = __builtin_bit_cast(float, static_cast<uint32_t>(pattern));
+    if (!(value >= low && value <= high)) continue;
+    x[filled++] = value;
+    if (filled < kLanes) continue;
+    filled = 0;
+    store(y, function(load(x)));
+    for (int i = 0; i < kLanes; ++i) body(x[i], y[i]);
+  }
+}
+
+template <class Function, class Exact, class Measure>
+void check(const char* what, double allowed, float low, float high, Function function, Exact exact, Measure measure) {
+  double worst = 0.0;
+  float where = 0.0f;
+  long count = 0;
+  sweep(function, low, high, [&](float x, float y) {
+    const double error = measure(y, exact(static_cast<double>(x)));
+    ++count;
+    if (!(error <= worst)) worst = error, where = x;
+  });
+  const bool holds = worst <= allowed && count > 100000;
+  std::printf("%s %s: worst error %.3g of %.3g allowed, at x = %.9g (%ld values)\n", holds ? "passed" : "FAILED", what,
+              worst, allowed, where, count);
+  failures += !holds;
+}
+
+template <class Function>
+float at(Function function, float x) {
+  return function(broadcast(x))[kLanes - 1];
+}
+
+void check_exponentials() {
+  const auto exact = [](double x) { return std::exp(x); };
+  const auto whole = [](F x) { return vec::exp(x); };
+  const auto nonpositive = [](F x) { return exp_of_nonpositive(x); };
+  check("exp, ulp", 2.0, -87.33654f, 88.72283f, whole, exact, in_ulps);
+  check("exp_of_nonpositive, ulp", 2.0, -87.33654f, 88.0f, nonpositive, exact, in_ulps);
+  for (float x : {-87.34f, -104.0f, -1e30f, -kInfinity}) {
+    expect(at(whole, x) == 0.0f, "exp is 0", x, at(whole, x));
+    expect(at(nonpositive, x) == 0.0f, "exp_of_nonpositive is 0", x, at(nonpositive, x));
+  }
+  for (float x : {88.73f, 1e30f, kInfinity}) expect(at(whole, x) == kInfinity, "exp overflows", x, at(whole, x));
+  for (float x : {0.0f, -0.0f}) {
+    expect(at(whole, x) == 1.0f, "exp is 1", x, at(whole, x));
+    expect(at(nonpositive, x) == 1.0f, "exp_of_nonpositive is 1", x, at(nonpositive, x));
+  }
+  expect(std::isnan(at(whole, NAN)), "exp keeps NaN", NAN, at(whole, NAN));
+  expect(std::isnan(at(nonpositive, NAN)), "exp_of_nonpositive keeps NaN", NAN, at(nonpositive, NAN));
+}
+
+void check_tanh() {
+  const auto function = [](F x) { return vec::tanh(x); };
+  check("tanh, ulp", 3.0, -kInfinity, kInfinity, function, [](double x) { return std::tanh(x); }, in_ulps);
+  for (float sign : {1.0f, -1.0f}) {
+    for (float x : {20.0f, 1e30f, kInfinity}) {
+      expect(at(function, sign * x) == sign, "tanh saturates", sign * x, at(function, sign * x));
+    }
+    expect(at(function, sign * 0.0f) == 0.0f, "tanh of 0", sign * 0.0f, at(function, sign * 0.0f));
+  }
+  expect(std::isnan(at(function, NAN)), "tanh keeps NaN", NAN, at(function, NAN));
+}
+
+void check_normal() {
+  const auto cdf = [](F x) { return normal(x).cdf; };
+  const auto density = [](F x) { return normal(x).density; };
+  const auto exact_cdf = [](double x) { return 0.5 * std::erfc(-x * std::sqrt(0.5)); };
+  const auto exact_density = [](double x) { return std::exp(-0.5 * x * x) / std::sqrt(8.0 * std::atan(1.0)); };
+  check("normal cdf, relative, |x| <= 4", 2e-6, -4.0f, 4.0f, cdf, exact_cdf, relative);
+  check("normal density, relative, |x| <= 4", 2e-6, -4.0f, 4.0f, density, exact_density, relative);
+  check("normal cdf, relative, |x| <= 13", 2e-5, -13.0f, 13.0f, cdf, exact_cdf, relative);
+  check("normal density, relative, |x| <= 13", 2e-5, -13.0f, 13.0f, density, exact_density, relative);
+  for (float x : {-14.0f, -1e30f, -kInfinity}) expect(at(cdf, x) == 0.0f, "normal cdf ends", x, at(cdf, x));
+  for (float x : {14.0f, 1e30f, kInfinity}) {
+    expect(at(cdf, x) == 1.0f, "normal cdf saturates", x, at(cdf, x));
+    expect(at(density, x) == 0.0f && at(density, -x) == 0.0f, "normal density ends", x, at(density, x));
+  }
+  expect(at(cdf, 0.0f) == 0.5f, "normal cdf of 0", 0.0f, at(cdf, 0.0f));
+  expect(std::isnan(at(cdf, NAN)) && std::isnan(at(density, NAN)), "normal keeps NaN", NAN, at(cdf, NAN));
+}
+
+void check_bf16() {
+  for (uint32_t upper = 0; upper <= 0xffff; ++upper) {
+    for (uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      const float x = __builtin_bit_cast(float, upper << 16 | lower);
+      llmengine::bf16 rounded[kLanes], single;
+      store(rounded, broadcast(x));
+      narrow(x, &single);
+      const float y = widen(rounded[kLanes - 1]);
+      if (std::isnan(x)) {
+        expect(std::isnan(y) && std::isnan(widen(single)), "bf16 keeps NaN", x, y);
+        continue;
+      }
+      // to nearest, ties to even: the upper half's neighbour is one more
+      const uint32_t up = lower > 0x8000 || (lower == 0x8000 && (upper & 1));
+      expect(rounded[kLanes - 1].bits == upper + up && single.bits == upper + up, "bf16 rounding", x, y);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_exponentials();
+  check_tanh();
+  check_normal();
+  check_bf16();
+  return failures != 0;
+}

@@ -1,0 +1,140 @@
+"""Which tokens are predicted and what stands in their place: exact counts, and shares within binomial bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmengine.data.draws import Draws, Purpose
+from llmengine.objectives.masking import Masking, mask
+
+VOCABULARY, MASK = 50, 4
+
+
+def masked(length, epochs, options, *, words=None, special=()):
+    """(epochs, length) original ids, input ids and labels."""
+    ids = np.arange(length) % (VOCABULARY - 5) + 5
+    specials = np.zeros(length, bool)
+    specials[list(special)] = True
+    both = [
+        mask(ids, specials, words, options, MASK, VOCABULARY, Draws(0, epoch, Purpose.MASK)) for epoch in range(epochs)
+    ]
+    inputs, labels = (np.stack(part) for part in zip(*both, strict=True))
+    return np.broadcast_to(ids, inputs.shape), inputs, labels
+
+
+def binomial(count, n, p):
+    """Within five standard deviations: a wrong rate is seen, and one right test in two million fails."""
+    assert abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p)), f"{count} of {n}; expected {n * p:.0f}"
+
+
+def test_counts_and_labels_are_exact():
+    for length, count in [(3, 1), (10, 2), (20, 3), (128, 19), (512, 77)]:  # round(0.15 * 10) is 2: ties go to even
+        ids, inputs, labels = masked(length, 20, Masking(), special=(0, length - 1))
+        chosen = labels != -100
+        assert (chosen.sum(1) == min(count, length - 2)).all()
+        assert (labels[chosen] == ids[chosen]).all()
+        assert (inputs[~chosen] == ids[~chosen]).all()
+        assert not chosen[:, [0, length - 1]].any()
+
+
+def test_80_10_10():
+    ids, inputs, labels = masked(128, 1500, Masking(), special=(0, 60, 127))
+    chosen = labels != -100
+    n = int(chosen.sum())
+    random = 0.1 / VOCABULARY  # a drawn token may be [MASK], or the original
+    binomial((inputs[chosen] == MASK).sum(), n, 0.8 + random)
+    binomial((inputs[chosen] == ids[chosen]).sum(), n, 0.1 + random)
+    drawn = inputs[chosen][(inputs[chosen] != MASK) & (inputs[chosen] != ids[chosen])]
+    for token in set(range(VOCABULARY)) - {MASK}:
+        # each token is drawn alike, special ones too, save where it is the original
+        binomial((drawn == token).sum(), int((ids[chosen] != token).sum()), random)
+
+
+def test_every_place_is_as_likely():
+    _, _, labels = masked(40, 4000, Masking(), special=(0, 39))
+    for count in (labels != -100).sum(0)[1:-1]:
+        binomial(count, 4000, 6 / 38)
+
+
+@pytest.mark.parametrize(("mask_share", "random_share"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
+def test_other_shares(mask_share, random_share):
+    ids, inputs, labels = masked(100, 200, Masking(mask_share=mask_share, random_share=random_share))
+    chosen = labels != -100
+    n = int(chosen.sum())
+    same = random_share / VOCABULARY
+    binomial((inputs[chosen] == MASK).sum(), n, mask_share + same) if 0 < mask_share < 1 else None
+    if mask_share == 1:
+        assert (inputs[chosen] == MASK).all()
+    if mask_share + random_share == 0:
+        assert (inputs == ids).all()
+    if random_share:
+        binomial((inputs[chosen] == ids[chosen]).sum(), n, 1 - mask_share - random_share + same)
+
+
+def test_max_predictions():
+    _, _, labels = masked(128, 5, Masking(max_predictions=7))
+    assert ((labels != -100).sum(1) == 7).all()
+    _, _, labels = masked(20, 5, Masking(max_predictions=7))
+    assert ((labels != -100).sum(1) == 3).all()
+
+
+def test_no_fraction_still_predicts_one():
+    assert ((masked(50, 5, Masking(mask_fraction=0.0))[2] != -100).sum(1) == 1).all()
+
+
+def test_whole_words():
+    """Words of 1, 2, 3, 1, 2, 3, … tokens: all of a word or nothing of it, never more than the count."""
+    length = 122
+    words = np.zeros(length, bool)
+    words[[0, *(start + begin for start in range(1, 121, 6) for begin in (0, 1, 3)), 121]] = True
+    _, inputs, labels = masked(length, 1500, Masking(whole_word=True), words=words, special=(0, 121))
+    chosen = labels != -100
+    counts = chosen.sum(1)
+    assert counts.max() == 18 and counts.min() >= 16
+    assert counts.mean() > 17.5
+    group = np.cumsum(words)
+    for g in range(2, group[-1]):
+        of_word = chosen[:, group == g]
+        assert (of_word.all(1) == of_word.any(1)).all()
+    # each token's fate is its own
+    binomial((inputs[chosen] == MASK).sum(), int(chosen.sum()), 0.8 + 0.1 / VOCABULARY)
+
+
+def test_a_word_does_not_reach_across_a_special_token():
+    words = np.array([True, True, False, True, False, False, True])  # the second segment begins inside a word
+    options = Masking(whole_word=True, mask_fraction=2 / 7)
+    _, _, labels = masked(7, 50, options, words=words, special=(0, 3, 6))
+    assert {tuple(np.flatnonzero(row != -100)) for row in labels} == {(1, 2), (4, 5)}
+
+
+@given(st.integers(1, 60), st.data())
+def test_any_sequence(length, data):
+    special = np.array(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+    words = np.array(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+    fraction = data.draw(st.floats(0, 1))
+    for begins in (None, words):
+        options = Masking(mask_fraction=fraction, whole_word=begins is not None)
+        ids = np.arange(length) + 5
+        inputs, labels = mask(ids, special, begins, options, MASK, 100, Draws(1, 0, Purpose.MASK))
+        chosen = labels != -100
+        assert chosen.sum() <= max(1, round(length * fraction)) and not (chosen & special).any()
+        assert (labels[chosen] == ids[chosen]).all() and (inputs[~chosen] == ids[~chosen]).all()
+        if begins is None:
+            assert chosen.sum() == min(max(1, round(length * fraction)), (~special).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_fraction": 1.5}, r"mask_fraction must be in \[0, 1\], got 1.5"),
+        ({"mask_share": -0.1}, r"mask_share must be in \[0, 1\], got -0.1"),
+        ({"mask_share": 0.9, "random_share": 0.2}, r"mask_share \(0.9\) and random_share \(0.2\) exceed 1 together"),
+        ({"max_predictions": 0}, "max_predictions must be 1 or more, or none, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Masking(**options)

@@ -1,0 +1,320 @@
+"""The native CPU module: instruction sets, threads, forks, the GIL, and arguments that no kernel may ever see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_calls import Guarded, mutations, recorded_calls, signature
+
+import llmengine
+from llmengine import _cpu, functional
+from llmengine.testing import all_operators
+
+ROOT = Path(__file__).resolve().parent.parent
+CALLS = recorded_calls(all_operators())
+# The operators whose kernels this backend has: others have no law to obey here.
+NATIVE = sorted({call.operator for call in CALLS})
+
+
+def run(command: list[str], timeout: float, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process of its own, with the package that lies in `directory`; a hang is a failure."""
+    environment = {"PYTHONPATH": str(directory)} | environment
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=directory, timeout=timeout,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def printed(script: str, timeout: float = 120, directory: Path = ROOT, **environment: str) -> str:
+    """What a script prints in a process of its own; a crash is a failure."""
+    done = run(["-c", script], timeout, directory, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.strip()
+
+
+def run_tests(file: str, expression: str, timeout: float, directory: Path = ROOT, **environment: str) -> None:
+    """Runs the tests of a file that `expression` selects in a process of their own."""
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    command += [f"--rootdir={ROOT}", str(ROOT / "tests" / file), "-k", expression]
+    done = run(command, timeout, directory, **environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def laws(*tests: str) -> str:
+    """Selects these tests of tests/test_ops.py for the operators that have kernels here."""
+    return f"({' or '.join(tests)}) and ({' or '.join(f'[{name}-' for name in NATIVE)})"
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+def test_laws_on_every_instruction_set(isa: str):
+    assert printed("from llmengine import _cpu; print(_cpu.isa())", LLMENGINE_CPU_ISA=isa) == isa
+    run_tests("test_ops.py", laws("test_errors_against_float64"), 280, LLMENGINE_CPU_ISA=isa)
+
+
+@pytest.mark.parametrize("isa", sorted({"generic", "avx2", "avx512", "sse9"} - set(_cpu.supported_isas())))
+def test_an_instruction_set_that_is_missing_is_an_error(isa: str):
+    script = """
+import torch, llmengine
+for _ in range(2):  # not only the first time
+    try:
+        llmengine.functional.softmax(torch.ones(2, 2), -1)
+    except ValueError as error:
+        print(error)
+"""
+    usable = ", ".join(_cpu.supported_isas())
+    expected = f"LLMENGINE_CPU_ISA={isa} cannot be used; this machine and build have: {usable}"
+    assert printed(script, LLMENGINE_CPU_ISA=isa).splitlines() == [expected] * 2
+
+
+def test_the_best_instruction_set_is_the_default():
+    assert printed("from llmengine import _cpu; print(_cpu.isa())", LLMENGINE_CPU_ISA="") == _cpu.supported_isas()[-1]
+
+
+# ---- threads, forks, the GIL -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_computes_what_its_parent_does():
+    """libgomp's threads do not survive a fork: a parallel region in the child would wait for them for ever."""
+    script = """
+import os, sys, torch, llmengine
+torch.set_num_threads(2)
+x = torch.randn(512, 1024)
+y = llmengine.functional.softmax(x, -1)
+child = os.fork()
+if child == 0:
+    again = llmengine.functional.softmax(x, -1)
+    torch.set_num_threads(1)  # PyTorch's own comparison would wait for the dead threads
+    os._exit(0 if torch.equal(again, y) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert printed(script, timeout=60) == "0"
+
+
+class Normalised(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return functional.layer_norm(torch.full((64, 768), float(index)) + torch.arange(768.0), (768,))
+
+
+def test_operators_run_in_dataloader_workers():
+    dataset = Normalised()
+    here = torch.stack([dataset[i] for i in range(len(dataset))])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2, timeout=60)
+    torch.testing.assert_close(torch.cat(list(loader)), here, rtol=0, atol=0)
+
+
+def test_calls_from_many_python_threads():
+    inputs = [torch.randn(64, 512) for _ in range(8)]
+    expected = [functional.softmax(x, -1) for x in inputs]
+    wrong: list[int] = []
+    start = threading.Barrier(len(inputs))
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(30):
+            if not torch.equal(functional.softmax(inputs[i], -1), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_torch_set_num_threads_is_honoured():
+    script = """
+import os, torch, llmengine
+torch.set_num_threads(1)
+x = torch.ones(4096, 256)
+def threads(n):
+    torch.set_num_threads(n)
+    llmengine.functional.softmax(x, -1)
+    return len(os.listdir("/proc/self/task"))
+alone = threads(1)
+print(threads(1) - alone, threads(3) - alone)
+"""
+    assert printed(script) == "0 2"
+
+
+def test_kernels_release_the_gil():
+    """Another Python thread runs on while a kernel does: this one wakes many times within one long call."""
+    x = torch.randn(3000, 8192)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    called = threading.Event()
+    span: list[float] = []
+
+    def work() -> None:
+        output = torch.empty_like(x)
+        began = time.perf_counter()
+        called.set()
+        for _ in range(5):
+            _cpu.softmax_forward(input=x, output=output)
+        span.append(time.perf_counter() - began)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    called.wait()
+    wakes = 0
+    while not span:
+        time.sleep(0.001)
+        wakes += 1
+    worker.join()
+    torch.set_num_threads(threads)
+    assert wakes >= 20, f"{wakes} wakes in {span[0]:.3f} s"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({call.kernel for call in CALLS}))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_argument_crashes_a_kernel(name: str, data: st.DataObject):
+    """A valid call with one or two arguments spoilt: a ValueError that names one of the arguments, or a call that is
+    as good as any, and never a byte written outside the tensors given."""
+    calls = [call for call in CALLS if call.kernel == name]
+    call = data.draw(st.sampled_from(calls))
+    spoilt = data.draw(st.lists(st.sampled_from(sorted(call.arguments)), min_size=1, max_size=2, unique=True))
+    arguments = dict(call.arguments)
+    for key in spoilt:
+        arguments[key] = data.draw(mutations(arguments[key]))
+    guarded = {key: Guarded(value) for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    try:
+        getattr(_cpu, name)(**arguments | {key: guard.tensor for key, guard in guarded.items()})
+    except ValueError as error:
+        assert any(key in str(error) for key in arguments), f"names no argument: {error}"
+    for key, guard in guarded.items():
+        assert guard.intact(), f"{name} wrote outside of {key}"
+
+
+def test_every_kernel_is_fuzzed():
+    bound = {name: signature(name) for name in dir(_cpu) if signature(name)}
+    assert bound and bound.keys() == {call.kernel for call in CALLS}
+    for call in CALLS:
+        assert sorted(call.arguments) == sorted(bound[call.kernel])
+
+
+@pytest.mark.parametrize(
+    "spoilt, problem",
+    [
+        (lambda x: None, "softmax: input is required but None was given"),
+        (lambda x: x.half(), "softmax: input has dtype float16; allowed: float32, bfloat16"),
+        (lambda x: x.to(torch.complex64), "softmax_forward: input has an unsupported dtype"),
+        (lambda x: x[0], r"softmax: input must be \(rows, columns\), got \(3,\)"),
+        (lambda x: x.t().contiguous().t(), "softmax: input must have last stride 1, got 2"),
+        (lambda x: x.reshape((1,) * 8 + (6,)), "softmax_forward: input has 9 dimensions; at most 8 are accepted"),
+        (lambda x: x.to("meta"), "softmax_forward: input is no tensor in memory"),
+        (lambda x: x.to_sparse(), "softmax_forward: input is no tensor in memory"),
+    ],
+)
+def test_errors_name_the_argument(spoilt, problem: str):
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=problem):
+        _cpu.softmax_forward(input=spoilt(x), output=torch.empty(2, 3))
+
+
+def test_what_is_no_tensor_is_a_type_error():
+    with pytest.raises(TypeError, match=r"softmax_forward: output must be a torch\.Tensor or None, got list"):
+        _cpu.softmax_forward(input=torch.ones(1, 1), output=[1.0])
+
+
+class Duck:
+    """A tensor of a PyTorch that has no DLPack exchange table: the bindings read its attributes."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.shape, self.dtype, self.device = tensor, tensor.shape, tensor.dtype, tensor.device
+        self.stride, self.data_ptr = tensor.stride, tensor.data_ptr
+
+
+def test_tensors_without_an_exchange_table():
+    wide = torch.randn(5, 12)
+    output, expected = torch.empty(5, 7), functional.softmax(wide[:, 2:9], -1)
+    _cpu.softmax_forward(input=Duck(wide[:, 2:9]), output=Duck(output))
+    assert torch.equal(output, expected)
+    for spoilt, problem in (
+        (wide.to("meta"), "input is on a device that this module does not serve: meta"),
+        (wide.to(torch.complex64), "input has an unsupported dtype"),
+        (wide.reshape((1,) * 8 + (60,)), "input has 9 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=f"softmax_forward: {problem}"):
+            _cpu.softmax_forward(input=Duck(spoilt), output=output)
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+
+def build_with_sanitizers(directory: Path) -> None:
+    """A copy of the package in `directory`, its module built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    import pybind11
+
+    package = directory / "llmengine"
+    shutil.copytree(Path(llmengine.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(directory / "build"), f"-DCMAKE_INSTALL_PREFIX={package}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DLLMENGINE_SANITIZE=address,undefined", "-DLLMENGINE_CUDA=OFF",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", str(directory / "build"), "--target", "install"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers' libraries by their Linux names")
+def test_laws_and_fuzz_under_sanitizers(tmp_path: Path):
+    build_with_sanitizers(tmp_path)
+    find = ["g++", "-print-file-name=libasan.so", "-print-file-name=libubsan.so", "-print-file-name=libstdc++.so"]
+    environment = {
+        "LD_PRELOAD": ":".join(
+            subprocess.run([find[0], option], capture_output=True, text=True, check=True).stdout.strip()
+            for option in find[1:]
+        ),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    assert printed("from llmengine import _cpu; print(_cpu.__file__)", 120, tmp_path, **environment).startswith(
+        str(tmp_path)
+    )
+    # The canary: were the sanitizers asleep, this would pass, and so would everything below.
+    overrun = run(["-c", OVERRUN], 120, tmp_path, **environment)
+    assert overrun.returncode != 0 and "ERROR: AddressSanitizer" in overrun.stderr, overrun.stderr[-4000:]
+    selected = laws("test_errors_against_float64", "test_every_layout", "test_repeats")
+    for isa in _cpu.supported_isas():
+        run_tests("test_ops.py", selected, 900, tmp_path, LLMENGINE_CPU_ISA=isa, **environment)
+    run_tests("test_native.py", "test_no_argument_crashes", 900, tmp_path, **environment)
+
+
+# A tensor that claims more elements than its memory has.
+OVERRUN = """
+import torch
+from llmengine import _cpu
+
+class Liar:
+    def __init__(self, tensor, shape):
+        self.shape, self.dtype, self.device, self.data_ptr = shape, tensor.dtype, tensor.device, tensor.data_ptr
+        self.stride = lambda: (shape[1], 1)
+
+_cpu.softmax_forward(input=Liar(torch.ones(100), (1, 104)), output=torch.empty(1, 104))
+"""

@@ -1,0 +1,88 @@
+"""Tiny runs for tests: a corpus of made-up sentences, a two-layer model, and how to stop a run half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+from llmengine.training import Observer, Result, RunConfig, train
+from llmengine.training import checkpoint as checkpoints
+
+WALL_CLOCK = ("seconds", "tokens_per_second", "flops_per_second")  # what two equal runs differ in
+
+
+def corpus(directory: Path) -> Path:
+    """Sentences that a small model can learn: each subject has its own verb and objects."""
+    draw = random.Random(0)
+    verbs = {"the cat": "chases", "a dog": "finds", "my aunt": "paints", "the old sailor": "remembers"}
+    nouns = ["the mouse", "a stone", "the green door", "seven ships", "an apple"]
+    paragraphs = []
+    for _ in range(60):
+        subjects = draw.choices(list(verbs), k=6)
+        paragraphs.append(" ".join(f"{s.capitalize()} {verbs[s]} {draw.choice(nouns)}." for s in subjects))
+    path = directory / "corpus.txt"
+    path.write_text("\n\n".join(paragraphs))
+    return path
+
+
+def tiny(directory: Path, objective: str = "clm", *overrides: str) -> RunConfig:
+    """Eight steps, a checkpoint every third, dropout on."""
+    preset = "gpt-tiny" if objective == "clm" else "bert-tiny"
+    return RunConfig.from_dict(
+        {
+            "corpus": str(corpus(directory)),
+            "objective": objective,
+            "model": {"preset": preset, "d_model": 16, "d_ff": 32, "n_heads": 2, "max_positions": 32},
+            "steps": 8,
+            "seed": 3,
+            "tokenizer": {"vocab_size": 300},
+            "data": {"sequence_length": 32, "batch_tokens": 64, "accumulation": 2, "held_out": 0.1},
+            "optimizer": {"lr": 0.01},
+            "every": {"evaluate": 4, "save": 3},
+        },
+        overrides,
+    )
+
+
+class At(Observer):
+    """Does something once step `step` is recorded, and keeps what it is told."""
+
+    def __init__(self, step: int = -1, do=lambda: None) -> None:
+        self.step, self.do = step, do
+        self.notices: list[str] = []
+
+    def recorded(self, run, record) -> None:
+        if record["kind"] == "train" and record["step"] == self.step:
+            self.do()
+
+    def noticed(self, sentence: str) -> None:
+        self.notices.append(sentence)
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process without warning."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def run(config: RunConfig, output: Path, step: int = -1, do=lambda: None, *, resume: bool = False) -> Result:
+    return train(config, output, resume=resume, observers=[At(step, do)])
+
+
+def outcome(output: Path) -> dict[str, Any]:
+    """What must be equal bit by bit: every record without its times, and the last checkpoint's bytes by SHA-256."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    last = checkpoints.paths(output / "checkpoints")[-1]
+    files = json.loads((last / checkpoints.MANIFEST).read_text())["files"]
+    untimed = [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in records]
+    return {"records": untimed, "checkpoint": last.name, "files": files}
