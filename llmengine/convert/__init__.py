@@ -64,7 +64,7 @@ def save(directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mappi
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     else:
         config = family.write_config(fields)
-        tensors = family.write_tensors(tensors, fields["n_layers"])
+        tensors = family.write_tensors(tensors, fields["n_layers"], fields["tie_embeddings"])
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(dtypes) == 1 and family is not None:
         config["dtype"] = dtypes.pop()

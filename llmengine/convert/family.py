@@ -92,7 +92,7 @@ class Family:
     poolers: Mapping[str, str] = field(default_factory=dict)
     """The tensor whose presence tells that a file has this pooler."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Their second names for a tensor, which files may repeat."""
+    """Their second names for a tensor, which files may repeat. Without tied embeddings they use the second."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -172,8 +172,8 @@ class Family:
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def write_tensors(self, ours: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-        """Their tensors (or gradients) from ours; each stored once."""
+    def write_tensors(self, ours: Mapping[str, Tensor], layers: int, tied: bool = True) -> dict[str, Tensor]:
+        """Their tensors (or gradients) from ours; each stored once, and under its second name too where not tied."""
         theirs: dict[str, Tensor] = {}
         left = set(ours)
         for rule in self.rules(layers):
@@ -182,7 +182,8 @@ class Family:
                 left.discard(rule.ours)
         if left:
             raise ValueError(f'family "{self.name}" has no name for {", ".join(sorted(left))}')
-        return theirs
+        seconds = {} if tied else self._second_names()
+        return theirs | {second: theirs[first].clone() for second, first in seconds.items() if first in theirs}
 
     def read_tensors(
         self, names: Iterable[str], get: Callable[[str], Tensor], wanted: Iterable[str], layers: int, tied: bool
@@ -201,7 +202,13 @@ class Family:
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
                     "(tie_word_embeddings)"
                 )
-        return {ours: rules[ours].read([get(name) for name in rules[ours].theirs]) for ours in wanted}
+        used = {} if tied else {first: second for second, first in self._second_names().items() if second in names}
+        return {ours: rules[ours].read([get(used.get(name, name)) for name in rules[ours].theirs]) for ours in wanted}
+
+    def _second_names(self) -> dict[str, str]:
+        """Those of `tied` that no tensor of ours has to itself."""
+        own = {name for rule in self.tensors for name in rule.theirs}
+        return {second: first for second, first in self.tied.items() if second not in own}
 
 
 def _some(names: list[str], most: int = 8) -> str:

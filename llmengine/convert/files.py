@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,29 +40,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-    """Every tensor's file."""
+    """Every tensor's file. A single file comes before an index of shards, as in Hugging Face's loaders."""
+    path = directory / TENSORS
+    if path.is_file():
+        with _opened(path) as file:
+            return dict.fromkeys(file.keys(), path)
     if (directory / INDEX).is_file():
-        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"from_pretrained: {directory / INDEX} has no weight_map")
         if lost := sorted({file for file in weight_map.values() if not (directory / file).is_file()}):
             raise FileNotFoundError(f"from_pretrained: {directory} lacks the shards {', '.join(lost)} of {INDEX}")
         return {name: directory / file for name, file in weight_map.items()}
-    path = directory / TENSORS
-    if not path.is_file():
-        pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        remedy = (
-            f"; {', '.join(pickled)} are pickles, which can run code and are not read: "
-            "load them in Hugging Face transformers and save_pretrained once, which writes safetensors"
-            if pickled
-            else ""
-        )
-        raise FileNotFoundError(f"from_pretrained: {directory} has no {TENSORS}{remedy}")
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    remedy = (
+        f"; {', '.join(pickled)} are pickles, which can run code and are not read: "
+        "load them in Hugging Face transformers and save_pretrained once, which writes safetensors"
+        if pickled
+        else ""
+    )
+    raise FileNotFoundError(f"from_pretrained: {directory} has no {TENSORS}{remedy}")
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"from_pretrained: {path} is not a whole safetensors file: {error}") from None
 
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -79,6 +91,7 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
         if directory.is_dir():
             for name in (TENSORS, CONFIG):
                 os.replace(temporary / name, directory / name)
+            (directory / INDEX).unlink(missing_ok=True)  # of the shards that were there before
         else:
             temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, directory)

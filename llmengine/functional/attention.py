@@ -116,6 +116,8 @@ def varlen_attention(
         if tensor.ndim != 3:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected (tokens, heads, head_dim)")
     sequences = _check_boundaries(op, cu_seqlens_q, cu_seqlens_k)
+    if cu_seqlens_k is cu_seqlens_q and torch.compiler.is_compiling():
+        cu_seqlens_k = cu_seqlens_k.clone()  # Dynamo traces no autograd.Function that is given one tensor twice
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     _check_heads(op, query, key, value, grouped=True)
     slopes = _slopes(op, alibi_slopes, query, sequences, "sequences")
