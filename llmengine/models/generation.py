@@ -190,34 +190,39 @@ class Generation:
             keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1).indices
             total, beam, token = best.gather(1, keep), beam.gather(1, keep), token.gather(1, keep)
             tokens = torch.cat([tokens.gather(1, beam[:, :, None].expand(-1, -1, step)), token[:, :, None]], dim=2)
-            done = [hypotheses.complete(total[b, 0].item(), step + 1) for b, hypotheses in enumerate(finished)]
-            if step + 1 == steps or all(done):
+            for b, hypotheses in enumerate(finished):
+                hypotheses.close_if_complete(total[b, 0].item(), step + 1)
+            if step + 1 == steps or all(hypotheses.closed for hypotheses in finished):
                 break
             cache.select((first + beam).flatten())
             scores = self._step(cache, token.flatten())
         rows = []
         for b, hypotheses in enumerate(finished):
-            if not hypotheses.complete(total[b, 0].item(), tokens.shape[2]):
-                for rank in range(beams):
-                    hypotheses.add(total[b, rank].item(), tokens[b, rank].tolist())
+            for rank in range(beams):
+                hypotheses.add(total[b, rank].item(), tokens[b, rank].tolist())
             rows.append(max(hypotheses.kept)[1])
         length = max(map(len, rows))
         return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
 
 
 class Hypotheses:
-    """The best finished sequences of one prompt, by mean log-probability."""
+    """The best finished sequences of one prompt, by mean log-probability.
+
+    Once closed it takes no more: what a prompt gives must not depend on how long the others of its batch go on.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.kept: list[tuple[float, list[int]]] = []
+        self.closed = False
 
     def add(self, log_probability: float, tokens: list[int]) -> None:
-        self.kept = sorted([*self.kept, (log_probability / len(tokens), tokens)], reverse=True)[: self.most]
+        if not self.closed:
+            self.kept = sorted([*self.kept, (log_probability / len(tokens), tokens)], reverse=True)[: self.most]
 
-    def complete(self, best_running: float, length: int) -> bool:
-        """Whether no running beam, at its present mean, would be kept."""
-        return len(self.kept) == self.most and self.kept[-1][0] >= best_running / length
+    def close_if_complete(self, best_running: float, length: int) -> None:
+        """Closes where no running beam, at its present mean, would be kept."""
+        self.closed |= len(self.kept) == self.most and self.kept[-1][0] >= best_running / length
 
 
 def _greedy(scores: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def draw(records: Sequence[Record], path: Path, title: str = "") -> None:
     rate.set_xlabel("step")
     rate.set_ylim(bottom=0)
     rate.grid(alpha=0.3)
+    figure.align_ylabels()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     replace_bytes(path, image.getvalue())
@@ -84,8 +85,8 @@ def _loss(panel: Any, head: str, train: Sequence[Record], held_out: Sequence[Rec
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the run, without a pull towards the start value."""
-    keep = math.exp(-1 / max(1.0, len(values) / 20))
+    """Exponential mean over about a fiftieth of the run, without a pull towards the start value."""
+    keep = math.exp(-1 / max(1.0, len(values) / 50))
     total = weight = 0.0
     means = []
     for value in values:

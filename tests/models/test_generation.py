@@ -86,6 +86,17 @@ def test_greedy_and_beams_equal_hugging_faces(models):
     assert ended >= 6, "hardly a sequence ended: the test says little about eos"
 
 
+@pytest.mark.parametrize("beams", [1, 2, 3])
+def test_a_prompt_gives_the_same_alone_and_in_a_batch(model, beams):
+    for eos in (5, 14, 41):
+        options = {"max_new_tokens": NEW, "num_beams": beams, "eos_token_id": eos, "pad_token_id": 1}
+        together = model.generate(**padded("right"), **options)[:, LONGEST:]
+        for row, prompt in enumerate(prompts()):
+            alone = model.generate(prompt[None], **options)[0, len(prompt) :]
+            assert torch.equal(together[row, : len(alone)], alone)
+            assert (together[row, len(alone) :] == 1).all()
+
+
 def test_beams_never_find_less_than_greedy(model):
     """The best hypothesis of a wide search has at least greedy's mean log-probability here, and one beam is greedy."""
 

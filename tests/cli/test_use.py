@@ -1,0 +1,166 @@
+"""`generate`, `fill`, `evaluate`, `inspect`, `info`: a trained model in use."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import llmengine
+from llmengine.data import Tokenizer
+from llmengine.testing import poison
+from llmengine.training.predict import continuations
+from tests.cli.conftest import call, succeed
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_goes_on_with_the_prompt(runs):
+    run = runs["clm"].path
+    text = succeed("generate", run, "--prompt", "It was", "--seed", 1)
+    assert text.startswith("It was") and len(text) > 20
+    assert succeed("generate", run, "--prompt", "It was", "--seed", 1) == text
+    assert succeed("generate", run, "--prompt", "It was", "--seed", 2) != text
+    assert succeed("generate", run / "model", "--prompt", "It was", "--seed", 1) == text, "a model directory will do"
+
+
+def test_generate_is_the_models_own_generation(runs):
+    directory = runs["clm"].path / "model"
+    tokenizer = Tokenizer.load(directory)
+    import torch
+
+    ids = torch.tensor([tokenizer.encode("It was")])
+    model = llmengine.Transformer.from_pretrained(directory)
+    for options, flags in (({}, ["--greedy"]), ({"num_beams": 3}, ["--beams", 3])):
+        expected = tokenizer.decode(model.generate(ids, max_new_tokens=7, **options)[0].tolist())
+        assert succeed("generate", directory, "--prompt", "It was", "--new-tokens", 7, *flags) == expected + "\n"
+
+
+def test_generate_prints_several_samples(runs):
+    printed = succeed("generate", runs["clm"].path, "-p", "It was", "--samples", 3, "--seed", 0, "--top-k", 50)
+    texts = printed.split("\n\n---\n\n")
+    assert len(texts) == 3 and len(set(texts)) == 3 and all(text.startswith("It was") for text in texts)
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(runs):
+    """Under poison: what an unwritten place of the cache holds must not count."""
+    directory = runs["clm"].path / "model"
+    model, tokenizer = llmengine.Transformer.from_pretrained(directory), Tokenizer.load(directory)
+    prompts = ["It was a truth that she had never", "I", "She was"]
+    with poison():
+        together = continuations(model, tokenizer, prompts, new_tokens=12)
+        assert together == [continuations(model, tokenizer, [prompt], new_tokens=12)[0] for prompt in prompts]
+
+
+def test_an_unfinished_run_speaks_from_its_newest_checkpoint(runs, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["clm"].path, run)
+    finished = succeed("generate", run, "--prompt", "It was", "--greedy")
+    (run / "model" / "model.safetensors").unlink()
+    assert succeed("generate", run, "--prompt", "It was", "--greedy") == finished
+    shutil.rmtree(run / "checkpoints")
+    result = call("generate", run, "--prompt", "It was")
+    assert result.exit_code == 2 and "no checkpoint yet" in result.stderr
+
+
+# ---- fill ------------------------------------------------------------------------------------------------------------
+
+
+def test_fill_prints_candidates_by_probability(runs):
+    printed = succeed("fill", runs["bert"].path, "She was [MASK] to [MASK].", "--top", 4)
+    first, *groups = re.split(r"\nmask \d+\n", printed)
+    assert first.startswith("she was ") and "[MASK]" not in first
+    assert len(groups) == 2
+    for group in groups:
+        shares = [float(share) for share in re.findall(r"(\d+\.\d) %", group)]
+        assert len(shares) == 4 and shares == sorted(shares, reverse=True) and 0 < shares[0] <= 100
+    best = [group.split()[2] for group in groups]
+    assert first.replace(" ", "").startswith(f"shewas{best[0]}to{best[1]}".replace("##", ""))
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["bert", "clm"])
+def test_evaluate_repeats_the_runs_last_evaluation(runs, objective: str):
+    run = runs[objective].path
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "evaluation"
+    result = json.loads(succeed("evaluate", run, "--json"))
+    assert result["losses"] == pytest.approx(last["losses"], rel=1e-5)
+    assert result["perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)
+    assert result.get("accuracy") == last.get("accuracy")
+    assert f"perplexity  {last['perplexity']:.2f}" in succeed("evaluate", run)
+
+
+def test_evaluate_takes_another_corpus(runs, corpus: Path):
+    run = runs["clm"].path
+    other = json.loads(succeed("evaluate", run, "--corpus", corpus / "2.txt", "--json"))
+    assert other["examples"] > 3 and other["loss"] != json.loads(succeed("evaluate", run, "--json"))["loss"]
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_what_is_masked_and_what_is_a_pair(configs):
+    printed = succeed("inspect", configs["bert"], "--sequences", 2)
+    predicted, of = map(int, re.search(r"predicted: (\d+) of (\d+) tokens", printed).groups())
+    assert 0.1 < predicted / of < 0.2
+    kinds = [int(n) for n in re.findall(r"(\d+) (?:masked|random|kept) \(", printed)]
+    assert len(kinds) == 3 and sum(kinds) == predicted
+    follow, random = map(int, re.search(r"pairs: (\d+) follow .*?(\d+) random", printed).groups())
+    assert follow + random == int(re.search(r"in (\d+) sequences", printed)[1])
+    sequences = printed.split("\nsequence ")[1:]
+    assert len(sequences) == 2
+    for sequence in sequences:
+        assert "[CLS]" in sequence and sequence.count("[SEP]") >= 2 and "→[MASK]" in sequence
+
+
+def test_inspect_prints_the_same_batch_that_the_model_is_given(configs):
+    """The truth on the left of the arrows and the plain tokens are a text of the corpus."""
+    printed = succeed("inspect", configs["clm"], "--sequences", 1)
+    words = printed.split("tokens\n")[-1].split()
+    text = "".join(words).replace("Ġ", " ").replace("Ċ", "\n")
+    corpus_of = Path(re.search(r"corpus: (.+)", configs["clm"].read_text())[1])
+    assert any(text in path.read_text(encoding="utf-8") for path in corpus_of.iterdir())
+    assert "every token but the first of each sequence" in printed
+
+
+def test_inspect_takes_a_run_folder_and_writes_nothing(runs):
+    run = runs["bert"].path
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert "400 tokens" in succeed("inspect", run, "--step", 3, "--set", "data.accumulation=2")
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+def test_histogram_counts_every_sequence():
+    import numpy
+
+    from llmengine.cli.inspect import histogram
+
+    for lengths in (numpy.array([5]), numpy.array([7, 7, 8]), numpy.arange(3, 400), numpy.array([1, 128, 128])):
+        bars = histogram(lengths)
+        assert sum(int(re.search(r"to +\d+ +(\d+)", bar)[1]) for bar in bars) == len(lengths)
+        assert max(bar.count("#") for bar in bars) == 40
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_tells_which_backend_runs_what():
+    facts = json.loads(succeed("info", "--json"))
+    assert facts["versions"]["llmengine"] == llmengine.__version__
+    assert facts["cpu"]["active_instruction_set"] in facts["cpu"]["instruction_sets"]
+    printed = succeed("info")
+    for operator in facts["operators"]:
+        row = re.search(rf"^{operator} +(.*)$", printed, flags=re.M)[1].split()
+        usable = [
+            "yes" if b["unavailable"] is None and operator in b["operators"] else "-"
+            for b in facts["backends"].values()
+        ]
+        assert row == usable and row[-1] == "yes", "plain PyTorch runs every operator"
+    for backend in facts["backends"].values():
+        assert backend["unavailable"] is None or backend["unavailable"] in printed
