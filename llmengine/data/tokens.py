@@ -46,7 +46,8 @@ def tokenize(
         if words:
             both = tokenizer.encode_words(texts)
             encoded = [each for each, _ in both]
-            starts += [np.append(begins, [True] * len(tail)) if len(begins) else begins for _, begins in both]
+            after = np.ones(len(tail), bool)
+            starts += [np.concatenate([begins, after]) if len(begins) else begins for _, begins in both]
         else:
             encoded = tokenizer.encode_many(texts)
         encoded = [each + tail if each else each for each in encoded]

@@ -35,7 +35,7 @@ def test_ends_and_longest(wordpiece):
 def test_words(wordpiece):
     got = tokens.tokenize(DOCUMENTS, wordpiece, words=True)
     begins = [not wordpiece.token(int(i)).startswith("##") for i in got.ids]
-    assert got.words.tolist() == begins and not all(begins)
+    assert got.words.dtype == bool and got.words.tolist() == begins and not all(begins)
     with_end = tokens.tokenize(DOCUMENTS, wordpiece, words=True, end=3)
     assert len(with_end.words) == len(with_end.ids) and with_end.words[with_end.ids == 3].all()
     assert with_end.words[with_end.ids != 3].tolist() == begins
