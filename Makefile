@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 BERT ?=
 GPT ?=
+BENCH ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-heavy bench lint format dev info clean
@@ -45,7 +46,7 @@ test-heavy: $(VENV)/.tested
 	$(BIN)/python -m pytest tests
 
 bench: $(VENV)/.tested
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

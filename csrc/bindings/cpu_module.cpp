@@ -9,6 +9,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/ffn.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/norm.h"
 #include "ops/softmax.h"
 
@@ -49,6 +50,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
+  bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
+  bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");

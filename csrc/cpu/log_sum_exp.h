@@ -34,7 +34,17 @@ struct LogSumExp {
     total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
-  float value() const { return shift_for(largest) + std::log(total); }
+  // The sum over the elements of both.
+  void add(const LogSumExp& other) {
+    if (other.largest > largest) {
+      total *= std::exp(largest - other.largest);
+      largest = other.largest;
+    }
+    const bool none = other.largest == -INFINITY;  // its total is 0, or NaN
+    total += none ? other.total : other.total * std::exp(other.largest - largest);
+  }
+
+  double value() const { return shift_for(largest) + std::log(static_cast<double>(total)); }
 };
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -1,10 +1,13 @@
 // Attention, softmax(logits) value, of padded batches and of packed sequences (Vaswani et al. 2017; computed in tiles
 // with an online softmax, so that no (rows, keys) matrix is held: Dao et al. 2022).
 //
-//   u = scale query key^T                      logits = cap(u) - slope |key - p| + mask;  -inf where the key is not
-//   seen cap(u) = softcap tanh(u / softcap)         (p, and the keys a row sees: ops/attention_band.h) lse = log
-//   sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value A row that sees no key:
-//   output 0, lse -inf, no gradients.
+//   u = scale query key^T
+//   logits = cap(u) - slope |key - p| + mask, -inf where the key is not seen; cap(u) = softcap tanh(u / softcap)
+//            (p, and the keys a row sees: ops/attention_band.h)
+//   lse = log sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value
+//   A row that sees no key: output 0, lse -inf, no gradients.
+//   lse_low is what rounding took from lse (0 where lse is infinite): with |lse| in the hundreds, float32 lse alone
+//   would make every P of a row wrong by 1e-5.
 //
 //   backward, with Z = keep / (1 - dropout_p) and delta = rowsum(grad_output output) - grad_lse:
 //     grad_value = (P Z)^T grad_output
@@ -68,27 +71,29 @@ struct AttentionOptions {
 struct AttentionForward : AttentionOptions {
   TensorView output;  // like query, with value_dim
   TensorView lse;     // float32 (batch, heads, rows)
+  TensorView lse_low;
 
   static constexpr auto fields() {
     using P = AttentionForward;
-    return std::tuple_cat(AttentionOptions::fields(), std::tuple{field("output", &P::output), field("lse", &P::lse)});
+    return std::tuple_cat(AttentionOptions::fields(), std::tuple{field("output", &P::output), field("lse", &P::lse),
+                                                                 field("lse_low", &P::lse_low)});
   }
 };
 
 struct AttentionBackward : AttentionOptions {
   TensorView grad_output;  // like output
   TensorView grad_lse;     // like lse, or none
-  TensorView output, lse;
+  TensorView output, lse, lse_low;
   TensorView grad_query, grad_key, grad_value;  // like query, key, value
   TensorView grad_mask;                         // float32, like mask; or none
 
   static constexpr auto fields() {
     using P = AttentionBackward;
-    return std::tuple_cat(
-        AttentionOptions::fields(),
-        std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse), field("output", &P::output),
-                   field("lse", &P::lse), field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
-                   field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
+    return std::tuple_cat(AttentionOptions::fields(),
+                          std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse),
+                                     field("output", &P::output), field("lse", &P::lse), field("lse_low", &P::lse_low),
+                                     field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
+                                     field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
   }
 };
 
@@ -161,8 +166,10 @@ inline void validate(const AttentionForward& p) {
   at.defined(p.output, "output");
   at.dtype(p.output, "output", {p.query.dtype});
   check_like(at, p.output, "output", p.query, p.value.size(3));
-  at.defined(p.lse, "lse");
-  check_statistics(at, p.lse, "lse", p.query);
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.lse_low, "lse_low"}}) {
+    at.defined(*t, argument);
+    check_statistics(at, *t, argument, p.query);
+  }
 }
 
 inline void validate(const AttentionBackward& p) {
@@ -173,8 +180,10 @@ inline void validate(const AttentionBackward& p) {
     at.dtype(*t, argument, {p.query.dtype});
     check_like(at, *t, argument, p.query, p.value.size(3));
   }
-  at.defined(p.lse, "lse");
-  check_statistics(at, p.lse, "lse", p.query);
+  for (auto [t, argument] : NamedTensors{{&p.lse, "lse"}, {&p.lse_low, "lse_low"}}) {
+    at.defined(*t, argument);
+    check_statistics(at, *t, argument, p.query);
+  }
   check_statistics(at, p.grad_lse, "grad_lse", p.query);
   struct Gradient {
     const TensorView *gradient, *of;

@@ -7,6 +7,7 @@ that needs no more steps than batch_tokens does: steps of an epoch are about equ
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,9 +173,15 @@ def loader(batches: StepBatches, first: int, last: int, workers: int = 0) -> Ite
         raise ValueError(f"loader: steps must have 0 <= first <= last, got first {first}, last {last}")
     if workers < 0:
         raise ValueError(f"loader: workers must be 0 or more, got {workers}")
-    # its seed for workers is drawn from a generator of its own: dropout's must not depend on when loaders are made
     return iter(
         DataLoader(
-            batches, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator()
+            batches,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            # forked workers share the corpus; other ways of starting them would send each a copy
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            # seeds of workers come from here: the global generator is dropout's, which no loader may advance
+            generator=torch.Generator(),
         )
     )

@@ -46,7 +46,7 @@ def tokenize(
         if words:
             both = tokenizer.encode_words(texts)
             encoded = [each for each, _ in both]
-            starts += [begins for _, begins in both]
+            starts += [np.append(begins, [True] * len(tail)) if len(begins) else begins for _, begins in both]
         else:
             encoded = tokenizer.encode_many(texts)
         encoded = [each + tail if each else each for each in encoded]

@@ -137,7 +137,8 @@ def varlen_attention(
 
 def _run(query, key, value, mask, *options):
     run = ops.Attention.apply if needs_grad(query, key, value, mask) else ops.attention_forward
-    return run(query, key, value, mask, *options)
+    output, lse, *_ = run(query, key, value, mask, *options)
+    return output, lse
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

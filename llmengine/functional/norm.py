@@ -77,14 +77,14 @@ def add_rms_norm(
 
 def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
     columns = _check(op, input, normalized_shape, weight, bias)
-    rows = input.reshape(-1, columns)
+    rows = _rows(input, columns)
     weight, bias = _flat(weight), _flat(bias)
     eps = _epsilon(op, eps, input)
     if needs_grad(rows, weight, bias):
         output = ops.Norm.apply(rows, weight, bias, eps, subtract_mean)
     else:
         output = ops.norm_forward(rows, None, weight, bias, None, eps, 0.0, subtract_mean)[0]
-    return output.view(input.shape)
+    return _like(output, input)
 
 
 def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_p, subtract_mean):
@@ -104,12 +104,12 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
     check_probability(op, "dropout_p", dropout_p)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     args = (
-        input.reshape(-1, columns), residual.reshape(-1, columns), _flat(weight), _flat(bias), seed,
+        _rows(input, columns), _rows(residual, columns), _flat(weight), _flat(bias), seed,
         _epsilon(op, eps, input), float(dropout_p), subtract_mean,
     )  # fmt: skip
     run = ops.AddNorm.apply if needs_grad(*args[:4]) else ops.norm_forward
     output, new_residual = run(*args)[:2]
-    return output.view(input.shape), new_residual.view(input.shape)
+    return _like(output, input), _like(new_residual, input)
 
 
 def _check(op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
@@ -143,5 +143,16 @@ def _epsilon(op: str, eps: float | None, input: Tensor) -> float:
     return float(eps)
 
 
+# A reshape costs a microsecond or two, which packed batches, (tokens, columns) already, need not pay.
+
+
+def _rows(input: Tensor, columns: int) -> Tensor:
+    return input if input.ndim == 2 and input.shape[1] == columns else input.reshape(-1, columns)
+
+
+def _like(rows: Tensor, input: Tensor) -> Tensor:
+    return rows if rows.shape == input.shape else rows.view(input.shape)
+
+
 def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.reshape(-1)
+    return parameter if parameter is None or parameter.ndim == 1 else parameter.reshape(-1)

@@ -106,14 +106,14 @@ class Generation:
         config = self.config
         if self.token_head is None or not config.causal:
             raise ValueError(f"generate: needs a decoder with objective 'clm'; this is {config.architecture!r}")
-        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, config.vocab_size)
+        eos = config.eos_token_id if eos_token_id is None else eos_token_id
+        pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
+        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, config.vocab_size)
+        packed = layout_of(config, input_ids, attention_mask, None, None)
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
             generator = torch.Generator(input_ids.device).manual_seed(seed)
-        eos = config.eos_token_id if eos_token_id is None else eos_token_id
-        pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
-        packed = layout_of(config, input_ids, attention_mask, None, None)
         prompt = int(packed.cu_seqlens.diff().max())
         if prompt + max_new_tokens > config.max_positions:
             raise ValueError(
@@ -190,34 +190,39 @@ class Generation:
             keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1).indices
             total, beam, token = best.gather(1, keep), beam.gather(1, keep), token.gather(1, keep)
             tokens = torch.cat([tokens.gather(1, beam[:, :, None].expand(-1, -1, step)), token[:, :, None]], dim=2)
-            done = [hypotheses.complete(total[b, 0].item(), step + 1) for b, hypotheses in enumerate(finished)]
-            if step + 1 == steps or all(done):
+            for b, hypotheses in enumerate(finished):
+                hypotheses.close_if_complete(total[b, 0].item(), step + 1)
+            if step + 1 == steps or all(hypotheses.closed for hypotheses in finished):
                 break
             cache.select((first + beam).flatten())
             scores = self._step(cache, token.flatten())
         rows = []
         for b, hypotheses in enumerate(finished):
-            if not hypotheses.complete(total[b, 0].item(), tokens.shape[2]):
-                for rank in range(beams):
-                    hypotheses.add(total[b, rank].item(), tokens[b, rank].tolist())
+            for rank in range(beams):
+                hypotheses.add(total[b, rank].item(), tokens[b, rank].tolist())
             rows.append(max(hypotheses.kept)[1])
         length = max(map(len, rows))
         return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
 
 
 class Hypotheses:
-    """The best finished sequences of one prompt, by mean log-probability."""
+    """The best finished sequences of one prompt, by mean log-probability.
+
+    Once closed it takes no more: what a prompt gives must not depend on how long the others of its batch go on.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.kept: list[tuple[float, list[int]]] = []
+        self.closed = False
 
     def add(self, log_probability: float, tokens: list[int]) -> None:
-        self.kept = sorted([*self.kept, (log_probability / len(tokens), tokens)], reverse=True)[: self.most]
+        if not self.closed:
+            self.kept = sorted([*self.kept, (log_probability / len(tokens), tokens)], reverse=True)[: self.most]
 
-    def complete(self, best_running: float, length: int) -> bool:
-        """Whether no running beam, at its present mean, would be kept."""
-        return len(self.kept) == self.most and self.kept[-1][0] >= best_running / length
+    def close_if_complete(self, best_running: float, length: int) -> None:
+        """Closes where no running beam, at its present mean, would be kept."""
+        self.closed |= len(self.kept) == self.most and self.kept[-1][0] >= best_running / length
 
 
 def _greedy(scores: Tensor) -> Tensor:
@@ -251,13 +256,15 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, vocab_size) -> None:
+def _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, vocab_size) -> None:
     for name, value, right, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature > 0, "above 0 (greedy: do_sample=False)"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
         ("num_beams", num_beams, 1 <= num_beams <= vocab_size, f"from 1 to vocab_size ({vocab_size})"),
+        ("eos_token_id", eos, eos is None or 0 <= eos < vocab_size, f"from 0 to {vocab_size - 1}"),
+        ("pad_token_id", pad, 0 <= pad < vocab_size, f"from 0 to {vocab_size - 1}"),
     ):
         if not right:
             raise ValueError(f"generate: {name} is {value}; it must be {allowed}")

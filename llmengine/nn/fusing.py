@@ -1,7 +1,7 @@
 """When may a fused operator read the parameters of leaf modules instead of calling them?
 
-Parameters live in ordinary leaves (nn.Linear, LayerNorm, Dropout), which adapters, quantisers, sharding and hooks replace or
-watch. A fused operator may stand in only for leaves that nobody touched; otherwise the leaves themselves are called.
+Parameters live in ordinary leaves (nn.Linear, LayerNorm; and Dropout), which adapters, quantisers, sharding and hooks
+replace or watch. A fused operator may stand in only for leaves that nobody touched; otherwise the leaves are called.
 """
 
 from __future__ import annotations

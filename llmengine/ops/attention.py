@@ -16,10 +16,11 @@ from llmengine.ops.registry import define
 
 
 def _forward_fake(query, key, value, *_):
-    return empty_rows_first(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
+    lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
+    return empty_rows_first(query, value.shape[3]), lse, torch.empty_like(lse)
 
 
-def _backward_fake(grad_output, grad_lse, query, key, value, output, lse, mask, *rest):
+def _backward_fake(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *rest):
     wanted = mask.shape if rest[-1] else (0,)
     return (
         empty_rows_first(query, query.shape[3]),
@@ -31,21 +32,23 @@ def _backward_fake(grad_output, grad_lse, query, key, value, output, lse, mask, 
 
 # mask: (1|batch, 1|heads, 1|rows, 1|keys), bool or float. alibi_slopes: float32 (sequences, heads). A query row at
 # position p among the keys (p = row, or row + keys - rows where bottom_right) sees keys p - window_left ... p +
-# window_right; -1 is unbounded. lse: natural log of the sum of exponentials, -inf for a row that sees no key.
+# window_right; -1 is unbounded. lse: natural log of the sum of exponentials, -inf for a row that sees no key;
+# lse_low: what rounding took from it.
 _OPTIONS = (
     "Tensor? mask, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,"
     " SymInt max_seqlen_k, Tensor? seed, int window_left, int window_right, bool bottom_right, float scale,"
     " float softcap, float dropout_p"
 )
 attention_forward = define(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor output, Tensor lse)",
+    f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS})"
+    " -> (Tensor output, Tensor lse, Tensor lse_low)",
     _forward_fake,
 )
 # grad_mask: in the accumulators' dtype and the mask's shape, summed over what the mask was broadcast along; empty
 # unless want_grad_mask.
 attention_backward = define(
     "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
-    f" Tensor lse, {_OPTIONS}, bool want_grad_mask)"
+    f" Tensor lse, Tensor lse_low, {_OPTIONS}, bool want_grad_mask)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
     _backward_fake,
 )
@@ -56,10 +59,12 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed, *numbers):
-        output, lse = attention_forward(
+        output, lse, lse_low = attention_forward(
             query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed, *numbers
         )
-        ctx.save_for_backward(query, key, value, output, lse, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed)
+        ctx.save_for_backward(
+            query, key, value, output, lse, lse_low, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
+        )
         ctx.max_seqlens, ctx.numbers = (max_q, max_k), numbers
         ctx.set_materialize_grads(False)
         return output, lse
@@ -67,15 +72,16 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_lse):
-        query, key, value, output, lse, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = ctx.saved_tensors
+        query, key, value, output, lse, lse_low, mask, *rest = ctx.saved_tensors
+        alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = rest
         if grad_output is None:
             if grad_lse is None:
                 return (None,) * 16
             grad_output = torch.zeros_like(output)
         want_grad_mask = ctx.needs_input_grad[3]
         grad_query, grad_key, grad_value, grad_mask = attention_backward(
-            grad_output, grad_lse, query, key, value, output, lse, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
-            *ctx.max_seqlens, seed, *ctx.numbers, want_grad_mask,
+            grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, alibi_slopes, cu_seqlens_q,
+            cu_seqlens_k, *ctx.max_seqlens, seed, *ctx.numbers, want_grad_mask,
         )  # fmt: skip
         grad_mask = grad_mask.to(mask.dtype) if want_grad_mask else None
         return grad_query, grad_key, grad_value, grad_mask, *(None,) * 12

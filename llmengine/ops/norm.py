@@ -98,4 +98,6 @@ class AddNorm(torch.autograd.Function):
 
 
 def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient.to(parameter.dtype)
+    if parameter is None:
+        return None
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)

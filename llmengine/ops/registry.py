@@ -136,9 +136,9 @@ def device_type(args: tuple) -> str:
     return "cpu"
 
 
-def pick(op: str, args: tuple) -> tuple[str, Kernel]:
-    """The name and kernel of the backend that runs `op` on these arguments."""
-    device = device_type(args)
+def pick(op: str, args: tuple, device: str | None = None) -> tuple[str, Kernel]:
+    """The name and kernel of the backend that runs `op` on these arguments, which lie on `device`."""
+    device = device or device_type(args)
     wanted = demanded()
     if wanted is not None:
         chosen = load(wanted)
@@ -161,8 +161,8 @@ def pick(op: str, args: tuple) -> tuple[str, Kernel]:
 
 
 def dispatch(op: str, args: tuple):
-    run = pick(op, args)[1].run
     device = device_type(args)
+    run = pick(op, args, device)[1].run
     if not torch.is_autocast_enabled(device):
         return run(*args)
     # The public functions have cast what autocast casts; a kernel's own arithmetic keeps its precision.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 
@@ -156,6 +157,12 @@ def test_workers_change_nothing(examples, name):
     for workers in (0, 1, 2):
         for one, other in zip(loader(batches, first, last, workers), by_hand, strict=True):
             assert_equal(one, other)
+
+
+def test_workers_that_are_not_forked_get_the_same(examples):
+    """Where there is no fork a worker unpickles its batches."""
+    batches = StepBatches(examples["bert"], batch_tokens=512, seed=9)
+    assert_equal(pickle.loads(pickle.dumps(batches))[3], batches[3])
 
 
 def test_loaders_leave_the_global_generator_alone(examples):

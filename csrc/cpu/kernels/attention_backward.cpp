@@ -61,9 +61,11 @@ class Workspace {
     make_delta(rows);
     const int64_t statistic = (s_.batch * p_.heads() + head) * p_.query.size(2) + s_.row0 + row;
     std::fill_n(lse_, kRows, INFINITY);  // of lanes without a row: their probabilities are 0
+    std::fill_n(lse_low_, kRows, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       const float lse = p_.lse.as<float>()[statistic + r];
       lse_[r] = lse == -INFINITY ? 0.0f : lse;
+      lse_low_[r] = p_.lse_low.as<float>()[statistic + r];
       if (p_.grad_lse.defined()) delta_[r] -= p_.grad_lse.as<float>()[statistic + r];
     }
   }
@@ -80,7 +82,7 @@ class Workspace {
     if (scores.drops()) scores.keep_multipliers(at, keep_);
     for_scores(at, p_tile_, [&](int64_t v, int64_t, float* x) {
       const int64_t offset = x - p_tile_, lane = v * kLanes;
-      const F probability = exp_of_nonpositive(load(x) - load(lse_ + lane));
+      const F probability = exp_of_nonpositive(load(x) - load(lse_ + lane) - load(lse_low_ + lane));
       F kept = probability, grad = load(g_tile_ + offset);
       if (scores.drops()) {
         const F keep = load(keep_ + offset);
@@ -133,7 +135,7 @@ class Workspace {
   int64_t depth_, width_;
   float *query_transposed_, *grad_transposed_, *output_transposed_, *query_, *grad_, *keys_, *values_, *p_tile_,
       *g_tile_, *keep_, *slope_, *grad_query_;
-  alignas(64) float lse_[kRows], delta_[kRows];
+  alignas(64) float lse_[kRows], lse_low_[kRows], delta_[kRows];
   Floats packed_key_;
   TilePlace at_;
 };

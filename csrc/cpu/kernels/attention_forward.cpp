@@ -78,14 +78,17 @@ void forward_rows(const ops::AttentionForward& p, const ops::Sequence& s, int64_
   }
 
   const Rows<T> out(p.output, s.batch, head, s.row0 + row);
-  float* lse = p.lse.as<float>() + (s.batch * p.heads() + head) * p.query.size(2) + s.row0 + row;
+  const int64_t statistic = (s.batch * p.heads() + head) * p.query.size(2) + s.row0 + row;
   for (int64_t r = 0; r < rows; ++r) {
     const float total = statistics.total[r];
     const float* line = output + r * width;
     for_lanes(out.columns, [&](int64_t c, auto n) {
       store_n(out.row(r) + c, total == 0.0f ? F{} : load(line + c) * (1.0f / total), n);
     });
-    lse[r] = total == 0.0f ? -INFINITY : statistics.largest[r] + std::log(total);
+    const double lse = std::log(static_cast<double>(total)) + (total == 0.0f ? 0.0 : statistics.largest[r]);
+    const float high = static_cast<float>(lse);
+    p.lse.as<float>()[statistic + r] = high;
+    p.lse_low.as<float>()[statistic + r] = std::isinf(high) ? 0.0f : static_cast<float>(lse - high);
   }
 }
 

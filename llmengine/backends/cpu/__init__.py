@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmengine.backends.cpu import attention, cross_entropy, ffn, norm, softmax
+from llmengine.backends.cpu import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
 from llmengine.backends.cpu.native import unavailable
 from llmengine.ops.registry import Kernel
 
@@ -12,6 +12,7 @@ KERNELS: dict[str, Kernel] = {
     **attention.KERNELS,
     **cross_entropy.KERNELS,
     **ffn.KERNELS,
+    **linear_cross_entropy.KERNELS,
     **norm.KERNELS,
     **softmax.KERNELS,
 }

@@ -20,7 +20,7 @@ def _forward_refuses(query, key, value, mask, *_):
     return refuses_tensors(query, key, value, mask)
 
 
-def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, mask, *_):
+def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *_):
     return refuses_tensors(grad_output, grad_lse, query, key, value, output, lse, mask)
 
 
@@ -36,19 +36,19 @@ def _arguments(query, key, value, options):
 @kernel(KERNELS, "attention_forward", _forward_refuses)
 def attention_forward(query, key, value, *options):
     output = empty_rows_first(query, value.shape[3])
-    lse = torch.empty(query.shape[:3])
-    module.attention_forward(**_arguments(query, key, value, options), output=output, lse=lse)
-    return output, lse
+    lse, lse_low = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+    module.attention_forward(**_arguments(query, key, value, options), output=output, lse=lse, lse_low=lse_low)
+    return output, lse, lse_low
 
 
 @kernel(KERNELS, "attention_backward", _backward_refuses)
-def attention_backward(grad_output, grad_lse, query, key, value, output, lse, *options):
+def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
     *options, want_grad_mask = options
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
     grad_mask = torch.empty(options[0].shape if want_grad_mask else (0,))
     module.attention_backward(
         **_arguments(query, key, value, options), grad_output=unit_last_stride(grad_output),
-        grad_lse=contiguous(grad_lse), output=output, lse=lse, grad_query=grad_query, grad_key=grad_key,
-        grad_value=grad_value, grad_mask=grad_mask if want_grad_mask else None,
+        grad_lse=contiguous(grad_lse), output=output, lse=lse, lse_low=lse_low, grad_query=grad_query,
+        grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if want_grad_mask else None,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_mask

@@ -31,9 +31,9 @@ def refuses_tensors(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"the cpu backend takes CPU tensors, got one on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and tensor.is_floating_point():
             return f"the cpu backend takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
     return None
 

@@ -37,12 +37,11 @@ def norm_forward(input, residual, weight, bias, seed, eps, dropout_p, subtract_m
 def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, dropout_p, subtract_mean, split):
     grad_input = torch.empty(h.shape, dtype=h.dtype)
     grad_residual = torch.empty(h.shape if split else (0,), dtype=h.dtype)
-    grad_weight, grad_bias = torch.empty(2, h.shape[1]).unbind()
+    grad_weight, grad_bias = torch.empty(h.shape[1]), torch.empty(h.shape[1])
     module.norm_backward(
         grad_output=unit_last_stride(grad_output), grad_new_residual=unit_last_stride(grad_new_residual),
         h=unit_last_stride(h), weight=contiguous(weight), mean=mean if subtract_mean else None, rstd=rstd, seed=seed,
         dropout_p=dropout_p, subtract_mean=subtract_mean, grad_input=grad_input,
         grad_residual=grad_residual if split else None, grad_weight=grad_weight, grad_bias=grad_bias,
     )  # fmt: skip
-    # two outputs of an operator must not share storage
-    return grad_input, grad_residual, grad_weight, grad_bias.clone()
+    return grad_input, grad_residual, grad_weight, grad_bias

@@ -96,14 +96,18 @@ class _Block:
                 o.seed, o.dropout_p, streams, torch.arange(rows, device=query.device), keys, u.dtype
             )
 
-    def lse(self) -> Tensor:
+    def lse(self) -> tuple[Tensor, Tensor]:
+        """lse, and what rounding took from it."""
         if self.logits.shape[-1] == 0:
-            return self.logits.new_full(self.logits.shape[:-1], -torch.inf)
-        return self.logits.logsumexp(-1)
+            high = self.logits.new_full(self.logits.shape[:-1], -torch.inf)
+        else:
+            high = self.logits.logsumexp(-1)
+        low = self.probabilities(high, torch.zeros_like(high)).sum(-1).log()
+        return high, torch.where(high.isinf(), 0.0, low)
 
-    def probabilities(self, lse: Tensor) -> Tensor:
+    def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
         """Zero in rows that see no key."""
-        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
 
     def dropped(self, p: Tensor) -> Tensor:
         return p if self.keep is None else p * self.keep
@@ -128,17 +132,18 @@ def attention_forward(query, key, value, *options):
     q, k, v = _wide(query), _wide(key), _wide(value)
     output = empty_rows_first(query, value.shape[3]).zero_()
     lse = torch.full(query.shape[:3], -torch.inf, dtype=q.dtype, device=query.device)
+    lse_low = torch.zeros_like(lse)
     group = _group(query, key)
     for stream, b, rows, keys in o.sequences(query, key):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
-        lse[b, :, rows] = block.lse()
-        p = block.dropped(block.probabilities(lse[b, :, rows]))
+        lse[b, :, rows], lse_low[b, :, rows] = block.lse()
+        p = block.dropped(block.probabilities(lse[b, :, rows], lse_low[b, :, rows]))
         output[b, :, rows] = (p @ _repeat(v[b, :, keys], group)).to(output.dtype)
-    return output, lse
+    return output, lse, lse_low
 
 
 @kernel(KERNELS, "attention_backward")
-def attention_backward(grad_output, grad_lse, query, key, value, output, lse, *options):
+def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
     o, want_grad_mask = _Options(*options[:-1]), options[-1]
     q, k, v, do = _wide(query), _wide(key), _wide(value), _wide(grad_output)
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]).zero_() for x in (query, key, value))
@@ -149,7 +154,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, *o
     group = _group(query, key)
     for stream, b, rows, keys in o.sequences(query, key):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
-        p = block.probabilities(lse[b, :, rows].to(q.dtype))
+        p = block.probabilities(lse[b, :, rows].to(q.dtype), lse_low[b, :, rows].to(q.dtype))
         grad_p = block.dropped(do[b, :, rows] @ _repeat(v[b, :, keys], group).mT)
         grad_logits = p * (grad_p - delta[b, :, rows, None])
         if want_grad_mask:

@@ -1,0 +1,238 @@
+// Cross-entropy of a linear layer, forward and backward (formulas: ops/linear_cross_entropy.h).
+//
+//   Forward: the logits of the labelled tokens appear as tiles of a product (csrc/cpu/gemm.h) and end there:
+//
+//                     kStrip classes at a time ->
+//              +--------+--------+--------+
+//     labelled | tile: largest, sum exp,  |   a row's tiles are merged in order after each strip
+//     tokens   | sum w z, z of the target |
+//              +--------+--------+--------+
+//
+//   Backward, for kClasses classes and kTokens tokens at a time:
+//     dx = the block's logits once more, turned into their gradient in the epilogue       (6 MiB of float)
+//     grad_input[tokens] += dx weight[classes],  grad_weight[classes] += dx^T input[tokens],  grad_bias += sums of dx
+//
+//   Memory beside inputs and outputs: blocks of fixed size, about 150 bytes a labelled token, and for bf16 one float32
+//   copy of grad_input. Multiply-adds: labelled tokens x classes x d forward, three times that backward; an exponential
+//   costs some 15 instructions a vector, against d / 2 for its logits. Limit: the multiply-add units, or with few
+//   labels reading the weight, once forward and twice backward.
+#include "ops/linear_cross_entropy.h"
+
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/lines.h"
+#include "cpu/token_loss.h"
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+namespace {
+
+constexpr int64_t kStripTiles = 8, kStrip = kStripTiles * kTileColumns;
+constexpr int64_t kTokens = 1024, kClasses = 4 * kTileColumns;
+
+// Rows [first, first + count) of a matrix.
+TensorView rows_of(const TensorView& t, int64_t first, int64_t count) {
+  TensorView part = t;
+  part.data = static_cast<char*>(t.data) + first * t.stride(0) * size_of(t.dtype);
+  part.sizes[0] = count;
+  return part;
+}
+
+// What both directions know of a call: the tokens that have labels, and the product that gives their logits.
+template <class Params>
+struct Logits {
+  const Params& p;
+  const ops::TokenLoss token{p.weight, p.linear_weight.size(0), p.label_smoothing, p.z_loss};
+  const Cap cap{p.softcap};
+  const int64_t d = p.input.size(1), classes = p.linear_weight.size(0);
+  const std::vector<float> bias = as_floats(p.linear_bias, p.linear_bias.defined() ? classes : 0, 0.0f);
+  std::vector<int64_t> labelled;
+
+  Logits(const Params& params, const char* op) : p(params) {
+    for (int64_t row = 0; row < p.input.size(0); ++row) {
+      if (token.labelled(op, target(row), row, p.ignore_index)) labelled.push_back(row);
+    }
+  }
+
+  int64_t target(int64_t row) const { return p.target.template as<int64_t>()[row]; }
+
+  // Calls epilogue(tile) on the logits, bias included, of labelled tokens [row, row + rows) and classes [first, first +
+  // n); the tile counts from there.
+  template <class Body>
+  void tiles(int64_t row, int64_t rows, int64_t first, int64_t n, const Body& epilogue) const {
+    gemm(rows, n,
+         {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
+         [&](const Tile& tile) {
+           if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
+           epilogue(tile);
+         });
+  }
+
+  static void add_bias(const Tile& tile, const float* line) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float* z = tile.c[0] + r * tile.stride;
+      for_lanes(tile.columns, [&](int64_t i, auto n) { store_n(z + i, load_n(z + i, n) + load_n(line + i, n), n); });
+    }
+  }
+};
+
+struct Forward : Logits<ops::LinearCrossEntropyForward> {
+  // of the logits of one row in one tile, or in all tiles so far
+  struct Part {
+    LogSumExp lse;
+    double weighted = 0.0;
+  };
+  std::vector<Part> parts, totals;  // (labelled, kStripTiles), (labelled,)
+  std::vector<float> of_target;     // (labelled,): the target's logit
+
+  explicit Forward(const ops::LinearCrossEntropyForward& params)
+      : Logits(params, "linear_cross_entropy"),
+        parts(labelled.size() * kStripTiles),
+        totals(labelled.size()),
+        of_target(labelled.size()) {}
+
+  void run() {
+    const int64_t rows = static_cast<int64_t>(labelled.size());
+    for (int64_t first = 0; first < classes && rows; first += kStrip) {
+      const int64_t n = std::min(kStrip, classes - first);
+      tiles(0, rows, first, n, [&](const Tile& tile) {
+        for (int64_t r = 0; r < tile.rows; ++r) add(tile, r, first + tile.column);
+      });
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t tile = 0; tile * kTileColumns < n; ++tile) {
+          const Part& part = parts[row * kStripTiles + tile];
+          totals[row].lse.add(part.lse);
+          totals[row].weighted += part.weighted;
+        }
+      }
+    }
+    finish();
+  }
+
+ private:
+  void add(const Tile& tile, int64_t r, int64_t first) {
+    float* z = tile.c[0] + r * tile.stride;
+    if (cap.active()) for_lanes(tile.columns, [&](int64_t i, auto n) { store_n(z + i, cap(load_n(z + i, n)), n); });
+    const int64_t row = tile.row + r, y = target(labelled[row]) - first;
+    if (y >= 0 && y < tile.columns) of_target[row] = z[y];
+    Part part;
+    part.lse.add(z, tile.columns);
+    if (p.label_smoothing > 0) {
+      part.weighted = weighted_sum(token.weight ? token.weight + first : nullptr, z, tile.columns);
+    }
+    parts[row * kStripTiles + tile.column / kTileColumns] = part;
+  }
+
+  void finish() const {
+    float *losses = p.losses.as<float>(), *lse = p.lse.as<float>();
+    std::fill_n(losses, p.input.size(0), 0.0f);
+    std::fill_n(lse, p.input.size(0), 0.0f);
+    for (size_t i = 0; i < labelled.size(); ++i) {
+      const int64_t row = labelled[i];
+      const double exact = totals[i].lse.value();
+      lse[row] = static_cast<float>(exact);
+      losses[row] = token.value(target(row), exact, of_target[i], totals[i].weighted);
+    }
+    reduce_losses(p, token);
+  }
+};
+
+// `to` = or += a tile whose row r lies at to + index(r) stride
+template <class Index>
+void gather_tile(const Tile& tile, bool add, float* to, int64_t stride, const Index& index) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float* c = tile.c[0] + r * tile.stride;
+    float* out = to + index(tile.row + r) * stride + tile.column;
+    for_lanes(tile.columns, [&](int64_t i, auto n) {
+      const F value = load_n(c + i, n);
+      store_n(out + i, add ? load_n(out + i, n) + value : value, n);
+    });
+  }
+}
+
+struct Backward : Logits<ops::LinearCrossEntropyBackward> {
+  const LogitsGradient gradient{token, cap};
+  const double scale = loss_scale(p);
+  // (kTokens, kClasses): the block's dx. (kClasses, d): its share of grad_linear_weight, where that is not float32.
+  float *dx = nullptr, *weight_sums = nullptr;
+
+  explicit Backward(const ops::LinearCrossEntropyBackward& params) : Logits(params, "linear_cross_entropy backward") {}
+
+  void run() {
+    const bool rounded = p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
+    static thread_local Scratch scratch;
+    const auto [block, sums] = scratch.take(kTokens * kClasses, rounded ? kClasses * d : 0);
+    dx = block, weight_sums = rounded ? sums : nullptr;
+    for (int64_t first = 0; first < classes; first += kClasses) {
+      const int64_t n = std::min(kClasses, classes - first), count = static_cast<int64_t>(labelled.size());
+      for (int64_t row = 0; row < std::max<int64_t>(count, 1); row += kTokens) {
+        run_block(row, std::min(kTokens, count - row), first, n);
+      }
+      if (rounded) round_rows(weight_sums, d, rows_of(p.grad_linear_weight, first, n));
+    }
+    finish_grad_input();
+  }
+
+ private:
+  void run_block(int64_t row, int64_t rows, int64_t first, int64_t n) const {
+    tiles(row, rows, first, n, [&](const Tile& tile) {
+      for (int64_t r = 0; r < tile.rows; ++r) write_dx(tile, r, row, first + tile.column);
+    });
+    const TensorView weight = rows_of(p.linear_weight, first, n);
+    const int64_t* index = labelled.data() + row;
+    const bool later = row > 0;
+    if (p.grad_input.defined()) {
+      gemm(rows, d, {{Matrix(dx, kClasses), Matrix(weight), n}}, [&](const Tile& tile) {
+        gather_tile(tile, first > 0, p.sums.as<float>(), d, [&](int64_t r) { return index[r]; });
+      });
+    }
+    if (p.grad_linear_weight.defined()) {
+      float* to = weight_sums ? weight_sums : p.grad_linear_weight.as<float>() + first * p.grad_linear_weight.stride(0);
+      const int64_t stride = weight_sums ? d : p.grad_linear_weight.stride(0);
+      gemm(n, d, {{Matrix(dx, kClasses).t(), Matrix(p.input).gathered(index), rows}},
+           [&](const Tile& tile) { gather_tile(tile, later, to, stride, [](int64_t r) { return r; }); });
+    }
+    if (p.grad_linear_bias.defined()) {
+      column_sums(dx, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first);
+    }
+  }
+
+  void write_dx(const Tile& tile, int64_t r, int64_t first_row, int64_t first) const {
+    const int64_t row = labelled[first_row + tile.row + r];
+    const int64_t upstream = p.grad_loss.ndim ? row * p.grad_loss.stride(0) : 0;
+    const float lse = p.lse.as<float>()[row];
+    const auto factors = token.gradient(target(row), lse, p.grad_loss.as<float>()[upstream] * scale);
+    float* to = dx + (tile.row + r) * kClasses + tile.column;
+    gradient(tile.c[0] + r * tile.stride, to, first, tile.columns, target(row), lse, factors);
+  }
+
+  // Rows of float sums, rounded to their tensor.
+  static void round_rows(const float* sums, int64_t stride, const TensorView& out) {
+    parallel_each(out.size(0), [&](int64_t row) { round_row(sums + row * stride, out, row); });
+  }
+  static void round_row(const float* sums, const TensorView& out, int64_t row) {
+    visit_float(out.dtype, [&]<class T>(T) {
+      T* to = out.as<T>() + row * out.stride(0);
+      for_lanes(out.size(1), [&](int64_t i, auto n) { store_n(to + i, sums ? load_n(sums + i, n) : F{}, n); });
+    });
+  }
+
+  // Zeros where there is no label; the others are rounded where grad_input is not the sums themselves.
+  void finish_grad_input() const {
+    if (!p.grad_input.defined()) return;
+    const float* sums = p.sums.as<float>();
+    parallel_each(p.input.size(0), [&](int64_t row) {
+      const bool any = target(row) != p.ignore_index && classes > 0;
+      if (!any || sums != p.grad_input.data) round_row(any ? sums + row * d : nullptr, p.grad_input, row);
+    });
+  }
+};
+
+void linear_cross_entropy_forward(const ops::LinearCrossEntropyForward& p) { Forward(p).run(); }
+void linear_cross_entropy_backward(const ops::LinearCrossEntropyBackward& p) { Backward(p).run(); }
+
+const Registrar<ops::LinearCrossEntropyForward> forward{linear_cross_entropy_forward};
+const Registrar<ops::LinearCrossEntropyBackward> backward{linear_cross_entropy_backward};
+
+}  // namespace
+}  // namespace llmengine::cpu::LLMENGINE_ISA

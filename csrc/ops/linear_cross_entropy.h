@@ -1,0 +1,132 @@
+// Cross-entropy (ops/cross_entropy.h) of the logits x = input linear_weight^T + linear_bias, which are never held whole
+// (Wijmans et al. 2024, "Cut your losses in large-vocabulary language models").
+//
+//   Tokens without a label enter no product. The forward keeps lse, one number a token; the backward forms the logits
+//   again, block by block, and from them dx = dloss / dx:
+//   grad_input = dx linear_weight,  grad_linear_weight = dx^T input,  grad_linear_bias = sum over tokens of dx
+#pragma once
+
+#include <string>
+
+#include "ops/cross_entropy.h"
+
+namespace llmengine::ops {
+
+struct LinearCrossEntropyForward {
+  TensorView input;          // (tokens, d)
+  TensorView linear_weight;  // (classes, d)
+  TensorView linear_bias;    // (classes,), or none
+  TensorView target;         // int64 (tokens,)
+  TensorView weight;         // float32 (classes,), or none
+  std::string reduction;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
+  TensorView losses, lse;       // float32 (tokens,); 0 without a label
+  TensorView loss, normaliser;  // float32 (); loss not for "none"
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyForward;
+    return std::tuple{field("input", &P::input),
+                      field("linear_weight", &P::linear_weight),
+                      field("linear_bias", &P::linear_bias),
+                      field("target", &P::target),
+                      field("weight", &P::weight),
+                      field("reduction", &P::reduction),
+                      field("ignore_index", &P::ignore_index),
+                      field("label_smoothing", &P::label_smoothing),
+                      field("z_loss", &P::z_loss),
+                      field("softcap", &P::softcap),
+                      field("losses", &P::losses),
+                      field("lse", &P::lse),
+                      field("loss", &P::loss),
+                      field("normaliser", &P::normaliser)};
+  }
+};
+
+struct LinearCrossEntropyBackward {
+  TensorView grad_loss;  // float32, (tokens,) for "none" (any stride, 0 too), otherwise ()
+  TensorView input, linear_weight, linear_bias, target, weight, lse, normaliser;
+  std::string reduction;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
+  TensorView sums;  // float32 (tokens, d): where grad_input gathers before it is rounded; may be grad_input itself
+  // like their tensors, that of the bias float32; none: not wanted
+  TensorView grad_input, grad_linear_weight, grad_linear_bias;
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyBackward;
+    return std::tuple{field("grad_loss", &P::grad_loss),
+                      field("input", &P::input),
+                      field("linear_weight", &P::linear_weight),
+                      field("linear_bias", &P::linear_bias),
+                      field("target", &P::target),
+                      field("weight", &P::weight),
+                      field("lse", &P::lse),
+                      field("normaliser", &P::normaliser),
+                      field("reduction", &P::reduction),
+                      field("ignore_index", &P::ignore_index),
+                      field("label_smoothing", &P::label_smoothing),
+                      field("z_loss", &P::z_loss),
+                      field("softcap", &P::softcap),
+                      field("sums", &P::sums),
+                      field("grad_input", &P::grad_input),
+                      field("grad_linear_weight", &P::grad_linear_weight),
+                      field("grad_linear_bias", &P::grad_linear_bias)};
+  }
+};
+
+// What forward and backward have in common.
+template <class Params>
+void check_linear_cross_entropy(const Checker& at, const Params& p) {
+  at.defined(p.input, "input");
+  at.dtype(p.input, "input", {DType::f32, DType::bf16});
+  if (p.input.ndim != 2) at.fail_at("input", "must be (tokens, d), got " + p.input.shape());
+  at.unit_last_stride(p.input, "input");
+  at.defined(p.linear_weight, "linear_weight");
+  at.dtype(p.linear_weight, "linear_weight", {p.input.dtype, DType::f32});
+  if (p.linear_weight.ndim != 2) {
+    at.fail_at("linear_weight", "must be (classes, d), got " + p.linear_weight.shape());
+  }
+  const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0);
+  at.shape(p.linear_weight, "linear_weight", {classes, p.input.size(1)});
+  at.unit_last_stride(p.linear_weight, "linear_weight");
+  at.dtype(p.linear_bias, "linear_bias", {p.input.dtype, DType::f32});
+  at.shape(p.linear_bias, "linear_bias", {classes});
+  at.contiguous(p.linear_bias, "linear_bias");
+  check_labels(at, p.target, p.weight, tokens, classes);
+  check_cross_entropy_options(at, p.reduction, p.label_smoothing, p.z_loss, p.softcap);
+  check_statistic(at, p.lse, "lse", {tokens});
+  check_statistic(at, p.normaliser, "normaliser", {});
+}
+
+inline void validate(const LinearCrossEntropyForward& p) {
+  const Checker at{"linear_cross_entropy"};
+  check_linear_cross_entropy(at, p);
+  check_statistic(at, p.losses, "losses", {p.input.size(0)});
+  if (p.reduction != "none") check_statistic(at, p.loss, "loss", {});
+}
+
+inline void validate(const LinearCrossEntropyBackward& p) {
+  const Checker at{"linear_cross_entropy backward"};
+  check_linear_cross_entropy(at, p);
+  const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0), d = p.input.size(1);
+  at.defined(p.grad_loss, "grad_loss");
+  at.dtype(p.grad_loss, "grad_loss", {DType::f32});
+  if (p.reduction == "none") {
+    at.shape(p.grad_loss, "grad_loss", {tokens});
+  } else {
+    at.shape(p.grad_loss, "grad_loss", {});
+  }
+  if (p.grad_input.defined()) {
+    check_statistic(at, p.sums, "sums", {tokens, d});
+    at.dtype(p.grad_input, "grad_input", {p.input.dtype});
+    at.shape(p.grad_input, "grad_input", {tokens, d});
+    at.unit_last_stride(p.grad_input, "grad_input");
+  }
+  at.dtype(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.dtype});
+  at.shape(p.grad_linear_weight, "grad_linear_weight", {classes, d});
+  at.unit_last_stride(p.grad_linear_weight, "grad_linear_weight");
+  if (p.grad_linear_bias.defined()) check_statistic(at, p.grad_linear_bias, "grad_linear_bias", {classes});
+}
+
+}  // namespace llmengine::ops

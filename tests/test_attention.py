@@ -1,0 +1,254 @@
+"""Attention beyond the general laws: random calls, packed against padded, memory, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import llmengine
+from llmengine.functional import scaled_dot_product_attention, varlen_attention
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate
+from llmengine.testing.law import GRADIENT, OUTPUT
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYOUT = st.sampled_from([layout for name, layout in LAYOUTS.items() if name != "huge stride"])
+DIMS = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 128]))
+LENGTHS = st.one_of(st.integers(1, 20), st.integers(90, 100), st.integers(185, 200))
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def randn(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def options(draw, heads: int) -> dict:
+    """What the padded and the packed function have in common."""
+    chosen: dict = {"return_lse": True, "window_size": draw(st.tuples(st.integers(-1, 30), st.integers(-1, 30)))}
+    chosen["causal"] = draw(st.sampled_from([None, "top_left", "bottom_right"]))
+    chosen["scale"] = draw(st.sampled_from([None, 0.0, -0.3, 1.0]))
+    chosen["softcap"] = draw(st.sampled_from([0.0, 0.0, 2.0]))
+    chosen["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.5]))
+    if draw(st.booleans()):
+        chosen["alibi_slopes"] = torch.linspace(0.01, 1, heads, dtype=torch.float64)
+    return chosen
+
+
+@st.composite
+def padded_calls(draw) -> Sample:
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    rows, keys, dim, value_dim = draw(LENGTHS), draw(LENGTHS), draw(DIMS), draw(DIMS)
+    # the law compares largest and mean errors: every gradient gets the elements that make them meaningful
+    batch = -(-256 // (min(rows, keys) * min(dim, value_dim))) + draw(st.integers(0, 1))
+    heads = key_heads * group
+    chosen = draw(options(heads)) | {"enable_gqa": True}
+    if draw(st.booleans()):
+        mask = randn(g, *(n if draw(st.booleans()) else 1 for n in (batch, heads, rows, keys)))
+        infinite = torch.where(torch.rand(mask.shape, generator=g) < 0.2, -torch.inf, mask)
+        chosen["attn_mask"] = draw(LAYOUT)(draw(st.sampled_from([mask, mask > -0.5, infinite])))
+    operands = [(batch, heads, rows, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, value_dim)]
+    constants = ("alibi_slopes",) if "alibi_slopes" in chosen else ()
+    return Sample("random", tuple(draw(LAYOUT)(randn(g, *shape)) for shape in operands), chosen, constants, constants)
+
+
+@st.composite
+def packed_calls(draw) -> Sample:
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    lengths = [(13, 15), *draw(st.lists(st.tuples(st.integers(0, 110), st.integers(0, 110)), max_size=4))]
+    dim, value_dim, spare = draw(DIMS) + 8, draw(DIMS) + 8, draw(st.integers(0, 3))
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in zip(*lengths, strict=True))
+    rows, keys = int(cu_q[-1]) + spare, int(cu_k[-1]) + spare
+    shapes = [(rows, key_heads * group, dim), (keys, key_heads, dim), (keys, key_heads, value_dim)]
+    chosen = draw(options(key_heads * group))
+    constants = ("alibi_slopes",) if "alibi_slopes" in chosen else ()
+    operands = (draw(LAYOUT)(randn(g, *shape)) for shape in shapes)
+    longest = (max(q for q, _ in lengths), max(k for _, k in lengths))
+    return Sample("random", (*operands, cu_q, cu_k, *longest), chosen, constants, constants)
+
+
+def assert_equals_oracle(function, sample: Sample, dtype: torch.dtype) -> None:
+    rounded = sample.rounded(dtype)
+    oracle = evaluate(function, rounded.rounded(torch.float64), "reference")
+    plain, ours = (evaluate(function, rounded, backend) for backend in ("reference", "cpu"))
+    for i in range(len(ours[0])):
+        assert_law(ours[0][i], plain[0][i], oracle[0][i], OUTPUT, f"{sample} output {i}")
+    for key in ours[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample} grad {key}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@SETTINGS
+@given(sample=padded_calls())
+def test_random_padded_calls(dtype, sample):
+    assert_equals_oracle(scaled_dot_product_attention, sample, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@SETTINGS
+@given(sample=packed_calls())
+def test_random_packed_calls(dtype, sample):
+    assert_equals_oracle(varlen_attention, sample, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_equals_padded_bit_by_bit(dtype, dropout_p, is_causal):
+    """Dropout included: an element's draw knows its sequence, head, row and key, not where they lie."""
+    lengths, heads, dim = [100, 7, 193, 64], 4, 32
+    longest = max(lengths)
+    packed = [torch.randn(sum(lengths), heads, dim).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.randn(sum(lengths), heads, dim).to(dtype)
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    seen = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, tokens)
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_zeros(len(lengths), longest, heads, dim)
+        out[seen] = x.detach()
+        return out.transpose(1, 2)
+
+    padded = [pad(x).requires_grad_() for x in packed]
+    with llmengine.backend("cpu"):
+        torch.manual_seed(3)
+        ours = varlen_attention(*packed, cu, cu, longest, longest, dropout_p=dropout_p, is_causal=is_causal)
+        torch.manual_seed(3)
+        theirs = scaled_dot_product_attention(
+            *padded, attn_mask=seen[:, None, None], dropout_p=dropout_p, is_causal=is_causal
+        )
+        assert torch.equal(ours, theirs.transpose(1, 2)[seen])
+        ours = torch.autograd.grad(ours, packed, grad)
+        theirs = torch.autograd.grad(theirs, padded, pad(grad))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b.transpose(1, 2)[seen])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1000, 64), (2, 3, 300, 40)], ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_thread_counts_change_no_bit(shape, group):
+    """The first shape has one key head: its rows are shared out among tasks, whose sums have a fixed order."""
+    batch, heads, rows, dim = shape
+    args = [torch.randn(batch, h, rows, dim, requires_grad=True) for h in (heads * group, heads, heads)]
+    bias = torch.randn(1, 1, rows, rows, requires_grad=True)
+    grad, results, threads = torch.randn(batch, heads * group, rows, dim), [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            with llmengine.backend("cpu"):
+                output = scaled_dot_product_attention(*args, bias, is_causal=True, enable_gqa=True)
+                results.append([output, *torch.autograd.grad(output, [*args, bias], grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_fully_masked_rows_give_zeros_and_no_gradients():
+    q, k, v = (torch.randn(2, 3, 50, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, 50, 50, dtype=torch.bool)
+    mask[0, :, 20:30] = False
+    with llmengine.backend("cpu"):
+        output, lse = scaled_dot_product_attention(q, k, v, mask, return_lse=True)
+        grads = torch.autograd.grad([output, lse], [q, k, v], [torch.randn_like(output), torch.randn_like(lse)])
+    assert (output[0, :, 20:30] == 0).all() and (lse[0, :, 20:30] == -torch.inf).all()
+    assert (grads[0][0, :, 20:30] == 0).all()
+    assert all(g.isfinite().all() for g in (output, *grads)) and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("argument", range(3))
+def test_offsets_beyond_2_to_the_31(argument):
+    """In each of the strides in turn; the memory in between is virtual."""
+    operands = [torch.randn(3, 4, 5, 8) for _ in range(3)]
+    expected = scaled_dot_product_attention(*operands)
+    for dim in range(3):
+        shape = operands[argument].shape
+        stride = [8 * 5 * 4, 8 * 5, 8, 1]
+        stride[dim] = 2**31 // (shape[dim] - 1) + 8
+        storage = torch.empty(sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1)
+        far = storage.as_strided(shape, stride).copy_(operands[argument])
+        with llmengine.backend("cpu"):
+            given = [far if i == argument else x for i, x in enumerate(operands)]
+            torch.testing.assert_close(scaled_dot_product_attention(*given), expected)
+
+
+def test_memory_is_linear_in_the_length():
+    """One score matrix of this call would take 4 GiB, in bits 128 MiB."""
+    script = """
+import resource, torch
+from llmengine.functional import scaled_dot_product_attention
+torch.set_num_threads(2)
+def run(length):
+    q, k, v = (torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3))
+    scaled_dot_product_attention(q, k, v, window_size=(2000, 0), dropout_p=0.1).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = run(1024)
+print(run(32768) - small)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(out.stdout) < 64 << 10, f"{out.stdout.strip()} KiB more"
+
+
+def good() -> dict:
+    return {name: torch.randn(2, 4, 6, 8) for name in ("query", "key", "value")}
+
+
+SDPA_ERRORS = {
+    "no tensor": ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    "integers": ({"key": torch.ones(2, 4, 6, 8, dtype=torch.int64)}, ValueError, "key has dtype int64; allowed: float"),
+    "two dtypes": ({"value": torch.randn(2, 4, 6, 8).bfloat16()}, ValueError, "value has dtype bfloat16 but query has"),
+    "head_dim": ({"key": torch.randn(2, 4, 6, 9)}, ValueError, "key has head_dim 9 but query has 8"),
+    "tokens": ({"value": torch.randn(2, 4, 5, 8)}, ValueError, "value has 5 tokens but key has 6"),
+    "heads": ({"key": torch.randn(2, 3, 6, 8)}, ValueError, "do not broadcast; enable_gqa=True"),
+    "groups": (
+        {"key": torch.randn(2, 3, 6, 8), "value": torch.randn(2, 3, 6, 8), "enable_gqa": True},
+        ValueError, "query has 4 heads, which is no multiple of the 3 heads",
+    ),
+    "mask shape": ({"attn_mask": torch.ones(5, 6)}, ValueError, r"attn_mask has shape \(5, 6\), which does not broad"),
+    "mask dtype": ({"attn_mask": torch.ones(6, 6).int()}, ValueError, "attn_mask has dtype int32; allowed: bool"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    "scale": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and at least 0, got -1.0"),
+    "causal": ({"causal": "left"}, ValueError, "causal must be None, 'top_left' or 'bottom_right', got 'left'"),
+    "window": ({"window_size": (3,)}, ValueError, r"window_size must be \(left, right\).*got \(3,\)"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes has shape \(3,\); expected \(4,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SDPA_ERRORS)
+def test_bad_input_is_named(case):
+    changes, error, message = SDPA_ERRORS[case]
+    with pytest.raises(error, match=f"scaled_dot_product_attention: .*{message}"):
+        scaled_dot_product_attention(**(good() | changes))
+
+
+def cu(*ends: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(ends, dtype=dtype)
+
+
+VARLEN_ERRORS = {
+    "shape": ({"query": torch.randn(1, 10, 2, 8)}, r"query has shape \(1, 10, 2, 8\); expected \(tokens, heads, head"),
+    "dtype": ({"cu_seqlens_q": cu(0, 4, 10, dtype=torch.int64)}, r"cu_seqlens_q must be int32 of .*got int64 \(3,\)"),
+    "count": ({"cu_seqlens_k": cu(0, 10)}, "cu_seqlens_k has 2 boundaries but cu_seqlens_q has 3"),
+    "begin": ({"cu_seqlens_q": cu(1, 4, 10)}, "cu_seqlens_q must begin with 0, got 1"),
+    "falls": ({"cu_seqlens_k": cu(0, 6, 2)}, "cu_seqlens_k gives sequence 1 -4 tokens: it must never fall"),
+    "beyond": ({"cu_seqlens_q": cu(0, 5, 11)}, "cu_seqlens_q ends at 11, past the 10 tokens"),
+    "maximum": ({"max_seqlen_q": 5}, "cu_seqlens_q gives sequence 1 6 tokens, above its maximum 5"),
+    "negative": ({"max_seqlen_k": -1}, "max_seqlen_k must be at least 0, got -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VARLEN_ERRORS)
+def test_bad_boundaries_are_named(case):
+    changes, message = VARLEN_ERRORS[case]
+    arguments = {name: torch.randn(10, 2, 8) for name in ("query", "key", "value")}
+    arguments |= {"cu_seqlens_q": cu(0, 4, 10), "cu_seqlens_k": cu(0, 4, 10), "max_seqlen_q": 6, "max_seqlen_k": 6}
+    with llmengine.backend("cpu"), pytest.raises(ValueError, match=f"varlen_attention: {message}"):
+        varlen_attention(**(arguments | changes))

@@ -1,0 +1,199 @@
+"""The choice among backends: demands, refusals, explanations, warnings, and what the engine costs to import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmengine
+from llmengine import functional
+from llmengine.ops import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+X = torch.randn(4, 8)
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    """Every test begins without demands, and with all warnings still to come."""
+    monkeypatch.delenv("LLMENGINE_BACKEND", raising=False)
+    monkeypatch.setattr(registry, "_warned", set())
+
+
+def ran(function, *args) -> list[str]:
+    """The backends that a call used: the first line of each paragraph of its explanation."""
+    lines = llmengine.explain(function, *args).splitlines()
+    return [line.split(": ")[1] for line in lines if not line.startswith(" ")]
+
+
+# ---- demands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_demand_is_met(name: str):
+    with llmengine.backend(name):
+        assert ran("softmax", X, -1) == [name]
+
+
+def test_demands_nest_and_end():
+    assert ran("softmax", X, -1) == ["cpu"]
+    with llmengine.backend("reference"):
+        with llmengine.backend("cpu"):
+            assert ran("softmax", X, -1) == ["cpu"]
+        assert ran("softmax", X, -1) == ["reference"]
+    with pytest.raises(KeyError), llmengine.backend("reference"):
+        raise KeyError
+    assert ran("softmax", X, -1) == ["cpu"]
+
+
+def test_a_demand_never_falls_back():
+    with llmengine.backend("cpu"), pytest.raises(RuntimeError) as error:
+        functional.softmax(X.half(), -1)
+    assert str(error.value) == (
+        "softmax_forward: backend 'cpu' was demanded but refuses: "
+        "the cpu backend takes float32 and bfloat16, got float16"
+    )
+    for name in ("cuda", "triton"):
+        with llmengine.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was demanded but refuses"):
+            functional.softmax(X, -1)
+
+
+def test_a_demand_holds_in_its_own_thread_only():
+    seen: list[list[str]] = []
+    with llmengine.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(ran("softmax", X, -1)))
+        thread.start()
+        thread.join()
+        assert ran("softmax", X, -1) == ["reference"]
+    assert seen == [["cpu"]]
+
+
+def test_the_environment_demands_and_a_block_overrules_it(monkeypatch):
+    monkeypatch.setenv("LLMENGINE_BACKEND", "reference")
+    assert ran("softmax", X, -1) == ["reference"]
+    with llmengine.backend("cpu"):
+        assert ran("softmax", X, -1) == ["cpu"]
+    monkeypatch.setenv("LLMENGINE_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' was demanded but refuses"):
+        functional.softmax(X.double(), -1)
+    monkeypatch.setenv("LLMENGINE_BACKEND", "")
+    assert ran("softmax", X, -1) == ["cpu"]
+
+
+def test_unknown_backends_are_named_with_the_known(monkeypatch):
+    message = "backend: 'gpu' is not one of cuda, triton, cpu, reference"
+    with pytest.raises(ValueError, match=message), llmengine.backend("gpu"):
+        pass
+    monkeypatch.setenv("LLMENGINE_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=message):
+        functional.softmax(X, -1)
+
+
+def test_a_demand_covers_the_backward():
+    x = X.clone().requires_grad_()
+    assert ran(lambda: functional.softmax(x, -1).sum().backward()) == ["cpu", "cpu"]
+    with llmengine.backend("reference"):
+        assert ran(lambda: functional.softmax(x, -1).sum().backward()) == ["reference", "reference"]
+
+
+# ---- explanations and warnings ---------------------------------------------------------------------------------------
+
+
+def test_explain_tells_who_ran_and_why_the_others_did_not():
+    assert llmengine.explain("layer_norm", X, (8,)) == "norm_forward: cpu"
+    assert llmengine.explain(functional.layer_norm, X, (8,)) == "norm_forward: cpu"
+    with pytest.warns(UserWarning, match="reference"):
+        text = llmengine.explain("layer_norm", X.double(), (8,))
+    assert text == "norm_forward: reference\n  not cpu: the cpu backend takes float32 and bfloat16, got float64"
+
+
+def test_explain_of_a_model_has_every_kernel_once():
+    model = torch.nn.Sequential(llmengine.nn.LayerNorm(8), llmengine.nn.LayerNorm(8))
+    assert llmengine.explain(model, X) == "norm_forward: cpu"
+
+
+def test_explain_of_an_unknown_operator():
+    with pytest.raises(ValueError, match="explain: 'layernorm' is not one of add_layer_norm, "):
+        llmengine.explain("layernorm", X)
+
+
+def test_explain_ends_where_its_call_fails():
+    with pytest.raises(ValueError, match="normalized_shape"):
+        llmengine.explain("layer_norm", X, (9,))
+    assert registry._choice.log is None
+
+
+def test_the_fallback_warns_once_per_operator():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            functional.softmax(X.half(), -1)
+        functional.layer_norm(X.half(), (8,))
+    assert [str(w.message) for w in caught] == [
+        f"llmengine: {op} on cpu runs on the slow reference backend "
+        "(cpu: the cpu backend takes float32 and bfloat16, got float16)"
+        for op in ("softmax_forward", "norm_forward")
+    ]
+
+
+def test_no_warning_where_the_reference_was_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with llmengine.backend("reference"):
+            functional.softmax(X.half(), -1)
+
+
+def test_a_device_without_kernels_runs_on_the_reference():
+    """No backend but the reference is asked there: PyTorch runs the operator wherever it runs at all."""
+    name, kernel = registry.pick("softmax_forward", (X.to("meta"), torch.float32))
+    assert name == "reference"
+    assert kernel.run(X.to("meta"), torch.float32).shape == X.shape
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    cpu = registry.Backend("cpu", unavailable="the module is not built")
+    monkeypatch.setitem(registry._loaded, "cpu", cpu)
+    with pytest.warns(UserWarning, match="the module is not built"):
+        functional.softmax(X, -1)
+    with llmengine.backend("cpu"), pytest.raises(RuntimeError, match="the module is not built"):
+        functional.softmax(X, -1)
+
+
+def test_all_refusals_together_are_an_error(monkeypatch):
+    monkeypatch.setattr(registry, "PREFERENCE", {"cpu": ("cpu",)})
+    with pytest.raises(RuntimeError, match="softmax_forward: no backend accepts these arguments: cpu: the cpu backend"):
+        functional.softmax(X.half(), -1)
+
+
+def test_report():
+    report = registry.report()
+    assert list(report["backends"]) == ["cuda", "triton", "cpu", "reference"]
+    assert report["backends"]["reference"] == {"unavailable": None, "operators": report["operators"]}
+    assert report["backends"]["cpu"]["unavailable"] is None
+    assert (
+        {"norm_forward", "softmax_backward"} <= set(report["backends"]["cpu"]["operators"]) <= set(report["operators"])
+    )
+    assert report["cpu_isa"] in report["cpu_isas_supported"]
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_import_costs_little_beyond_torch():
+    """150 ms of processor time, the best of three: wall time would measure the machine's other work."""
+    script = "import time, torch; t = time.process_time(); import llmengine; print(time.process_time() - t)"
+    times = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        times.append(float(done.stdout))
+    assert min(times) < 0.15, f"{times} seconds"
