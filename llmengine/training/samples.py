@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from llmengine.data.examples import IGNORED, Examples
+from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
 from llmengine.training.files import replace_text
@@ -113,11 +114,12 @@ def _masked(example: dict[str, Tensor], tokenizer: Tokenizer) -> dict[str, Tenso
 
 
 def _prompts(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
-    """The beginnings of sentences in a few sequences."""
+    """The beginnings of a sentence in a few sequences."""
     for i in _spread(len(examples), TEXTS):
         text = tokenizer.decode(examples[0, i]["input_ids"].tolist())
-        sentence = re.search(r"[.!?]\W*\s+(\w.*)", text, re.S)
-        words = (sentence[1] if sentence else text).split()
+        # the first sentence of a sequence may have lost its beginning
+        sentences = [s.split() for s in split_sentences(text)[1:]]
+        words = next((s for s in sentences if len(s) > PROMPT_WORDS), None) or text.split()
         yield " ".join(words[:PROMPT_WORDS])
 
 
@@ -133,7 +135,7 @@ class Prompts:
         yield f"Beginnings of {self.source} sentences, and how the model goes on."
         texts = continuations(model, tokenizer, self.prompts, **SAMPLING)
         for prompt, text in zip(self.prompts, texts, strict=True):
-            yield f"**{prompt}** …\n\n~~~~text\n{text}\n~~~~"
+            yield f"**{prompt}** …\n\n~~~~text\n{_printable(text)}\n~~~~"
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,11 @@ def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
     """Text with its masks, without the other special tokens."""
     hidden = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     return tokenizer.decode([i for i in ids.tolist() if i not in hidden], skip_special=False)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that an untrained byte-level model writes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _candidate(tokenizer: Tokenizer, token: int, share: float, right: bool) -> str:

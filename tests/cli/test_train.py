@@ -60,7 +60,7 @@ def test_samples_of_an_encoder_are_fillings_and_pairs(runs):
 def test_samples_of_a_decoder_are_continuations(runs):
     text = (runs["clm"].path / "samples.md").read_text(encoding="utf-8")
     for section in re.split(r"^## ", text, flags=re.M)[1:]:
-        prompts = re.findall(r"^\*\*(.+)\*\* …\n\n~~~~text\n(.+?)\n~~~~", section, flags=re.M | re.S)
+        prompts = re.findall(r"^\*\*([^*\n]+)\*\* …\n\n~~~~text\n(.+?)\n~~~~", section, flags=re.M | re.S)
         assert len(prompts) == 3
         for prompt, continued in prompts:
             assert continued.startswith(prompt) and len(continued) > len(prompt)

@@ -109,7 +109,7 @@ def test_inspect_shows_what_is_masked_and_what_is_a_pair(configs):
     printed = succeed("inspect", configs["bert"], "--sequences", 2)
     predicted, of = map(int, re.search(r"predicted: (\d+) of (\d+) tokens", printed).groups())
     assert 0.1 < predicted / of < 0.2
-    kinds = [int(n) for n in re.findall(r"(\d+) (?:masked|random|kept) \(", printed)]
+    kinds = [int(n) for n in re.findall(r"(\d+) (?:masked|random|kept) \([\d.]+ %", printed)]
     assert len(kinds) == 3 and sum(kinds) == predicted
     follow, random = map(int, re.search(r"pairs: (\d+) follow .*?(\d+) random", printed).groups())
     assert follow + random == int(re.search(r"in (\d+) sequences", printed)[1])
