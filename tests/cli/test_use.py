@@ -113,7 +113,7 @@ def test_inspect_shows_what_is_masked_and_what_is_a_pair(configs):
     assert len(kinds) == 3 and sum(kinds) == predicted
     follow, random = map(int, re.search(r"pairs: (\d+) follow .*?(\d+) random", printed).groups())
     assert follow + random == int(re.search(r"in (\d+) sequences", printed)[1])
-    sequences = printed.split("\nsequence ")[1:]
+    sequences = re.split(r"\nsequence \d+:", printed)[1:]
     assert len(sequences) == 2
     for sequence in sequences:
         assert "[CLS]" in sequence and sequence.count("[SEP]") >= 2 and "→[MASK]" in sequence
