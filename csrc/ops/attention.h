@@ -145,7 +145,8 @@ inline void validate_options(const Checker& at, const AttentionOptions& p) {
   at.shape(p.seed, "seed", {1});
   if (!std::isfinite(p.scale)) at.fail_at("scale", "must be finite");
   if (!(std::isfinite(p.softcap) && p.softcap >= 0)) at.fail_at("softcap", "must be finite and at least 0");
-  if (p.window_left < -1 || p.window_right < -1) at.fail_at("window_size", "must be at least 0, or -1 (unbounded)");
+  if (p.window_left < -1) at.fail_at("window_left", "must be at least 0, or -1 (unbounded)");
+  if (p.window_right < -1) at.fail_at("window_right", "must be at least 0, or -1 (unbounded)");
 }
 
 // Tensors shaped like `like` but for the last size; float32 statistics lack it.
