@@ -59,7 +59,8 @@ def split_documents(documents: Sequence[str], fraction: float, seed: int) -> tup
 
 
 def _whole(documents: Sequence[str], wanted: float, seed: int) -> tuple[list[str], list[str]]:
-    chosen, size = set(), 0
+    chosen: set[int] = set()
+    size = 0
     for i in Draws(seed, 0, Purpose.SPLIT).order(len(documents)).tolist():
         if size >= wanted or len(chosen) == len(documents) - 1:  # something must be left to train on
             break
