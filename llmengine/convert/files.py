@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from llmengine.files import read_json, replace_text, sync
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -26,17 +28,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"from_pretrained: {directory} is not a directory with {CONFIG} and {TENSORS}")
     if not path.is_file():
         raise FileNotFoundError(f"from_pretrained: {directory} has no {CONFIG}")
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"from_pretrained: {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"from_pretrained: {path} holds a {type(value).__name__}; expected an object")
-    return value
+    return read_json(path, "from_pretrained")
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
@@ -46,7 +38,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         with _opened(path) as file:
             return dict.fromkeys(file.keys(), path)
     if (directory / INDEX).is_file():
-        weight_map = read_json(directory / INDEX).get("weight_map")
+        weight_map = read_json(directory / INDEX, "from_pretrained").get("weight_map")
         if not weight_map:
             raise ValueError(f"from_pretrained: {directory / INDEX} has no weight_map")
         if lost := sorted({file for file in weight_map.values() if not (directory / file).is_file()}):
@@ -86,8 +78,9 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=parent))
     try:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        _synced(temporary / TENSORS, lambda path: save_file(dict(tensors), path, metadata={"format": "pt"}))
-        _synced(temporary / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        save_file(dict(tensors), temporary / TENSORS, metadata={"format": "pt"})
+        sync(temporary / TENSORS)
+        replace_text(temporary / CONFIG, text)
         if directory.is_dir():
             for name in (TENSORS, CONFIG):
                 os.replace(temporary / name, directory / name)
@@ -97,12 +90,6 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
             os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _synced(path: Path, write_to: Callable[[Path], Any]) -> None:
-    write_to(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from llmengine.files import read_json, replace_text
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 WORDPIECE = {
@@ -71,7 +72,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(directory / FILE))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"Tokenizer.load: {directory / FILE} is not a tokenizer: {error}") from None
-        config = _read_json(directory / CONFIG)
+        config = read_json(directory / CONFIG, "Tokenizer.load") if (directory / CONFIG).is_file() else {}
         roles = {}
         for role in (f"{role}_token" for role in ROLES):
             token = config.get(role) or (WORDPIECE | BPE).get(role)
@@ -86,8 +87,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         # the general class reads tokenizer.json as it is; a family's own class would build another from its parts
         config = {**self._config, **self.roles, "tokenizer_class": "PreTrainedTokenizerFast"}
-        _replace(directory / FILE, self.backend.to_str(pretty=True))
-        _replace(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        replace_text(directory / FILE, self.backend.to_str(pretty=True))
+        replace_text(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     # ---- ids ---------------------------------------------------------------------------------------------------------
 
@@ -234,33 +235,3 @@ def _alphabet(documents: Sequence[str], backend: tokenizers.Tokenizer, vocab_siz
             f"corpus alone are {needed}; give {2 * needed} or more"
         )
     return sorted(alphabet), sorted(inner)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Tokenizer.load: {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"Tokenizer.load: {path} holds a {type(value).__name__}; expected an object")
-    return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmengine.training.files import replace_text, sha256, sync
+from llmengine.files import replace_text, sync
+from llmengine.training.files import sha256
 
 MANIFEST = "state.json"
 FORMAT = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llmengine.training.files import replace_text
+from llmengine.files import replace_text
 
 if sys.version_info >= (3, 11):
     import tomllib

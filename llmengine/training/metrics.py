@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from llmengine.training.files import replace_text
+from llmengine.files import replace_text
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.training.files import replace_bytes
+from llmengine.files import replace_bytes
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
 

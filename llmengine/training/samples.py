@@ -15,8 +15,8 @@ from torch import Tensor
 from llmengine.data.examples import IGNORED, Examples
 from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import Tokenizer
+from llmengine.files import replace_text
 from llmengine.models import Transformer
-from llmengine.training.files import replace_text
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
 from llmengine.training.predict import continuations, fill, follows
