@@ -90,10 +90,9 @@ void reduce_losses(const Params& p, const ops::TokenLoss& token) {
 }
 
 // What a backward multiplies grad_loss by.
-template <class Params>
-double loss_scale(const Params& p) {
+inline double loss_scale(const ops::CrossEntropyOptions& p) {
   if (p.reduction != "mean") return 1.0;
-  const float normaliser = *p.normaliser.template as<float>();
+  const float normaliser = *p.normaliser.as<float>();
   return normaliser == 0.0f ? 0.0 : 1.0 / normaliser;
 }
 

@@ -20,55 +20,51 @@
 
 namespace llmengine::ops {
 
-struct CrossEntropyForward {
-  TensorView input;   // (rows, classes), unit class stride
+// What both losses, of logits and of a linear layer's (ops/linear_cross_entropy.h), are given beside their operands.
+struct CrossEntropyOptions {
   TensorView target;  // int64 (rows,)
   TensorView weight;  // float32 (classes,), or none
   std::string reduction;
   int64_t ignore_index = -100;
   double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
-  TensorView losses, lse;       // float32 (rows,)
-  TensorView loss, normaliser;  // float32 (); loss not for "none"
+  TensorView lse, normaliser;  // float32 (rows,) and ()
 
   static constexpr auto fields() {
-    using P = CrossEntropyForward;
-    return std::tuple{field("input", &P::input),
-                      field("target", &P::target),
+    using P = CrossEntropyOptions;
+    return std::tuple{field("target", &P::target),
                       field("weight", &P::weight),
                       field("reduction", &P::reduction),
                       field("ignore_index", &P::ignore_index),
                       field("label_smoothing", &P::label_smoothing),
                       field("z_loss", &P::z_loss),
                       field("softcap", &P::softcap),
-                      field("losses", &P::losses),
                       field("lse", &P::lse),
-                      field("loss", &P::loss),
                       field("normaliser", &P::normaliser)};
   }
 };
 
-struct CrossEntropyBackward {
+struct CrossEntropyForward : CrossEntropyOptions {
+  TensorView input;   // (rows, classes), unit class stride
+  TensorView losses;  // float32 (rows,)
+  TensorView loss;    // float32 (); not for "none"
+
+  static constexpr auto fields() {
+    using P = CrossEntropyForward;
+    return std::tuple_cat(CrossEntropyOptions::fields(),
+                          std::tuple{field("input", &P::input), field("losses", &P::losses), field("loss", &P::loss)});
+  }
+};
+
+struct CrossEntropyBackward : CrossEntropyOptions {
   TensorView grad_loss;  // float32, (rows,) for "none" (any stride, 0 too), otherwise ()
-  TensorView input, target, weight, lse, normaliser;
-  std::string reduction;
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
+  TensorView input;
   TensorView grad_input;  // like input
 
   static constexpr auto fields() {
     using P = CrossEntropyBackward;
-    return std::tuple{field("grad_loss", &P::grad_loss),
-                      field("input", &P::input),
-                      field("target", &P::target),
-                      field("weight", &P::weight),
-                      field("lse", &P::lse),
-                      field("normaliser", &P::normaliser),
-                      field("reduction", &P::reduction),
-                      field("ignore_index", &P::ignore_index),
-                      field("label_smoothing", &P::label_smoothing),
-                      field("z_loss", &P::z_loss),
-                      field("softcap", &P::softcap),
-                      field("grad_input", &P::grad_input)};
+    return std::tuple_cat(
+        CrossEntropyOptions::fields(),
+        std::tuple{field("grad_loss", &P::grad_loss), field("input", &P::input), field("grad_input", &P::grad_input)});
   }
 };
 
@@ -123,16 +119,6 @@ struct TokenLoss {
   }
 };
 
-inline void check_cross_entropy_options(const Checker& at, const std::string& reduction, double label_smoothing,
-                                        double z_loss, double softcap) {
-  if (reduction != "none" && reduction != "mean" && reduction != "sum") {
-    at.fail_at("reduction", "is '" + reduction + "'; allowed: 'none', 'mean', 'sum'");
-  }
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) at.fail_at("label_smoothing", "must lie in [0, 1]");
-  if (!(z_loss >= 0)) at.fail_at("z_loss", "must be at least 0");
-  if (!(softcap >= 0)) at.fail_at("softcap", "must be at least 0");
-}
-
 // A float32 vector of the given shape that must be there.
 inline void check_statistic(const Checker& at, const TensorView& t, const char* argument,
                             std::initializer_list<int64_t> shape) {
@@ -142,13 +128,32 @@ inline void check_statistic(const Checker& at, const TensorView& t, const char* 
   at.contiguous(t, argument);
 }
 
-inline void check_labels(const Checker& at, const TensorView& target, const TensorView& weight, int64_t rows,
-                         int64_t classes) {
-  at.defined(target, "target");
-  at.dtype(target, "target", {DType::i64});
-  at.shape(target, "target", {rows});
-  at.contiguous(target, "target");
-  if (weight.defined()) check_statistic(at, weight, "weight", {classes});
+inline void check_cross_entropy_options(const Checker& at, const CrossEntropyOptions& p, int64_t rows,
+                                        int64_t classes) {
+  at.defined(p.target, "target");
+  at.dtype(p.target, "target", {DType::i64});
+  at.shape(p.target, "target", {rows});
+  at.contiguous(p.target, "target");
+  if (p.weight.defined()) check_statistic(at, p.weight, "weight", {classes});
+  if (p.reduction != "none" && p.reduction != "mean" && p.reduction != "sum") {
+    at.fail_at("reduction", "is '" + p.reduction + "'; allowed: 'none', 'mean', 'sum'");
+  }
+  if (!(p.label_smoothing >= 0 && p.label_smoothing <= 1)) at.fail_at("label_smoothing", "must lie in [0, 1]");
+  if (!(p.z_loss >= 0)) at.fail_at("z_loss", "must be at least 0");
+  if (!(p.softcap >= 0)) at.fail_at("softcap", "must be at least 0");
+  check_statistic(at, p.lse, "lse", {rows});
+  check_statistic(at, p.normaliser, "normaliser", {});
+}
+
+// grad_loss: one number a row where losses are not reduced, else one.
+inline void check_grad_loss(const Checker& at, const TensorView& grad_loss, const CrossEntropyOptions& p) {
+  at.defined(grad_loss, "grad_loss");
+  at.dtype(grad_loss, "grad_loss", {DType::f32});
+  if (p.reduction == "none") {
+    at.shape(grad_loss, "grad_loss", {p.target.size(0)});
+  } else {
+    at.shape(grad_loss, "grad_loss", {});
+  }
 }
 
 inline void check_logits(const Checker& at, const TensorView& input) {
@@ -162,11 +167,8 @@ inline void validate(const CrossEntropyForward& p) {
   const Checker at{"cross_entropy"};
   check_logits(at, p.input);
   const int64_t rows = p.input.size(0);
-  check_labels(at, p.target, p.weight, rows, p.input.size(1));
-  check_cross_entropy_options(at, p.reduction, p.label_smoothing, p.z_loss, p.softcap);
+  check_cross_entropy_options(at, p, rows, p.input.size(1));
   check_statistic(at, p.losses, "losses", {rows});
-  check_statistic(at, p.lse, "lse", {rows});
-  check_statistic(at, p.normaliser, "normaliser", {});
   if (p.reduction != "none") check_statistic(at, p.loss, "loss", {});
 }
 
@@ -174,17 +176,8 @@ inline void validate(const CrossEntropyBackward& p) {
   const Checker at{"cross_entropy backward"};
   check_logits(at, p.input);
   const int64_t rows = p.input.size(0), classes = p.input.size(1);
-  check_labels(at, p.target, p.weight, rows, classes);
-  check_cross_entropy_options(at, p.reduction, p.label_smoothing, p.z_loss, p.softcap);
-  check_statistic(at, p.lse, "lse", {rows});
-  check_statistic(at, p.normaliser, "normaliser", {});
-  at.defined(p.grad_loss, "grad_loss");
-  at.dtype(p.grad_loss, "grad_loss", {DType::f32});
-  if (p.reduction == "none") {
-    at.shape(p.grad_loss, "grad_loss", {rows});
-  } else {
-    at.shape(p.grad_loss, "grad_loss", {});
-  }
+  check_cross_entropy_options(at, p, rows, classes);
+  check_grad_loss(at, p.grad_loss, p);
   at.defined(p.grad_input, "grad_input");
   at.dtype(p.grad_input, "grad_input", {p.input.dtype});
   at.shape(p.grad_input, "grad_input", {rows, classes});

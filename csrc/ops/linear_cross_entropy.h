@@ -12,72 +12,48 @@
 
 namespace llmengine::ops {
 
-struct LinearCrossEntropyForward {
+struct LinearCrossEntropyOptions : CrossEntropyOptions {
   TensorView input;          // (tokens, d)
   TensorView linear_weight;  // (classes, d)
   TensorView linear_bias;    // (classes,), or none
-  TensorView target;         // int64 (tokens,)
-  TensorView weight;         // float32 (classes,), or none
-  std::string reduction;
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
-  TensorView losses, lse;       // float32 (tokens,); 0 without a label
-  TensorView loss, normaliser;  // float32 (); loss not for "none"
 
   static constexpr auto fields() {
-    using P = LinearCrossEntropyForward;
-    return std::tuple{field("input", &P::input),
-                      field("linear_weight", &P::linear_weight),
-                      field("linear_bias", &P::linear_bias),
-                      field("target", &P::target),
-                      field("weight", &P::weight),
-                      field("reduction", &P::reduction),
-                      field("ignore_index", &P::ignore_index),
-                      field("label_smoothing", &P::label_smoothing),
-                      field("z_loss", &P::z_loss),
-                      field("softcap", &P::softcap),
-                      field("losses", &P::losses),
-                      field("lse", &P::lse),
-                      field("loss", &P::loss),
-                      field("normaliser", &P::normaliser)};
+    using P = LinearCrossEntropyOptions;
+    return std::tuple_cat(CrossEntropyOptions::fields(),
+                          std::tuple{field("input", &P::input), field("linear_weight", &P::linear_weight),
+                                     field("linear_bias", &P::linear_bias)});
   }
 };
 
-struct LinearCrossEntropyBackward {
+struct LinearCrossEntropyForward : LinearCrossEntropyOptions {
+  TensorView losses;  // float32 (tokens,); 0 without a label, as lse is
+  TensorView loss;    // float32 (); not for "none"
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyForward;
+    return std::tuple_cat(LinearCrossEntropyOptions::fields(),
+                          std::tuple{field("losses", &P::losses), field("loss", &P::loss)});
+  }
+};
+
+struct LinearCrossEntropyBackward : LinearCrossEntropyOptions {
   TensorView grad_loss;  // float32, (tokens,) for "none" (any stride, 0 too), otherwise ()
-  TensorView input, linear_weight, linear_bias, target, weight, lse, normaliser;
-  std::string reduction;
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0, z_loss = 0.0, softcap = 0.0;
-  TensorView sums;  // float32 (tokens, d): where grad_input gathers before it is rounded; may be grad_input itself
+  TensorView sums;       // float32 (tokens, d): where grad_input gathers before it is rounded; may be grad_input itself
   // like their tensors, that of the bias float32; none: not wanted
   TensorView grad_input, grad_linear_weight, grad_linear_bias;
 
   static constexpr auto fields() {
     using P = LinearCrossEntropyBackward;
-    return std::tuple{field("grad_loss", &P::grad_loss),
-                      field("input", &P::input),
-                      field("linear_weight", &P::linear_weight),
-                      field("linear_bias", &P::linear_bias),
-                      field("target", &P::target),
-                      field("weight", &P::weight),
-                      field("lse", &P::lse),
-                      field("normaliser", &P::normaliser),
-                      field("reduction", &P::reduction),
-                      field("ignore_index", &P::ignore_index),
-                      field("label_smoothing", &P::label_smoothing),
-                      field("z_loss", &P::z_loss),
-                      field("softcap", &P::softcap),
-                      field("sums", &P::sums),
-                      field("grad_input", &P::grad_input),
-                      field("grad_linear_weight", &P::grad_linear_weight),
-                      field("grad_linear_bias", &P::grad_linear_bias)};
+    return std::tuple_cat(
+        LinearCrossEntropyOptions::fields(),
+        std::tuple{field("grad_loss", &P::grad_loss), field("sums", &P::sums), field("grad_input", &P::grad_input),
+                   field("grad_linear_weight", &P::grad_linear_weight),
+                   field("grad_linear_bias", &P::grad_linear_bias)});
   }
 };
 
 // What forward and backward have in common.
-template <class Params>
-void check_linear_cross_entropy(const Checker& at, const Params& p) {
+inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntropyOptions& p) {
   at.defined(p.input, "input");
   at.dtype(p.input, "input", {DType::f32, DType::bf16});
   if (p.input.ndim != 2) at.fail_at("input", "must be (tokens, d), got " + p.input.shape());
@@ -93,10 +69,7 @@ void check_linear_cross_entropy(const Checker& at, const Params& p) {
   at.dtype(p.linear_bias, "linear_bias", {p.input.dtype, DType::f32});
   at.shape(p.linear_bias, "linear_bias", {classes});
   at.contiguous(p.linear_bias, "linear_bias");
-  check_labels(at, p.target, p.weight, tokens, classes);
-  check_cross_entropy_options(at, p.reduction, p.label_smoothing, p.z_loss, p.softcap);
-  check_statistic(at, p.lse, "lse", {tokens});
-  check_statistic(at, p.normaliser, "normaliser", {});
+  check_cross_entropy_options(at, p, tokens, classes);
 }
 
 inline void validate(const LinearCrossEntropyForward& p) {
@@ -110,13 +83,7 @@ inline void validate(const LinearCrossEntropyBackward& p) {
   const Checker at{"linear_cross_entropy backward"};
   check_linear_cross_entropy(at, p);
   const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0), d = p.input.size(1);
-  at.defined(p.grad_loss, "grad_loss");
-  at.dtype(p.grad_loss, "grad_loss", {DType::f32});
-  if (p.reduction == "none") {
-    at.shape(p.grad_loss, "grad_loss", {tokens});
-  } else {
-    at.shape(p.grad_loss, "grad_loss", {});
-  }
+  check_grad_loss(at, p.grad_loss, p);
   if (p.grad_input.defined()) {
     check_statistic(at, p.sums, "sums", {tokens, d});
     at.dtype(p.grad_input, "grad_input", {p.input.dtype});
