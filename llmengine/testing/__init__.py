@@ -8,5 +8,17 @@ from __future__ import annotations
 from llmengine.testing.law import assert_law, assert_near, poison
 from llmengine.testing.layouts import LAYOUTS
 from llmengine.testing.sample import Operator, Sample, all_operators, evaluate
+from llmengine.testing.targets import Target, targets
 
-__all__ = ["LAYOUTS", "Operator", "Sample", "all_operators", "assert_law", "assert_near", "evaluate", "poison"]
+__all__ = [
+    "LAYOUTS",
+    "Operator",
+    "Sample",
+    "Target",
+    "all_operators",
+    "assert_law",
+    "assert_near",
+    "evaluate",
+    "poison",
+    "targets",
+]

@@ -207,6 +207,8 @@ def _varlen_samples() -> list[Sample]:
 
 
 OPERATORS = [
-    Operator("scaled_dot_product_attention", functional.scaled_dot_product_attention, _sdpa_samples, plain_sdpa),
-    Operator("varlen_attention", functional.varlen_attention, _varlen_samples, plain_varlen),
+    Operator(
+        "scaled_dot_product_attention", functional.scaled_dot_product_attention, _sdpa_samples, plain_sdpa, "attention"
+    ),
+    Operator("varlen_attention", functional.varlen_attention, _varlen_samples, plain_varlen, node="attention"),
 ]
