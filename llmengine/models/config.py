@@ -64,6 +64,9 @@ class TransformerConfig(BaseModel):
     attention_dropout: Probability = 0.1
     activation_dropout: Probability = 0.0
 
+    init: Literal["normal", "neighbours"] = "normal"
+    """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
+    away, so that a small encoder learns from context at once instead of after thousands of steps."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     scale_residual_init: bool = False
     """Attention's and feed-forward's last projections start with init_std / sqrt(2 n_layers) (Radford et al. 2019)."""

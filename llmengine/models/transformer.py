@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module, ModuleList
+from torch.nn import Linear, Module, ModuleList
 from torch.utils import checkpoint as checkpointing
 
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
 from llmengine.models.heads import Pooler, TokenHead, sequence_loss
+from llmengine.models.initial import initialise
 from llmengine.models.inputs import check_like, check_sequence_labels, denominators, layout_of
 from llmengine.models.layers import Embeddings, Layer, add, next_norm
 from llmengine.models.layout import Layout
@@ -51,25 +51,9 @@ class Transformer(Generation, Module):
 
     # ---- initial weights and files -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: N(0, init_std), zero biases, unit norms; residual projections as scale_residual_init says."""
-        std = self.config.init_std
-        for module in self.modules():
-            if isinstance(module, Linear | Embedding):
-                module.weight.normal_(0.0, std)
-            elif isinstance(module, LayerNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, TokenHead) and module.weight is not None:
-                module.weight.normal_(0.0, std)
-            if isinstance(getattr(module, "bias", None), Tensor):
-                module.bias.zero_()
-        if self.config.scale_residual_init:
-            for layer in self.layers:
-                for projection in (layer.attention.out, layer.feed_forward.down):
-                    projection.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layers))
-        if self.config.freeze_padding_row:
-            self.embeddings.word.weight[self.config.pad_token_id].zero_()
+        """Fresh weights: N(0, init_std), zero biases, unit norms, and what config.init asks for (models/initial.py)."""
+        initialise(self)
 
     @classmethod
     def from_pretrained(
