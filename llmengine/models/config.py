@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,6 +77,14 @@ class TransformerConfig(BaseModel):
     bos_token_id: TokenId = None
     eos_token_id: TokenId = None
 
+    use_cache: ClassVar[bool] = False
+    """Not a field: forward returns no cache, generate() has its own."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Hugging Face's Trainer turns use_cache off in every model's config; here it is never on.
+        if (name, value) != ("use_cache", False):
+            super().__setattr__(name, value)
+
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> TransformerConfig:
         if self.d_model % self.n_heads:
@@ -133,6 +141,10 @@ class TransformerConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return self.model_dump(mode="json")
+
+    def to_json_string(self) -> str:
+        """`to_dict` as text, under the name by which Hugging Face's loggers ask for it."""
+        return self.model_dump_json(indent=2)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

@@ -29,10 +29,9 @@ class Transformer(Generation, Module):
 
     Parameters live in ordinary nn.Linear, nn.Embedding and LayerNorm leaves; fused operators read them while they are
     plain and the leaves are called where someone replaced or watches them (`explain()` tells). Padding is taken out at
-    the door. A gradient-accumulating caller gives num_items_in_batch; Hugging Face's Trainer does so.
+    the door. A gradient-accumulating caller gives num_items_in_batch; Hugging Face's Trainer does so (for its
+    evaluation losses it needs TrainingArguments(label_names=["labels"]), as forward knows other labels too).
     """
-
-    accepts_loss_kwargs = True
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -48,6 +47,18 @@ class Transformer(Generation, Module):
         self.nsp_head = Linear(config.d_model, 2) if "nsp" in config.objectives else None
         self.to(device=device, dtype=dtype)
         self.reset_parameters()
+
+    # ---- what Hugging Face's Trainer asks ----------------------------------------------------------------------------
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer gives num_items_in_batch. It counts `labels` alone, so not where sentence pairs count too."""
+        return "nsp" not in self.config.objectives
+
+    @property
+    def loss_type(self) -> str:
+        """Hugging Face's name of the token loss: where labels are shifted, Trainer counts those that remain."""
+        return "ForCausalLM" if self.config.causal else "ForMaskedLM"
 
     # ---- initial weights and files -----------------------------------------------------------------------------------
 
