@@ -64,6 +64,17 @@ def test_laws_on_every_instruction_set(isa: str):
     run_tests("test_ops.py", laws("test_errors_against_float64"), 280, LLMENGINE_CPU_ISA=isa)
 
 
+SUITE = ["test_ops.py", "test_attention.py", "test_ffn.py", "test_linear_cross_entropy.py"]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("file", SUITE)
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+def test_all_of_the_operator_suite_on_every_instruction_set(isa: str, file: str):
+    run_tests(file, "", 3500, LLMENGINE_CPU_ISA=isa)
+
+
 @pytest.mark.parametrize("isa", sorted({"generic", "avx2", "avx512", "sse9"} - set(_cpu.supported_isas())))
 def test_an_instruction_set_that_is_missing_is_an_error(isa: str):
     script = """
