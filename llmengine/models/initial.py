@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module
+from torch.nn import Embedding, Linear
 
 from llmengine.models.heads import TokenHead
+from llmengine.models.layers import Layer
 from llmengine.nn.norm import LayerNorm
+
+if TYPE_CHECKING:
+    from llmengine.models.transformer import Transformer
 
 
 @torch.no_grad()
-def initialise(model: Module) -> None:
+def initialise(model: Transformer) -> None:
     """N(0, init_std), zero biases, unit norms; then what the config asks for beyond that.
 
     Draws from PyTorch's generator of the weights' device.
@@ -27,10 +32,11 @@ def initialise(model: Module) -> None:
             module.weight.fill_(1.0)
         elif isinstance(module, TokenHead) and module.weight is not None:
             module.weight.normal_(0.0, config.init_std)
-        if isinstance(getattr(module, "bias", None), Tensor):
-            module.bias.zero_()
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            bias.zero_()
     if config.scale_residual_init:
-        for layer in model.layers:
+        for layer in _layers(model):
             for projection in (layer.attention.out, layer.feed_forward.down):
                 projection.weight.normal_(0.0, config.init_std / math.sqrt(2 * config.n_layers))
     if config.init == "neighbours":
@@ -39,11 +45,15 @@ def initialise(model: Module) -> None:
         model.embeddings.word.weight[config.pad_token_id].zero_()
 
 
+def _layers(model: Transformer) -> list[Layer]:
+    return [module for module in model.modules() if isinstance(module, Layer)]
+
+
 # What a head's score at its offset exceeds those elsewhere by, at first: exp(10) against some hundred other places.
 _MARGIN = 10.0
 
 
-def _look_at_neighbours(model: Module) -> None:
+def _look_at_neighbours(model: Transformer) -> None:
     """Heads that begin by looking a fixed number of places to the left or right.
 
     Positions are p(i) = (sin f i, cos f i, …), the frequencies f spread evenly over (0, pi): nearly orthogonal to each
@@ -66,7 +76,7 @@ def _look_at_neighbours(model: Module) -> None:
     # divided by sqrt(head_dim)
     scale = math.sqrt(2 * _MARGIN / math.sqrt(head_dim))
     number = count()
-    for layer in model.layers:
+    for layer in _layers(model):
         weight = layer.attention.qkv.weight.view(3, config.n_heads, head_dim, d_model)
         for head in range(config.n_heads):
             projection = torch.empty(head_dim, d_model, device=position.device)
