@@ -74,8 +74,13 @@ inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, 
 }
 
 // Into::times, a run of the depth after another: the error of a sum grows with the number of additions in one chain,
-// and PyTorch's products of few rows, being dot products, have short ones.
+// and PyTorch's products of few rows, being dot products, have short ones. Runs of 32 cost a fused multiply-add nothing
+// that shows; without one every product is rounded too, and runs are shorter.
+#if defined(__FMA__)
+inline constexpr int64_t kRun = 32;
+#else
 inline constexpr int64_t kRun = 16;
+#endif
 
 template <Lies lies>
 inline void multiply_tile_in_runs(int vectors, int rows, int64_t depth, const float* a, int64_t a_stride,
