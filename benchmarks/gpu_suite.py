@@ -3,8 +3,8 @@
     python benchmarks/gpu_suite.py [--output DIR] [--skip-build] [--skip-tests] [--seconds 460]
 
 Two ceilings are measured first, with PyTorch: a device-to-device copy and a bf16 matrix product. A case counts the
-bytes that it must move and the operations that it must do; the larger of bytes / copy rate and operations / product rate
-is its floor, and `percent` of that is reported beside the times. Every time is a median over device events, after
+bytes that it must move and the operations that it must do; the larger of bytes / copy rate and operations / product
+rate is its floor, and `percent` of that is reported beside the times. Every time is a median over device events, after
 warm-up. A case that fails is reported with its error and does not stop the rest; the budget in seconds cuts the list of
 cases, not a case. --smoke runs tiny shapes on the CPU in Triton's interpreter: it proves the suite; its times mean
 nothing.

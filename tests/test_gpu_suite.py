@@ -20,7 +20,8 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     assert not [row for row in rows if "error" in row]
     operators = {row["operator"] for row in rows}
     assert operators == {
-        "attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy", "ffn"
+        "attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
+        "ffn",
     }  # fmt: skip
     for operator in operators:
         for which in ("forward", "forward + backward"):
@@ -31,7 +32,10 @@ def test_every_case_runs_and_is_recorded(tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "-c", "import sys, runpy, torch; torch.cuda.is_available = lambda: False;"
-               f"sys.argv = ['gpu_suite', '--output', {str(tmp_path)!r}]; runpy.run_path({str(SUITE)!r}, run_name='__main__')"]  # fmt: skip
+    script = (
+        "import sys, runpy, torch; torch.cuda.is_available = lambda: False;"
+        f"sys.argv = ['gpu_suite', '--output', {str(tmp_path)!r}]; runpy.run_path({str(SUITE)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and "PyTorch sees no GPU" in done.stderr and not list(tmp_path.iterdir())
