@@ -10,6 +10,7 @@ __all__ = ["KERNELS", "unavailable"]
 KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
-    from llmengine.backends.triton import softmax
+    from llmengine.backends.triton import norm, softmax
 
-    KERNELS |= softmax.KERNELS
+    for module in (norm, softmax):
+        KERNELS |= module.KERNELS

@@ -64,3 +64,8 @@ def multiprocessors(device: torch.device) -> int:
 def unit_last_stride(x: Tensor) -> Tensor:
     """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def dropped_below(dropout_p: float) -> int:
+    """Draws below this, of 32 bits, are dropped (csrc/ops/philox.h)."""
+    return int(dropout_p * 2**32)

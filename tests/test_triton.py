@@ -1,0 +1,66 @@
+"""Triton kernels where the samples of llmengine.testing do not lead: rows wider than a tile, grids that walk on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmengine.backends.triton import norm, rows
+from llmengine.testing import Operator, Sample, all_operators, assert_law, evaluate, poison, targets
+from llmengine.testing.law import GRADIENT, OUTPUT
+
+TRITON = [t for t in targets() if t.backend == "triton"]
+OPERATORS = {op.name: op for op in all_operators()}
+
+
+def assert_lawful(op: Operator, sample: Sample) -> None:
+    for target in TRITON:
+        for dtype in target.dtypes:
+            given = sample.on(target.device).rounded(dtype)
+            oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
+            plain = evaluate(op.plain or op.function, given, None if op.plain else "reference")
+            with poison():
+                ours = evaluate(op.function, given, "triton")
+            for y, p, o in zip(ours[0], plain[0], oracle[0], strict=True):
+                assert_law(y, p, o, OUTPUT, f"{op.name} {sample.name} {dtype}: output")
+            for key in oracle[1]:
+                assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{op.name} {dtype}: grad {key}")
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.fixture
+def narrow_tiles(monkeypatch):
+    """Tiles so narrow that rows of a few hundred elements are swept: the interpreter is slow."""
+    monkeypatch.setattr(rows, "WIDEST", 128)
+    monkeypatch.setattr(norm, "BACKWARD_WIDEST", 64)
+
+
+def test_there_is_a_triton_to_test():
+    assert TRITON
+
+
+def norm_sample(name: str, shape: tuple[int, int]) -> Sample:
+    parameters = [randn(shape[1]), randn(shape[1]) + 1][: 1 if "rms" in name else 2]
+    if name.startswith("add"):
+        args = (randn(*shape), randn(*shape).flip(0), shape[1:], *parameters)
+        return Sample(f"{shape}", args, {"eps": 1e-5, "dropout_p": 0.3})
+    return Sample(f"{shape}", (randn(*shape) + 10, shape[1:], *parameters), {"eps": 1e-5})
+
+
+NORMS = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_wide_rows(name: str, narrow_tiles):
+    assert_lawful(OPERATORS[name], norm_sample(name, (9, 300)))
+
+
+def test_norm_with_more_tiles_than_resident_programs():
+    assert_lawful(OPERATORS["layer_norm"], norm_sample("layer_norm", (37, 1030)))
+
+
+def test_softmax_of_wide_rows(narrow_tiles):
+    assert_lawful(OPERATORS["softmax"], Sample("wide", (3 * randn(9, 300), 1)))
