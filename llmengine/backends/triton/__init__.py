@@ -10,7 +10,7 @@ __all__ = ["KERNELS", "unavailable"]
 KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
-    from llmengine.backends.triton import norm, softmax
+    from llmengine.backends.triton import cross_entropy, norm, softmax
 
-    for module in (norm, softmax):
+    for module in (cross_entropy, norm, softmax):
         KERNELS |= module.KERNELS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,7 +60,38 @@ def refuses_dtype(dtype: torch.dtype) -> str | None:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of streaming multiprocessors; what persistent kernels size their grid by."""
+    if device.type == "meta":
+        return 132
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_assumed: str | None = None
+
+
+def architecture(device: torch.device) -> str:
+    """What tables of tiles are keyed by: "sm_80", "sm_90", "gfx942", ..., or "interpreter"."""
+    return _assumed or _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@contextlib.contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Within the block, tiles are chosen as on that architecture: for compiling ahead of time (aot.py)."""
+    global _assumed
+    _assumed = name
+    try:
+        yield
+    finally:
+        _assumed = None
 
 
 def unit_last_stride(x: Tensor) -> Tensor:

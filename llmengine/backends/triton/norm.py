@@ -16,6 +16,8 @@ Both aim at the memory's bandwidth.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,8 @@ from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
 
-# A row, its gradient, the weight and the two running sums: 5 float32 numbers a column in the registers of 512 threads.
-BACKWARD_WIDEST = 8192
+# A row, its gradient and the two running sums are 4 float32 numbers a column in the registers of 512 threads.
+BACKWARD_WIDEST = 8192  # half of it where rows are not aligned: their loads are single, with an address each
 # Warps that a resident grid keeps on a multiprocessor.
 RESIDENT_WARPS = 16
 # Tiles of the kernels that add up columns: rows x columns.
@@ -168,7 +170,6 @@ def _backward(
     SUBTRACT_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
-    weights = _weights(weight, column, column < columns, BLOCK)
     weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -179,7 +180,7 @@ def _backward(
         )
         weight_sum += grad * x
         bias_sum += grad
-        g = grad * weights
+        g = grad * _weights(weight, column, column < columns, BLOCK)  # from the L1 cache: registers are dearer
         grad_h = g - x * (tl.sum(g * x, 1) / columns)[:, None]
         if SUBTRACT_MEAN:
             grad_h -= (tl.sum(g, 1) / columns)[:, None]
@@ -319,7 +320,7 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         return grad_input, grad_residual, grad_weight.zero_(), grad_bias.zero_()
     upstream, source = unit_last_stride(grad_output), unit_last_stride(h)
     added = None if grad_new_residual is None else unit_last_stride(grad_new_residual)
-    grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST)
+    grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST // (1 if columns % 16 == 0 else 2))
     one = tile.pop("ONE")
     gradients = (
         upstream, added, source, _line(weight), mean, rstd, seed if dropout_p > 0 else None, grad_input,
@@ -347,3 +348,28 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         )  # fmt: skip
     _add_partial_sums[(blocks,)](partial_sums, grad_weight, grad_bias, parts, columns, sum_rows, sum_columns)
     return grad_input, grad_residual, grad_weight, grad_bias
+
+
+# ---- ahead-of-time compilation ---------------------------------------------------------------------------------------
+
+
+def aot_calls(dtype: torch.dtype):
+    """Layer and RMS norm, bare and with everything, of every class of width (aot.py)."""
+
+    def call(rows, columns, subtract_mean, added):
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, line, statistic = empty(rows, columns), empty(columns), empty(rows, dtype=torch.float32)
+        other = x if added else None
+        dropout_p, seed = (0.1, empty(1, dtype=torch.int64)) if added else (0.0, None)
+        mean = statistic if subtract_mean else empty(0, dtype=torch.float32)
+        norm_forward(x, other, line, line if subtract_mean else None, seed, 1e-5, dropout_p, subtract_mean)
+        norm_backward(x, other, x, line, mean, statistic, seed, dropout_p, subtract_mean, added)
+
+    for columns, subtract_mean, added in [
+        (768, True, True), (768, False, False), (4096, False, True), (5000, True, False), (8192, True, True),
+        (16384, True, True), (16384, False, False), (65536, True, True), (40001, False, False),
+    ]:  # fmt: skip
+        kind = ("layer" if subtract_mean else "rms") + (" added" if added else "")
+        yield f"{columns} {kind}", functools.partial(call, 4096, columns, subtract_mean, added)

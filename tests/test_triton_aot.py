@@ -1,0 +1,63 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here: nothing spills, shared memory suffices."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "llmengine/backends/triton"
+# The compiler and the interpreter exclude each other in one process.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+
+
+def report(tmp_path: Path, *options: str) -> list[dict]:
+    file = tmp_path / "aot.json"
+    done = run("-m", "llmengine.backends.triton.aot", "--json", str(file), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+def test_the_first_call_of_every_operator_compiles(tmp_path):
+    rows = report(tmp_path, "--quick", "--architectures", "sm_90", "gfx942")
+    assert {row["architecture"] for row in rows} == {"sm_90", "gfx942"}
+    for row in rows:
+        assert row["registers"] > 0 and row["spilled"] == 0
+
+
+def test_every_kernel_that_is_launched_is_compiled():
+    """What the operators' files launch, by their sources, against what their `aot_calls` launch."""
+    script = (
+        "import torch; from llmengine.backends.triton import aot;"
+        "print(*{f'{op} {launch.function.__name__}' for op in aot.OPERATORS"
+        "        for _, made in aot.launches(op, torch.float16, 'sm_90') for launch in made}, sep='\\n')"
+    )
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    compiled = {tuple(line.split()) for line in done.stdout.splitlines()}
+    operators = {operator for operator, _ in compiled}
+    for path in KERNELS.glob("*.py"):
+        source = path.read_text()
+        kernels = set(re.findall(r"^@triton\.jit\s*\ndef (\w+)", source, flags=re.M))
+        launched = {name for name in re.findall(r"(\w+)\[", source) if name in kernels}
+        if launched:
+            assert path.stem in operators, f"{path.name} launches kernels: give it aot_calls, and aot.py its name"
+        assert launched <= {kernel for operator, kernel in compiled if operator == path.stem}
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles(architecture, dtype, tmp_path):
+    assert report(tmp_path, "--architectures", architecture, "--dtypes", dtype)
