@@ -7,7 +7,7 @@ import torch
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.triton import cross_entropy, norm, rows
+from llmengine.backends.triton import cross_entropy, gemm, linear_cross_entropy, norm, rows
 from llmengine.testing import Operator, Sample, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
@@ -93,3 +93,33 @@ def test_a_target_out_of_range_is_nan_where_waiting_to_say_so_would_cost():
             (grad,) = torch.autograd.grad(losses.sum(), logits)
         assert losses.isnan().tolist() == [False, True, True]
         assert grad.isnan().any(1).tolist() == [False, True, True]
+
+
+def test_linear_cross_entropy_in_several_chunks_of_classes(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 1)
+    monkeypatch.setattr(linear_cross_entropy, "LEAST", 256)
+    target = torch.arange(20) * 14
+    target[:3] = -100
+    options = {"linear_bias": randn(300), "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0}
+    sample = Sample("chunks", (randn(20, 24), randn(300, 24) / 2, target), options)
+    assert_lawful(OPERATORS["linear_cross_entropy"], sample)
+
+
+def test_tiles_of_tokens_without_labels_are_skipped():
+    """64 of the interpreter's tokens make a tile."""
+    target = torch.full((150,), -100)
+    target[70:80] = 3
+    assert_lawful(OPERATORS["linear_cross_entropy"], Sample("gaps", (randn(150, 20), randn(9, 20), target)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_product_split_along_k(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "SHORTEST", 1)
+    for target in TRITON:
+        a, b = (t.to(target.device, dtype) for t in (randn(300, 21).T, randn(300, 40)))
+        assert gemm._parts(gemm.pick("plain", a, b), 21, 40, 300, 4) > 1
+        exact = a.double() @ b.double()
+        for out_dtype in (dtype, torch.float32):
+            product = gemm.gemm(a, b, dtype=out_dtype)
+            assert product.dtype == out_dtype
+            assert (product - exact).abs().max() <= torch.finfo(out_dtype).eps * exact.abs().max() * 2

@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from llmengine.backends.triton import device
 
-OPERATORS = ("cross_entropy", "norm", "softmax")
+OPERATORS = ("cross_entropy", "ffn", "linear_cross_entropy", "norm", "softmax")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Launch:
     function: JITFunction
     args: tuple
     keywords: dict[str, Any]
+
+    def kernel(self) -> str:
+        """As file.function."""
+        return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _compiled(operator, call, launch, dtype, architecture, build) -> Compiled:
     found = [word for word in ARCHITECTURES[architecture].matrix_instructions if word in assembly]
     constants = {k: v for k, v in launch.keywords.items() if isinstance(v, (int, str)) and k != "num_warps"}
     return Compiled(
-        operator, call, launch.function.__name__, str(dtype).removeprefix("torch."), architecture, constants,
+        operator, call, launch.kernel(), str(dtype).removeprefix("torch."), architecture, constants,
         binary.metadata.num_warps, registers, spilled, binary.metadata.shared, found[0] if found else None,
         round(seconds, 2),
     )  # fmt: skip
@@ -191,7 +195,7 @@ def main() -> int:
     for row in compile_all(tuple(given.operators), tuple(given.architectures), dtypes, given.quick):
         rows.append(row)
         print(
-            f"{row.operator + '.' + row.kernel:32} {row.dtype:9} {row.architecture:7} {row.num_warps:5} "
+            f"{row.kernel:32} {row.dtype:9} {row.architecture:7} {row.num_warps:5} "
             f"{row.registers:5} {row.spilled:5} {row.shared:7}  {row.matrix_instruction or '-':9} {row.call}"
             + (f"  <- {row.problem()}" if row.problem() else ""),
             flush=True,

@@ -24,6 +24,7 @@ from llmengine.backends.triton.rows import row_tiles
 from llmengine.backends.triton.token_loss import (
     class_weights,
     gradient_factors,
+    logits_gradient,
     reduce_losses,
     smoothing_shares,
     token_loss,
@@ -93,15 +94,9 @@ def _backward(
     z = tl.load(input + row[:, None] * input_stride + column[None, :], inside, 0.0).to(tl.float32)
     if CAPPED:
         z = softcapped(z, softcap)
-    grad = tl.exp(z - log_sum[:, None]) * probability[:, None]
-    if SMOOTHED:
-        if weight is not None:
-            grad -= tl.load(weight + column, column < classes, 0.0)[None, :] * smoothing[:, None]
-        else:
-            grad -= smoothing[:, None]
-    grad -= tl.where(column[None, :] == label[:, None], picked[:, None], 0.0)
-    if CAPPED:
-        grad *= 1.0 - (z / softcap) * (z / softcap)
+    grad = logits_gradient(
+        z, column, classes, label, log_sum, probability, smoothing, picked, weight, softcap, SMOOTHED, CAPPED
+    )
     grad = tl.where(labelled[:, None], grad, 0.0)
     place = grad_input + row[:, None] * classes + column[None, :]
     tl.store(place, grad.to(grad_input.dtype.element_ty), (row < rows)[:, None] & (column < classes)[None, :])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -92,6 +92,19 @@ def assume(name: str) -> Iterator[None]:
         yield
     finally:
         _assumed = None
+
+
+def on_its_device(run: Callable) -> Callable:
+    """`run`, with the first tensor's GPU as the current one: Triton launches there, wherever the tensors are."""
+    if torch.cuda.device_count() < 2:
+        return run
+
+    @functools.wraps(run)
+    def guarded(*args):
+        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, Tensor))):
+            return run(*args)
+
+    return guarded
 
 
 def unit_last_stride(x: Tensor) -> Tensor:

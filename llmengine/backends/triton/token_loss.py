@@ -57,6 +57,27 @@ def gradient_factors(
 
 
 @triton.jit
+def logits_gradient(
+    z, column, classes, label, lse, probability, smoothing, picked, weight, softcap,
+    SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient with respect to the logits before the softcap; z: those after it, column: their classes.
+
+    Rows of tokens without a label are left to the caller.
+    """
+    grad = tl.exp(z - lse[:, None]) * probability[:, None]
+    if SMOOTHED:
+        if weight is not None:
+            grad -= tl.load(weight + column, column < classes, 0.0)[None, :] * smoothing[:, None]
+        else:
+            grad -= smoothing[:, None]
+    grad -= tl.where(column[None, :] == label[:, None], picked[:, None], 0.0)
+    if CAPPED:
+        grad *= 1.0 - (z / softcap) * (z / softcap)
+    return grad
+
+
+@triton.jit
 def target_weight(weight, target, classes, inside):
     if weight is not None:
         return tl.load(weight + target, inside & (target >= 0) & (target < classes), 0.0)
