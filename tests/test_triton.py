@@ -49,7 +49,7 @@ def norm_sample(name: str, shape: tuple[int, int]) -> Sample:
     parameters = [randn(shape[1]), randn(shape[1]) + 1][: 1 if "rms" in name else 2]
     if name.startswith("add"):
         args = (randn(*shape), randn(*shape).flip(0), shape[1:], *parameters)
-        return Sample(f"{shape}", args, {"eps": 1e-5, "dropout_p": 0.3})
+        return Sample(f"{shape}", args, {"eps": 1e-5, "dropout_p": 0.7})
     return Sample(f"{shape}", (randn(*shape) + 10, shape[1:], *parameters), {"eps": 1e-5})
 
 

@@ -30,7 +30,7 @@ from llmengine.ops.registry import Kernel, kernel
 KERNELS: dict[str, Kernel] = {}
 
 # A row, its gradient and the two running sums are 4 float32 numbers a column in the registers of 512 threads.
-BACKWARD_WIDEST = 8192  # half of it where rows are not aligned: their loads are single, with an address each
+BACKWARD_WIDEST = 8192
 # Warps that a resident grid keeps on a multiprocessor.
 RESIDENT_WARPS = 16
 # Tiles of the kernels that add up columns: rows x columns.
@@ -320,7 +320,7 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         return grad_input, grad_residual, grad_weight.zero_(), grad_bias.zero_()
     upstream, source = unit_last_stride(grad_output), unit_last_stride(h)
     added = None if grad_new_residual is None else unit_last_stride(grad_new_residual)
-    grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST // (1 if columns % 16 == 0 else 2))
+    grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST)
     one = tile.pop("ONE")
     gradients = (
         upstream, added, source, _line(weight), mean, rstd, seed if dropout_p > 0 else None, grad_input,

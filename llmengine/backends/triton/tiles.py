@@ -93,7 +93,8 @@ def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
     enough = multiprocessors(a.device)
     tile = next((t for t in table[kind] if t.programs(rows, columns) >= enough), table[kind][-1])
     m, n, k = (max(power_of_2(size), SMALLEST) for size in (rows, columns, depth))
-    return replace(tile, m=min(tile.m, m), n=min(tile.n, n), k=min(tile.k, k))
+    m, n, k = min(tile.m, m), min(tile.n, n), min(tile.k, k)
+    return replace(tile, m=m, n=n, k=k, warps=tile.warps if m * n > 2048 else 4)
 
 
 def precision(dtype: torch.dtype) -> str:
