@@ -94,7 +94,7 @@ def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
     tile = next((t for t in table[kind] if t.programs(rows, columns) >= enough), table[kind][-1])
     m, n, k = (max(power_of_2(size), SMALLEST) for size in (rows, columns, depth))
     m, n, k = min(tile.m, m), min(tile.n, n), min(tile.k, k)
-    return replace(tile, m=m, n=n, k=k, warps=tile.warps if m * n > 2048 else 4)
+    return replace(tile, m=m, n=n, k=k, warps=tile.warps if m * n >= 2048 else 4)
 
 
 def precision(dtype: torch.dtype) -> str:
