@@ -338,6 +338,9 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         partial_sums = grad_weight.new_empty(parts, 2, columns)
         _backward[(parts,)](*gradients, partial_sums, *sizes, **tile)
     else:
+        grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST // 2)
+        tile.pop("ONE")
+        tile["num_warps"] = min(2 * tile["num_warps"], 16)  # few registers a thread: addresses take many
         _backward_wide[grid](*gradients, *sizes, **tile)
         parts = max(min(-(-rows // sum_rows), 4 * resident // blocks), 1)
         rows_each = -(-rows // (parts * sum_rows)) * sum_rows
