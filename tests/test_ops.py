@@ -18,8 +18,8 @@ ON = [(t, op) for t in targets() for op in OPERATORS if t.has(op)]
 ALL_ON = [
     pytest.param(t, op, s, d, id=f"{t.backend}-{op.name}-{s.name}-{d}")
     for t, op in ON
-    for s in op.samples()
-    for d in t.dtypes
+    for i, s in enumerate(op.samples())
+    for d in t.dtypes_of(i)
 ]
 FIRST_ON = [pytest.param(t, op, op.samples()[0], id=f"{t.backend}-{op.name}") for t, op in ON]
 

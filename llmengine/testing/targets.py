@@ -15,6 +15,15 @@ class Target:
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...]
+    slow: bool = False  # an interpreter: a few hundred times slower than a processor
+
+    def dtypes_of(self, sample: int) -> tuple[torch.dtype, ...]:
+        """The dtypes in which the sample of that number is tried.
+
+        A slow target tries each in one of its two, by the parity of the number's bits: where samples are the product of
+        options, that is half of the factorial design in which every two options still meet in each dtype.
+        """
+        return (self.dtypes[sample.bit_count() % len(self.dtypes)],) if self.slow else self.dtypes
 
     def has(self, operator: Operator) -> bool:
         kernels = registry.load(self.backend).kernels
@@ -26,7 +35,7 @@ def targets() -> list[Target]:
     computes bfloat16 wrongly)."""
     gpu = (torch.float32, torch.bfloat16, torch.float16)
     on_gpu = torch.cuda.is_available()
-    interpreted = Target("triton", "cpu", (torch.float32, torch.float16))
+    interpreted = Target("triton", "cpu", (torch.float32, torch.float16), slow=True)
     found = [
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Target("triton", "cuda", gpu) if on_gpu else interpreted,

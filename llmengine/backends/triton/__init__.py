@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmengine.backends.triton.device import unavailable
+from llmengine.backends.triton.device import on_its_device, unavailable
 from llmengine.ops.registry import Kernel
 
 __all__ = ["KERNELS", "unavailable"]
@@ -10,6 +10,7 @@ __all__ = ["KERNELS", "unavailable"]
 KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
-    from llmengine.backends.triton import softmax
+    from llmengine.backends.triton import cross_entropy, ffn, linear_cross_entropy, norm, softmax
 
-    KERNELS |= softmax.KERNELS
+    for module in (cross_entropy, ffn, linear_cross_entropy, norm, softmax):
+        KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

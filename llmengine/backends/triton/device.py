@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,9 +60,58 @@ def refuses_dtype(dtype: torch.dtype) -> str | None:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of streaming multiprocessors; what persistent kernels size their grid by."""
+    if device.type == "meta":
+        return 132
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_assumed: str | None = None
+
+
+def architecture(device: torch.device) -> str:
+    """What tables of tiles are keyed by: "sm_80", "sm_90", "gfx942", ..., or "interpreter"."""
+    return _assumed or _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@contextlib.contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Within the block, tiles are chosen as on that architecture: for compiling ahead of time (aot.py)."""
+    global _assumed
+    _assumed = name
+    try:
+        yield
+    finally:
+        _assumed = None
+
+
+def on_its_device(run: Callable) -> Callable:
+    """`run`, with the first tensor's GPU as the current one: Triton launches there, wherever the tensors are."""
+    if torch.cuda.device_count() < 2:
+        return run
+
+    @functools.wraps(run)
+    def guarded(*args):
+        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, Tensor))):
+            return run(*args)
+
+    return guarded
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
     """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def dropped_below(dropout_p: float) -> int:
+    """Draws below this, of 32 bits, are dropped (csrc/ops/philox.h)."""
+    return int(dropout_p * 2**32)

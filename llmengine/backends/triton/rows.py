@@ -8,14 +8,18 @@ from typing import Any
 WIDEST = 16384
 # Elements of a program's tile where rows are narrow: below it, launching a program costs more than its work.
 SMALLEST = 2048
+# Columns of the narrowest tile: dropout draws for four columns at a time (philox.py).
+NARROWEST = 4
 
 
-def row_tiles(rows: int, columns: int, widest: int = WIDEST) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, constants) of a kernel whose program owns ROWS rows of `columns` in tiles of BLOCK columns.
+def row_tiles(rows: int, columns: int, widest: int | None = None) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, constants) of a kernel whose program owns ROWS rows of `columns` in tiles of BLOCK columns, at
+    most `widest` (WIDEST); half as many where rows are not aligned: their loads are single, with an address each.
 
     ONE: a tile covers the row. num_warps gives each lane 16 to 32 elements.
     """
-    block = min(power_of_2(columns), widest)
+    widest = (widest or WIDEST) // (1 if columns % 16 == 0 else 2)
+    block = min(max(power_of_2(columns), NARROWEST), widest)
     per_program = min(max(SMALLEST // block, 1), power_of_2(rows))
     warps = min(max(per_program * block // 512, 1), 16)
     tile = {"ROWS": per_program, "BLOCK": block, "ONE": block >= columns, "num_warps": warps}

@@ -8,6 +8,8 @@ result); the second sweep reads from the L2 cache what the first brought there.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -107,3 +109,14 @@ def softmax_backward(grad_output, output, dtype):
             upstream, probabilities, grad_input, *output.shape, upstream.stride(0), probabilities.stride(0), **tile
         )
     return grad_input
+
+
+def aot_calls(dtype: torch.dtype):
+    """Every class of width (aot.py)."""
+
+    def call(columns):
+        x = torch.empty(4096, columns, dtype=dtype, device="meta")
+        softmax_backward(x, softmax_forward(x, dtype), dtype)
+
+    for columns in (2048, 64, 16384, 131072, 50257):
+        yield f"{columns}", functools.partial(call, columns)

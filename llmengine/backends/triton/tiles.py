@@ -1,0 +1,103 @@
+"""Tiles of the matrix products: one explicit table per architecture, no search at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from llmengine.backends.triton.device import architecture, multiprocessors
+from llmengine.backends.triton.rows import power_of_2
+
+# tl.dot wants at least this many of each.
+SMALLEST = 16
+# Rows of tiles that run side by side, so that their columns' operand is read from the L2 cache.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """m x n of the result, by k of the products at a time; `stages` k-steps are on their way to shared memory."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def programs(self, rows: int, columns: int) -> int:
+        return -(-rows // self.m) * -(-columns // self.n)
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": GROUP, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+# Widest first; the first that gives every multiprocessor a program is taken, or the last.
+#   plain: a product alone.
+#   fused: an epilogue with an activation or a second operand, which needs registers beside the accumulators.
+#   pair: two accumulators (a gate) and such an epilogue, or an epilogue that holds several operands.
+#   ragged: strides that are no multiple of 16, so that each element of an operand is loaded by itself.
+# Each was compiled for its architectures without spilling (aot.py); none has been timed.
+Table = dict[str, tuple[Tile, ...]]
+_FLOAT32: Table = {
+    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 2)),
+    "fused": (Tile(64, 64, 16, 8, 3),),
+    "pair": (Tile(64, 32, 16, 8, 3),),
+    "ragged": (Tile(64, 64, 16, 8, 2),),
+}
+_FLOAT32_BLACKWELL: Table = _FLOAT32 | {"plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3))}
+_AMPERE: Table = {
+    "plain": (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "fused": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
+    "pair": (Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 8, 4)),
+    "ragged": (Tile(64, 64, 32, 8, 3),),
+}
+_HOPPER: Table = {
+    "plain": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "fused": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "pair": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "ragged": (Tile(64, 64, 32, 8, 3),),
+}
+# An epilogue reads its accumulators from tensor memory all at once.
+_BLACKWELL: Table = _HOPPER | {
+    "plain": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "fused": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+}
+_CDNA3: Table = {
+    "plain": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+    "fused": (Tile(128, 64, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+    "pair": (Tile(64, 64, 64, 8, 2),),
+    "ragged": (Tile(64, 64, 32, 8, 2),),
+}
+# Few programs, and every loop and edge of a matrix of a hundred rows: what the interpreter takes is programs.
+_INTERPRETER: Table = dict.fromkeys(("plain", "fused", "pair", "ragged"), (Tile(64, 128, 64, 4, 1),))
+# For 16-bit floats; NVIDIA before sm_90 and consumer GPUs (sm_120) have the shared memory of Ampere.
+TABLE = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942": _CDNA3, "gfx950": _CDNA3}
+
+
+def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
+    """The tile of the product a b (b.T in memory or not: what counts is strides)."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    place = architecture(a.device)
+    if place == "interpreter":
+        table = _INTERPRETER
+    elif a.dtype == torch.float32:
+        table = _FLOAT32_BLACKWELL if TABLE.get(place) is _BLACKWELL else _FLOAT32
+    else:
+        table = TABLE.get(place, _AMPERE)
+    if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):
+        kind = "ragged"
+    enough = multiprocessors(a.device)
+    tile = next((t for t in table[kind] if t.programs(rows, columns) >= enough), table[kind][-1])
+    m, n, k = (max(power_of_2(size), SMALLEST) for size in (rows, columns, depth))
+    m, n, k = min(tile.m, m), min(tile.n, n), min(tile.k, k)
+    return replace(tile, m=m, n=n, k=k, warps=tile.warps if m * n >= 2048 else 4)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What tl.dot makes of float32: exact products, unless PyTorch has been told that its own may use TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

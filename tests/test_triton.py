@@ -1,0 +1,125 @@
+"""Triton kernels where the samples of llmengine.testing do not lead: rows wider than a tile, grids that walk on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmengine
+from llmengine import functional
+from llmengine.backends.triton import cross_entropy, gemm, linear_cross_entropy, norm, rows
+from llmengine.testing import Operator, Sample, all_operators, assert_law, evaluate, poison, targets
+from llmengine.testing.law import GRADIENT, OUTPUT
+
+TRITON = [t for t in targets() if t.backend == "triton"]
+OPERATORS = {op.name: op for op in all_operators()}
+
+
+def assert_lawful(op: Operator, sample: Sample) -> None:
+    for target in TRITON:
+        for dtype in target.dtypes:
+            given = sample.on(target.device).rounded(dtype)
+            oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
+            plain = evaluate(op.plain or op.function, given, None if op.plain else "reference")
+            with poison():
+                ours = evaluate(op.function, given, "triton")
+            for y, p, o in zip(ours[0], plain[0], oracle[0], strict=True):
+                assert_law(y, p, o, OUTPUT, f"{op.name} {sample.name} {dtype}: output")
+            for key in oracle[1]:
+                assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{op.name} {dtype}: grad {key}")
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.fixture
+def narrow_tiles(monkeypatch):
+    """Tiles so narrow that rows of a few hundred elements are swept: the interpreter is slow."""
+    monkeypatch.setattr(rows, "WIDEST", 128)
+    monkeypatch.setattr(norm, "BACKWARD_WIDEST", 64)
+    monkeypatch.setattr(cross_entropy, "WIDEST", 64)
+
+
+def test_there_is_a_triton_to_test():
+    assert TRITON
+
+
+def norm_sample(name: str, shape: tuple[int, int]) -> Sample:
+    parameters = [randn(shape[1]), randn(shape[1]) + 1][: 1 if "rms" in name else 2]
+    if name.startswith("add"):
+        args = (randn(*shape), randn(*shape).flip(0), shape[1:], *parameters)
+        return Sample(f"{shape}", args, {"eps": 1e-5, "dropout_p": 0.7})
+    return Sample(f"{shape}", (randn(*shape) + 10, shape[1:], *parameters), {"eps": 1e-5})
+
+
+NORMS = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_wide_rows(name: str, narrow_tiles):
+    assert_lawful(OPERATORS[name], norm_sample(name, (9, 300)))
+
+
+def test_norm_with_more_tiles_than_resident_programs(monkeypatch):
+    monkeypatch.setattr(norm, "RESIDENT_WARPS", 1)
+    assert_lawful(OPERATORS["layer_norm"], norm_sample("layer_norm", (11, 1030)))
+
+
+def test_softmax_of_wide_rows(narrow_tiles):
+    assert_lawful(OPERATORS["softmax"], Sample("wide", (3 * randn(9, 300), 1)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_of_wide_rows(reduction: str, narrow_tiles):
+    target = torch.arange(70) * 4
+    target[::3] = -100
+    options = {
+        "reduction": reduction,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
+        "softcap": 10.0,
+        "weight": randn(300).abs(),
+    }
+    assert_lawful(OPERATORS["cross_entropy"], Sample("wide", (3 * randn(70, 300), target), options, ("weight",)))
+
+
+def test_a_target_out_of_range_is_nan_where_waiting_to_say_so_would_cost():
+    for target in TRITON:
+        logits = randn(3, 5).float().to(target.device).requires_grad_()
+        labels = torch.tensor([1, 5, -1], device=target.device)
+        with llmengine.backend("triton"):
+            losses = functional.cross_entropy(logits, labels, reduction="none")
+            (grad,) = torch.autograd.grad(losses.sum(), logits)
+        assert losses.isnan().tolist() == [False, True, True]
+        assert grad.isnan().any(1).tolist() == [False, True, True]
+
+
+def test_linear_cross_entropy_in_several_chunks_of_classes(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 1)
+    monkeypatch.setattr(linear_cross_entropy, "LEAST", 256)
+    target = torch.arange(20) * 14
+    target[:3] = -100
+    options = {"linear_bias": randn(300), "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0}
+    sample = Sample("chunks", (randn(20, 24), randn(300, 24) / 2, target), options)
+    assert_lawful(OPERATORS["linear_cross_entropy"], sample)
+
+
+def test_tiles_of_tokens_without_labels_are_skipped():
+    """64 of the interpreter's tokens make a tile."""
+    target = torch.full((150,), -100)
+    target[70:80] = 3
+    assert_lawful(OPERATORS["linear_cross_entropy"], Sample("gaps", (randn(150, 20), randn(9, 20), target)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_product_split_along_k(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "SHORTEST", 1)
+    for target in TRITON:
+        a, b = (t.to(target.device, dtype) for t in (randn(300, 21).T, randn(300, 40)))
+        assert gemm._parts(gemm.pick("plain", a, b), 21, 40, 300, 4) > 1
+        exact = a.double() @ b.double()
+        for out_dtype in (dtype, torch.float32):
+            product = gemm.gemm(a, b, dtype=out_dtype)
+            assert product.dtype == out_dtype
+            assert (product - exact).abs().max() <= torch.finfo(out_dtype).eps * exact.abs().max() * 2
