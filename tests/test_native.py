@@ -51,8 +51,8 @@ def run_tests(file: str, expression: str, timeout: float, directory: Path = ROOT
 
 
 def laws(*tests: str) -> str:
-    """Selects these tests of tests/test_ops.py for the operators that have kernels here."""
-    return f"({' or '.join(tests)}) and ({' or '.join(f'[{name}-' for name in NATIVE)})"
+    """Selects these tests of tests/test_ops.py for the operators that have kernels here, on this backend."""
+    return f"({' or '.join(tests)}) and ({' or '.join(f'[{name}-' for name in NATIVE)}) and -cpu"
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------

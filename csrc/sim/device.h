@@ -25,7 +25,8 @@ void block_barrier(Site site);
 // Barrier `id` completes when `threads` threads have come; those that only arrive go on at once.
 void named_barrier(int id, int threads, bool wait, Site site);
 
-// Every lane of `mask` that has not exited meets here with the same operation, mask and line; each gets what all gave.
+// Every lane of `mask` meets here with the same operation, mask and line; each gets what all gave. A mask that names a
+// lane which has exited is a fault: CUDA leaves such lanes out, but they are a mistake more often than not.
 // Only an operation that `orders` memory (__syncwarp) makes writes before it visible after it.
 struct Gathered {
   uint32_t lanes;  // that took part

@@ -113,8 +113,13 @@ void Machine::exit_thread() {
   Thread& self = *current_;
   self.state = State::exited;
   ready_[self.number / 32] &= ~(1u << (self.number % 32));
-  try_warp(self.number / 32);  // its warp's collectives no longer wait for it
-  fibres_[self.number].suspend();
+  for (const Thread& t : threads_) {
+    if (t.number / 32 == self.number / 32 && waits_for(t, self)) {
+      fault_ = position(self.number) + " exits while " + position(t.number) + " waits for it at " + t.operation + " (" +
+               text(t.site) + ")";
+    }
+  }
+  yield();
 }
 
 void Machine::make_ready(Thread& thread) {
@@ -251,6 +256,11 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
     fail(std::string("calls ") + operation + " with mask 0x" + hex.str() + ", which leaves out its own lane (" +
          text(site) + ")");
   }
+  for (int l : lanes_of(self.number / 32, mask)) {
+    if (threads_[l].state != State::exited) continue;
+    fail(std::string("calls ") + operation + " (" + text(site) + ") with a mask that names " + position(l) +
+         ", which has exited");
+  }
   wait(Meeting::warp, operation, site);
   self.mask = mask;
   self.value = value;
@@ -265,10 +275,14 @@ bool Machine::meets_with(const Thread& a, const Thread& b) const {
          std::string_view(a.operation) == b.operation;
 }
 
+bool Machine::waits_for(const Thread& a, const Thread& b) const {
+  return a.state == State::waiting && a.meeting == Meeting::warp && (a.mask >> (b.number % 32) & 1);
+}
+
 std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
   std::vector<int> numbers;
   for (int t = warp * 32; t < std::min(count_, warp * 32 + 32); ++t) {
-    if (mask >> (t % 32) & 1 && threads_[t].state != State::exited) numbers.push_back(t);
+    if (mask >> (t % 32) & 1) numbers.push_back(t);
   }
   return numbers;
 }
@@ -392,13 +406,13 @@ std::mutex& lock() {
 }
 }  // namespace
 
-Tensors::Tensors(std::vector<NamedView> tensors) {
+Tensors::Tensors(const std::vector<NamedView>& tensors) {
   lock().lock();
-  Machine::the().memory.tensors = std::move(tensors);
+  Machine::the().memory.set_tensors(tensors);
 }
 
 Tensors::~Tensors() {
-  Machine::the().memory.tensors.clear();
+  Machine::the().memory.set_tensors({});
   lock().unlock();
 }
 

@@ -68,6 +68,7 @@ class Machine {
   void try_block_barrier();
   void try_warp(int warp);
   bool meets_with(const Thread& a, const Thread& b) const;
+  bool waits_for(const Thread& a, const Thread& b) const;
   std::vector<int> lanes_of(int warp, uint32_t mask) const;
 
   Index3 index_of(int number) const;

@@ -76,13 +76,16 @@ void Memory::begin_block(int threads) {
 }
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
-  if (is_constant(access)) return {};
-  if (auto problem = outside(access)) return problem;
+  const bool global = region_at(access.address, access.size);
+  if (!global) {
+    if (is_constant(access)) return {};
+    if (auto problem = outside(access)) return problem;
+  }
   if (std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at an address that is not a multiple of " +
            std::to_string(access.size);
   }
-  const bool shared = is_shared(access.address);
+  const bool shared = !global && is_shared(access.address);
   const uint32_t site = site_number(access.site);
   for (uint64_t i = 0; i < access.size; ++i) {
     Cell& byte = cell(access.address + i);
@@ -109,7 +112,8 @@ bool Memory::is_constant(const Access& access) const {
 bool Memory::is_dynamic(uintptr_t address) const { return address - address_of(dynamic_.get()) < sizeof(Dynamic); }
 
 bool Memory::is_shared(uintptr_t address) const {
-  return is_dynamic(address) || Image::own().shared_variable_at(address);
+  const SharedVariable* variable = Image::own().shared_variable_at(address);
+  return is_dynamic(address) || (variable && address < variable->end);
 }
 
 std::optional<std::string> Memory::outside(const Access& access) const {
@@ -125,42 +129,54 @@ std::optional<std::string> Memory::outside(const Access& access) const {
     return what + " at byte " + std::to_string(offset) + " of dynamic shared memory, which has " +
            std::to_string(dynamic_bytes_);
   }
-  for (const NamedView& t : tensors) {
-    if (inside_tensor(t.tensor, access.address, access.size)) return {};
-  }
   return outside_tensors(access);
 }
 
-bool Memory::inside_tensor(const TensorView& t, uintptr_t address, uint64_t size) const {
-  const auto [begin, end] = extent(t);
+void Memory::set_tensors(const std::vector<NamedView>& tensors) {
+  regions_.clear();
+  last_region_ = nullptr;
+  for (const NamedView& t : tensors) {
+    const auto [begin, end] = extent(t.tensor);
+    if (begin != end) regions_.push_back({t.name, t.tensor, begin, end, t.tensor.contiguous()});
+  }
+}
+
+bool Memory::Region::holds(uintptr_t address, uint64_t size) const {
   if (address < begin || address + size > end) return false;
-  const auto element = static_cast<uint64_t>(size_of(t.dtype));
-  const uint64_t first = (address - begin) / element, last = (address + size - 1 - begin) / element;
-  for (uint64_t e = first; e <= last; ++e) {
-    if (!is_element(t, static_cast<int64_t>(e))) return false;
+  if (dense) return true;
+  const auto element = static_cast<uint64_t>(size_of(tensor.dtype));
+  for (uint64_t e = (address - begin) / element; e * element < address + size - begin; ++e) {
+    if (!is_element(tensor, static_cast<int64_t>(e))) return false;
   }
   return true;
 }
 
+const Memory::Region* Memory::region_at(uintptr_t address, uint64_t size) const {
+  if (last_region_ && last_region_->holds(address, size)) return last_region_;
+  for (const Region& r : regions_) {
+    if (r.holds(address, size)) return last_region_ = &r;
+  }
+  return nullptr;
+}
+
 // Names the tensor that lies nearest.
 std::string Memory::outside_tensors(const Access& access) const {
-  const NamedView* nearest = nullptr;
+  const Region* nearest = nullptr;
   uintptr_t least = UINTPTR_MAX;
-  for (const NamedView& t : tensors) {
-    const auto [begin, end] = extent(t.tensor);
-    const uintptr_t distance = access.address < begin ? begin - access.address
-                               : access.address < end ? 0
-                                                      : access.address - end;
-    if (distance < least) least = distance, nearest = &t;
+  for (const Region& r : regions_) {
+    const uintptr_t distance = access.address < r.begin ? r.begin - access.address
+                               : access.address < r.end ? 0
+                                                        : access.address - r.end;
+    if (distance < least) least = distance, nearest = &r;
   }
   const std::string what = std::string(verb(access.kind)) + " " + bytes(access.size);
   if (!nearest || least > (1u << 20)) return what + " at an address that belongs to no tensor of the call";
-  const auto [begin, end] = extent(nearest->tensor);
-  const std::string name = std::string(nearest->name) + " " + nearest->tensor.shape();
-  if (access.address < begin) return what + " " + bytes(begin - access.address) + " before " + name;
-  if (access.address >= end) return what + " " + bytes(access.address - end) + " past the end of " + name;
-  const bool crosses = access.address + access.size > end;
-  return what + " at byte " + std::to_string(access.address - begin) + " of " + name +
+  const std::string name = nearest->name + " " + nearest->tensor.shape();
+  if (access.address < nearest->begin) return what + " " + bytes(nearest->begin - access.address) + " before " + name;
+  if (access.address >= nearest->end)
+    return what + " " + bytes(access.address - nearest->end) + " past the end of " + name;
+  const bool crosses = access.address + access.size > nearest->end;
+  return what + " at byte " + std::to_string(access.address - nearest->begin) + " of " + name +
          (crosses ? ", across its end" : ", between its rows");
 }
 
@@ -172,9 +188,7 @@ std::string Memory::name_of(uintptr_t address) const {
     return at(variable->begin, "shared " + variable->name);
   }
   if (is_dynamic(address)) return at(address_of(dynamic_.get()), "dynamic shared memory");
-  for (const NamedView& t : tensors) {
-    if (inside_tensor(t.tensor, address, 1)) return at(extent(t.tensor).first, t.name);
-  }
+  if (const Region* r = region_at(address, 1)) return at(r->begin, r->name);
   return "memory";
 }
 

@@ -49,8 +49,9 @@ class Memory {
   char* dynamic_shared() { return dynamic_->bytes; }
   size_t dynamic_shared_bytes() const { return dynamic_bytes_; }
 
+  void set_tensors(const std::vector<NamedView>& tensors);
+
   Clocks clocks;
-  std::vector<NamedView> tensors;
 
  private:
   static constexpr int kReaders = 2;  // of different threads: enough that a later writer is unordered with one of them
@@ -65,8 +66,17 @@ class Memory {
     Cell cells[4096];
   };
 
+  struct Region {  // a tensor of the call
+    std::string name;
+    TensorView tensor;
+    uintptr_t begin, end;
+    bool dense;  // every byte between them is an element's
+
+    bool holds(uintptr_t address, uint64_t size) const;
+  };
+
+  const Region* region_at(uintptr_t address, uint64_t size) const;
   std::optional<std::string> outside(const Access& access) const;
-  bool inside_tensor(const TensorView& t, uintptr_t address, uint64_t size) const;
   std::string outside_tensors(const Access& access) const;
   bool is_dynamic(uintptr_t address) const;
   bool is_shared(uintptr_t address) const;
@@ -84,6 +94,8 @@ class Memory {
 
   std::unique_ptr<Dynamic> dynamic_ = std::make_unique<Dynamic>();
   size_t dynamic_bytes_ = 0;
+  std::vector<Region> regions_;
+  mutable const Region* last_region_ = nullptr;
   uintptr_t parameters_ = 0, parameters_end_ = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_ = 0;

@@ -45,10 +45,9 @@ struct NamedView {
 
 // While it lives, kernels may touch these tensors and no other global memory. One at a time in the process: it holds
 // the simulator's lock.
-class Memory;
 class Tensors {
  public:
-  explicit Tensors(std::vector<NamedView> tensors);
+  explicit Tensors(const std::vector<NamedView>& tensors);
   ~Tensors();
   Tensors(const Tensors&) = delete;
   Tensors& operator=(const Tensors&) = delete;

@@ -19,13 +19,16 @@ class Native:
     """`name` is the module, `backend` the backend that refuses, `device_type` the type of the tensors that it takes."""
 
     def __init__(self, name: str, backend: str, device_type: str, build_hint: str):
-        self.backend, self.device_type = backend, device_type
+        self.name, self.backend, self.device_type, self.build_hint = name, backend, device_type, build_hint
         self.module: Any = None
         self.missing: str | None = None
+        self.load()
+
+    def load(self) -> None:
         try:
-            self.module = importlib.import_module(name)
+            self.module, self.missing = importlib.import_module(self.name), None
         except ImportError as error:
-            self.missing = f"the native module {name} is not built ({error}); {build_hint}"
+            self.missing = f"the native module {self.name} is not built ({error}); {self.build_hint}"
 
     def call(self, kernel: str, on: Tensor, **arguments) -> None:
         """Launches a kernel on the current stream of the device that `on` lies on."""
