@@ -4,7 +4,7 @@
 //   so that a warp's loads are 512 bytes side by side. Narrow rows (W = 1) go four to a block; wider ones have a block
 //   each.
 //
-//   forward    held: the row stays in registers as floats, at most 32 a thread (16384 columns at W = 16): one read of
+//   forward    held: the row stays in registers as floats, at most 16 a thread (16384 columns at W = 32): one read of
 //              input and residual, the variance centred without a second one. Wider rows are read again, from the
 //              second-level cache, for the variance and for the output. Two barriers a row (rms: one).
 //              moves 2e bytes an element, 4e with a residual (e: bytes of an element)
@@ -30,12 +30,12 @@
 namespace llmengine::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
-constexpr int kNarrowRows = 4;      // rows of a block where a warp has one
-constexpr int kForwardFloats = 32;  // that a thread holds of a row
-constexpr int kBackwardFloats = 8;  // of h, and as many of g, grad_weight and grad_bias
-constexpr int kWideRows = 2;        // that the wide backward takes at once
-constexpr int kThreadsPerSm = 512;  // of the backward: 128 registers each
+constexpr int kNarrowRows = 4;  // rows of a block where a warp has one
+// Forward: 16 floats of a row leave a thread within the 64 registers that 1024 of them may have.
+constexpr int kForwardWarps = 32, kForwardFloats = 16;
+// Backward: 8 of h, and as many of g, grad_weight and grad_bias, within 128 registers of 512 threads.
+constexpr int kBackwardWarps = 16, kBackwardFloats = 8;
+constexpr int kWideRows = 2;  // that the wide backward takes at once
 
 // ---- forward
 // ---------------------------------------------------------------------------------------------------------
@@ -110,9 +110,9 @@ __device__ __forceinline__ void store_statistics(const Forward<T>& p, int64_t ro
 
 // The row in registers, `kVectors` of it in each thread.
 template <class T, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads) norm_forward_held(const Forward<T> p) {
+__global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_held(const Forward<T> p) {
   constexpr int n = kLanes<T>;
-  __shared__ RowSlots<1, kMaxWarps> slots;
+  __shared__ RowSlots<1, kForwardWarps> slots;
   const int threads = static_cast<int>(blockDim.x);
   const int first = static_cast<int>(threadIdx.x) * n;
   const uint64_t seed = p.dropout.seed ? static_cast<uint64_t>(*p.dropout.seed) : 0;
@@ -162,9 +162,9 @@ __device__ __forceinline__ void h_again(const Forward<T>& p, uint64_t seed, int6
 
 // A row of any width, read three times.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) norm_forward_wide(const Forward<T> p) {
+__global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_wide(const Forward<T> p) {
   constexpr int n = kLanes<T>;
-  __shared__ RowSlots<1, kMaxWarps> slots;
+  __shared__ RowSlots<1, kForwardWarps> slots;
   const int64_t step = static_cast<int64_t>(blockDim.x) * n, first = static_cast<int64_t>(threadIdx.x) * n;
   const uint64_t seed = p.dropout.seed ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   const auto columns = static_cast<float>(p.columns);
@@ -276,9 +276,9 @@ __device__ __forceinline__ void store_partial(float* line, int column, int colum
 
 // x and g of a row in registers, `kVectors` of each in a thread.
 template <class T, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_backward_held(const Backward<T> p) {
+__global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_held(const Backward<T> p) {
   constexpr int n = kLanes<T>;
-  __shared__ RowSlots<2, kMaxWarps> slots;
+  __shared__ RowSlots<2, kBackwardWarps> slots;
   __shared__ float others[kNarrowRows - 1][2][kVectors * n][32];  // sums of a narrow block's other warps
   const int threads = static_cast<int>(blockDim.x), group = static_cast<int>(threadIdx.y);
   const int first = static_cast<int>(threadIdx.x) * n;
@@ -345,9 +345,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward_held(const Backw
 
 // Rows of any width, kWideRows at a time, so that the sums in `partial` are read and written once for all of them.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_backward_wide(const Backward<T> p) {
+__global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_wide(const Backward<T> p) {
   constexpr int n = kLanes<T>;
-  __shared__ RowSlots<2 * kWideRows, kMaxWarps> slots;
+  __shared__ RowSlots<2 * kWideRows, kBackwardWarps> slots;
   const int64_t step = static_cast<int64_t>(blockDim.x) * n, first = static_cast<int64_t>(threadIdx.x) * n;
   const uint64_t seed = p.dropout.seed ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   const auto columns = static_cast<float>(p.columns);
@@ -445,23 +445,21 @@ struct Shape {
   dim3 block() const { return {32u * warps, static_cast<unsigned>(rows), 1}; }
 };
 
-// Warps are doubled until a thread's part of the row is `comfortable` vectors; with the most warps it may be `most`.
-Shape shape_of(int columns, int lanes, int comfortable, int most) {
-  const int vectors = columns / lanes + (columns % lanes != 0);
+// Warps are doubled until a thread's part of the row is at most `floats`, or there are `max_warps`.
+Shape shape_of(int columns, int lanes, int floats, int max_warps) {
+  const int vectors = columns / lanes + (columns % lanes != 0), most = floats / lanes;
   int warps = 1;
   const auto each = [&] { return std::max(1, (vectors + 32 * warps - 1) / (32 * warps)); };
-  while (each() > comfortable && warps < kMaxWarps) warps *= 2;
+  while (each() > most && warps < max_warps) warps *= 2;
   return {warps, each() <= most ? each() : 0, warps == 1 ? kNarrowRows : 1};
 }
 
-Shape forward_shape(int columns, int lanes) { return shape_of(columns, lanes, 4, kForwardFloats / lanes); }
-Shape backward_shape(int columns, int lanes) {
-  return shape_of(columns, lanes, kBackwardFloats / lanes, kBackwardFloats / lanes);
-}
+Shape forward_shape(int columns, int lanes) { return shape_of(columns, lanes, kForwardFloats, kForwardWarps); }
+Shape backward_shape(int columns, int lanes) { return shape_of(columns, lanes, kBackwardFloats, kBackwardWarps); }
 
 int columns_of(const char* op, const TensorView& t) {
   // one vector and one step below the last int, so that the columns of a thread never overflow
-  constexpr int64_t kMost = std::numeric_limits<int>::max() - 2 * kMaxThreads * 8;
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - 2 * 32 * kForwardWarps * 8;
   check(t.size(1) <= kMost, std::string(op) + ": rows of " + std::to_string(t.size(1)) +
                                 " columns are not supported on CUDA; allowed: up to " + std::to_string(kMost));
   return static_cast<int>(t.size(1));
@@ -494,9 +492,9 @@ void launch_forward(const NormForward& p, cudaStream_t stream) {
   const LaunchSite at{"norm_forward", grid_of(given.rows, shape.rows), shape.block(), stream, p.input};
   if (shape.vectors == 0) return launch(at, norm_forward_wide<T>, given);
   if constexpr (sizeof(T) == 4) {
-    visit_at_least<1, 2, 3, 4, 8>(shape.vectors, [&](auto v) { launch(at, norm_forward_held<T, v>, given); });
-  } else {
     visit_at_least<1, 2, 3, 4>(shape.vectors, [&](auto v) { launch(at, norm_forward_held<T, v>, given); });
+  } else {
+    visit_at_least<1, 2>(shape.vectors, [&](auto v) { launch(at, norm_forward_held<T, v>, given); });
   }
 }
 
@@ -543,7 +541,7 @@ void check_parameters(const Checker& at, DType rows, const NamedTensors& paramet
 int64_t norm_backward_blocks(const TensorView& h) {
   const Shape shape = backward_shape(columns_of("norm backward", h), static_cast<int>(16 / size_of(h.dtype)));
   const int rows_at_once = shape.vectors == 0 ? kWideRows : shape.rows;
-  const int resident = std::max(1, kThreadsPerSm / (32 * shape.warps * shape.rows));
+  const int resident = std::max(1, kBackwardWarps / (shape.warps * shape.rows));
   return std::min<int64_t>(grid_of(h.size(0), rows_at_once), int64_t{resident} * multiprocessors());
 }
 

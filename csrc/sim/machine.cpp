@@ -55,6 +55,9 @@ Machine& Machine::the() {
   return machine;
 }
 
+// The symbols are read when the program starts: later, a rebuilt file may have taken the place of the one that runs.
+[[maybe_unused]] static const Image& kImage = Image::own();
+
 // ---- launches and blocks
 // ---------------------------------------------------------------------------------------------
 

@@ -20,17 +20,16 @@ BUILD = ROOT / "build" / f"sim-{sys.implementation.cache_tag}"
 @functools.cache
 def ready() -> None:
     """Builds `llmengine._cuda_sim` if its sources changed, and lets backend cuda_sim use it."""
-    from llmengine.backends import cuda_sim
     from llmengine.ops import registry
 
     module = f"_cuda_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
-    built = build("_cuda_sim") / module
-    place = PACKAGE / module
+    built, place = build("_cuda_sim") / module, PACKAGE / module
     if not place.exists() or place.stat().st_mtime_ns < built.stat().st_mtime_ns:
+        if "llmengine._cuda_sim" in sys.modules:
+            raise RuntimeError("llmengine._cuda_sim was loaded before it was built anew: run once more")
         shutil.copy2(built, f"{place}.new")
         os.replace(f"{place}.new", place)  # a process that has it open keeps the old one
-    cuda_sim.NATIVE.load()
-    registry._loaded.pop("cuda_sim", None)
+    registry._loaded.pop("cuda_sim", None)  # it may have been asked for before
 
 
 def build(target: str) -> Path:

@@ -14,8 +14,9 @@ import torch
 
 import llmengine
 from llmengine import functional
-from llmengine.testing import simulator
+from llmengine.testing import assert_law, simulator
 from llmengine.testing.backends import SCHEDULES
+from llmengine.testing.law import GRADIENT, OUTPUT
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = r"thread \(\d+, 0, 0\) of block \(\d+, 0, 0\)"
@@ -117,25 +118,32 @@ def native():
     return _cuda_sim
 
 
-# Narrow, held, held by several warps, and read again; beside multiples of a vector.
-@pytest.mark.parametrize("columns", [24, 515, 1600, 9000, 17000])
+def add_norm(backend: str, x, residual, weight, bias) -> list[torch.Tensor]:
+    """Outputs and gradients of one call with dropout."""
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    torch.manual_seed(3)
+    with llmengine.backend(backend):
+        y, h = functional.add_layer_norm(*leaves[:2], x.shape[1:], *leaves[2:], dropout_p=0.2)
+        gradients = torch.autograd.grad((y * x).sum() + h.square().sum(), leaves)
+    return [y.detach(), h.detach(), *gradients]
+
+
+# A row of one warp, of some, of a block that reads it again in the backward, and in both passes; not whole vectors.
+@pytest.mark.parametrize("columns", [24, 515, 1600, 5003, 16400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_results_have_equal_bits_under_every_schedule(native, columns: int, dtype: torch.dtype):
-    x, residual = torch.randn(7, columns, dtype=dtype), torch.randn(7, columns, dtype=dtype)
-    weight, bias = torch.randn(columns), torch.randn(columns)
-
-    def run() -> list[torch.Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
-        torch.manual_seed(3)
-        with llmengine.backend("cuda_sim"):
-            y, h = functional.add_layer_norm(*leaves[:2], (columns,), *leaves[2:], dropout_p=0.2)
-            gradients = torch.autograd.grad(y.sum() + h.square().sum(), leaves)
-        return [y.detach(), h.detach(), *gradients]
-
+def test_every_width_is_right_and_has_equal_bits_under_every_schedule(native, columns: int, dtype: torch.dtype):
+    g = torch.Generator().manual_seed(columns)
+    given = [
+        torch.randn(*shape, generator=g).to(dtype) for shape in [(7, columns), (7, columns), (columns,), (columns,)]
+    ]
+    oracle = add_norm("reference", *(t.double() for t in given))
+    plain = add_norm("reference", *given)
     seen = []
     for order in SCHEDULES:
         native.set_schedule(order, 11)
-        seen.append(run())
+        seen.append(add_norm("cuda_sim", *given))
+    for i, (y, p, o) in enumerate(zip(seen[0], plain, oracle, strict=True)):
+        assert_law(y, p, o, OUTPUT if i < 2 else GRADIENT, f"{columns} columns, {dtype}: {i}")
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 

@@ -15,6 +15,4 @@ KERNELS: dict[str, Kernel] = all_kernels(NATIVE)
 
 
 def unavailable() -> str | None:
-    if NATIVE.missing is not None:
-        return NATIVE.missing
-    return NATIVE.module.device_problem() or None
+    return NATIVE.missing() or NATIVE.module.device_problem() or None

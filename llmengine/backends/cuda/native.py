@@ -21,14 +21,15 @@ class Native:
     def __init__(self, name: str, backend: str, device_type: str, build_hint: str):
         self.name, self.backend, self.device_type, self.build_hint = name, backend, device_type, build_hint
         self.module: Any = None
-        self.missing: str | None = None
-        self.load()
 
-    def load(self) -> None:
-        try:
-            self.module, self.missing = importlib.import_module(self.name), None
-        except ImportError as error:
-            self.missing = f"the native module {self.name} is not built ({error}); {self.build_hint}"
+    def missing(self) -> str | None:
+        """Why the module cannot be had, or None: then `module` is there. Imported at the first question."""
+        if self.module is None:
+            try:
+                self.module = importlib.import_module(self.name)
+            except ImportError as error:
+                return f"the native module {self.name} is not built ({error}); {self.build_hint}"
+        return None
 
     def call(self, kernel: str, on: Tensor, **arguments) -> None:
         """Launches a kernel on the current stream of the device that `on` lies on."""

@@ -19,4 +19,4 @@ KERNELS: dict[str, Kernel] = all_kernels(NATIVE)
 
 
 def unavailable() -> str | None:
-    return NATIVE.missing
+    return NATIVE.missing()
