@@ -37,8 +37,7 @@ constexpr int kForwardWarps = 32, kForwardFloats = 16;
 constexpr int kBackwardWarps = 16, kBackwardFloats = 8;
 constexpr int kWideRows = 2;  // that the wide backward takes at once
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Forward {
@@ -198,8 +197,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_wide(const Fo
   }
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Backward {
@@ -400,8 +398,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_wide(const 
   }
 }
 
-// ---- the sum of the blocks' shares
-// -----------------------------------------------------------------------------------
+// ---- the sum of the blocks' shares ----------------------------------------------------------------------------------
 
 constexpr int kSumColumns = 32, kSumLanes = 32;  // a block adds 32 columns: 8 threads of 4 each, times 32 row lanes
 
@@ -433,8 +430,7 @@ __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
   out[wanted] = all;
 }
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 // How a row lies on threads.
 struct Shape {

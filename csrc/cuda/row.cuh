@@ -15,8 +15,7 @@ namespace llmengine::cuda {
 template <class T>
 inline constexpr int kLanes = 16 / sizeof(T);  // elements of a vector
 
-// ---- conversions
-// -----------------------------------------------------------------------------------------------------
+// ---- conversions ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -71,8 +70,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<T>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // Whether every row begins at a multiple of 16 bytes. A tensor that was not given has no rows.
 inline bool has_aligned_rows(const TensorView& t) {
@@ -141,8 +139,7 @@ __device__ __forceinline__ void store_vector(T* row, int column, int columns, bo
   }
 }
 
-// ---- parameters
-// ------------------------------------------------------------------------------------------------------
+// ---- parameters -----------------------------------------------------------------------------------------------------
 
 // One row that all rows use, weights or biases: of the rows' own dtype T, or float32.
 struct Line {

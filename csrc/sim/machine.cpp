@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 #include <sstream>
@@ -33,7 +34,8 @@ std::string text(Site site) {
   return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line());
 }
 
-bool same_line(Site a, Site b) { return a.line() == b.line() && std::string_view(a.file_name()) == b.file_name(); }
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+bool same_line(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
 
 // "0-31, 40"
 std::string ranges(const std::vector<int>& numbers) {
@@ -58,8 +60,7 @@ Machine& Machine::the() {
 // The symbols are read when the program starts: later, a rebuilt file may have taken the place of the one that runs.
 [[maybe_unused]] static const Image& kImage = Image::own();
 
-// ---- launches and blocks
-// ---------------------------------------------------------------------------------------------
+// ---- launches and blocks --------------------------------------------------------------------------------------------
 
 void Machine::run(const Launch& launch) {
   launch_ = &launch;
@@ -86,6 +87,8 @@ void Machine::run_block() {
   memory.begin_block(count_);
   threads_.assign(static_cast<size_t>(count_), Thread{});
   ready_.assign(static_cast<size_t>((count_ + 31) / 32), 0);
+  in_collective_.assign(ready_.size(), 0);
+  exited_.assign(ready_.size(), 0);
   named_.assign(kNamedBarriers, {});
   at_barrier_ = 0;
   last_ = schedule.order == Order::reversed ? count_ : -1;
@@ -116,11 +119,11 @@ void Machine::exit_thread() {
   Thread& self = *current_;
   self.state = State::exited;
   ready_[self.number / 32] &= ~(1u << (self.number % 32));
-  for (const Thread& t : threads_) {
-    if (t.number / 32 == self.number / 32 && waits_for(t, self)) {
-      fault_ = position(self.number) + " exits while " + position(t.number) + " waits for it at " + t.operation + " (" +
-               text(t.site) + ")";
-    }
+  exited_[self.number / 32] |= 1u << (self.number % 32);
+  for (int l : lanes_of(self.number / 32, in_collective_[self.number / 32])) {
+    if (!(threads_[l].mask >> (self.number % 32) & 1)) continue;
+    fault_ = position(self.number) + " exits while " + position(l) + " waits for it at " + threads_[l].operation +
+             " (" + text(threads_[l].site) + ")";
   }
   yield();
 }
@@ -146,8 +149,7 @@ void Machine::fail(const std::string& what) {
   for (;;) yield();  // never resumed: the launch is over
 }
 
-// ---- the schedule
-// ----------------------------------------------------------------------------------------------------
+// ---- the schedule ---------------------------------------------------------------------------------------------------
 
 int Machine::pick() {
   switch (schedule.order) {
@@ -200,8 +202,7 @@ bool Machine::preempts() {
   }
 }
 
-// ---- meetings
-// --------------------------------------------------------------------------------------------------------
+// ---- meetings -------------------------------------------------------------------------------------------------------
 
 void Machine::block_barrier(Site site) {
   wait(Meeting::block, "__syncthreads", site);
@@ -259,8 +260,7 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
     fail(std::string("calls ") + operation + " with mask 0x" + hex.str() + ", which leaves out its own lane (" +
          text(site) + ")");
   }
-  for (int l : lanes_of(self.number / 32, mask)) {
-    if (threads_[l].state != State::exited) continue;
+  for (int l : lanes_of(self.number / 32, mask & exited_[self.number / 32])) {
     fail(std::string("calls ") + operation + " (" + text(site) + ") with a mask that names " + position(l) +
          ", which has exited");
   }
@@ -268,18 +268,10 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
   self.mask = mask;
   self.value = value;
   self.orders = orders;
-  try_warp(self.number / 32);
+  in_collective_[self.number / 32] |= 1u << lane();
+  try_collective(self);
   yield();
   return self.gathered;
-}
-
-bool Machine::meets_with(const Thread& a, const Thread& b) const {
-  return b.state == State::waiting && b.meeting == Meeting::warp && a.mask == b.mask && same_line(a.site, b.site) &&
-         std::string_view(a.operation) == b.operation;
-}
-
-bool Machine::waits_for(const Thread& a, const Thread& b) const {
-  return a.state == State::waiting && a.meeting == Meeting::warp && (a.mask >> (b.number % 32) & 1);
 }
 
 std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
@@ -290,27 +282,28 @@ std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
   return numbers;
 }
 
-// Completes a collective of the warp whose lanes have all come.
-void Machine::try_warp(int warp) {
-  for (int t = warp * 32; t < std::min(count_, warp * 32 + 32); ++t) {
-    const Thread& first = threads_[t];
-    if (first.state != State::waiting || first.meeting != Meeting::warp) continue;
-    const std::vector<int> lanes = lanes_of(warp, first.mask);
-    if (!std::all_of(lanes.begin(), lanes.end(), [&](int l) { return meets_with(first, threads_[l]); })) continue;
-    Gathered gathered{};
-    for (int l : lanes) {
-      gathered.lanes |= 1u << (l % 32);
-      gathered.value[l % 32] = threads_[l].value;
-    }
-    if (first.orders) memory.clocks.meet(lanes, lanes);
-    for (int l : lanes) {
-      threads_[l].gathered = gathered;
-      make_ready(threads_[l]);
-    }
+// Completes the collective that `last` has come to, if it is the last one.
+void Machine::try_collective(const Thread& last) {
+  const int warp = last.number / 32;
+  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32);
+  if (last.mask & present & ~in_collective_[warp]) return;
+  const std::vector<int> lanes = lanes_of(warp, last.mask);
+  Gathered gathered{};
+  for (int l : lanes) {
+    const Thread& other = threads_[l];
+    if (other.mask != last.mask || !same_line(other.site, last.site)) return;
+    if (!same_text(other.operation, last.operation)) return;
+    gathered.lanes |= 1u << (l % 32);
+    gathered.value[l % 32] = other.value;
+  }
+  if (last.orders) memory.clocks.meet(lanes, lanes);
+  in_collective_[warp] &= ~last.mask;
+  for (int l : lanes) {
+    threads_[l].gathered = gathered;
+    make_ready(threads_[l]);
   }
 }
 
-// ---- memory
 // ----------------------------------------------------------------------------------------------------------
 
 void Machine::touch(const Access& access) {
@@ -327,8 +320,7 @@ void Machine::touch(const Access& access) {
        when + ": " + memory.name_of(access.address));
 }
 
-// ---- reports
-// ---------------------------------------------------------------------------------------------------------
+// ---- reports --------------------------------------------------------------------------------------------------------
 
 Index3 Machine::index_of(int number) const {
   const Index3 shape = launch_->block;
@@ -361,8 +353,7 @@ std::string Machine::position_of_all() const {
 
 std::string Machine::source_line(uintptr_t site) const { return Image::own().source_line(site); }
 
-// ---- what kernels and hosts call
-// -------------------------------------------------------------------------------------
+// ---- what kernels and hosts call ------------------------------------------------------------------------------------
 
 Index3 thread_index() { return Machine::the().thread_index(); }
 Index3 block_index() { return Machine::the().block_index(); }

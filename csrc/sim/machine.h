@@ -66,9 +66,7 @@ class Machine {
   bool preempts();
 
   void try_block_barrier();
-  void try_warp(int warp);
-  bool meets_with(const Thread& a, const Thread& b) const;
-  bool waits_for(const Thread& a, const Thread& b) const;
+  void try_collective(const Thread& last);
   std::vector<int> lanes_of(int warp, uint32_t mask) const;
 
   Index3 index_of(int number) const;
@@ -82,9 +80,9 @@ class Machine {
   std::vector<Fibre> fibres_;
   std::vector<Thread> threads_;
   Thread* current_ = nullptr;
-  int last_ = -1;                    // the thread that ran last
-  std::vector<uint32_t> ready_;      // a mask of lanes per warp
-  std::vector<NamedBarrier> named_;  // by id
+  int last_ = -1;                                         // the thread that ran last
+  std::vector<uint32_t> ready_, in_collective_, exited_;  // masks of lanes, one per warp
+  std::vector<NamedBarrier> named_;                       // by id
   int at_barrier_ = 0;
   uint64_t touches_ = 0;
   std::mt19937_64 random_;

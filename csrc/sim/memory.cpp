@@ -99,8 +99,7 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
   return {};
 }
 
-// ---- bounds
-// ----------------------------------------------------------------------------------------------------------
+// ---- bounds ---------------------------------------------------------------------------------------------------------
 
 bool Memory::is_constant(const Access& access) const {
   if (access.kind != Kind::read) return false;
@@ -117,17 +116,18 @@ bool Memory::is_shared(uintptr_t address) const {
 }
 
 std::optional<std::string> Memory::outside(const Access& access) const {
-  const std::string what = std::string(verb(access.kind)) + " " + bytes(access.size);
+  const auto beyond = [&](uint64_t offset, const std::string& name, uint64_t size) {
+    return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(offset) + " of " +
+           name + ", which has " + std::to_string(size);
+  };
   if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
     if (access.address + access.size <= variable->end) return {};
-    return what + " at byte " + std::to_string(access.address - variable->begin) + " of shared " + variable->name +
-           ", which has " + std::to_string(variable->end - variable->begin);
+    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
   }
   if (is_dynamic(access.address)) {
     const uint64_t offset = access.address - address_of(dynamic_.get());
     if (offset + access.size <= dynamic_bytes_) return {};
-    return what + " at byte " + std::to_string(offset) + " of dynamic shared memory, which has " +
-           std::to_string(dynamic_bytes_);
+    return beyond(offset, "dynamic shared memory", dynamic_bytes_);
   }
   return outside_tensors(access);
 }
@@ -192,8 +192,7 @@ std::string Memory::name_of(uintptr_t address) const {
   return "memory";
 }
 
-// ---- races
-// -----------------------------------------------------------------------------------------------------------
+// ---- races ----------------------------------------------------------------------------------------------------------
 
 Memory::Cell& Memory::cell(uintptr_t address) {
   const uintptr_t page = address & ~(kPage - 1);

@@ -21,8 +21,7 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 
 // Turns 128 numbers round. Broken: nobody waits for the others' writes.
 template <bool broken>
@@ -84,8 +83,7 @@ __global__ void named_barriers(const float* in, float* out) {
   }
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// ---- warps ----------------------------------------------------------------------------------------------------------
 
 // Lanes trade numbers through shared memory. Broken: a warp is thought to run in step.
 template <bool broken>
@@ -124,8 +122,7 @@ __global__ void mask_without_oneself(const float* in, float* out) {
   out[threadIdx.x] = __ballot_sync(broken ? kAll - 1 : kAll, in[threadIdx.x] >= 0.0f) != 0;
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 // Broken: <= where < is meant.
 template <bool broken>
@@ -203,8 +200,7 @@ __global__ void row_sums(const float* in, float* out) {
   }
 }
 
-// ---- runs
-// ------------------------------------------------------------------------------------------------------------
+// ---- runs -----------------------------------------------------------------------------------------------------------
 
 constexpr int kElements = 512;
 

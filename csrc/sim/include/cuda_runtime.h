@@ -13,8 +13,7 @@
 
 #include "sim/device.h"
 
-// ---- the language
-// ----------------------------------------------------------------------------------------------------
+// ---- the language ---------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -66,8 +65,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// ---- threads that meet
-// -----------------------------------------------------------------------------------------------
+// ---- threads that meet ----------------------------------------------------------------------------------------------
 
 inline void __syncthreads(llmengine::sim::Site site = llmengine::sim::Site::current()) {
   llmengine::sim::block_barrier(site);
@@ -135,8 +133,7 @@ inline int __all_sync(unsigned mask, int predicate, llmengine::sim::Site site = 
   return std::none_of(gathered.value.begin(), gathered.value.end(), [](uint64_t v) { return v != 0; });
 }
 
-// ---- atomics
-// ---------------------------------------------------------------------------------------------------------
+// ---- atomics --------------------------------------------------------------------------------------------------------
 
 namespace llmengine::sim {
 
@@ -171,8 +168,7 @@ __forceinline__ T atomicCAS(T* address, std::type_identity_t<T> expected, std::t
   return llmengine::sim::changed_atomically(address, [=](T old) { return old == expected ? value : old; });
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
@@ -180,8 +176,7 @@ inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(va
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 
-// ---- the runtime
-// -----------------------------------------------------------------------------------------------------
+// ---- the runtime ----------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
