@@ -7,6 +7,7 @@
 
 #include "bindings/bind.h"
 #include "cuda/norm.h"
+#include "cuda/softmax.h"
 
 namespace llmengine {
 
@@ -32,6 +33,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   };
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
+  operation("softmax_forward", cuda::SoftmaxForward{});
+  operation("softmax_backward", cuda::SoftmaxBackward{});
   module.def(
       "norm_backward_blocks",
       [=](TensorObject h) { return cuda::norm_backward_blocks(view_of({"norm backward", "h", device}, h.object)); },

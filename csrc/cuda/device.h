@@ -13,7 +13,7 @@ struct Stream {
   int64_t handle = 0;  // a cudaStream_t, as PyTorch gives it; 0 is the default stream
 };
 
-inline constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType::f16};
+inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::bf16, DType::f16};
 
 // Why nothing can run here, or nothing: no driver, no device. The runtime is linked statically and finds the driver
 // when first asked, so the module loads everywhere.

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "common/tensor.h"
+#include "cuda/device.h"
 
 namespace llmengine::cuda {
 
@@ -47,5 +48,7 @@ void launch(const LaunchSite& at, void (*kernel)(Parameters...), const std::type
   const auto error = cudaLaunchKernelEx(&config, kernel, given...);
   if (error != cudaSuccess) fail(at, error);
 }
+
+inline cudaStream_t cuda_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
 
 }  // namespace llmengine::cuda

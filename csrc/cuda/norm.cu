@@ -18,7 +18,6 @@
 //   limit      memory bandwidth: about 10 flops an element, 25 with dropout's generator
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "cuda/dispatch.h"
 #include "cuda/dropout.cuh"
@@ -26,11 +25,11 @@
 #include "cuda/norm.h"
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
+#include "cuda/row_shape.h"
 
 namespace llmengine::cuda {
 namespace {
 
-constexpr int kNarrowRows = 4;  // rows of a block where a warp has one
 // Forward: 16 floats of a row leave a thread within the 64 registers that 1024 of them may have.
 constexpr int kForwardWarps = 32, kForwardFloats = 16;
 // Backward: 8 of h, and as many of g, grad_weight and grad_bias, within 128 registers of 512 threads.
@@ -135,13 +134,13 @@ __global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_held(const Fo
     }
     float mean = 0.0f;
     if (p.subtract_mean) {
-      row_sum(total, slots, turn);
+      row_reduce<Sum>(total, slots, turn);
       mean = total[0] / columns;
     }
     float squares[1] = {0.0f};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) squares[0] += squares_of(h[k], mean, p.columns - first - k * threads * n);
-    row_sum(squares, slots, turn);
+    row_reduce<Sum>(squares, slots, turn);
     const float rstd = 1.0f / sqrtf(squares[0] / columns + p.eps);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) store_output(p, row, first + k * threads * n, h[k], mean, rstd);
@@ -180,14 +179,14 @@ __global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_wide(const Fo
     }
     float mean = 0.0f;
     if (p.subtract_mean) {
-      row_sum(total, slots, turn);
+      row_reduce<Sum>(total, slots, turn);
       mean = total[0] / columns;
     }
     for (int64_t c = first; c < p.columns; c += step) {
       h_again(p, seed, row, static_cast<int>(c), h);
       squares[0] += squares_of(h, mean, static_cast<int>(p.columns - c));
     }
-    row_sum(squares, slots, turn);
+    row_reduce<Sum>(squares, slots, turn);
     const float rstd = 1.0f / sqrtf(squares[0] / columns + p.eps);
     for (int64_t c = first; c < p.columns; c += step) {
       h_again(p, seed, row, static_cast<int>(c), h);
@@ -304,7 +303,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_held(const 
       carried[k] = make_uint4(0, 0, 0, 0);  // comes while the sums are made
       if (p.carried.data) carried[k] = load_vector(p.carried[row], column, p.columns, p.carried.aligned);
     }
-    row_sum(sums, slots, turn);
+    row_reduce<Sum>(sums, slots, turn);
     const float mean_g = p.subtract_mean ? sums[0] / columns : 0.0f, mean_gx = sums[1] / columns;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -370,7 +369,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_wide(const 
         add_up(x, g, w, sums[2 * r], sums[2 * r + 1], unused, unused);
       }
     }
-    row_sum(sums, slots, turn);
+    row_reduce<Sum>(sums, slots, turn);
     for (int64_t c = first; c < p.columns; c += step) {
       const int column = static_cast<int>(c);
       load_line<T>(p.weight, column, p.columns, 1.0f, w);
@@ -432,41 +431,8 @@ __global__ void __launch_bounds__(kSumColumns / 4 * kSumLanes)
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// How a row lies on threads.
-struct Shape {
-  int warps;    // of a row
-  int vectors;  // of a thread; 0: the row does not fit into registers
-  int rows;     // of a block
-
-  dim3 block() const { return {32u * warps, static_cast<unsigned>(rows), 1}; }
-};
-
-// Warps are doubled until a thread's part of the row is at most `floats`, or there are `max_warps`.
-Shape shape_of(int columns, int lanes, int floats, int max_warps) {
-  const int vectors = columns / lanes + (columns % lanes != 0), most = floats / lanes;
-  int warps = 1;
-  const auto each = [&] { return std::max(1, (vectors + 32 * warps - 1) / (32 * warps)); };
-  while (each() > most && warps < max_warps) warps *= 2;
-  return {warps, each() <= most ? each() : 0, warps == 1 ? kNarrowRows : 1};
-}
-
-Shape forward_shape(int columns, int lanes) { return shape_of(columns, lanes, kForwardFloats, kForwardWarps); }
-Shape backward_shape(int columns, int lanes) { return shape_of(columns, lanes, kBackwardFloats, kBackwardWarps); }
-
-int columns_of(const char* op, const TensorView& t) {
-  // one vector and one step below the last int, so that the columns of a thread never overflow
-  constexpr int64_t kMost = std::numeric_limits<int>::max() - 2 * 32 * kForwardWarps * 8;
-  check(t.size(1) <= kMost, std::string(op) + ": rows of " + std::to_string(t.size(1)) +
-                                " columns are not supported on CUDA; allowed: up to " + std::to_string(kMost));
-  return static_cast<int>(t.size(1));
-}
-
-unsigned grid_of(int64_t rows, int rows_per_block) {
-  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int>::max()));
-}
-
-cudaStream_t cuda_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
+RowShape forward_shape(int columns, int lanes) { return shape_of(columns, lanes, kForwardFloats, kForwardWarps); }
+RowShape backward_shape(int columns, int lanes) { return shape_of(columns, lanes, kBackwardFloats, kBackwardWarps); }
 
 template <class T>
 void launch_forward(const NormForward& p, cudaStream_t stream) {
@@ -484,7 +450,7 @@ void launch_forward(const NormForward& p, cudaStream_t stream) {
                          columns,
                          static_cast<float>(p.eps),
                          p.subtract_mean};
-  const Shape shape = forward_shape(columns, kLanes<T>);
+  const RowShape shape = forward_shape(columns, kLanes<T>);
   const LaunchSite at{"norm_forward", grid_of(given.rows, shape.rows), shape.block(), stream, p.input};
   if (shape.vectors == 0) return launch(at, norm_forward_wide<T>, given);
   if constexpr (sizeof(T) == 4) {
@@ -512,7 +478,7 @@ void launch_backward(const NormBackward& p, cudaStream_t stream) {
                           rows,
                           columns,
                           p.subtract_mean};
-  const Shape shape = backward_shape(columns, kLanes<T>);
+  const RowShape shape = backward_shape(columns, kLanes<T>);
   const LaunchSite at{"norm_backward", static_cast<unsigned>(blocks), shape.block(), stream, p.h};
   if (shape.vectors == 0) {
     launch(at, norm_backward_wide<T>, given);
@@ -535,20 +501,20 @@ void check_parameters(const Checker& at, DType rows, const NamedTensors& paramet
 
 // A block without rows would leave its share unwritten, so there are never more than rows need.
 int64_t norm_backward_blocks(const TensorView& h) {
-  const Shape shape = backward_shape(columns_of("norm backward", h), static_cast<int>(16 / size_of(h.dtype)));
+  const RowShape shape = backward_shape(columns_of("norm backward", h), static_cast<int>(16 / size_of(h.dtype)));
   const int rows_at_once = shape.vectors == 0 ? kWideRows : shape.rows;
   const int resident = std::max(1, kBackwardWarps / (shape.warps * shape.rows));
   return std::min<int64_t>(grid_of(h.size(0), rows_at_once), int64_t{resident} * multiprocessors());
 }
 
 void validate(const NormForward& p) {
-  validate(p, kFloats);
+  validate(p, kFloatTypes);
   check_parameters(Checker{p.subtract_mean ? "layer_norm" : "rms_norm"}, p.input.dtype,
                    {{&p.weight, "weight"}, {&p.bias, "bias"}});
 }
 
 void validate(const NormBackward& p) {
-  validate(p, kFloats);
+  validate(p, kFloatTypes);
   const Checker at{p.subtract_mean ? "layer_norm backward" : "rms_norm backward"};
   check_parameters(at, p.h.dtype, {{&p.weight, "weight"}});
   at.defined(p.partial, "partial");

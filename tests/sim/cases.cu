@@ -38,7 +38,7 @@ __global__ void reuse_of_slots(const float* in, float* out) {
   __shared__ float slots[4];
   for (int round = 0; round < 4; ++round) {
     float x[1] = {in[round * 128 + threadIdx.x]};
-    cuda::warp_sum(x);
+    cuda::warp_reduce<cuda::Sum>(x);
     if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x[0];
     __syncthreads();
     out[round * 128 + threadIdx.x] = slots[0] + slots[1] + slots[2] + slots[3];
@@ -195,7 +195,7 @@ __global__ void row_sums(const float* in, float* out) {
   int turn = 0;
   for (int round = 0; round < 4; ++round) {
     float x[1] = {in[round * 128 + threadIdx.x]};
-    cuda::row_sum(x, slots, turn);
+    cuda::row_reduce<cuda::Sum>(x, slots, turn);
     out[round * 128 + threadIdx.x] = x[0];
   }
 }

@@ -148,6 +148,26 @@ def test_every_width_is_right_and_has_equal_bits_under_every_schedule(native, co
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("columns", [24, 515, 16400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_softmax_of_every_width(native, columns: int, dtype: torch.dtype):
+    g = torch.Generator().manual_seed(columns)
+    x, upstream = (torch.randn(5, columns, generator=g).to(dtype) for _ in range(2))
+    x[1], x[2, 3:] = -torch.inf, -torch.inf
+
+    def run(backend: str, x: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        with llmengine.backend(backend):
+            y = functional.softmax(leaf, -1)
+            return [y.detach(), *torch.autograd.grad(y, leaf, upstream.to(x.dtype))]
+
+    oracle, plain = run("reference", x.double()), run("reference", x)
+    for order in SCHEDULES:
+        native.set_schedule(order, 5)
+        for i, (y, p, o) in enumerate(zip(run("cuda_sim", x), plain, oracle, strict=True)):
+            assert_law(y, p, o, OUTPUT if i == 0 else GRADIENT, f"{columns} columns, {dtype}, {order}: {i}")
+
+
 def test_arguments_that_no_kernel_may_see_are_errors(native):
     x, statistics = torch.randn(4, 8), torch.empty(4)
     good = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llmengine.backends.cuda import norm
+from llmengine.backends.cuda import norm, softmax
 from llmengine.backends.cuda.native import Native
 from llmengine.ops.registry import Kernel
 
 
 def all_kernels(native: Native) -> dict[str, Kernel]:
-    return {**norm.kernels(native)}
+    return {**norm.kernels(native), **softmax.kernels(native)}
