@@ -57,7 +57,7 @@ def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict
     """By way of PTX, where a 16-byte access is one instruction that the assembler does not split."""
     ptx, cubin = kept.with_suffix(".ptx"), kept.with_suffix(".cubin")
     assembler = shutil.which("ptxas") or str(Path(compiler).resolve().parent / "ptxas")
-    front = [f"-arch=compute_{architecture}", "-ptx", f"-I{ROOT / 'csrc'}", source, "-o", ptx]
+    front = [f"-arch=compute_{architecture}", "-ptx", f"-I{ROOT / 'csrc'}", str(source), "-o", str(ptx)]
     subprocess.run([compiler, *FLAGS, *front], check=True, capture_output=True, text=True)
     done = subprocess.run(
         [assembler, "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin],
