@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton kernels run in Triton's interpreter; it must be chosen before their files are read.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Whether a test passes must not depend on how busy the machine is.
 hypothesis.settings.register_profile("llmengine", deadline=None)
 hypothesis.settings.load_profile("llmengine")

@@ -52,7 +52,8 @@ def run_tests(file: str, expression: str, timeout: float, directory: Path = ROOT
 
 def laws(*tests: str) -> str:
     """Selects these tests of tests/test_ops.py for the operators that have kernels here, on this backend."""
-    return f"({' or '.join(tests)}) and ({' or '.join(f'[{name}-' for name in NATIVE)}) and -cpu"
+    cases = " or ".join(f"[cpu-{name}{end}" for name in NATIVE for end in "-]")
+    return f"({' or '.join(tests)}) and ({cases})"
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------
@@ -62,6 +63,17 @@ def laws(*tests: str) -> str:
 def test_laws_on_every_instruction_set(isa: str):
     assert printed("from llmengine import _cpu; print(_cpu.isa())", LLMENGINE_CPU_ISA=isa) == isa
     run_tests("test_ops.py", laws("test_errors_against_float64"), 280, LLMENGINE_CPU_ISA=isa)
+
+
+SUITE = ["test_ops.py", "test_attention.py", "test_ffn.py", "test_linear_cross_entropy.py"]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("file", SUITE)
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+def test_all_of_the_operator_suite_on_every_instruction_set(isa: str, file: str):
+    run_tests(file, "", 3500, LLMENGINE_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("isa", sorted({"generic", "avx2", "avx512", "sse9"} - set(_cpu.supported_isas())))

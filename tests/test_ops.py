@@ -7,39 +7,28 @@ import torch
 
 import llmengine
 from llmengine.ops import registry
-from llmengine.testing import (
-    LAYOUTS,
-    BackendUnderTest,
-    Operator,
-    Sample,
-    all_operators,
-    assert_law,
-    backends_under_test,
-    evaluate,
-    poison,
-)
+from llmengine.testing import LAYOUTS, Operator, Sample, Target, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
 OPERATORS = all_operators()
 CASES = [pytest.param(op, s, id=f"{op.name}-{s.name}") for op in OPERATORS for s in op.samples()]
 FIRST = [pytest.param(op, op.samples()[0], id=op.name) for op in OPERATORS]
-
-
-def on_backends(cases: list) -> list:
-    """Each case on each backend that has kernels for its operator."""
-    return [
-        pytest.param(*case.values, backend, id=f"{case.id}-{backend.name}")
-        for backend in backends_under_test()
-        for case in cases
-        if backend.runs(case.values[0])
-    ]
+# The same for every backend that has the operator.
+ON = [(t, op) for t in targets() for op in OPERATORS if t.has(op)]
+ALL_ON = [
+    pytest.param(t, op, s, d, id=f"{t.backend}-{op.name}-{s.name}-{d}")
+    for t, op in ON
+    for s in op.samples()
+    for d in t.dtypes
+]
+FIRST_ON = [pytest.param(t, op, op.samples()[0], id=f"{t.backend}-{op.name}") for t, op in ON]
 
 
 @pytest.fixture(autouse=True)
-def backend_is_ready(request):
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if isinstance(backend, BackendUnderTest):
-        backend.prepare(request.node.name)
+def target_is_ready(request):
+    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
+    if target is not None and target.prepare:
+        target.prepare(request.node.name)
 
 
 def allclose(ours, other) -> None:
@@ -48,22 +37,15 @@ def allclose(ours, other) -> None:
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "op, sample, backend, dtype",
-    [
-        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
-        for case in on_backends(CASES)
-        for dtype in case.values[2].dtypes
-    ],
-)
+@pytest.mark.parametrize("target, op, sample, dtype", ALL_ON)
 def test_errors_against_float64_are_those_of_plain_pytorch(
-    op: Operator, sample: Sample, backend: BackendUnderTest, dtype: torch.dtype
+    target: Target, op: Operator, sample: Sample, dtype: torch.dtype
 ):
-    given = sample.rounded(dtype)
+    given = sample.on(target.device).rounded(dtype)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
     plain = evaluate(op.plain or op.function, given, None if op.plain else "reference")
     with poison():
-        ours = evaluate(op.function, given, backend.name)
+        ours = evaluate(op.function, given, target.backend)
     for i, (y, p, o) in enumerate(zip(ours[0], plain[0], oracle[0], strict=True)):
         assert_law(y, p, o, OUTPUT, f"{op.name} {sample.name} {dtype}: output {i}")
     assert ours[1].keys() == oracle[1].keys()
@@ -101,43 +83,44 @@ def test_gradcheck_of_the_reference(op: Operator, sample: Sample):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-@pytest.mark.parametrize("op, sample, backend", on_backends(FIRST))
+@pytest.mark.parametrize("target, op, sample", FIRST_ON)
 def test_every_layout_of_every_argument_gives_the_same_answer(
-    op: Operator, sample: Sample, backend: BackendUnderTest, layout: str
+    target: Target, op: Operator, sample: Sample, layout: str
 ):
-    given = sample.rounded(torch.float32)
-    expected = evaluate(op.function, given, backend.name)
+    moved = sample.on(target.device)
+    given = moved.rounded(torch.float32)
+    expected = evaluate(op.function, given, target.backend)
     for key in given.tensors():
-        allclose(evaluate(op.function, sample.rounded(torch.float32, LAYOUTS[layout], key), backend.name), expected)
+        allclose(evaluate(op.function, moved.rounded(torch.float32, LAYOUTS[layout], key), target.backend), expected)
 
 
-@pytest.mark.parametrize("op, sample, backend", on_backends(FIRST))
-def test_backward_accepts_expanded_gradients(op: Operator, sample: Sample, backend: BackendUnderTest):
+@pytest.mark.parametrize("target, op, sample", FIRST_ON)
+def test_backward_accepts_expanded_gradients(target: Target, op: Operator, sample: Sample):
     """Autograd hands out stride-0 gradients (y.sum().backward()); kernels that assume strides return silent garbage."""
-    given = sample.rounded(torch.float32)
-    expanded = evaluate(op.function, given, backend.name, lambda o: o.new_ones(()).expand(o.shape))
-    allclose(expanded, evaluate(op.function, given, backend.name, torch.ones_like))
+    given = sample.on(target.device).rounded(torch.float32)
+    expanded = evaluate(op.function, given, target.backend, lambda o: o.new_ones(()).expand(o.shape))
+    allclose(expanded, evaluate(op.function, given, target.backend, torch.ones_like))
 
 
-@pytest.mark.parametrize("op, sample, backend", on_backends(FIRST))
-def test_gradients_appear_only_where_asked(op: Operator, sample: Sample, backend: BackendUnderTest):
-    given = sample.rounded(torch.float32)
-    everything = evaluate(op.function, given, backend.name)[1]
+@pytest.mark.parametrize("target, op, sample", FIRST_ON)
+def test_gradients_appear_only_where_asked(target: Target, op: Operator, sample: Sample):
+    given = sample.on(target.device).rounded(torch.float32)
+    everything = evaluate(op.function, given, target.backend)[1]
     for wanted in everything:
         others = tuple(k for k in everything if k != wanted) + given.constants
         alone = Sample(given.name, given.args, given.kwargs, others, given.float32_stays)
-        torch.testing.assert_close(evaluate(op.function, alone, backend.name)[1][wanted], everything[wanted])
+        torch.testing.assert_close(evaluate(op.function, alone, target.backend)[1][wanted], everything[wanted])
 
 
-@pytest.mark.parametrize("op, sample, backend", on_backends(FIRST))
-def test_repeats_and_thread_counts_give_equal_bits(op: Operator, sample: Sample, backend: BackendUnderTest):
-    given = sample.rounded(torch.float32)
-    first = evaluate(op.function, given, backend.name)
+@pytest.mark.parametrize("target, op, sample", FIRST_ON)
+def test_repeats_and_thread_counts_give_equal_bits(target: Target, op: Operator, sample: Sample):
+    given = sample.on(target.device).rounded(torch.float32)
+    first = evaluate(op.function, given, target.backend)
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            again = evaluate(op.function, given, backend.name)
+            again = evaluate(op.function, given, target.backend)
             assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True)), f"{n} threads"
             if n == threads:
                 assert all(torch.equal(first[1][k], again[1][k]) for k in first[1]), f"{n} threads"

@@ -25,8 +25,9 @@ inline constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 16 registers elsew
 inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
 
-enum class Lies { along, across };              // A(row, k): a[row stride + k] or a[k stride + row]
-enum class Into { place, times, add, scaled };  // C = AB, beta[0] AB, C + AB, beta[row] C + AB
+enum class Lies { along, across };  // A(row, k): a[row stride + k] or a[k stride + row]
+// C = AB, beta[0] AB, C + AB, C + beta[0] AB, beta[row] C + AB
+enum class Into { place, times, add, add_times, scaled };
 
 template <int kVectors, Lies lies, Into into>
 inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
@@ -51,6 +52,7 @@ inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_str
       float* out = c + r * c_stride + v * kLanes;
       if constexpr (into == Into::times) sum[r][v] *= beta[0];
       if constexpr (into == Into::add) sum[r][v] = load(out) + sum[r][v];
+      if constexpr (into == Into::add_times) sum[r][v] = load(out) + beta[0] * sum[r][v];
       if constexpr (into == Into::scaled) sum[r][v] = load(out) * beta[r] + sum[r][v];
       store(out, sum[r][v]);
     }
@@ -71,6 +73,27 @@ inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, 
   }
 }
 
+// Into::times, a run of the depth after another: the error of a sum grows with the number of additions in one chain,
+// and PyTorch's products of few rows, being dot products, have short ones. Runs of 32 cost a fused multiply-add nothing
+// that shows; without one every product is rounded too, and runs are shorter.
+#if defined(__FMA__)
+inline constexpr int64_t kRun = 32;
+#else
+inline constexpr int64_t kRun = 16;
+#endif
+
+template <Lies lies>
+inline void multiply_tile_in_runs(int vectors, int rows, int64_t depth, const float* a, int64_t a_stride,
+                                  const float* b, int64_t b_stride, float* c, int64_t c_stride, const float* beta) {
+  const int64_t a_step = lies == Lies::along ? 1 : a_stride;
+  multiply_tile<lies, Into::times>(vectors, rows, depth < kRun ? depth : kRun, a, a_stride, b, b_stride, c, c_stride,
+                                   beta);
+  for (int64_t k = kRun; k < depth; k += kRun) {
+    multiply_tile<lies, Into::add_times>(vectors, rows, depth - k < kRun ? depth - k : kRun, a + k * a_step, a_stride,
+                                         b + k * b_stride, b_stride, c, c_stride, beta);
+  }
+}
+
 // C of any size, a panel of columns and a stripe of rows at a time. B(k, column) of panel i: b[i panel_stride + k
 // b_stride + column - i columns of a panel], a panel being kPanelVectors or kTileVectors wide.
 template <Lies lies, Into into>
@@ -82,8 +105,14 @@ inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t d
     const int count = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
     for (int64_t v = 0, panel = 0; v < vectors; v += panel_vectors, ++panel) {
       const int width = static_cast<int>(vectors - v < panel_vectors ? vectors - v : panel_vectors);
-      multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride,
-                                c + r * c_stride + v * kLanes, c_stride, into == Into::scaled ? beta + r : beta);
+      float* tile = c + r * c_stride + v * kLanes;
+      if constexpr (into == Into::times) {
+        multiply_tile_in_runs<lies>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride, tile,
+                                    c_stride, beta);
+      } else {
+        multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride, tile,
+                                  c_stride, into == Into::scaled ? beta + r : beta);
+      }
     }
   }
 }

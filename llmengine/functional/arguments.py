@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -52,15 +54,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, the operands of matrix products in its dtype; otherwise as they are."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
-    )
+    return tuple(t if not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -68,9 +68,10 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def parameter_like(
-    op: str, argument: str, parameter: Tensor | None, shape: tuple[int, ...], input: Tensor
-) -> Tensor | None:
+Parameter = TypeVar("Parameter", Tensor, Tensor | None)
+
+
+def parameter_like(op: str, argument: str, parameter: Parameter, shape: tuple[int, ...], input: Tensor) -> Parameter:
     """A weight or bias of that shape, in input's dtype or float32; under autocast other floats are cast to input's."""
     if parameter is None:
         return None

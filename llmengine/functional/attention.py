@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,24 @@ from llmengine.functional.arguments import (
 from llmengine.ops import attention as ops
 
 UNBOUNDED = (-1, -1)
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
+    window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
+    window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def scaled_dot_product_attention(
@@ -78,6 +96,24 @@ def scaled_dot_product_attention(
     if len(lead) != 2:
         output, lse = output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, rows)
     return (output, lse) if return_lse else output
+
+
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
+    scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
+    scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def varlen_attention(

@@ -50,16 +50,19 @@ def ffn(
         raise ValueError(f"{op}: input has shape (); expected (*, d)")
     if b_gate is not None and w_gate is None:
         raise ValueError(f"{op}: b_gate was given without w_gate; give both, or neither")
-    parameters = {"w_up": w_up, "b_up": b_up, "w_gate": w_gate, "b_gate": b_gate, "w_down": w_down, "b_down": b_down}
     check_float(op, "w_up", w_up)
     check_float(op, "w_down", w_down)
     d, f = input.shape[-1], w_up.shape[0] if w_up.ndim else 0
-    shapes = {"w_up": (f, d), "b_up": (f,), "w_gate": (f, d), "b_gate": (f,), "w_down": (d, f), "b_down": (d,)}
     (x,) = autocast(input)
-    for name, parameter in parameters.items():
-        parameters[name] = parameter_like(op, name, parameter, shapes[name], x)
-    check_same_device(op, input=input, **parameters)
+    w_up, b_up = parameter_like(op, "w_up", w_up, (f, d), x), parameter_like(op, "b_up", b_up, (f,), x)
+    w_gate, b_gate = parameter_like(op, "w_gate", w_gate, (f, d), x), parameter_like(op, "b_gate", b_gate, (f,), x)
+    w_down, b_down = parameter_like(op, "w_down", w_down, (d, f), x), parameter_like(op, "b_down", b_down, (d,), x)
+    check_same_device(op, input=input, w_up=w_up, b_up=b_up, w_gate=w_gate, b_gate=b_gate, w_down=w_down, b_down=b_down)
     seed = draw_seed(input.device) if dropout_p > 0 else None
-    args = (x.reshape(x.shape[:-1].numel(), d), *parameters.values(), seed, activation, float(dropout_p))
-    output = ops.FeedForward.apply(*args) if needs_grad(*args[:7]) else ops.ffn_forward(*args, False)[0]
+    tensors = (x.reshape(x.shape[:-1].numel(), d), w_up, b_up, w_gate, b_gate, w_down, b_down)
+    options = (seed, activation, float(dropout_p))
+    if needs_grad(*tensors):
+        output = ops.FeedForward.apply(*tensors, *options)
+    else:
+        output = ops.ffn_forward(*tensors, *options, False)[0]
     return output.view(x.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -64,6 +64,9 @@ class TransformerConfig(BaseModel):
     attention_dropout: Probability = 0.1
     activation_dropout: Probability = 0.0
 
+    init: Literal["normal", "neighbours"] = "normal"
+    """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
+    away, so that a small encoder learns from context at once instead of after thousands of steps."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     scale_residual_init: bool = False
     """Attention's and feed-forward's last projections start with init_std / sqrt(2 n_layers) (Radford et al. 2019)."""
@@ -73,6 +76,14 @@ class TransformerConfig(BaseModel):
     pad_token_id: TokenId = None
     bos_token_id: TokenId = None
     eos_token_id: TokenId = None
+
+    use_cache: ClassVar[bool] = False
+    """Not a field: forward returns no cache, generate() has its own."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Hugging Face's Trainer turns use_cache off in every model's config; here it is never on.
+        if (name, value) != ("use_cache", False):
+            super().__setattr__(name, value)
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> TransformerConfig:
@@ -130,6 +141,10 @@ class TransformerConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return self.model_dump(mode="json")
+
+    def to_json_string(self) -> str:
+        """`to_dict` as text, under the name by which Hugging Face's loggers ask for it."""
+        return self.model_dump_json(indent=2)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from llmengine import functional
+from llmengine.models.config import TransformerConfig
+from llmengine.models.heads import TokenHead
 from llmengine.models.inputs import layout_of
-from llmengine.models.layout import Packed
+from llmengine.models.layers import Embeddings
+from llmengine.models.layout import Attending, Packed
 
 
 class Cache:
@@ -74,8 +78,17 @@ class Step:
         return x
 
 
-class Generation:
-    """`generate` for a model with `config`, `_hidden`, `token_head` and `embeddings`."""
+class Generation(Module):
+    """`generate`, for the model that has these parts."""
+
+    config: TransformerConfig
+    embeddings: Embeddings
+    token_head: TokenHead | None
+
+    def _hidden(
+        self, layout: Attending, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keep: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        raise NotImplementedError  # each model has its own
 
     @torch.no_grad()
     def generate(
@@ -110,6 +123,8 @@ class Generation:
         pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
         _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, config.vocab_size)
         packed = layout_of(config, input_ids, attention_mask, None, None)
+        if not isinstance(packed, Packed):
+            raise RuntimeError("generate: torch.compile may trace forward, but not generate; call it uncompiled")
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
@@ -148,6 +163,7 @@ class Generation:
 
     def _scores(self, layout: Prompt | Step, tokens: Tensor, positions: Tensor) -> Tensor:
         x, _ = self._hidden(layout, tokens, positions, None, keep=False)
+        assert self.token_head is not None  # generate has checked
         return self.token_head(layout.last(x), self.embeddings.word.weight).float()
 
     def _one_by_one(self, scores: Tensor, cache: Cache, steps: int, choose, eos: int | None, pad: int) -> Tensor:

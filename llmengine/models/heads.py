@@ -30,6 +30,9 @@ class TokenHead(Module):
     A tied output embedding belongs to the word embedding and is given to each call; an untied one is `weight`.
     """
 
+    weight: Parameter | None
+    bias: Parameter | None
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         transform = config.head_transform
@@ -42,7 +45,9 @@ class TokenHead(Module):
         self.register_parameter("bias", bias)
 
     def transform(self, x: Tensor) -> Tensor:
-        return x if self.dense is None else self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        if self.dense is None or self.norm is None:
+            return x
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
 
     def forward(self, x: Tensor, tied: Tensor) -> Tensor:
         """x (tokens, d_model) -> logits (tokens, vocab_size)."""

@@ -100,9 +100,7 @@ def _packed(config: TransformerConfig, input_ids: Tensor, cu_seqlens: Tensor, ma
     tokens = input_ids.numel()
     if torch.compiler.is_compiling():
         return Packed(input_ids.shape, cu_seqlens, tokens if max_seqlen is None else max_seqlen, config.causal)
-    longest = max_seqlen
-    if max_seqlen is None or readable(cu_seqlens):
-        longest = int(cu_seqlens.diff().max())
+    longest = int(cu_seqlens.diff().max()) if max_seqlen is None or readable(cu_seqlens) else max_seqlen
     if readable(cu_seqlens):
         first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
         if first != 0 or last != tokens or shortest < 1:
@@ -144,8 +142,8 @@ def _range(name: str, x: Tensor, below: int, limit: str, *, label: bool = False)
         return
     low, high = (int(bound) for bound in x.aminmax())
     if label and low < 0:
-        wrong = x[(x < 0) & (x != IGNORED)]
-        low = int(wrong.min()) if len(wrong) else 0
+        negative = x[(x < 0) & (x != IGNORED)]
+        low = int(negative.min()) if len(negative) else 0
     if low < 0 or high >= below:
         wrong = low if low < 0 else high
         also = f", or {IGNORED} for no loss" if label else ""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Embedding, Linear, Module
 
 from llmengine.models.config import TransformerConfig
-from llmengine.models.layout import Layout
+from llmengine.models.layout import Attending
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import add_norm, touched
 from llmengine.nn.norm import LayerNorm
@@ -47,7 +47,7 @@ class Attention(Module):
         self.dropout = config.attention_dropout
         self.layer = layer
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Attending) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
         return self.out(layout.attend(q, k, v, self.layer, self.dropout if self.training else 0.0).flatten(1))
 
@@ -70,7 +70,7 @@ class Layer(Module):
         )
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, residual: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor | None, layout: Attending) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout if self.training else 0.0
         if self.pre:
             x, residual = next_norm(x, residual, self.attention_norm, dropout_p)

@@ -7,6 +7,7 @@ A layout takes the caller's (batch, length) tensors in at the door (`enter`), gi
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from torch import Tensor
 from llmengine import functional
 
 IGNORED = -100  # a label that asks for no loss
+
+
+class Attending(Protocol):
+    """What a layer needs of a layout."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
+        """q, k, v (tokens, heads, head_dim) -> like q."""
 
 
 class Packed:

@@ -76,6 +76,8 @@ class TransformerOutput:
         return getattr(self, names) if isinstance(names, str) else tuple(getattr(self, name) for name in names)
 
     def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
         name = ALIASES.get(key, key)
         return name in self._keyed or self._others.get(name) is not None
 

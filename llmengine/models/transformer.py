@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module, ModuleList
+from torch.nn import Linear, ModuleList
 from torch.utils import checkpoint as checkpointing
 
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
 from llmengine.models.heads import Pooler, TokenHead, sequence_loss
+from llmengine.models.initial import initialise
 from llmengine.models.inputs import check_like, check_sequence_labels, denominators, layout_of
 from llmengine.models.layers import Embeddings, Layer, add, next_norm
-from llmengine.models.layout import Layout
+from llmengine.models.layout import Attending, Layout
 from llmengine.models.output import TransformerOutput, in_this_mode
 from llmengine.nn.fusing import touched
 from llmengine.nn.norm import LayerNorm
 
 
-class Transformer(Generation, Module):
+class Transformer(Generation):
     """A language model: embeddings, layers, and the heads that `config.objectives` names.
 
     Parameters live in ordinary nn.Linear, nn.Embedding and LayerNorm leaves; fused operators read them while they are
     plain and the leaves are called where someone replaced or watches them (`explain()` tells). Padding is taken out at
-    the door. A gradient-accumulating caller gives num_items_in_batch; Hugging Face's Trainer does so.
+    the door. A gradient-accumulating caller gives num_items_in_batch; Hugging Face's Trainer does so (for its
+    evaluation losses it needs TrainingArguments(label_names=["labels"]), as forward knows other labels too).
     """
-
-    accepts_loss_kwargs = True
 
     def __init__(self, config: TransformerConfig, *, device=None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -49,27 +49,23 @@ class Transformer(Generation, Module):
         self.to(device=device, dtype=dtype)
         self.reset_parameters()
 
+    # ---- what Hugging Face's Trainer asks ----------------------------------------------------------------------------
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer gives num_items_in_batch. It counts `labels` alone, so not where sentence pairs count too."""
+        return "nsp" not in self.config.objectives
+
+    @property
+    def loss_type(self) -> str:
+        """Hugging Face's name of the token loss: where labels are shifted, Trainer counts those that remain."""
+        return "ForCausalLM" if self.config.causal else "ForMaskedLM"
+
     # ---- initial weights and files -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: N(0, init_std), zero biases, unit norms; residual projections as scale_residual_init says."""
-        std = self.config.init_std
-        for module in self.modules():
-            if isinstance(module, Linear | Embedding):
-                module.weight.normal_(0.0, std)
-            elif isinstance(module, LayerNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, TokenHead) and module.weight is not None:
-                module.weight.normal_(0.0, std)
-            if isinstance(getattr(module, "bias", None), Tensor):
-                module.bias.zero_()
-        if self.config.scale_residual_init:
-            for layer in self.layers:
-                for projection in (layer.attention.out, layer.feed_forward.down):
-                    projection.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layers))
-        if self.config.freeze_padding_row:
-            self.embeddings.word.weight[self.config.pad_token_id].zero_()
+        """Fresh weights: N(0, init_std), zero biases, unit norms, and what config.init asks for (models/initial.py)."""
+        initialise(self)
 
     @classmethod
     def from_pretrained(
@@ -156,8 +152,11 @@ class Transformer(Generation, Module):
             keyed["hidden_states"] = tuple(layout.leave(state) for state in hidden)
         return TransformerOutput(keyed, others)
 
+    def _layers(self) -> Iterable[Layer]:
+        return cast("Iterable[Layer]", self.layers)
+
     def _hidden(
-        self, layout: Layout, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keep: bool
+        self, layout: Attending, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keep: bool
     ) -> tuple[Tensor, list[Tensor] | None]:
         """(tokens,) -> the last hidden state (tokens, d_model), and, if they are to be kept, all of them."""
         dropout_p = self.config.dropout if self.training else 0.0
@@ -191,18 +190,19 @@ class Transformer(Generation, Module):
         heads = [name for name, given in ((task, labels), ("nsp", next_sentence_label)) if given is not None]
         items = denominators(num_items_in_batch, heads)
         losses = {}
-        if labels is not None:
+        if labels is not None and self.token_head is not None:
             targets = layout.next_labels(labels) if self.config.causal else layout.labels(labels)
             losses[task] = self.token_head.loss(x, self.embeddings.word.weight, targets, items.get("tokens"))
-        if next_sentence_label is not None:
+        if next_sentence_label is not None and relation is not None:
             targets = check_sequence_labels("next_sentence_label", next_sentence_label, *relation.shape)
             losses["nsp"] = sequence_loss(relation, targets, items.get("sequences"))
         return losses
 
     def _logits(self, layout: Layout, x: Tensor, at_once: bool) -> Tensor | Callable[[], Tensor] | None:
-        if self.token_head is None:
+        head = self.token_head
+        if head is None:
             return None
-        return self._later(lambda: layout.leave(self.token_head(x, self.embeddings.word.weight)), at_once)
+        return self._later(lambda: layout.leave(head(x, self.embeddings.word.weight)), at_once)
 
     def _later(self, compute: Callable[[], Tensor], at_once: bool) -> Tensor | Callable[[], Tensor] | None:
         if at_once:
@@ -239,7 +239,7 @@ class Transformer(Generation, Module):
         Which backend runs an operator, and why others refuse, tells `llmengine.explain(model, input_ids, ...)`.
         """
         lines = []
-        for texts, group in groupby(enumerate(layer.explain() for layer in self.layers), key=lambda pair: pair[1]):
+        for texts, group in groupby(enumerate(layer.explain() for layer in self._layers()), key=lambda pair: pair[1]):
             numbers = [i for i, _ in group]
             span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
             lines += [f"layers.{span}.{text}" for text in texts]

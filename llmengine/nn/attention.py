@@ -123,17 +123,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 linear(value, self.v_proj_weight, b_v),
             )
         if query is key and key is value:
-            return linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            q, k, v = linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            return q, k, v
         w_q, w_kv = self.in_proj_weight.split([e, 2 * e])
         q = linear(query, w_q, b_q)
         if key is value:
-            return q, *linear(key, w_kv, None if bias is None else bias[e:]).chunk(2, dim=-1)
+            k, v = linear(key, w_kv, None if bias is None else bias[e:]).chunk(2, dim=-1)
+            return q, k, v
         w_k, w_v = w_kv.chunk(2)
         return q, linear(key, w_k, b_k), linear(value, w_v, b_v)
 
     def _extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """add_bias_kv and add_zero_attn: one more key and value each, which every query sees."""
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1).to(k.dtype)], 1)
             v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1).to(v.dtype)], 1)
         if self.add_zero_attn:

@@ -36,7 +36,7 @@ def touched(**leaves: Module) -> str | None:
 
 def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:
     """new_residual = residual + dropout(input); returns (norm(new_residual), new_residual), in one kernel if it may."""
-    if touched(norm=norm) is None:
+    if isinstance(norm, torch.nn.LayerNorm) and touched(norm=norm) is None:
         return functional.add_layer_norm(
             input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
         )

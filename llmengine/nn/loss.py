@@ -50,6 +50,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     supported.
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         in_features: int,

@@ -22,6 +22,12 @@ class _Layer(Module):
     Submodules are made in torch.nn's order, so that a seed gives the weights that it gives there.
     """
 
+    linear1: Linear
+    dropout: Dropout
+    linear2: Linear
+    norm_first: bool
+    activation: Callable[[Tensor], Tensor]
+
     def _residual(self, x: Tensor, block: Callable[[Tensor], Tensor], norm: Module, dropout: Dropout) -> Tensor:
         """Post-LN: norm(x + dropout(block(x))); pre-LN: x + dropout(block(norm(x)))."""
         if self.norm_first:
@@ -31,7 +37,8 @@ class _Layer(Module):
         return add_norm(block(x), x, norm, dropout.p if self.training else 0.0)[0]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if self.unfused_because() is not None:
+        fused_activation = activation_name(self.activation)
+        if fused_activation is None or self.unfused_because() is not None:
             return self.linear2(self.dropout(self.activation(self.linear1(x))))
         return functional.ffn(
             x,
@@ -39,7 +46,7 @@ class _Layer(Module):
             self.linear2.weight,
             b_up=self.linear1.bias,
             b_down=self.linear2.bias,
-            activation=activation_name(self.activation),
+            activation=fused_activation,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
 
@@ -158,7 +165,7 @@ def activation_function(module: str, activation: str | Callable[[Tensor], Tensor
     """torch.nn's argument: "relu", "gelu", or any function of one tensor."""
     if callable(activation):
         return activation
-    functions = {"relu": _torch.relu, "gelu": _torch.gelu}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": _torch.relu, "gelu": _torch.gelu}
     if activation not in functions:
         raise ValueError(f"{module}: activation {activation!r} is not one of {', '.join(functions)}, nor a function")
     return functions[activation]

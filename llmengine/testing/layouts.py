@@ -56,8 +56,7 @@ def _huge(x: Tensor) -> Tensor:
         return x.clone()
     row = x[0].numel()
     stride = 2**31 // (x.shape[0] - 1) + 8
-    storage = torch.empty(
-        stride * (x.shape[0] - 1) + row, dtype=x.dtype
-    )  # not under poison(): it would touch every page
+    # not under poison(): it would touch every page
+    storage = torch.empty(stride * (x.shape[0] - 1) + row, dtype=x.dtype, device=x.device)
     view = storage.as_strided(x.shape, (stride, *x[0].contiguous().stride()))
     return view.copy_(x)

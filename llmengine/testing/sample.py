@@ -39,6 +39,15 @@ class Sample:
             self.name, args, {k: convert(k, v) for k, v in self.kwargs.items()}, self.constants, self.float32_stays
         )
 
+    def on(self, device: str) -> Sample:
+        """The same call with its tensors on that device."""
+
+        def move(value):
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        kwargs = {k: move(v) for k, v in self.kwargs.items()}
+        return Sample(self.name, tuple(map(move, self.args)), kwargs, self.constants, self.float32_stays)
+
     def tensors(self) -> dict[str | int, Tensor]:
         named = dict(enumerate(self.args)) | self.kwargs
         return {key: value for key, value in named.items() if isinstance(value, Tensor)}
@@ -50,12 +59,17 @@ class Operator:
 
     `samples()` makes its cases from a seeded generator; `plain` is the same function in plain PyTorch, the peer in
     precision (None: the reference backend in that dtype, where PyTorch has no such operator or other random numbers).
+    It runs the nodes <node>_forward and <node>_backward; a backend that has them has the operator.
     """
 
     name: str
     function: Callable
     samples: Callable[[], list[Sample]]
     plain: Callable | None = None
+    node: str = ""
+
+    def __post_init__(self) -> None:
+        self.node = self.node or self.name
 
 
 def all_operators() -> list[Operator]:
@@ -89,7 +103,7 @@ def evaluate(
         return outputs, {}
     generator = torch.Generator().manual_seed(99)
     gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in differentiable]
-    gradients = [upstream(o) if upstream else g.to(o.dtype) for o, g in zip(differentiable, gradients, strict=True)]
+    gradients = [upstream(o) if upstream else g.to(o) for o, g in zip(differentiable, gradients, strict=True)]
     with on_backend(backend) if backend else _nothing():
         found = torch.autograd.grad(differentiable, list(leaves.values()), gradients, allow_unused=True)
     return (

@@ -15,8 +15,8 @@ import torch
 import llmengine
 from llmengine import functional
 from llmengine.testing import assert_law, simulator
-from llmengine.testing.backends import SCHEDULES
 from llmengine.testing.law import GRADIENT, OUTPUT
+from llmengine.testing.simulator import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = r"thread \(\d+, 0, 0\) of block \(\d+, 0, 0\)"

@@ -122,8 +122,12 @@ class Workspace {
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t panel = r / kPanel * kPanel * value_.columns + r % kPanel;
       F total = {};
-      for (int64_t c = 0; c < value_.columns; ++c) {
-        total += load(output_transposed_ + panel + c * kPanel) * load(grad_transposed_ + panel + c * kPanel);
+      for (int64_t run = 0; run < value_.columns; run += kRun) {
+        F sum = {};
+        for (int64_t c = run; c < std::min(run + kRun, value_.columns); ++c) {
+          sum += load(output_transposed_ + panel + c * kPanel) * load(grad_transposed_ + panel + c * kPanel);
+        }
+        total += sum;
       }
       store(delta_ + r, total);
     }

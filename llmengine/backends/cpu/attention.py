@@ -43,11 +43,11 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward", _backward_refuses)
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-    *options, want_grad_mask = options
+    *given, want_grad_mask = options
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
-    grad_mask = torch.empty(options[0].shape if want_grad_mask else (0,))
+    grad_mask = torch.empty(given[0].shape if want_grad_mask else (0,))
     module.attention_backward(
-        **_arguments(query, key, value, options), grad_output=unit_last_stride(grad_output),
+        **_arguments(query, key, value, given), grad_output=unit_last_stride(grad_output),
         grad_lse=contiguous(grad_lse), output=output, lse=lse, lse_low=lse_low, grad_query=grad_query,
         grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if want_grad_mask else None,
     )  # fmt: skip

@@ -37,7 +37,7 @@ class _Options:
 
     def sequences(self, query, key):
         """(first stream, batch slice, query rows, keys) of each independent block: the batch, or every sequence."""
-        if self.cu_seqlens_q is None:
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
             return [(0, slice(None), slice(0, query.shape[2]), slice(0, key.shape[2]))]
         q = _boundaries("cu_seqlens_q", self.cu_seqlens_q, query.shape[2], self.max_seqlen_q)
         k = _boundaries("cu_seqlens_k", self.cu_seqlens_k, key.shape[2], self.max_seqlen_k)
@@ -90,7 +90,7 @@ class _Block:
             u = u + mask.to(u.dtype)
         self.logits = torch.where(seen, u, -torch.inf)
         self.keep = None
-        if o.dropout_p:
+        if o.seed is not None:
             streams = stream * heads + torch.arange(batch * heads, device=query.device).view(batch, heads, 1)
             self.keep = keep_multiplier(
                 o.seed, o.dropout_p, streams, torch.arange(rows, device=query.device), keys, u.dtype
@@ -144,10 +144,11 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward")
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-    o, want_grad_mask = _Options(*options[:-1]), options[-1]
+    *given, want_grad_mask = options
+    o = _Options(*given)
     q, k, v, do = _wide(query), _wide(key), _wide(value), _wide(grad_output)
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]).zero_() for x in (query, key, value))
-    grad_mask = q.new_zeros(o.mask.shape if want_grad_mask else (0,))
+    grad_mask = q.new_zeros(o.mask.shape if o.mask is not None and want_grad_mask else (0,))
     delta = (do * _wide(output)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse

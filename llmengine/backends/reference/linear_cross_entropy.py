@@ -32,10 +32,10 @@ def linear_cross_entropy_forward(input, linear_weight, linear_bias, target, weig
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index, *options
 ):
-    *options, wanted = options
+    *given, wanted = options
     logits = _logits(input, linear_weight, linear_bias)
     grad_logits = cross_entropy_backward(
-        grad_loss, logits, target, weight, lse, normaliser, reduction, ignore_index, *options
+        grad_loss, logits, target, weight, lse, normaliser, reduction, ignore_index, *given
     )
     wide = grad_logits.dtype
     gradients = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
@@ -32,7 +35,7 @@ def _plain(query, key, value, attn_mask, scale, enable_gqa, band, more):
         seen &= distance >= -left
     if right >= 0:
         seen &= distance <= right
-    bias = None
+    bias: Tensor | None = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         seen = seen & attn_mask
     elif attn_mask is not None:
@@ -41,7 +44,7 @@ def _plain(query, key, value, attn_mask, scale, enable_gqa, band, more):
         alibi = -slopes[..., None, None] * distance.abs()
         bias = alibi if bias is None else bias + alibi
     if not (more.get("softcap") or more.get("return_lse")):
-        mask = seen if bias is None else torch.where(seen, bias, -torch.inf).to(query.dtype)
+        mask: Tensor | None = seen if bias is None else torch.where(seen, bias, -torch.inf).to(query.dtype)
         if bias is None and seen.all():
             mask = None
         return torch_functional.scaled_dot_product_attention(
@@ -126,7 +129,7 @@ class _Maker:
         self.add(name, (q, k, v, cu_q, cu_k, max([0, *rows]), max([0, *keys])), **options)
 
 
-CAUSAL = {
+CAUSAL: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"is_causal": True}, "bottom right": {"causal": "bottom_right"},
     "window": {"window_size": (9, 4)}, "causal window": {"is_causal": True, "window_size": (5, -1)},
     "bottom right window": {"causal": "bottom_right", "window_size": (12, -1)},
@@ -207,6 +210,8 @@ def _varlen_samples() -> list[Sample]:
 
 
 OPERATORS = [
-    Operator("scaled_dot_product_attention", functional.scaled_dot_product_attention, _sdpa_samples, plain_sdpa),
-    Operator("varlen_attention", functional.varlen_attention, _varlen_samples, plain_varlen),
+    Operator(
+        "scaled_dot_product_attention", functional.scaled_dot_product_attention, _sdpa_samples, plain_sdpa, "attention"
+    ),
+    Operator("varlen_attention", functional.varlen_attention, _varlen_samples, plain_varlen, node="attention"),
 ]

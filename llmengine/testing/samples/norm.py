@@ -47,8 +47,10 @@ def _add_samples(with_bias: bool) -> list[Sample]:
 
 
 OPERATORS = [
-    Operator("layer_norm", functional.layer_norm, lambda: _norm_samples(True), torch_functional.layer_norm),
-    Operator("rms_norm", functional.rms_norm, lambda: _norm_samples(False), torch_functional.rms_norm),
-    Operator("add_layer_norm", functional.add_layer_norm, lambda: _add_samples(True)),
-    Operator("add_rms_norm", functional.add_rms_norm, lambda: _add_samples(False)),
+    Operator(
+        "layer_norm", functional.layer_norm, lambda: _norm_samples(True), torch_functional.layer_norm, node="norm"
+    ),
+    Operator("rms_norm", functional.rms_norm, lambda: _norm_samples(False), torch_functional.rms_norm, node="norm"),
+    Operator("add_layer_norm", functional.add_layer_norm, lambda: _add_samples(True), node="norm"),
+    Operator("add_rms_norm", functional.add_rms_norm, lambda: _add_samples(False), node="norm"),
 ]

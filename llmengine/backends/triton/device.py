@@ -1,0 +1,66 @@
+"""Where Triton kernels run: on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError as error:
+    INTERPRETED = False
+    _missing: str | None = f"Triton cannot be imported ({error}); run `pip install triton`"
+else:
+    INTERPRETED = triton.knobs.runtime.interpret
+    _missing = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# NVIDIA before Ampere has no bfloat16 and too little shared memory for the tiles here.
+OLDEST = (8, 0)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no Triton kernel can run here."""
+    if _missing or INTERPRETED:
+        return _missing
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"
+    return None
+
+
+def refuses_tensors(*tensors: Tensor | None) -> str | None:
+    """The refusals that all Triton kernels have in common: a device or float dtype that they do not take."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if INTERPRETED != tensor.is_cpu:
+            taken = "CPU tensors while TRITON_INTERPRET is set" if INTERPRETED else "GPU tensors"
+            return f"the triton backend takes {taken}, got one on {tensor.device}"
+        if tensor.is_floating_point() and (reason := refuses_dtype(tensor.dtype)):
+            return reason
+    return None
+
+
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"the triton backend takes float32, bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
+    if INTERPRETED and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly; it runs float32 and float16"
+    return None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of streaming multiprocessors; what persistent kernels size their grid by."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

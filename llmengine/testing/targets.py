@@ -1,0 +1,41 @@
+"""What the operator tests run on: every backend with kernels of its own that works here, with its device and dtypes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llmengine.ops import registry
+from llmengine.testing import simulator
+from llmengine.testing.sample import Operator
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    # Called with a test's name before it runs: builds what the backend needs.
+    prepare: Callable[[str], None] | None = None
+
+    def has(self, operator: Operator) -> bool:
+        kernels = importlib.import_module(f"llmengine.backends.{self.backend}").KERNELS
+        return {f"{operator.node}_forward", f"{operator.node}_backward"} <= set(kernels)
+
+
+def targets() -> list[Target]:
+    """The GPU where there is one; Triton kernels on CPU tensors where TRITON_INTERPRET is set (its interpreter
+    computes bfloat16 wrongly)."""
+    gpu = (torch.float32, torch.bfloat16, torch.float16)
+    on_gpu = torch.cuda.is_available()
+    interpreted = Target("triton", "cpu", (torch.float32, torch.float16))
+    found = [
+        Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
+        Target("triton", "cuda", gpu) if on_gpu else interpreted,
+        Target("cuda", "cuda", gpu),
+        Target("cuda_sim", "cpu", gpu, simulator.prepare),
+    ]
+    return [t for t in found if t.prepare or registry.load(t.backend).unavailable is None]
