@@ -1,6 +1,7 @@
 """Builds the native modules with CMake and ninja; everything else is in pyproject.toml.
 
-Environment: LLMENGINE_CUDA=AUTO|ON|OFF, MAX_JOBS, CMAKE_ARGS. PyTorch is not needed to build.
+Environment: LLMENGINE_CUDA=auto|1|0 (auto: build the CUDA kernels where nvcc and an NVIDIA driver are found; they take
+minutes), MAX_JOBS, CMAKE_ARGS. PyTorch is not needed to build.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ class CMakeBuild(build_ext):
              f"-DPython_EXECUTABLE={sys.executable}",
              f"-Dpybind11_DIR={pybind11_directory()}",
              f"-DCMAKE_INSTALL_PREFIX={package}",
-             f"-DLLMENGINE_CUDA={os.environ.get('LLMENGINE_CUDA', 'AUTO')}",
+             f"-DLLMENGINE_CUDA={cuda_wanted()}",
              *os.environ.get("CMAKE_ARGS", "").split()],
             check=True,
         )  # fmt: skip
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs()), "--target", "install"], check=True)
+
+
+def cuda_wanted() -> str:
+    """CMake's word for LLMENGINE_CUDA."""
+    given = os.environ.get("LLMENGINE_CUDA", "auto")
+    words = {"auto": "AUTO", "1": "ON", "on": "ON", "0": "OFF", "off": "OFF"}
+    if given.lower() not in words:
+        raise SystemExit(f"llmengine: LLMENGINE_CUDA={given} is not one of auto, 1, 0")
+    return words[given.lower()]
 
 
 def pybind11_directory() -> str:

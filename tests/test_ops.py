@@ -24,6 +24,13 @@ ALL_ON = [
 FIRST_ON = [pytest.param(t, op, op.samples()[0], id=f"{t.backend}-{op.name}") for t, op in ON]
 
 
+@pytest.fixture(autouse=True)
+def target_is_ready(request):
+    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
+    if target is not None and target.prepare:
+        target.prepare(request.node.name)
+
+
 def allclose(ours, other) -> None:
     outputs, gradients = ours
     for a, b in zip([*outputs, *gradients.values()], [*other[0], *other[1].values()], strict=True):

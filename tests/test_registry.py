@@ -88,7 +88,7 @@ def test_the_environment_demands_and_a_block_overrules_it(monkeypatch):
 
 
 def test_unknown_backends_are_named_with_the_known(monkeypatch):
-    message = "backend: 'gpu' is not one of cuda, triton, cpu, reference"
+    message = "backend: 'gpu' is not one of cuda, triton, cpu, cuda_sim, reference"
     with pytest.raises(ValueError, match=message), llmengine.backend("gpu"):
         pass
     monkeypatch.setenv("LLMENGINE_BACKEND", "gpu")
@@ -174,7 +174,7 @@ def test_all_refusals_together_are_an_error(monkeypatch):
 
 def test_report():
     report = registry.report()
-    assert list(report["backends"]) == ["cuda", "triton", "cpu", "reference"]
+    assert list(report["backends"]) == ["cuda", "triton", "cpu", "cuda_sim", "reference"]
     assert report["backends"]["reference"] == {"unavailable": None, "operators": report["operators"]}
     assert report["backends"]["cpu"]["unavailable"] is None
     assert (

@@ -73,9 +73,9 @@ inline void check_norm_seed(const Checker& at, const TensorView& seed, double dr
   at.shape(seed, "seed", {1});
 }
 
-inline void validate(const NormForward& p) {
+// `floats`: what a backend computes with; without it, what every backend does.
+inline void validate(const NormForward& p, std::initializer_list<DType> floats = {DType::f32, DType::bf16}) {
   const Checker at{p.subtract_mean ? "layer_norm" : "rms_norm"};
-  const auto floats = {DType::f32, DType::bf16};
   at.defined(p.input, "input");
   at.dtype(p.input, "input", floats);
   if (p.input.ndim != 2) at.fail_at("input", "must be (rows, columns), got " + p.input.shape());
@@ -104,9 +104,8 @@ inline void validate(const NormForward& p) {
   check_norm_seed(at, p.seed, p.dropout_p);
 }
 
-inline void validate(const NormBackward& p) {
+inline void validate(const NormBackward& p, std::initializer_list<DType> floats = {DType::f32, DType::bf16}) {
   const Checker at{p.subtract_mean ? "layer_norm backward" : "rms_norm backward"};
-  const auto floats = {DType::f32, DType::bf16};
   at.defined(p.h, "h");
   at.dtype(p.h, "h", floats);
   if (p.h.ndim != 2) at.fail_at("h", "must be (rows, columns), got " + p.h.shape());

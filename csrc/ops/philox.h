@@ -19,7 +19,7 @@ struct Philox4 {
 inline constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-inline Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+constexpr Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
@@ -32,6 +32,6 @@ inline Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint
 }
 
 // The draws below this are dropped. p < 1 is checked before.
-inline uint32_t drop_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+constexpr uint32_t drop_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
 
 }  // namespace llmengine::ops

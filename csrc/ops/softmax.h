@@ -33,24 +33,28 @@ struct SoftmaxBackward {
   }
 };
 
-inline void check_softmax_rows(const Checker& at, const NamedTensors& tensors) {
+using Floats = std::initializer_list<DType>;
+inline constexpr Floats kSoftmaxFloats = {DType::f32, DType::bf16};  // that every backend computes with
+
+inline void check_softmax_rows(const Checker& at, const NamedTensors& tensors, Floats floats) {
   const TensorView& first = *tensors.begin()->tensor;
   for (auto [t, argument] : tensors) {
     at.defined(*t, argument);
-    at.dtype(*t, argument, {DType::f32, DType::bf16});
+    at.dtype(*t, argument, floats);
     if (t->ndim != 2) at.fail_at(argument, "must be (rows, columns), got " + t->shape());
     at.shape(*t, argument, {first.size(0), first.size(1)});
     at.unit_last_stride(*t, argument);
   }
 }
 
-inline void validate(const SoftmaxForward& p) {
-  check_softmax_rows(Checker{"softmax"}, {{&p.input, "input"}, {&p.output, "output"}});
+inline void validate(const SoftmaxForward& p, Floats floats = kSoftmaxFloats) {
+  check_softmax_rows(Checker{"softmax"}, {{&p.input, "input"}, {&p.output, "output"}}, floats);
 }
 
-inline void validate(const SoftmaxBackward& p) {
+inline void validate(const SoftmaxBackward& p, Floats floats = kSoftmaxFloats) {
   const Checker at{"softmax backward"};
-  check_softmax_rows(at, {{&p.grad_output, "grad_output"}, {&p.output, "output"}, {&p.grad_input, "grad_input"}});
+  check_softmax_rows(at, {{&p.grad_output, "grad_output"}, {&p.output, "output"}, {&p.grad_input, "grad_input"}},
+                     floats);
   at.dtype(p.grad_output, "grad_output", {p.output.dtype});
 }
 

@@ -26,7 +26,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 FALLBACK = ("reference",)  # devices without kernels of their own
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "cuda_sim", "reference")  # cuda_sim, a simulator, only when it is demanded
 OPERATORS: dict[str, str] = {}  # name -> schema
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from llmengine.ops import registry
+from llmengine.testing import simulator
 from llmengine.testing.sample import Operator
 
 
@@ -16,6 +19,8 @@ class Target:
     device: str
     dtypes: tuple[torch.dtype, ...]
     slow: bool = False  # an interpreter: a few hundred times slower than a processor
+    # Called with a test's name before it runs: builds what the backend needs.
+    prepare: Callable[[str], None] | None = None
 
     def dtypes_of(self, sample: int) -> tuple[torch.dtype, ...]:
         """The dtypes in which the sample of that number is tried.
@@ -26,7 +31,7 @@ class Target:
         return (self.dtypes[sample.bit_count() % len(self.dtypes)],) if self.slow else self.dtypes
 
     def has(self, operator: Operator) -> bool:
-        kernels = registry.load(self.backend).kernels
+        kernels = importlib.import_module(f"llmengine.backends.{self.backend}").KERNELS
         return {f"{operator.node}_forward", f"{operator.node}_backward"} <= set(kernels)
 
 
@@ -40,5 +45,6 @@ def targets() -> list[Target]:
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Target("triton", "cuda", gpu) if on_gpu else interpreted,
         Target("cuda", "cuda", gpu),
+        Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare),
     ]
-    return [t for t in found if registry.load(t.backend).unavailable is None]
+    return [t for t in found if t.prepare or registry.load(t.backend).unavailable is None]

@@ -1,0 +1,11 @@
+// llmengine._cuda: the CUDA kernels.
+#include "bindings/cuda_operators.h"
+
+namespace llmengine {
+
+PYBIND11_MODULE(_cuda, module) {
+  module.def("device_problem", &cuda::device_problem);
+  bind_cuda_operators(module, dlpack::kCUDA, [](const auto&, const auto& launch) { launch(); });
+}
+
+}  // namespace llmengine

@@ -1,0 +1,44 @@
+// The operators of csrc/cuda/, for both modules that have them: _cuda on devices, _cuda_sim in the simulator.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+#include "bindings/bind.h"
+#include "cuda/norm.h"
+#include "cuda/softmax.h"
+
+namespace llmengine {
+
+// An operator's arguments and the stream that it runs on: there is no default stream, so none is taken by mistake.
+template <class Params>
+struct OnStream : Params {
+  int64_t stream = 0;
+
+  static constexpr auto fields() {
+    return std::tuple_cat(Params::fields(), std::tuple{ops::field("stream", &OnStream::stream)});
+  }
+};
+
+// `around(params, launch)` launches, with whatever the module's device needs before and after.
+template <class Around>
+void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, Around around) {
+  const auto operation = [&]<class Params>(const char* name, Params) {
+    bind<OnStream<Params>>(
+        module, name, device, [] {},
+        [=](const OnStream<Params>& params) {
+          around(params, [&] { cuda::run(params, cuda::Stream{params.stream}); });
+        });
+  };
+  operation("norm_forward", cuda::NormForward{});
+  operation("norm_backward", cuda::NormBackward{});
+  operation("softmax_forward", cuda::SoftmaxForward{});
+  operation("softmax_backward", cuda::SoftmaxBackward{});
+  module.def(
+      "norm_backward_blocks",
+      [=](TensorObject h) { return cuda::norm_backward_blocks(view_of({"norm backward", "h", device}, h.object)); },
+      pybind11::kw_only(), pybind11::arg("h"));
+}
+
+}  // namespace llmengine

@@ -1,0 +1,24 @@
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "cuda/device.h"
+
+namespace llmengine::cuda {
+
+std::string device_problem() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return count == 0 ? "there is no CUDA device" : "";
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  return count;
+}
+
+}  // namespace llmengine::cuda

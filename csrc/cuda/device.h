@@ -1,0 +1,24 @@
+// The device and its streams, for code that does not know CUDA's headers.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "common/tensor.h"
+
+namespace llmengine::cuda {
+
+struct Stream {
+  int64_t handle = 0;  // a cudaStream_t, as PyTorch gives it; 0 is the default stream
+};
+
+inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::bf16, DType::f16};
+
+// Why nothing can run here, or nothing: no driver, no device. The runtime is linked statically and finds the driver
+// when first asked, so the module loads everywhere.
+std::string device_problem();
+
+int multiprocessors();  // of the current device
+
+}  // namespace llmengine::cuda

@@ -1,0 +1,54 @@
+// The one way in which kernels are launched: on the caller's stream, with an error that names kernel and shapes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common/tensor.h"
+#include "cuda/device.h"
+
+namespace llmengine::cuda {
+
+struct LaunchSite {
+  const char* kernel;
+  dim3 grid, block;
+  cudaStream_t stream;
+  const TensorView& operand;  // the one whose shape a message tells
+  size_t shared_bytes = 0;
+};
+
+[[noreturn]] inline void fail(const LaunchSite& at, cudaError_t error) {
+  const auto shape = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  throw std::runtime_error(std::string(at.kernel) + " of " + name(at.operand.dtype) + " " + at.operand.shape() + ": " +
+                           cudaGetErrorString(error) + " (grid " + shape(at.grid) + ", block " + shape(at.block) +
+                           ", " + std::to_string(at.shared_bytes) + " bytes of dynamic shared memory)");
+}
+
+// A grid without blocks is an empty input: nothing is launched. Nothing here synchronises, so a stream may be
+// capturing.
+template <class... Parameters>
+void launch(const LaunchSite& at, void (*kernel)(Parameters...), const std::type_identity_t<Parameters>&... given) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
+  constexpr size_t kWithoutOptIn = 48 << 10;
+  if (at.shared_bytes > kWithoutOptIn) {
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes));
+    if (error != cudaSuccess) fail(at, error);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = at.stream;
+  const auto error = cudaLaunchKernelEx(&config, kernel, given...);
+  if (error != cudaSuccess) fail(at, error);
+}
+
+inline cudaStream_t cuda_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
+
+}  // namespace llmengine::cuda

@@ -1,0 +1,29 @@
+// Conversions between float and the 16-bit floats (PTX ISA, "cvt"): to nearest, ties to even.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace llmengine::ptx {
+
+__device__ __forceinline__ float float_of_f16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+// Two at once: `low` into the lower half of the word.
+__device__ __forceinline__ uint32_t bf16x2_of(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t f16x2_of(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+}  // namespace llmengine::ptx

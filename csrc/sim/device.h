@@ -1,0 +1,46 @@
+// The simulator's device side: what kernels reach through include/cuda_runtime.h and the twins of cuda/ptx/.
+// Every call that waits takes the place it is called from, so that a deadlock can be told line by line.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+#include "sim/simulator.h"
+
+namespace llmengine::sim {
+
+using Site = std::source_location;
+
+Index3 thread_index();
+Index3 block_index();
+Index3 block_shape();
+Index3 grid_shape();
+int lane();
+
+// Every thread of the block meets here, all at the same line.
+void block_barrier(Site site);
+
+// Barrier `id` completes when `threads` threads have come; those that only arrive go on at once.
+void named_barrier(int id, int threads, bool wait, Site site);
+
+// Every lane of `mask` meets here with the same operation, mask and line; each gets what all gave. A mask that names a
+// lane which has exited is a fault: CUDA leaves such lanes out, but they are a mistake more often than not.
+// Only an operation that `orders` memory (__syncwarp) makes writes before it visible after it.
+struct Gathered {
+  uint32_t lanes;  // that took part
+  std::array<uint64_t, 32> value;
+};
+Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site);
+
+// The value of another lane, for shuffles: to read a lane that takes no part is a fault.
+uint64_t value_of_lane(const char* operation, const Gathered& gathered, int source, Site site);
+
+enum class Touch : uint8_t { read, write, atomic };
+// Checks an access before it is made. The instrumentation calls it for plain accesses, the twins for their own.
+void touch(const void* address, size_t size, Touch kind, const void* return_address);
+
+void* dynamic_shared();
+
+}  // namespace llmengine::sim

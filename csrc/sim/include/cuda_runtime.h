@@ -1,0 +1,232 @@
+// What csrc/cuda/ uses of CUDA's language and runtime, for a host C++ compiler: this file stands first on the
+// simulator's include path, where nvcc finds NVIDIA's. Threads run in csrc/sim/.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "sim/device.h"
+
+// ---- the language ---------------------------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+// Every variable begins a page: what lies between two of them belongs to none, and an overrun is seen.
+#define __shared__ static __attribute__((aligned(4096)))
+
+namespace llmengine::sim {
+
+// threadIdx.x and its like: asked for when they are read, since one variable serves all threads.
+template <Index3 (*ask)()>
+struct Place {
+  struct X {
+    operator unsigned() const { return ask().x; }
+  } x;
+  struct Y {
+    operator unsigned() const { return ask().y; }
+  } y;
+  struct Z {
+    operator unsigned() const { return ask().z; }
+  } z;
+};
+
+}  // namespace llmengine::sim
+
+inline constexpr llmengine::sim::Place<llmengine::sim::thread_index> threadIdx{};
+inline constexpr llmengine::sim::Place<llmengine::sim::block_index> blockIdx{};
+inline constexpr llmengine::sim::Place<llmengine::sim::block_shape> blockDim{};
+inline constexpr llmengine::sim::Place<llmengine::sim::grid_shape> gridDim{};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// ---- threads that meet ----------------------------------------------------------------------------------------------
+
+inline void __syncthreads(llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  llmengine::sim::block_barrier(site);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  llmengine::sim::meet_warp("__syncwarp", mask, 0, true, site);
+}
+
+namespace llmengine::sim {
+
+template <class T>
+T shuffled(const char* operation, unsigned mask, T value, int width, Site site, auto source_of) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const Gathered gathered = meet_warp(operation, mask, bits, false, site);
+  const int here = lane(), first = here / width * width, source = source_of(here, first);
+  // A source beyond its segment is the lane itself, as PTX has it.
+  const uint64_t found = value_of_lane(operation, gathered, source / width * width == first ? source : here, site);
+  std::memcpy(&value, &found, sizeof(T));
+  return value;
+}
+
+}  // namespace llmengine::sim
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  return llmengine::sim::shuffled("__shfl_sync", mask, value, width, site,
+                                  [=](int, int first) { return first + (source & (width - 1)); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
+                  llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  return llmengine::sim::shuffled("__shfl_xor_sync", mask, value, width, site,
+                                  [=](int here, int) { return here ^ lanes; });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  return llmengine::sim::shuffled("__shfl_down_sync", mask, value, width, site,
+                                  [=](int here, int) { return here + static_cast<int>(delta); });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  return llmengine::sim::shuffled("__shfl_up_sync", mask, value, width, site, [=](int here, int first) {
+    return here - static_cast<int>(delta) < first ? here : here - static_cast<int>(delta);
+  });
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  const auto gathered = llmengine::sim::meet_warp("__ballot_sync", mask, predicate != 0, false, site);
+  unsigned votes = 0;
+  for (int l = 0; l < 32; ++l) votes |= static_cast<unsigned>((gathered.lanes >> l & 1) && gathered.value[l]) << l;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate, llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  const auto gathered = llmengine::sim::meet_warp("__any_sync", mask, predicate != 0, false, site);
+  return std::any_of(gathered.value.begin(), gathered.value.end(), [](uint64_t v) { return v != 0; });
+}
+inline int __all_sync(unsigned mask, int predicate, llmengine::sim::Site site = llmengine::sim::Site::current()) {
+  const auto gathered = llmengine::sim::meet_warp("__all_sync", mask, predicate == 0, false, site);
+  return std::none_of(gathered.value.begin(), gathered.value.end(), [](uint64_t v) { return v != 0; });
+}
+
+// ---- atomics --------------------------------------------------------------------------------------------------------
+
+namespace llmengine::sim {
+
+template <class T>
+[[gnu::noinline, gnu::no_sanitize("thread")]] T changed_atomically(T* address, auto change) {
+  touch(address, sizeof(T), Touch::atomic, __builtin_return_address(0));
+  const T before = *address;  // nobody runs between: fibres change only where they are told to
+  *address = change(before);
+  return before;
+}
+
+}  // namespace llmengine::sim
+
+template <class T>
+__forceinline__ T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return llmengine::sim::changed_atomically(address, [=](T old) { return old + value; });
+}
+template <class T>
+__forceinline__ T atomicMax(T* address, std::type_identity_t<T> value) {
+  return llmengine::sim::changed_atomically(address, [=](T old) { return std::max(old, value); });
+}
+template <class T>
+__forceinline__ T atomicMin(T* address, std::type_identity_t<T> value) {
+  return llmengine::sim::changed_atomically(address, [=](T old) { return std::min(old, value); });
+}
+template <class T>
+__forceinline__ T atomicExch(T* address, std::type_identity_t<T> value) {
+  return llmengine::sim::changed_atomically(address, [=](T) { return value; });
+}
+template <class T>
+__forceinline__ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  return llmengine::sim::changed_atomically(address, [=](T old) { return old == expected ? value : old; });
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+// A product that is rounded: nvcc contracts it with no sum. The simulator is compiled without contraction.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
+
+// ---- the runtime ----------------------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;
+struct cudaLaunchAttribute {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = llmengine::sim::kDevice.multiprocessors, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+namespace llmengine::sim {
+
+// A launch as the hardware would take it; grids and blocks beyond its limits are refused.
+template <class... Parameters, class... Given>
+cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...), const Given&... given) {
+  const Index3 grid{at.gridDim.x, at.gridDim.y, at.gridDim.z}, block{at.blockDim.x, at.blockDim.y, at.blockDim.z};
+  const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
+                    block.count() > 0 && block.count() <= 1024 && block.z <= 64 &&
+                    at.dynamicSmemBytes <= kDevice.shared_bytes_per_block;
+  if (!fits) return cudaErrorInvalidConfiguration;
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> parameters;
+  } call{kernel, {given...}};
+  run({reinterpret_cast<const void*>(kernel), grid, block, at.dynamicSmemBytes,
+       [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->parameters); }, &call,
+       sizeof(call)});
+  return cudaSuccess;
+}
+
+}  // namespace llmengine::sim
+
+template <class... Parameters, class... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* at, void (*kernel)(Parameters...), Given&&... given) {
+  return llmengine::sim::launched(*at, kernel, given...);
+}

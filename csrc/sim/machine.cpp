@@ -1,0 +1,422 @@
+#include "sim/machine.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+#include "sim/image.h"
+
+namespace llmengine::sim {
+
+namespace {
+
+constexpr int kNamedBarriers = 16;
+
+// Whether a kernel's own code runs. The linker may give the simulator the instrumented copy of a standard library
+// function that kernels' files use too; its accesses are nobody's.
+constinit bool watching = false;
+
+struct Unwatched {
+  Unwatched() { watching = false; }
+  ~Unwatched() { watching = true; }
+};
+
+std::string text(Index3 i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+std::string text(Site site) {
+  const std::string path = site.file_name();
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+bool same_line(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
+
+// "0-31, 40"
+std::string ranges(const std::vector<int>& numbers) {
+  std::string result;
+  for (size_t i = 0; i < numbers.size();) {
+    size_t j = i;
+    while (j + 1 < numbers.size() && numbers[j + 1] == numbers[j] + 1) ++j;
+    result += (result.empty() ? "" : ", ") + std::to_string(numbers[i]);
+    if (j > i) result += "-" + std::to_string(numbers[j]);
+    i = j + 1;
+  }
+  return result;
+}
+
+}  // namespace
+
+Machine& Machine::the() {
+  static Machine machine;
+  return machine;
+}
+
+// The symbols are read when the program starts: later, a rebuilt file may have taken the place of the one that runs.
+[[maybe_unused]] static const Image& kImage = Image::own();
+
+// ---- launches and blocks --------------------------------------------------------------------------------------------
+
+void Machine::run(const Launch& launch) {
+  launch_ = &launch;
+  count_ = static_cast<int>(launch.block.count());
+  while (static_cast<int>(fibres_.size()) < count_) fibres_.emplace_back();
+  memory.begin_launch(launch);
+  random_.seed(schedule.seed);
+  fault_.clear();
+  std::vector<uint64_t> blocks(launch.grid.count());
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (schedule.order == Order::reversed) std::reverse(blocks.begin(), blocks.end());
+  if (schedule.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random_);
+  for (const uint64_t b : blocks) {
+    block_ = {static_cast<unsigned>(b % launch.grid.x), static_cast<unsigned>(b / launch.grid.x % launch.grid.y),
+              static_cast<unsigned>(b / launch.grid.x / launch.grid.y)};
+    run_block();
+    current_ = nullptr;
+    if (!fault_.empty())
+      throw std::runtime_error(Image::own().function_name(reinterpret_cast<uintptr_t>(launch.kernel)) + ": " + fault_);
+  }
+}
+
+void Machine::run_block() {
+  memory.begin_block(count_);
+  threads_.assign(static_cast<size_t>(count_), Thread{});
+  ready_.assign(static_cast<size_t>((count_ + 31) / 32), 0);
+  in_collective_.assign(ready_.size(), 0);
+  exited_.assign(ready_.size(), 0);
+  named_.assign(kNamedBarriers, {});
+  at_barrier_ = 0;
+  last_ = schedule.order == Order::reversed ? count_ : -1;
+  for (int t = 0; t < count_; ++t) {
+    threads_[t].number = t;
+    fibres_[t].prepare(thread_body, this);
+    make_ready(threads_[t]);
+  }
+  for (int t; fault_.empty() && (t = pick()) >= 0;) {
+    last_ = t;
+    current_ = &threads_[t];
+    fibres_[t].resume();
+  }
+  const bool all_exited =
+      std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::exited; });
+  if (fault_.empty() && !all_exited) fault_ = "deadlock in block " + text(block_) + ": " + position_of_all();
+}
+
+void Machine::thread_body(void* argument) {
+  auto& machine = *static_cast<Machine*>(argument);
+  watching = true;
+  machine.launch_->call(machine.launch_->parameters);
+  watching = false;
+  machine.exit_thread();
+}
+
+void Machine::exit_thread() {
+  Thread& self = *current_;
+  self.state = State::exited;
+  ready_[self.number / 32] &= ~(1u << (self.number % 32));
+  exited_[self.number / 32] |= 1u << (self.number % 32);
+  for (int l : lanes_of(self.number / 32, in_collective_[self.number / 32])) {
+    if (!(threads_[l].mask >> (self.number % 32) & 1)) continue;
+    fault_ = position(self.number) + " exits while " + position(l) + " waits for it at " + threads_[l].operation +
+             " (" + text(threads_[l].site) + ")";
+  }
+  yield();
+}
+
+void Machine::make_ready(Thread& thread) {
+  thread.state = State::ready;
+  ready_[thread.number / 32] |= 1u << (thread.number % 32);
+}
+
+void Machine::wait(Meeting meeting, const char* operation, Site site) {
+  Thread& self = *current_;
+  self.state = State::waiting;
+  self.meeting = meeting;
+  self.operation = operation;
+  self.site = site;
+  ready_[self.number / 32] &= ~(1u << (self.number % 32));
+}
+
+void Machine::yield() { fibres_[current_->number].suspend(); }
+
+void Machine::fail(const std::string& what) {
+  fault_ = position(current_->number) + " " + what;
+  for (;;) yield();  // never resumed: the launch is over
+}
+
+// ---- the schedule ---------------------------------------------------------------------------------------------------
+
+int Machine::pick() {
+  switch (schedule.order) {
+    case Order::forward: return pick_warp_by_warp(false);
+    case Order::reversed: return pick_warp_by_warp(true);
+    case Order::round_robin: return pick_next();
+    case Order::random: return pick_random();
+  }
+  return -1;
+}
+
+// Stays in the warp of the thread that ran last while one of its lanes is ready.
+int Machine::pick_warp_by_warp(bool reversed) {
+  const int warps = static_cast<int>(ready_.size());
+  const int start = std::clamp(last_, 0, count_ - 1) / 32;
+  for (int i = 0; i < warps; ++i) {
+    const int warp = reversed ? (start - i + warps) % warps : (start + i) % warps;
+    if (const uint32_t lanes = ready_[warp]) {
+      return warp * 32 + (reversed ? 31 - std::countl_zero(lanes) : std::countr_zero(lanes));
+    }
+  }
+  return -1;
+}
+
+int Machine::pick_next() {
+  for (int i = 1; i <= count_; ++i) {
+    const int t = (last_ + i) % count_;
+    if (threads_[t].state == State::ready) return t;
+  }
+  return -1;
+}
+
+int Machine::pick_random() {
+  std::vector<int> warps;
+  for (size_t w = 0; w < ready_.size(); ++w) {
+    if (ready_[w]) warps.push_back(static_cast<int>(w));
+  }
+  if (warps.empty()) return -1;
+  const int warp = warps[random_() % warps.size()];
+  uint32_t lanes = ready_[warp];
+  for (uint64_t skip = random_() % std::popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
+  return warp * 32 + std::countr_zero(lanes);
+}
+
+bool Machine::preempts() {
+  switch (schedule.order) {
+    case Order::round_robin: return ++touches_ % 4 == 0;
+    case Order::random: return random_() % 16 == 0;
+    default: return false;
+  }
+}
+
+// ---- meetings -------------------------------------------------------------------------------------------------------
+
+void Machine::block_barrier(Site site) {
+  wait(Meeting::block, "__syncthreads", site);
+  ++at_barrier_;
+  try_block_barrier();
+  yield();
+}
+
+void Machine::try_block_barrier() {
+  if (at_barrier_ < count_) return;
+  std::vector<int> all(static_cast<size_t>(count_));
+  std::iota(all.begin(), all.end(), 0);
+  for (const Thread& t : threads_) {
+    if (!same_line(t.site, threads_[0].site)) {
+      fault_ = "divergent barrier in block " + text(block_) + ": " + position_of_all();
+      return;
+    }
+  }
+  memory.clocks.meet(all, all);
+  at_barrier_ = 0;
+  for (Thread& t : threads_) make_ready(t);
+}
+
+void Machine::named_barrier(int id, int threads, bool wait_here, Site site) {
+  if (id < 0 || id >= kNamedBarriers)
+    fail("uses barrier " + std::to_string(id) + "; there are 16 (" + text(site) + ")");
+  if (threads <= 0 || threads % 32 != 0) {
+    fail("gives barrier " + std::to_string(id) + " " + std::to_string(threads) + " threads; whole warps are needed (" +
+         text(site) + ")");
+  }
+  NamedBarrier& barrier = named_[id];
+  if (!barrier.arrived.empty() && barrier.threads != threads) {
+    fail("gives barrier " + std::to_string(id) + " " + std::to_string(threads) + " threads where others gave " +
+         std::to_string(barrier.threads) + " (" + text(site) + ")");
+  }
+  barrier.threads = threads;
+  barrier.arrived.push_back(current_->number);
+  if (wait_here) {
+    barrier.waiting.push_back(current_->number);
+    wait(Meeting::named, "named barrier", site);
+  }
+  if (static_cast<int>(barrier.arrived.size()) == threads) {
+    memory.clocks.meet(barrier.arrived, barrier.waiting);
+    for (int t : barrier.waiting) make_ready(threads_[t]);
+    barrier = {};
+  }
+  if (wait_here) yield();
+}
+
+Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site) {
+  Thread& self = *current_;
+  if (!(mask >> lane() & 1)) {
+    std::ostringstream hex;
+    hex << std::hex << mask;
+    fail(std::string("calls ") + operation + " with mask 0x" + hex.str() + ", which leaves out its own lane (" +
+         text(site) + ")");
+  }
+  for (int l : lanes_of(self.number / 32, mask & exited_[self.number / 32])) {
+    fail(std::string("calls ") + operation + " (" + text(site) + ") with a mask that names " + position(l) +
+         ", which has exited");
+  }
+  wait(Meeting::warp, operation, site);
+  self.mask = mask;
+  self.value = value;
+  self.orders = orders;
+  in_collective_[self.number / 32] |= 1u << lane();
+  try_collective(self);
+  yield();
+  return self.gathered;
+}
+
+std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
+  std::vector<int> numbers;
+  for (int t = warp * 32; t < std::min(count_, warp * 32 + 32); ++t) {
+    if (mask >> (t % 32) & 1) numbers.push_back(t);
+  }
+  return numbers;
+}
+
+// Completes the collective that `last` has come to, if it is the last one.
+void Machine::try_collective(const Thread& last) {
+  const int warp = last.number / 32;
+  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32);
+  if (last.mask & present & ~in_collective_[warp]) return;
+  const std::vector<int> lanes = lanes_of(warp, last.mask);
+  Gathered gathered{};
+  for (int l : lanes) {
+    const Thread& other = threads_[l];
+    if (other.mask != last.mask || !same_line(other.site, last.site)) return;
+    if (!same_text(other.operation, last.operation)) return;
+    gathered.lanes |= 1u << (l % 32);
+    gathered.value[l % 32] = other.value;
+  }
+  if (last.orders) memory.clocks.meet(lanes, lanes);
+  in_collective_[warp] &= ~last.mask;
+  for (int l : lanes) {
+    threads_[l].gathered = gathered;
+    make_ready(threads_[l]);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+
+void Machine::touch(const Access& access) {
+  if (fibres_[current_->number].holds(access.address)) return;  // local memory
+  if (preempts()) yield();
+  std::optional<Conflict> conflict;
+  const auto problem = memory.check(access, current_->number, conflict);
+  if (!problem) return;
+  const std::string here = " (" + source_line(access.site) + ")";
+  if (!conflict) fail(*problem + here);
+  const std::string other = conflict->thread < 0 ? "a thread of another block" : position(conflict->thread);
+  const std::string when = conflict->thread < 0 ? " without an order between blocks" : " with no barrier between";
+  fail(*problem + here + " what " + other + " " + verb(conflict->kind) + " (" + source_line(conflict->site) + ")" +
+       when + ": " + memory.name_of(access.address));
+}
+
+// ---- reports --------------------------------------------------------------------------------------------------------
+
+Index3 Machine::index_of(int number) const {
+  const Index3 shape = launch_->block;
+  const auto n = static_cast<unsigned>(number);
+  return {n % shape.x, n / shape.x % shape.y, n / shape.x / shape.y};
+}
+
+Index3 Machine::thread_index() const { return index_of(current_->number); }
+
+std::string Machine::position(int number) const {
+  return "thread " + text(index_of(number)) + " of block " + text(block_);
+}
+
+std::string Machine::position_of_all() const {
+  std::vector<std::pair<std::string, std::vector<int>>> groups;
+  for (const Thread& t : threads_) {
+    const std::string where = t.state == State::exited  ? "exited"
+                              : t.state == State::ready ? "running"
+                                                        : std::string("at ") + t.operation + " (" + text(t.site) + ")";
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == where; });
+    if (group == groups.end()) group = groups.insert(groups.end(), {where, {}});
+    group->second.push_back(t.number);
+  }
+  std::string result;
+  for (const auto& [where, numbers] : groups) {
+    result += (result.empty() ? "threads " : "; threads ") + ranges(numbers) + " " + where;
+  }
+  return result;
+}
+
+std::string Machine::source_line(uintptr_t site) const { return Image::own().source_line(site); }
+
+// ---- what kernels and hosts call ------------------------------------------------------------------------------------
+
+Index3 thread_index() { return Machine::the().thread_index(); }
+Index3 block_index() { return Machine::the().block_index(); }
+Index3 block_shape() { return Machine::the().launch().block; }
+Index3 grid_shape() { return Machine::the().launch().grid; }
+int lane() { return Machine::the().lane(); }
+void* dynamic_shared() { return Machine::the().memory.dynamic_shared(); }
+
+void block_barrier(Site site) {
+  const Unwatched simulator;
+  Machine::the().block_barrier(site);
+}
+
+void named_barrier(int id, int threads, bool wait, Site site) {
+  const Unwatched simulator;
+  Machine::the().named_barrier(id, threads, wait, site);
+}
+
+Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site) {
+  const Unwatched simulator;
+  return Machine::the().meet_warp(operation, mask, value, orders, site);
+}
+
+uint64_t value_of_lane(const char* operation, const Gathered& gathered, int source, Site site) {
+  if (gathered.lanes >> source & 1) return gathered.value[static_cast<size_t>(source)];
+  const Unwatched simulator;
+  Machine::the().fail(std::string(operation) + " reads lane " + std::to_string(source) + ", which takes no part (" +
+                      text(site) + ")");
+}
+
+void touch(const void* address, size_t size, Touch kind, const void* return_address) {
+  if (!watching) return;
+  const Unwatched simulator;
+  const Kind as = kind == Touch::read ? Kind::read : kind == Touch::write ? Kind::write : Kind::atomic;
+  Machine::the().touch({reinterpret_cast<uintptr_t>(address), size, as, reinterpret_cast<uintptr_t>(return_address)});
+}
+
+void run(const Launch& launch) { Machine::the().run(launch); }
+
+namespace {
+std::mutex& lock() {
+  static std::mutex mutex;
+  return mutex;
+}
+}  // namespace
+
+Tensors::Tensors(const std::vector<NamedView>& tensors) {
+  lock().lock();
+  Machine::the().memory.set_tensors(tensors);
+}
+
+Tensors::~Tensors() {
+  Machine::the().memory.set_tensors({});
+  lock().unlock();
+}
+
+void set_schedule(const std::string& order, uint64_t seed) {
+  const std::vector<std::string> names = {"forward", "reversed", "round_robin", "random"};
+  const auto found = std::find(names.begin(), names.end(), order);
+  if (found == names.end()) {
+    throw std::invalid_argument("schedule: '" + order + "' is not one of forward, reversed, round_robin, random");
+  }
+  Machine::the().schedule = {static_cast<Order>(found - names.begin()), seed};
+}
+
+}  // namespace llmengine::sim

@@ -1,0 +1,245 @@
+#include "sim/memory.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "sim/image.h"
+
+namespace llmengine::sim {
+
+namespace {
+
+constexpr uintptr_t kPage = 4096;
+
+uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
+std::string bytes(uint64_t n) { return std::to_string(n) + (n == 1 ? " byte" : " bytes"); }
+
+// First and one past the last byte that a tensor's elements touch; strides are not negative in PyTorch.
+std::pair<uintptr_t, uintptr_t> extent(const TensorView& t) {
+  int64_t last = 0;
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.sizes[d] == 0) return {address_of(t.data), address_of(t.data)};
+    last += (t.sizes[d] - 1) * t.strides[d];
+  }
+  return {address_of(t.data), address_of(t.data) + static_cast<uintptr_t>((last + 1) * size_of(t.dtype))};
+}
+
+// Whether some index of the tensor has this offset in elements: the largest stride goes first, which is exact for
+// tensors whose rows do not interleave.
+bool is_element(const TensorView& t, int64_t offset) {
+  uint32_t done = 0;
+  for (int i = 0; i < t.ndim; ++i) {
+    int d = -1;
+    for (int e = 0; e < t.ndim; ++e) {
+      if (!(done >> e & 1) && (d < 0 || t.strides[e] > t.strides[d])) d = e;
+    }
+    done |= 1u << d;
+    if (t.strides[d] > 0) offset -= std::min(offset / t.strides[d], t.sizes[d] - 1) * t.strides[d];
+  }
+  return offset == 0;
+}
+
+}  // namespace
+
+const char* verb(Kind kind) {
+  switch (kind) {
+    case Kind::read: return "reads";
+    case Kind::write: return "writes";
+    case Kind::atomic: return "changes atomically";
+  }
+  return "";
+}
+
+void Memory::begin_launch(const Launch& launch) {
+  pages_.clear();
+  last_ = nullptr;
+  sites_.clear();
+  site_numbers_.clear();
+  clocks.begin_launch();
+  dynamic_bytes_ = launch.shared_bytes;
+  parameters_ = address_of(launch.parameters);
+  parameters_end_ = parameters_ + launch.parameter_bytes;
+}
+
+void Memory::begin_block(int threads) {
+  clocks.begin_block(threads);
+  std::memset(dynamic_->bytes, 0xff, dynamic_bytes_);
+  for (const SharedVariable& v : Image::own().shared_variables()) {
+    std::memset(reinterpret_cast<void*>(v.begin), 0xff, v.end - v.begin);
+  }
+  last_ = nullptr;
+  for (auto it = pages_.begin(); it != pages_.end();) {
+    it = is_shared(it->first) ? pages_.erase(it) : std::next(it);
+  }
+}
+
+std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
+  const bool global = region_at(access.address, access.size);
+  if (!global) {
+    if (is_constant(access)) return {};
+    if (auto problem = outside(access)) return problem;
+  }
+  if (std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
+    return std::string(verb(access.kind)) + " " + bytes(access.size) + " at an address that is not a multiple of " +
+           std::to_string(access.size);
+  }
+  const bool shared = !global && is_shared(access.address);
+  const uint32_t site = site_number(access.site);
+  for (uint64_t i = 0; i < access.size; ++i) {
+    Cell& byte = cell(access.address + i);
+    if (shared && access.kind != Kind::write && byte.write_stamp == 0) {
+      return "reads shared memory that no thread of the block wrote";
+    }
+    conflict = conflict_at(byte, access.kind, thread);
+    if (conflict) return std::string("races: ") + verb(access.kind);
+    remember(byte, access.kind, thread, site);
+  }
+  return {};
+}
+
+// ---- bounds ---------------------------------------------------------------------------------------------------------
+
+bool Memory::is_constant(const Access& access) const {
+  if (access.kind != Kind::read) return false;
+  if (access.address >= parameters_ && access.address + access.size <= parameters_end_) return true;
+  return Image::own().is_constant(access.address);
+}
+
+// The whole buffer, whatever the launch asked for: what lies beyond its size is an overrun of shared memory.
+bool Memory::is_dynamic(uintptr_t address) const { return address - address_of(dynamic_.get()) < sizeof(Dynamic); }
+
+bool Memory::is_shared(uintptr_t address) const {
+  const SharedVariable* variable = Image::own().shared_variable_at(address);
+  return is_dynamic(address) || (variable && address < variable->end);
+}
+
+std::optional<std::string> Memory::outside(const Access& access) const {
+  const auto beyond = [&](uint64_t offset, const std::string& name, uint64_t size) {
+    return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(offset) + " of " +
+           name + ", which has " + std::to_string(size);
+  };
+  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
+    if (access.address + access.size <= variable->end) return {};
+    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
+  }
+  if (is_dynamic(access.address)) {
+    const uint64_t offset = access.address - address_of(dynamic_.get());
+    if (offset + access.size <= dynamic_bytes_) return {};
+    return beyond(offset, "dynamic shared memory", dynamic_bytes_);
+  }
+  return outside_tensors(access);
+}
+
+void Memory::set_tensors(const std::vector<NamedView>& tensors) {
+  regions_.clear();
+  last_region_ = nullptr;
+  for (const NamedView& t : tensors) {
+    const auto [begin, end] = extent(t.tensor);
+    if (begin != end) regions_.push_back({t.name, t.tensor, begin, end, t.tensor.contiguous()});
+  }
+}
+
+bool Memory::Region::holds(uintptr_t address, uint64_t size) const {
+  if (address < begin || address + size > end) return false;
+  if (dense) return true;
+  const auto element = static_cast<uint64_t>(size_of(tensor.dtype));
+  for (uint64_t e = (address - begin) / element; e * element < address + size - begin; ++e) {
+    if (!is_element(tensor, static_cast<int64_t>(e))) return false;
+  }
+  return true;
+}
+
+const Memory::Region* Memory::region_at(uintptr_t address, uint64_t size) const {
+  if (last_region_ && last_region_->holds(address, size)) return last_region_;
+  for (const Region& r : regions_) {
+    if (r.holds(address, size)) return last_region_ = &r;
+  }
+  return nullptr;
+}
+
+// Names the tensor that lies nearest.
+std::string Memory::outside_tensors(const Access& access) const {
+  const Region* nearest = nullptr;
+  uintptr_t least = UINTPTR_MAX;
+  for (const Region& r : regions_) {
+    const uintptr_t distance = access.address < r.begin ? r.begin - access.address
+                               : access.address < r.end ? 0
+                                                        : access.address - r.end;
+    if (distance < least) least = distance, nearest = &r;
+  }
+  const std::string what = std::string(verb(access.kind)) + " " + bytes(access.size);
+  if (!nearest || least > (1u << 20)) return what + " at an address that belongs to no tensor of the call";
+  const std::string name = nearest->name + " " + nearest->tensor.shape();
+  if (access.address < nearest->begin) return what + " " + bytes(nearest->begin - access.address) + " before " + name;
+  if (access.address >= nearest->end)
+    return what + " " + bytes(access.address - nearest->end) + " past the end of " + name;
+  const bool crosses = access.address + access.size > nearest->end;
+  return what + " at byte " + std::to_string(access.address - nearest->begin) + " of " + name +
+         (crosses ? ", across its end" : ", between its rows");
+}
+
+std::string Memory::name_of(uintptr_t address) const {
+  const auto at = [&](uintptr_t begin, const std::string& name) {
+    return "byte " + std::to_string(address - begin) + " of " + name;
+  };
+  if (const SharedVariable* variable = Image::own().shared_variable_at(address)) {
+    return at(variable->begin, "shared " + variable->name);
+  }
+  if (is_dynamic(address)) return at(address_of(dynamic_.get()), "dynamic shared memory");
+  if (const Region* r = region_at(address, 1)) return at(r->begin, r->name);
+  return "memory";
+}
+
+// ---- races ----------------------------------------------------------------------------------------------------------
+
+Memory::Cell& Memory::cell(uintptr_t address) {
+  const uintptr_t page = address & ~(kPage - 1);
+  if (!last_ || page != last_page_) {
+    auto& found = pages_[page];
+    if (!found) found = std::make_unique<Page>();
+    last_ = found.get();
+    last_page_ = page;
+  }
+  return last_->cells[address - page];
+}
+
+std::optional<Conflict> Memory::conflict_at(const Cell& c, Kind kind, int thread) const {
+  const auto unordered = [&](uint32_t stamp, int other) {
+    return stamp != 0 && (!clocks.of_this_block(stamp) || !clocks.before(other, stamp, thread));
+  };
+  const auto side = [&](Kind earlier, uint32_t stamp, int other, uint32_t site) {
+    return Conflict{earlier, clocks.of_this_block(stamp) ? other : -1, sites_[site]};
+  };
+  if (unordered(c.write_stamp, c.writer) && !(c.atomic && kind == Kind::atomic)) {
+    return side(c.atomic ? Kind::atomic : Kind::write, c.write_stamp, c.writer, c.write_site);
+  }
+  if (kind == Kind::read) return {};
+  for (int r = 0; r < kReaders; ++r) {
+    if (unordered(c.read_stamp[r], c.reader[r])) return side(Kind::read, c.read_stamp[r], c.reader[r], c.read_site[r]);
+  }
+  return {};
+}
+
+void Memory::remember(Cell& c, Kind kind, int thread, uint32_t site) {
+  const uint32_t now = clocks.now(thread);
+  if (kind != Kind::read) {
+    c = Cell{};
+    c.write_stamp = now, c.write_site = site, c.writer = static_cast<uint16_t>(thread), c.atomic = kind == Kind::atomic;
+    return;
+  }
+  // A reader that this one comes after is no longer needed: who is ordered after this one is ordered after both.
+  const bool replaces = c.read_stamp[0] == 0 ||
+                        (clocks.of_this_block(c.read_stamp[0]) && clocks.before(c.reader[0], c.read_stamp[0], thread));
+  const int slot = replaces ? 0 : 1;
+  c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(thread);
+}
+
+uint32_t Memory::site_number(uintptr_t site) {
+  const auto [it, added] = site_numbers_.try_emplace(site, static_cast<uint32_t>(sites_.size()));
+  if (added) sites_.push_back(site);
+  return it->second;
+}
+
+}  // namespace llmengine::sim

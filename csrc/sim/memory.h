@@ -1,0 +1,107 @@
+// The memory that a launch may touch, and for every byte of it who wrote and read it last.
+//
+//   global   the tensors of the call: an access must hit elements, not the padding between rows
+//   shared   every __shared__ variable lies alone on pages of its own (include/cuda_runtime.h), its size stands in the
+//            symbol table; dynamic shared memory is one array of the launch's size. Both are filled with NaN
+//            before each block.
+//   constant the kernel's parameters, and what the image never writes
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "sim/clocks.h"
+#include "sim/simulator.h"
+
+namespace llmengine::sim {
+
+enum class Kind : uint8_t { read, write, atomic };
+const char* verb(Kind kind);
+
+struct Access {
+  uintptr_t address;
+  uint64_t size;
+  Kind kind;
+  uintptr_t site;  // return address of the access
+};
+
+// An earlier access that no barrier orders before this one.
+struct Conflict {
+  Kind kind;
+  int thread;  // -1: of another block
+  uintptr_t site;
+};
+
+class Memory {
+ public:
+  void begin_launch(const Launch& launch);
+  void begin_block(int threads);
+
+  // What is wrong with an access of `thread`, or nothing: then it is remembered. `conflict` tells the other side of a
+  // race.
+  std::optional<std::string> check(const Access& access, int thread, std::optional<Conflict>& conflict);
+
+  std::string name_of(uintptr_t address) const;  // "byte 12 of shared slots", of an address that check() let pass
+  char* dynamic_shared() { return dynamic_->bytes; }
+  size_t dynamic_shared_bytes() const { return dynamic_bytes_; }
+
+  void set_tensors(const std::vector<NamedView>& tensors);
+
+  Clocks clocks;
+
+ private:
+  static constexpr int kReaders = 2;  // of different threads: enough that a later writer is unordered with one of them
+
+  struct Cell {  // a byte; a stamp of 0 is "never"
+    uint32_t write_stamp, read_stamp[kReaders];
+    uint32_t write_site, read_site[kReaders];
+    uint16_t writer, reader[kReaders];
+    bool atomic;
+  };
+  struct Page {
+    Cell cells[4096];
+  };
+
+  struct Region {  // a tensor of the call
+    std::string name;
+    TensorView tensor;
+    uintptr_t begin, end;
+    bool dense;  // every byte between them is an element's
+
+    bool holds(uintptr_t address, uint64_t size) const;
+  };
+
+  const Region* region_at(uintptr_t address, uint64_t size) const;
+  std::optional<std::string> outside(const Access& access) const;
+  std::string outside_tensors(const Access& access) const;
+  bool is_dynamic(uintptr_t address) const;
+  bool is_shared(uintptr_t address) const;
+  bool is_constant(const Access& access) const;
+
+  Cell& cell(uintptr_t address);
+  std::optional<Conflict> conflict_at(const Cell& cell, Kind kind, int thread) const;
+  void remember(Cell& cell, Kind kind, int thread, uint32_t site);
+  uint32_t site_number(uintptr_t site);
+
+  struct alignas(4096) Dynamic {  // pages of its own, like the static variables
+    char bytes[228 << 10];
+  };
+  static_assert(sizeof(Dynamic) >= kDevice.shared_bytes_per_block);
+
+  std::unique_ptr<Dynamic> dynamic_ = std::make_unique<Dynamic>();
+  size_t dynamic_bytes_ = 0;
+  std::vector<Region> regions_;
+  mutable const Region* last_region_ = nullptr;
+  uintptr_t parameters_ = 0, parameters_end_ = 0;
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  uintptr_t last_page_ = 0;
+  Page* last_ = nullptr;
+  std::vector<uintptr_t> sites_;
+  std::unordered_map<uintptr_t, uint32_t> site_numbers_;
+};
+
+}  // namespace llmengine::sim

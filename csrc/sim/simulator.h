@@ -1,0 +1,78 @@
+// The simulator's host side: what a launch may touch, and in which order its threads run.
+//
+//   A launch runs block after block; each CUDA thread of a block is a fibre (fibre.h), and threads change only where a
+//   kernel waits (barrier, warp collective) or, by the schedule, before a memory access. Kernels are compiled with
+//   instrumentation that calls us before every access (instrument.cpp), so each one is checked:
+//     bounds      global memory: inside a tensor of the call, strides respected; shared: inside one array (memory.h)
+//     races       two accesses of one byte, one of them a plain write, that no barrier orders (clocks.h): reported
+//                 whichever order the schedule happened to run them in
+//     shared      a read of a byte that no thread of the block wrote
+//     alignment   of every access to its own size
+//   A fault ends the launch with a std::runtime_error that names kernel, thread, block, memory and source lines.
+//
+//   Not modelled yet: order between blocks (an access by two blocks, one writing, is a race unless both are atomic),
+//   clusters, asynchronous copies, tensor cores, time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace llmengine::sim {
+
+enum class Order : uint8_t {
+  forward,      // one warp until it waits, then the next; lanes upward
+  reversed,     // the same from the last warp, lanes downward
+  round_robin,  // every thread a few memory accesses at a time
+  random,       // any ready thread at every wait, and now and then at a memory access
+};
+
+struct Schedule {
+  Order order = Order::random;
+  uint64_t seed = 0;  // of `random`
+};
+
+// The schedule of the launches that follow. Throws std::invalid_argument for an order that it does not know.
+void set_schedule(const std::string& order, uint64_t seed);
+
+struct NamedView {
+  const char* name;
+  TensorView tensor;
+};
+
+// While it lives, kernels may touch these tensors and no other global memory. One at a time in the process: it holds
+// the simulator's lock.
+class Tensors {
+ public:
+  explicit Tensors(const std::vector<NamedView>& tensors);
+  ~Tensors();
+  Tensors(const Tensors&) = delete;
+  Tensors& operator=(const Tensors&) = delete;
+};
+
+struct Index3 {
+  unsigned x = 1, y = 1, z = 1;
+  uint64_t count() const { return uint64_t{x} * y * z; }
+};
+
+struct Launch {
+  const void* kernel;  // the function, for its name
+  Index3 grid, block;
+  size_t shared_bytes;
+  void (*call)(void*);  // runs one thread of the kernel
+  void* parameters;     // given to call; the kernel's constant bank
+  size_t parameter_bytes;
+};
+
+void run(const Launch& launch);
+
+struct Device {
+  int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests
+  size_t shared_bytes_per_block = 227 << 10;
+};
+inline constexpr Device kDevice;
+
+}  // namespace llmengine::sim

@@ -1,0 +1,71 @@
+"""A native module that has the kernels of csrc/cuda, and what all of them share in Python.
+
+There are two such modules: `llmengine._cuda` for devices, and `llmengine._cuda_sim`, the same kernels in the simulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Native:
+    """`name` is the module, `backend` the backend that refuses, `device_type` the type of the tensors that it takes."""
+
+    def __init__(self, name: str, backend: str, device_type: str, build_hint: str):
+        self.name, self.backend, self.device_type, self.build_hint = name, backend, device_type, build_hint
+        self.module: Any = None
+
+    def missing(self) -> str | None:
+        """Why the module cannot be had, or None: then `module` is there. Imported at the first question."""
+        if self.module is None:
+            try:
+                self.module = importlib.import_module(self.name)
+            except ImportError as error:
+                return f"the native module {self.name} is not built ({error}); {self.build_hint}"
+        return None
+
+    def call(self, kernel: str, on: Tensor, **arguments) -> None:
+        """Launches a kernel on the current stream of the device that `on` lies on."""
+        if on.is_cuda:
+            with torch.cuda.device(on.device):
+                stream = torch.cuda.current_stream().cuda_stream
+                getattr(self.module, kernel)(**arguments, stream=stream)
+        else:
+            getattr(self.module, kernel)(**arguments, stream=0)
+
+    def ask(self, function: str, on: Tensor, **arguments):
+        """A question about the device that `on` lies on."""
+        with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+            return getattr(self.module, function)(**arguments)
+
+    def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
+        """The refusals that all kernels have in common: a device or float dtype that they do not take."""
+        given = [t for t in tensors if t is not None]
+        for tensor in given:
+            if tensor.device.type != self.device_type:
+                return f"the {self.backend} backend takes {self.device_type} tensors, got one on {tensor.device}"
+            if tensor.device != given[0].device:
+                return f"the tensors lie on different devices, {given[0].device} and {tensor.device}"
+            if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                return f"the {self.backend} backend takes float32, bfloat16 and float16, got {dtype}"
+        return None
+
+
+def unit_last_stride(x: Tensor | None) -> Tensor | None:
+    """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def parameter(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A weight or bias as kernels take it: contiguous, float32 or of the rows' dtype."""
+    if x is None:
+        return None
+    return (x if x.dtype in (torch.float32, rows.dtype) else x.float()).contiguous()

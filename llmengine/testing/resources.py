@@ -1,0 +1,150 @@
+"""What every CUDA kernel takes of a multiprocessor, read from the compiler: no GPU is needed.
+
+`python -m llmengine.testing.resources FILE` writes the committed budget anew, after a change that is meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-O3")
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc")
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """For every kernel of a file: registers, shared, stack, spills, and its 16-byte accesses of global memory.
+
+    Compiling takes a minute, so a result is kept under build/ until a file that it depends on changes.
+    """
+    compiler = nvcc()
+    assert compiler, "nvcc is not on the PATH"
+    kept = ROOT / "build" / "resources" / f"{source.stem}-{architecture}-{_fingerprint(compiler)}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    result = kept.with_suffix(".json")
+    if not result.exists():
+        found = _compile(compiler, source, architecture, kept)
+        result.write_text(json.dumps(found, indent=1, sort_keys=True))
+    return json.loads(result.read_text())
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + repr(FLAGS).encode())
+    for folder in ("cuda", "common", "ops"):
+        for path in sorted((ROOT / "csrc" / folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict[str, dict[str, int]]:
+    """By way of PTX, where a 16-byte access is one instruction that the assembler does not split."""
+    ptx, cubin = kept.with_suffix(".ptx"), kept.with_suffix(".cubin")
+    assembler = shutil.which("ptxas") or str(Path(compiler).resolve().parent / "ptxas")
+    front = [f"-arch=compute_{architecture}", "-ptx", f"-I{ROOT / 'csrc'}", str(source), "-o", str(ptx)]
+    subprocess.run([compiler, *FLAGS, *front], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [assembler, "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    usage = _usage(done.stdout + done.stderr)
+    accesses = _wide_accesses(ptx.read_text())
+    ptx.unlink()
+    names = _demangled(list(usage))
+    return {names[mangled]: usage[mangled] | accesses[mangled] for mangled in usage}
+
+
+def machine_code_accesses(source: Path, architecture: str) -> dict[str, int]:
+    """16-byte loads of global memory in the machine code of each kernel; needs cuobjdump."""
+    report(source, architecture)
+    disassembler = cuobjdump()
+    assert disassembler, "cuobjdump is not at hand"
+    (cubin,) = (ROOT / "build" / "resources").glob(f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '')}.cubin")
+    code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    counts = {p.split("\n")[0].strip(): len(re.findall(r"\bLDG\.[\w.]*128", p)) for p in code.split("Function : ")[1:]}
+    names = _demangled(list(counts))
+    return {names[mangled]: count for mangled, count in counts.items()}
+
+
+def cuobjdump() -> str | None:
+    """NVIDIA's, from the toolkit or from Triton's wheel."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin or "").parent / "backends/nvidia/bin" if triton else Path()
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
+
+
+def _usage(log: str) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for part in log.split("Compiling entry function '")[1:]:
+
+        def number(pattern: str, text: str = part) -> int:
+            match = re.search(pattern, text)
+            return int(match[1]) if match else 0
+
+        found[part.split("'")[0]] = {
+            "registers": number(r"Used (\d+) registers"),
+            "shared": number(r"(\d+) bytes smem"),
+            "stack": number(r"(\d+) bytes stack frame"),
+            "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        }
+    return found
+
+
+def _wide_accesses(ptx: str) -> dict[str, dict[str, int]]:
+    found = {}
+    for part in ptx.split(".entry ")[1:]:
+        loads, stores = (len(re.findall(rf"\b{word}\.global[\w.:]*\.v4\.", part)) for word in ("ld", "st"))
+        found[part.split("(")[0].strip()] = {"wide_loads": loads, "wide_stores": stores}
+    return found
+
+
+def _demangled(names: list[str]) -> dict[str, str]:
+    """`norm_forward_held<float, 4>` for each mangled name."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {m: _short(d) for m, d in zip(names, done.stdout.splitlines(), strict=True)}
+
+
+def _short(name: str) -> str:
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|llmengine::(?:cuda::)?|^void ", "", name)
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def everything() -> dict[str, dict[str, dict[str, int]]]:
+    """The reports of all files: architecture -> kernel -> what it takes."""
+    return {
+        f"sm_{a}": {name: taken for source in sources() for name, taken in report(source, a).items()}
+        for a in ARCHITECTURES
+    }
+
+
+if __name__ == "__main__":
+    budget = {
+        architecture: {name: {k: taken[k] for k in ("registers", "shared")} for name, taken in kernels.items()}
+        for architecture, kernels in everything().items()
+    }
+    lines = [
+        f'"{a}": {{\n' + ",\n".join(f'  "{n}": {json.dumps(t)}' for n, t in sorted(kernels.items())) + "\n}"
+        for a, kernels in budget.items()
+    ]
+    Path(sys.argv[1]).write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,0 +1,97 @@
+"""Every CUDA kernel, compiled for every architecture, keeps within budget.json. Nothing here runs on a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmengine.testing import resources
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
+
+pytestmark = [
+    pytest.mark.skipif(resources.nvcc() is None, reason="needs nvcc, which cross-compiles without a GPU"),
+    pytest.mark.timeout(1200),  # a cold compilation of one file for one architecture takes a minute of an idle core
+]
+
+
+def reported(architecture: str) -> dict[str, dict[str, int]]:
+    return {k: v for source in resources.sources() for k, v in resources.report(source, architecture).items()}
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_kernels_keep_within_their_budget(architecture: str):
+    """A kernel that takes more, or is new, needs a new budget: `python -m llmengine.testing.resources`."""
+    taken, allowed = reported(architecture), BUDGET[f"sm_{architecture}"]
+    assert taken.keys() == allowed.keys()
+    over = {
+        name: (taken[name], allowed[name]) for name in taken for k in allowed[name] if taken[name][k] > allowed[name][k]
+    }
+    assert not over
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_nothing_is_spilled_and_nothing_lies_on_a_stack(architecture: str):
+    bad = {name: t for name, t in reported(architecture).items() if t["stack"] or t["spills"]}
+    assert not bad
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
+    for name, taken in reported(architecture).items():
+        assert taken["wide_loads"] > 0, name
+        assert taken["wide_stores"] > 0 or name == "norm_backward_sum", name
+
+
+@pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel")
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
+    for source in resources.sources():
+        for name, loads in resources.machine_code_accesses(source, architecture).items():
+            assert loads > 0, name
+
+
+def test_the_compiler_log_is_read_rightly():
+    log = """
+ptxas info    : Compiling entry function '_Z1av' for 'sm_80'
+ptxas info    : Function properties for _Z1av
+    88 bytes stack frame, 84 bytes spill stores, 200 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 88 bytes cumulative stack size, 12544 bytes smem
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 29 registers
+"""
+    assert resources._usage(log) == {
+        "_Z1av": {"registers": 128, "shared": 12544, "stack": 88, "spills": 284},
+        "_Z1bv": {"registers": 29, "shared": 0, "stack": 0, "spills": 0},
+    }
+
+
+@pytest.mark.heavy
+def test_the_module_builds_and_loads_without_a_driver(tmp_path: Path):
+    """For one architecture. Where there is a driver, the backend has no reason to be unavailable."""
+    import pybind11
+
+    configure = ["-DLLMENGINE_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *configure], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--target", "_cuda"], check=True, capture_output=True)
+    (module,) = tmp_path.glob("_cuda*.so")
+    package = tmp_path / "site" / "llmengine"
+    shutil.copytree(ROOT / "llmengine", package)
+    shutil.copy(module, package)
+    script = "from llmengine.backends import cuda; print(cuda.unavailable())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=package.parent,
+    )  # fmt: skip
+    if Path("/proc/driver/nvidia/version").exists():
+        assert done.stdout.strip() == "None"
+    else:
+        assert re.search("driver|no CUDA", done.stdout), done.stdout

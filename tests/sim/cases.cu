@@ -1,0 +1,292 @@
+// Small kernels, each in two versions: `broken` has one mistake that CUDA code is known for, and the other has not.
+// Run as `cases NAME broken|fixed`: the kernel runs under every order and several seeds, and prints a line for each,
+// "ok" or what the simulator found. tests/sim/test_simulator.py says what that must be.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/reduce.cuh"
+#include "sim/simulator.h"
+
+namespace llmengine {
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+
+// Turns 128 numbers round. Broken: nobody waits for the others' writes.
+template <bool broken>
+__global__ void reverse_in_shared(const float* in, float* out) {
+  __shared__ float tile[128];
+  tile[threadIdx.x] = in[threadIdx.x];
+  if constexpr (!broken) __syncthreads();
+  out[threadIdx.x] = tile[127 - threadIdx.x];
+}
+
+// Sums of four rounds through the same slots. Broken: a fast warp begins the next round while others still read.
+template <bool broken>
+__global__ void reuse_of_slots(const float* in, float* out) {
+  __shared__ float slots[4];
+  for (int round = 0; round < 4; ++round) {
+    float x[1] = {in[round * 128 + threadIdx.x]};
+    cuda::warp_reduce<cuda::Sum>(x);
+    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x[0];
+    __syncthreads();
+    out[round * 128 + threadIdx.x] = slots[0] + slots[1] + slots[2] + slots[3];
+    if constexpr (!broken) __syncthreads();
+  }
+}
+
+// Broken: only the first warp comes to the barrier.
+template <bool broken>
+__global__ void barrier_of_some(const float* in, float* out) {
+  __shared__ float tile[128];
+  tile[threadIdx.x] = in[threadIdx.x];
+  if (!broken || threadIdx.x < 32) {
+    __syncthreads();
+  }
+  out[threadIdx.x] = tile[threadIdx.x];
+}
+
+// Broken: the two halves of the block meet at two different barriers.
+template <bool broken>
+__global__ void barrier_in_branches(const float* in, float* out) {
+  __shared__ float tile[128];
+  tile[threadIdx.x] = in[threadIdx.x];
+  if (broken && threadIdx.x < 64) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = tile[127 - threadIdx.x];
+}
+
+// Warps 0 and 1 hand tiles to warps 2 and 3. Broken: the barrier waits for one warp more than comes.
+template <bool broken>
+__global__ void named_barriers(const float* in, float* out) {
+  __shared__ float tile[64];
+  if (threadIdx.x < 64) {
+    tile[threadIdx.x] = in[threadIdx.x];
+    ptx::barrier_arrive(1, broken ? 160 : 128);
+  } else {
+    ptx::barrier_sync(1, broken ? 160 : 128);
+    out[threadIdx.x - 64] = tile[127 - threadIdx.x];
+  }
+}
+
+// ---- warps ----------------------------------------------------------------------------------------------------------
+
+// Lanes trade numbers through shared memory. Broken: a warp is thought to run in step.
+template <bool broken>
+__global__ void neighbours_in_a_warp(const float* in, float* out) {
+  __shared__ float tile[32];
+  tile[threadIdx.x] = in[threadIdx.x];
+  if constexpr (!broken) __syncwarp();
+  out[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+// Broken: half a warp reads the lanes that take no part.
+template <bool broken>
+__global__ void shuffle_of_half(const float* in, float* out) {
+  const float x = in[threadIdx.x];
+  float y = 0.0f;
+  if (threadIdx.x < 16) y = __shfl_xor_sync(0xffffu, x, broken ? 16 : 8);
+  out[threadIdx.x] = y;
+}
+
+// Broken: the mask names lanes that went another way.
+template <bool broken>
+__global__ void mask_of_absent_lanes(const float* in, float* out) {
+  float x = in[threadIdx.x];
+  if (threadIdx.x < 16) {
+    x += __shfl_xor_sync(broken ? kAll : 0xffffu, x, 1);
+  } else {
+    __syncwarp(0xffff0000u);
+    x += __shfl_xor_sync(0xffff0000u, x, 1);
+  }
+  out[threadIdx.x] = x;
+}
+
+// Broken: a lane calls with a mask that leaves it out.
+template <bool broken>
+__global__ void mask_without_oneself(const float* in, float* out) {
+  out[threadIdx.x] = __ballot_sync(broken ? kAll - 1 : kAll, in[threadIdx.x] >= 0.0f) != 0;
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// Broken: <= where < is meant.
+template <bool broken>
+__global__ void past_the_end(const float* in, float* out, int n) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (broken ? i <= n : i < n) out[i] = in[i];
+}
+
+// Broken: writes one column more than the row has, into the padding before the next.
+template <bool broken>
+__global__ void past_the_row(float* out, int columns, int stride) {
+  const int c = static_cast<int>(threadIdx.x);
+  if (c < columns + broken) out[blockIdx.x * stride + c] = 1.0f;
+}
+
+// Broken: the shared array has no room for the halo.
+template <bool broken>
+__global__ void halo(const float* in, float* out) {
+  __shared__ float tile[broken ? 64 : 65];
+  tile[threadIdx.x + 1] = in[threadIdx.x];
+  if (threadIdx.x == 0) tile[0] = 0.0f;
+  __syncthreads();
+  out[threadIdx.x] = tile[threadIdx.x] + tile[threadIdx.x + 1];
+}
+
+// Broken: the launch asks for one number too few.
+template <bool broken>
+__global__ void dynamic_memory(const float* in, float* out) {
+  auto* tile = static_cast<float*>(ptx::dynamic_shared());
+  tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = tile[63 - threadIdx.x];
+}
+
+// Broken: a slot that nobody filled is added up.
+template <bool broken>
+__global__ void unwritten_slot(const float* in, float* out) {
+  __shared__ float slots[4];
+  if (threadIdx.x < (broken ? 3 : 4)) slots[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = slots[0] + slots[1] + slots[2] + slots[3];
+}
+
+// Broken: a vector load from an address that is a multiple of 4 only.
+template <bool broken>
+__global__ void misaligned_vector(const float* in, float* out) {
+  const uint4 word = ptx::load_16(in + threadIdx.x * 4 + broken);
+  ptx::store_16(out + threadIdx.x * 4, word);
+}
+
+// Counts threads. Broken: without an atomic.
+template <bool broken>
+__global__ void count_threads(float* out) {
+  if constexpr (broken) {
+    out[0] = out[0] + 1.0f;
+  } else {
+    atomicAdd(out, 1.0f);
+  }
+}
+
+// Broken: every block writes the same element.
+template <bool broken>
+__global__ void one_element_of_all_blocks(float* out) {
+  if (threadIdx.x == 0) out[broken ? 0 : blockIdx.x] = 1.0f;
+}
+
+// The reduction of csrc/cuda/reduce.cuh, round after round: test_simulator.py breaks that file itself.
+__global__ void row_sums(const float* in, float* out) {
+  __shared__ cuda::RowSlots<1, 4> slots;
+  int turn = 0;
+  for (int round = 0; round < 4; ++round) {
+    float x[1] = {in[round * 128 + threadIdx.x]};
+    cuda::row_reduce<cuda::Sum>(x, slots, turn);
+    out[round * 128 + threadIdx.x] = x[0];
+  }
+}
+
+// ---- runs -----------------------------------------------------------------------------------------------------------
+
+constexpr int kElements = 512;
+
+TensorView view(float* data, int64_t rows, int64_t columns, int64_t stride) {
+  TensorView t;
+  t.data = data, t.ndim = 2;
+  t.sizes[0] = rows, t.sizes[1] = columns, t.strides[0] = stride, t.strides[1] = 1;
+  return t;
+}
+
+// One run on fresh buffers; returns the sum of the results.
+double run_once(const std::function<void(const float*, float*)>& body, const TensorView& shape) {
+  const std::unique_ptr<float4[]> inputs(new float4[kElements / 4]), outputs(new float4[kElements / 4]);
+  float *in = &inputs[0].x, *out = &outputs[0].x;
+  for (int i = 0; i < kElements; ++i) in[i] = static_cast<float>(i % 7), out[i] = 0.0f;
+  TensorView input = shape, output = shape;
+  input.data = in, output.data = out;
+  const sim::Tensors touchable({{"in", input}, {"out", output}});
+  body(in, out);
+  double total = 0.0;
+  for (int i = 0; i < kElements; ++i) total += out[i] * (i + 1);
+  return total;
+}
+
+struct Case {
+  std::function<void(const float*, float*)> body;
+  TensorView shape = view(nullptr, 1, kElements, kElements);
+};
+
+template <class Kernel, class... Given>
+void launch(Kernel kernel, unsigned blocks, unsigned threads, size_t shared, Given... given) {
+  const TensorView operand = view(nullptr, 1, kElements, kElements);
+  cuda::launch({"case", dim3(blocks), dim3(threads), nullptr, operand, shared}, kernel, given...);
+}
+
+template <bool broken>
+std::map<std::string, Case> all_cases() {
+  const auto plain = [](auto kernel, unsigned threads, size_t shared = 0) {
+    return Case{[=](const float* in, float* out) { launch(kernel, 1, threads, shared, in, out); }};
+  };
+  return {
+      {"reverse_in_shared", plain(reverse_in_shared<broken>, 128)},
+      {"reuse_of_slots", plain(reuse_of_slots<broken>, 128)},
+      {"barrier_of_some", plain(barrier_of_some<broken>, 128)},
+      {"barrier_in_branches", plain(barrier_in_branches<broken>, 128)},
+      {"named_barriers", plain(named_barriers<broken>, 128)},
+      {"neighbours_in_a_warp", plain(neighbours_in_a_warp<broken>, 32)},
+      {"shuffle_of_half", plain(shuffle_of_half<broken>, 32)},
+      {"mask_of_absent_lanes", plain(mask_of_absent_lanes<broken>, 32)},
+      {"mask_without_oneself", plain(mask_without_oneself<broken>, 32)},
+      {"past_the_end",
+       {[](const float* in, float* out) { launch(past_the_end<broken>, 3, 32, 0, in, out, 70); },
+        view(nullptr, 1, 70, 70)}},
+      {"past_the_row",
+       {[](const float*, float* out) { launch(past_the_row<broken>, 3, 32, 0, out, 20, 24); },
+        view(nullptr, 3, 20, 24)}},
+      {"halo", plain(halo<broken>, 64)},
+      {"dynamic_memory", plain(dynamic_memory<broken>, 64, (broken ? 63 : 64) * sizeof(float))},
+      {"unwritten_slot", plain(unwritten_slot<broken>, 32)},
+      {"misaligned_vector", plain(misaligned_vector<broken>, 32)},
+      {"count_threads", {[](const float*, float* out) { launch(count_threads<broken>, 1, 64, 0, out); }}},
+      {"one_element_of_all_blocks",
+       {[](const float*, float* out) { launch(one_element_of_all_blocks<broken>, 4, 32, 0, out); }}},
+      {"row_sums", plain(row_sums, 128)},
+  };
+}
+
+int run_case(const std::string& name, bool broken) {
+  const auto cases = broken ? all_cases<true>() : all_cases<false>();
+  const Case& chosen = cases.at(name);
+  for (const char* order : {"forward", "reversed", "round_robin", "random", "random", "random", "random"}) {
+    static uint64_t seed = 0;
+    sim::set_schedule(order, ++seed);
+    try {
+      std::printf("%s %d: ok %.9g\n", order, static_cast<int>(seed), run_once(chosen.body, chosen.shape));
+    } catch (const std::exception& error) {
+      std::printf("%s %d: %s\n", order, static_cast<int>(seed), error.what());
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace llmengine
+
+int main(int count, char** arguments) {
+  if (count != 3) return 2;
+  return llmengine::run_case(arguments[1], std::string(arguments[2]) == "broken");
+}

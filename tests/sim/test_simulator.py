@@ -1,0 +1,200 @@
+"""The simulator of CUDA kernels catches what it is there to catch: kernels with one known mistake (cases.cu), under
+every schedule, and csrc/cuda's own files with one line broken.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmengine
+from llmengine import functional
+from llmengine.testing import assert_law, simulator
+from llmengine.testing.law import GRADIENT, OUTPUT
+from llmengine.testing.simulator import SCHEDULES
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACE = r"thread \(\d+, 0, 0\) of block \(\d+, 0, 0\)"
+LINE = r"\(cases\.cu:\d+\)"
+
+# What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
+UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
+RACE = rf"{PLACE} races: (reads|writes) {LINE} what {PLACE} (reads|writes) {LINE} with no barrier between: byte \d+ of"
+FINDINGS = {
+    "reverse_in_shared": rf"({UNWRITTEN}|{RACE} shared tile)",
+    "reuse_of_slots": rf"{RACE} shared slots",
+    "barrier_of_some": rf"deadlock in block \(0, 0, 0\): threads 0-31 at __syncthreads {LINE}; threads 32-127 exited",
+    "barrier_in_branches": rf"divergent barrier in block \(0, 0, 0\): threads 0-63 at __syncthreads {LINE}; "
+    rf"threads 64-127 at __syncthreads {LINE}",
+    "named_barriers": rf"deadlock in block \(0, 0, 0\): threads 0-63 exited; threads 64-127 at named barrier {LINE}",
+    "neighbours_in_a_warp": rf"({UNWRITTEN}|{RACE} shared tile)",
+    "shuffle_of_half": rf"{PLACE} __shfl_xor_sync reads lane \d+, which takes no part {LINE}",
+    "mask_of_absent_lanes": rf"({PLACE} exits while {PLACE} waits for it at __shfl_xor_sync {LINE}|"
+    rf"{PLACE} calls __shfl_xor_sync {LINE} with a mask that names {PLACE}, which has exited)",
+    "mask_without_oneself": rf"{PLACE} calls __ballot_sync with mask 0xfffffffe, which leaves out its own lane {LINE}",
+    "past_the_end": r"thread \(6, 0, 0\) of block \(2, 0, 0\) reads 4 bytes 0 bytes past the end of in \(1, 70\) "
+    rf"{LINE}",
+    "past_the_row": rf"thread \(20, 0, 0\) of block \(\d, 0, 0\) writes 4 bytes at byte \d+ of out \(3, 20\), "
+    rf"between its rows {LINE}|thread \(20, 0, 0\) of block \(2, 0, 0\) writes 4 bytes 0 bytes past the end of out "
+    rf"\(3, 20\) {LINE}",
+    "halo": r"thread \(63, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 256 of shared tile, which has 256 "
+    rf"{LINE}",
+    "dynamic_memory": rf"thread \(63, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 252 of dynamic shared memory, "
+    rf"which has 252 {LINE}",
+    "unwritten_slot": UNWRITTEN,
+    "misaligned_vector": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
+    "count_threads": rf"{RACE} out",
+    "one_element_of_all_blocks": rf"{PLACE} races: writes {LINE} what a thread of another block writes {LINE} "
+    r"without an order between blocks: byte 0 of out",
+}  # fmt: skip
+
+
+@functools.cache
+def program() -> Path:
+    return simulator.build("simulator_cases") / "simulator_cases"
+
+
+def findings(case: str, version: str) -> list[str]:
+    """What each of the runs printed, without its schedule."""
+    done = subprocess.run([program(), case, version], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [*SCHEDULES, "random", "random", "random"]
+    return [line.split(": ", 1)[1] for line in lines]
+
+
+@pytest.mark.parametrize("case", FINDINGS)
+def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
+    for found in findings(case, "broken"):
+        assert re.fullmatch(rf"{case}<true>: (?:{FINDINGS[case]}).*", found), found
+
+
+@pytest.mark.parametrize("case", [*FINDINGS, "row_sums"])
+def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
+    results = set(findings(case, "fixed"))
+    assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
+
+
+# ---- the engine's own kernels ----------------------------------------------------------------------------------------
+
+BREAKS = [
+    pytest.param("reduce.cuh", "  __syncthreads();\n", "", id="reduce: no barrier"),
+    pytest.param("reduce.cuh", "  turn ^= 1;\n", "", id="reduce: the same slots every time"),
+    pytest.param("reduce.cuh", "lane < warps ?", "lane <= warps ?", id="reduce: one slot too many"),
+    pytest.param("reduce.cuh", "kWholeWarp, x[i], lanes", "0xffffu, x[i], lanes", id="reduce: half a mask"),
+]
+
+
+@pytest.mark.parametrize("file, line, broken", BREAKS)
+def test_a_mistake_in_a_shared_header_is_caught(file: str, line: str, broken: str, tmp_path: Path):
+    source = (ROOT / "csrc/cuda" / file).read_text()
+    assert source.count(line) >= 1, "the line to break has changed: change this test with it"
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / file).write_text(source.replace(line, broken, 1))
+    folder = program().parent
+    options = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-x", "c++"]
+    includes = [f"-I{path}" for path in (tmp_path, ROOT / "csrc/sim/include", ROOT / "csrc")]
+    case_file, obj, mutant = ROOT / "tests/sim/cases.cu", tmp_path / "cases.o", tmp_path / "cases"
+    subprocess.run(["c++", *options, *includes, "-c", case_file, "-o", obj], check=True)
+    subprocess.run(["c++", obj, folder / "libsimulator.a", "-ldl", "-o", mutant], check=True)
+    done = subprocess.run([mutant, "row_sums", "fixed"], capture_output=True, text=True, timeout=120)
+    runs = done.stdout.splitlines()
+    assert len(runs) == 7 and not any(": ok" in run for run in runs), done.stdout
+
+
+# ---- the backend -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native():
+    simulator.ready()
+    from llmengine import _cuda_sim
+
+    return _cuda_sim
+
+
+def add_norm(backend: str, x, residual, weight, bias) -> list[torch.Tensor]:
+    """Outputs and gradients of one call with dropout."""
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    torch.manual_seed(3)
+    with llmengine.backend(backend):
+        y, h = functional.add_layer_norm(*leaves[:2], x.shape[1:], *leaves[2:], dropout_p=0.2)
+        gradients = torch.autograd.grad((y * x).sum() + h.square().sum(), leaves)
+    return [y.detach(), h.detach(), *gradients]
+
+
+# A row of one warp, of some, of a block that reads it again in the backward, and in both passes; not whole vectors.
+@pytest.mark.parametrize("columns", [24, 515, 1600, 5003, 16400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_width_is_right_and_has_equal_bits_under_every_schedule(native, columns: int, dtype: torch.dtype):
+    g = torch.Generator().manual_seed(columns)
+    given = [
+        torch.randn(*shape, generator=g).to(dtype) for shape in [(7, columns), (7, columns), (columns,), (columns,)]
+    ]
+    oracle = add_norm("reference", *(t.double() for t in given))
+    plain = add_norm("reference", *given)
+    seen = []
+    for order in SCHEDULES:
+        native.set_schedule(order, 11)
+        seen.append(add_norm("cuda_sim", *given))
+    for i, (y, p, o) in enumerate(zip(seen[0], plain, oracle, strict=True)):
+        assert_law(y, p, o, OUTPUT if i < 2 else GRADIENT, f"{columns} columns, {dtype}: {i}")
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("columns", [24, 515, 16400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_softmax_of_every_width(native, columns: int, dtype: torch.dtype):
+    g = torch.Generator().manual_seed(columns)
+    x, upstream = (torch.randn(5, columns, generator=g).to(dtype) for _ in range(2))
+    x[1], x[2, 3:] = -torch.inf, -torch.inf
+
+    def run(backend: str, x: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        with llmengine.backend(backend):
+            y = functional.softmax(leaf, -1)
+            return [y.detach(), *torch.autograd.grad(y, leaf, upstream.to(x.dtype))]
+
+    oracle, plain = run("reference", x.double()), run("reference", x)
+    for order in SCHEDULES:
+        native.set_schedule(order, 5)
+        for i, (y, p, o) in enumerate(zip(run("cuda_sim", x), plain, oracle, strict=True)):
+            assert_law(y, p, o, OUTPUT if i == 0 else GRADIENT, f"{columns} columns, {dtype}, {order}: {i}")
+
+
+def test_arguments_that_no_kernel_may_see_are_errors(native):
+    x, statistics = torch.randn(4, 8), torch.empty(4)
+    good = {
+        "input": x, "residual": None, "weight": None, "bias": None, "seed": None, "eps": 1e-5, "dropout_p": 0.0,
+        "subtract_mean": True, "output": torch.empty(4, 8), "new_residual": None, "mean": statistics,
+        "rstd": torch.empty(4), "stream": 0,
+    }  # fmt: skip
+    native.norm_forward(**good)
+    for change, message in [
+        ({"output": torch.empty(4, 9)}, r"layer_norm: output has shape \(4, 9\); expected \(4, 8\)"),
+        ({"input": x.double()}, "layer_norm: input has dtype float64; allowed: float32, bfloat16, float16"),
+        ({"weight": torch.ones(8).half()}, "layer_norm: weight has dtype float16; allowed: float32, float32"),
+        ({"mean": None}, "layer_norm: mean is required"),
+        ({"dropout_p": 0.5}, "layer_norm: seed is required"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            native.norm_forward(**(good | change))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.norm_forward(**{k: v for k, v in good.items() if k != "stream"})
+
+
+def test_an_unknown_schedule_is_an_error(native):
+    with pytest.raises(ValueError, match="'sideways' is not one of forward, reversed, round_robin, random"):
+        native.set_schedule("sideways", 0)
+
+
+def test_it_is_never_chosen_by_itself(native):
+    assert llmengine.explain("layer_norm", torch.randn(2, 8), (8,)) == "norm_forward: cpu"
+    with llmengine.backend("cuda_sim"):
+        assert llmengine.explain("layer_norm", torch.randn(2, 8), (8,)) == "norm_forward: cuda_sim"
