@@ -26,7 +26,7 @@ inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
 
 enum class Lies { along, across };  // A(row, k): a[row stride + k] or a[k stride + row]
-// C = AB, beta[0] AB, C + AB, C + beta[0] AB, beta[row] C + AB
+// C = AB, beta[0] AB, C + AB, beta[0] (C + AB), beta[row] C + AB
 enum class Into { place, times, add, add_times, scaled };
 
 template <int kVectors, Lies lies, Into into>
@@ -52,7 +52,7 @@ inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_str
       float* out = c + r * c_stride + v * kLanes;
       if constexpr (into == Into::times) sum[r][v] *= beta[0];
       if constexpr (into == Into::add) sum[r][v] = load(out) + sum[r][v];
-      if constexpr (into == Into::add_times) sum[r][v] = load(out) + beta[0] * sum[r][v];
+      if constexpr (into == Into::add_times) sum[r][v] = beta[0] * (load(out) + sum[r][v]);
       if constexpr (into == Into::scaled) sum[r][v] = load(out) * beta[r] + sum[r][v];
       store(out, sum[r][v]);
     }
@@ -85,13 +85,18 @@ inline constexpr int64_t kRun = 16;
 template <Lies lies>
 inline void multiply_tile_in_runs(int vectors, int rows, int64_t depth, const float* a, int64_t a_stride,
                                   const float* b, int64_t b_stride, float* c, int64_t c_stride, const float* beta) {
-  const int64_t a_step = lies == Lies::along ? 1 : a_stride;
-  multiply_tile<lies, Into::times>(vectors, rows, depth < kRun ? depth : kRun, a, a_stride, b, b_stride, c, c_stride,
-                                   beta);
-  for (int64_t k = kRun; k < depth; k += kRun) {
-    multiply_tile<lies, Into::add_times>(vectors, rows, depth - k < kRun ? depth - k : kRun, a + k * a_step, a_stride,
-                                         b + k * b_stride, b_stride, c, c_stride, beta);
+  if (depth <= kRun) {
+    return multiply_tile<lies, Into::times>(vectors, rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
   }
+  const int64_t a_step = lies == Lies::along ? 1 : a_stride;
+  multiply_tile<lies, Into::place>(vectors, rows, kRun, a, a_stride, b, b_stride, c, c_stride, beta);
+  int64_t k = kRun;
+  for (; depth - k > kRun; k += kRun) {
+    multiply_tile<lies, Into::add>(vectors, rows, kRun, a + k * a_step, a_stride, b + k * b_stride, b_stride, c,
+                                   c_stride, beta);
+  }
+  multiply_tile<lies, Into::add_times>(vectors, rows, depth - k, a + k * a_step, a_stride, b + k * b_stride, b_stride,
+                                       c, c_stride, beta);
 }
 
 // C of any size, a panel of columns and a stripe of rows at a time. B(k, column) of panel i: b[i panel_stride + k
