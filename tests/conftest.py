@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import hypothesis
 import pytest
 import torch
 
+from llmengine.testing import interpreter
+
 # Without a GPU, Triton kernels run in Triton's interpreter; it must be chosen before their files are read.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" and importlib.util.find_spec("triton"):
+        interpreter.prepare()
 
 # Whether a test passes must not depend on how busy the machine is.
 hypothesis.settings.register_profile("llmengine", deadline=None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import llmengine
 from llmengine.functional import scaled_dot_product_attention, varlen_attention
-from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate
+from llmengine.testing import LAYOUTS, Sample, Target, assert_law, evaluate, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,10 @@ LAYOUT = st.sampled_from([layout for name, layout in LAYOUTS.items() if name != 
 DIMS = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 128]))
 LENGTHS = st.one_of(st.integers(1, 20), st.integers(90, 100), st.integers(185, 200))
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+CPU = Target("cpu", "cpu", (torch.float32, torch.bfloat16))
+OTHERS = [pytest.param(t, d, id=f"{t.backend}-{d}") for t in targets() if t.backend != "cpu" for d in t.dtypes]
 
 
 def randn(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -42,10 +46,10 @@ def options(draw, heads: int) -> dict:
 
 
 @st.composite
-def padded_calls(draw) -> Sample:
+def padded_calls(draw, lengths=LENGTHS) -> Sample:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    rows, keys, dim, value_dim = draw(LENGTHS), draw(LENGTHS), draw(DIMS), draw(DIMS)
+    rows, keys, dim, value_dim = draw(lengths), draw(lengths), draw(DIMS), draw(DIMS)
     # the law compares largest and mean errors: every gradient gets the elements that make them meaningful
     batch = -(-256 // (min(rows, keys) * min(dim, value_dim))) + draw(st.integers(0, 1))
     heads = key_heads * group
@@ -60,10 +64,10 @@ def padded_calls(draw) -> Sample:
 
 
 @st.composite
-def packed_calls(draw) -> Sample:
+def packed_calls(draw, most=5) -> Sample:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    lengths = [(13, 15), *draw(st.lists(st.tuples(st.integers(0, 110), st.integers(0, 110)), max_size=4))]
+    lengths = [(13, 15), *draw(st.lists(st.tuples(st.integers(0, 110), st.integers(0, 110)), max_size=most - 1))]
     dim, value_dim, spare = draw(DIMS) + 8, draw(DIMS) + 8, draw(st.integers(0, 3))
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in zip(*lengths, strict=True))
     rows, keys = int(cu_q[-1]) + spare, int(cu_k[-1]) + spare
@@ -75,10 +79,10 @@ def packed_calls(draw) -> Sample:
     return Sample("random", (*operands, cu_q, cu_k, *longest), chosen, constants, constants)
 
 
-def assert_equals_oracle(function, sample: Sample, dtype: torch.dtype) -> None:
-    rounded = sample.rounded(dtype)
+def assert_equals_oracle(function, sample: Sample, dtype: torch.dtype, target: Target = CPU) -> None:
+    rounded = sample.on(target.device).rounded(dtype)
     oracle = evaluate(function, rounded.rounded(torch.float64), "reference")
-    plain, ours = (evaluate(function, rounded, backend) for backend in ("reference", "cpu"))
+    plain, ours = (evaluate(function, rounded, backend) for backend in ("reference", target.backend))
     for i in range(len(ours[0])):
         assert_law(ours[0][i], plain[0][i], oracle[0][i], OUTPUT, f"{sample} output {i}")
     for key in ours[1]:
@@ -97,6 +101,44 @@ def test_random_padded_calls(dtype, sample):
 @given(sample=packed_calls())
 def test_random_packed_calls(dtype, sample):
     assert_equals_oracle(varlen_attention, sample, dtype)
+
+
+@pytest.mark.parametrize("target, dtype", OTHERS)
+@settings(SETTINGS, max_examples=2)  # where Triton is interpreted, every program takes a hundredth of a second
+@given(padded=padded_calls(st.integers(50, 140)), packed=packed_calls(2))
+def test_random_calls_elsewhere(target, dtype, padded, packed):
+    assert_equals_oracle(scaled_dot_product_attention, padded, dtype, target)
+    assert_equals_oracle(varlen_attention, packed, dtype, target)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("target, dtype", OTHERS)
+@SETTINGS
+@given(padded=padded_calls(), packed=packed_calls())
+def test_many_random_calls_elsewhere(target, dtype, padded, packed):
+    assert_equals_oracle(scaled_dot_product_attention, padded, dtype, target)
+    assert_equals_oracle(varlen_attention, packed, dtype, target)
+
+
+@pytest.mark.parametrize("target", [t for t in targets() if t.backend != "cpu"], ids=lambda t: t.backend)
+def test_every_backend_drops_the_elements_that_the_cpu_drops(target):
+    """Where all scores are equal, the output for a unit matrix of values shows who was kept, and so does its gradient
+    for a unit matrix of upstream gradients."""
+    batch, heads, rows, keys = 2, 2, 70, 75
+    found = []
+    for t in (CPU, target):
+        query, key = torch.zeros(batch, heads, rows, 4), torch.zeros(batch, heads, keys, 4)
+        query, key, value = (x.to(t.device) for x in (query, key, torch.eye(keys).expand(batch, heads, keys, keys)))
+        value.requires_grad_()
+        with llmengine.backend(t.backend):
+            torch.manual_seed(11)
+            kept = scaled_dot_product_attention(query, key, value, dropout_p=0.4)
+            upstream = torch.eye(rows, keys, device=t.device).expand_as(kept)
+            (grad,) = torch.autograd.grad(kept, value, upstream)
+        assert 0.3 < (kept == 0).float().mean() < 0.5
+        assert torch.equal(grad[..., :rows] != 0, kept.mT != 0)
+        found.append(kept.cpu() != 0)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,10 +16,17 @@ FIRST = [pytest.param(op, op.samples()[0], id=op.name) for op in OPERATORS]
 # The same for every backend that has the operator.
 ON = [(t, op) for t in targets() for op in OPERATORS if t.has(op)]
 ALL_ON = [
-    pytest.param(t, op, s, d, id=f"{t.backend}-{op.name}-{s.name}-{d}")
+    pytest.param(
+        t,
+        op,
+        s,
+        d,
+        id=f"{t.backend}-{op.name}-{s.name}-{d}",
+        marks=[] if t.always_tries(op, i, d) else [pytest.mark.heavy],
+    )
     for t, op in ON
     for i, s in enumerate(op.samples())
-    for d in t.dtypes_of(i)
+    for d in t.dtypes
 ]
 FIRST_ON = [pytest.param(t, op, op.samples()[0], id=f"{t.backend}-{op.name}") for t, op in ON]
 

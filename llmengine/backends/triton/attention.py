@@ -1,0 +1,208 @@
+"""Attention in Triton: what is refused, and the launches of attention_forward.py and attention_backward.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+
+from llmengine.backends.buffers import empty_rows_first
+from llmengine.backends.triton.attention_backward import keys_kernel, mask_kernel, rows_kernel, statistics_kernel
+from llmengine.backends.triton.attention_forward import forward_kernel
+from llmengine.backends.triton.attention_table import FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
+from llmengine.backends.triton.attention_tile import Mask, Options, Rows, Shape, Sizes
+from llmengine.backends.triton.device import dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.rows import power_of_2
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+WIDEST = 256  # the widest head that leaves registers and shared memory for tiles worth their name
+MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
+LOG2E = math.log2(math.e)
+
+
+def _refuses(query, key, value, mask, *options):
+    if reason := refuses_tensors(query, key, value, mask):
+        return reason
+    if (widest := max(query.shape[3], value.shape[3])) > WIDEST:
+        return f"the triton backend takes head dims up to {WIDEST}, got {widest}"
+    if (tokens := max(query.shape[2], key.shape[2])) > MOST_TOKENS:
+        return f"the triton backend takes up to {MOST_TOKENS} tokens, got {tokens}"
+    return None
+
+
+def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
+    return refuses_tensors(grad_output, grad_lse, output, lse) or _refuses(query, key, value, *options)
+
+
+class _Call:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(
+        self, query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
+        window_left, window_right, bottom_right, scale, softcap, dropout_p,
+    ):  # fmt: skip
+        self.query, self.key, self.value = (unit_last_stride(x) for x in (query, key, value))
+        self.packed = cu_seqlens_q is not None
+        self.longest = (max_seqlen_q, max_seqlen_k) if self.packed else (query.shape[2], key.shape[2])
+        self.sequences = cu_seqlens_q.shape[0] - 1 if self.packed else query.shape[0]
+        self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and mask is None and alibi_slopes is None
+        self.options = Options(
+            None if mask is None else _mask(mask),
+            None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
+            cu_seqlens_q.contiguous() if self.packed else None,
+            cu_seqlens_k.contiguous() if self.packed else None,
+            seed if dropout_p else None,
+            dropped_below(dropout_p),
+            1 / (1 - dropout_p),
+            _window(window_left),
+            _window(window_right),
+            int(bottom_right),
+            scale,
+            scale * LOG2E,
+            softcap or None,
+        )
+
+    def run(self, kernel, kind: str, *operands, mask_sizes: tuple[int, ...] | None = None) -> None:
+        """kernel[programs](*operands, sizes, options, shape): programs own tiles of rows, of the keys of key heads, or
+        of a mask that has `mask_sizes`."""
+        heads, rows = self.query.shape[1:3]
+        key_heads, keys = self.value.shape[1:3]
+        shape, launch = self.shape(kind)
+        longest, tile, owners = (self.longest[0], launch.rows, heads)
+        if kind == KEYS:
+            longest, tile, owners = self.longest[1], launch.keys, key_heads
+        tiles = max(_ceil(longest, tile), int(self.packed))
+        programs = tiles * owners * (self.sequences + int(self.packed))
+        if mask_sizes:
+            batch, mask_heads, mask_rows = mask_sizes
+            programs = batch * mask_heads * _ceil(mask_rows, launch.rows) * _ceil(keys, launch.keys)
+        if programs:
+            sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
+            kernel[(programs,)](*operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages)
+
+    def statistics(self, output, grad_output, lse, grad_lse):
+        """What the backward kernels read of each row beside its operands (statistics_kernel): base and delta."""
+        base, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
+        batch, heads, rows = lse.shape
+        shape, launch = self.shape(STATISTICS)
+        if programs := batch * heads * _ceil(rows, launch.rows):
+            statistics_kernel[(programs,)](
+                _rows(unit_last_stride(output)), _rows(grad_output), lse.contiguous(),
+                None if grad_lse is None else grad_lse.contiguous(), base, delta, heads, rows, shape,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+        return base, delta
+
+    def shape(self, kind: str) -> tuple[Shape, Tile]:
+        head_dim, value_dim = self.query.shape[3], self.value.shape[3]
+        depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
+        plain = self.fold and self.options.seed is None
+        tile = tile_for(self.query, kind, max(head_dim, value_dim), plain)
+        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
+        return Shape(*map(tl.constexpr, constants)), tile
+
+
+def _ceil(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _rows(x) -> Rows:
+    return Rows(x, *x.stride()[:3])
+
+
+def _mask(x) -> Mask:
+    steps = (None if n == 1 or step == 0 else step for n, step in zip(x.shape, x.stride(), strict=True))
+    return Mask(x, *steps)
+
+
+def _window(side: int) -> int | None:
+    return None if side < 0 else min(side, MOST_TOKENS)
+
+
+def _precision() -> str:
+    """Of products of float32: TensorFloat-32 where PyTorch may use it too."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@kernel(KERNELS, "attention_forward", _refuses)
+def attention_forward(query, key, value, *options):
+    output = empty_rows_first(query, value.shape[3])
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse_low = torch.empty_like(lse)
+    call = _Call(query, key, value, *options)
+    operands = map(_rows, (call.query, call.key, call.value, output))
+    call.run(forward_kernel, FORWARD, *operands, lse, lse_low)
+    return output, lse, lse_low
+
+
+@kernel(KERNELS, "attention_backward", _backward_refuses)
+def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *options):
+    want_grad_mask = options[-1]
+    call = _Call(query, key, value, mask, *options[:-1])
+    grad_output = unit_last_stride(grad_output)
+    low = lse_low.contiguous() if query.dtype == torch.float32 else None  # float32 alone sees it
+    base, delta = call.statistics(output, grad_output, lse, grad_lse)
+    statistics = base, low, delta
+    operands = [_rows(x) for x in (call.query, call.key, call.value, grad_output)]
+    grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
+    call.run(keys_kernel, KEYS, *operands, _rows(grad_key), _rows(grad_value), *statistics)
+    call.run(rows_kernel, ROWS, *operands, _rows(grad_query), *statistics)
+    grad_mask = torch.empty(mask.shape if want_grad_mask else (0,), dtype=torch.float32, device=query.device)
+    if not want_grad_mask:
+        pass
+    elif mask.shape[3] > 1:
+        sizes = tuple(mask.shape[:3])
+        call.run(mask_kernel, MASK, *operands, grad_mask, *statistics, sizes, mask_sizes=sizes)
+    elif grad_lse is None:
+        grad_mask.zero_()
+    else:  # a bias that is one for all keys of a row moves lse and nothing else
+        seen = grad_lse.masked_fill(lse == -math.inf, 0.0)[..., None]
+        grad_mask = seen.sum_to_size(mask.shape).contiguous()
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+def aot_calls(dtype: torch.dtype):
+    """Every class of head dim, the features that training uses, and all of them at once (aot.py)."""
+    yield "causal 128", lambda: _aot_call(dtype, 128, window_right=0)
+    yield "causal 64", lambda: _aot_call(dtype, 64, window_right=0)
+    yield "causal 256", lambda: _aot_call(dtype, 256, window_right=0)
+    yield "causal 192", lambda: _aot_call(dtype, 192, window_right=0)
+    yield "packed 96, window", lambda: _aot_call(dtype, 96, packed=True, window_left=512, window_right=0)
+    yield "packed 64, dropout", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1)
+    for head_dim in (64, 80, 256):
+        yield (
+            f"everything {head_dim}",
+            lambda head_dim=head_dim: _aot_call(
+                dtype, head_dim, mask=(1, 16, 2048, 2048), alibi=True, window_left=512, window_right=0, softcap=30.0,
+                dropout_p=0.1, grad_lse=True,
+            ),
+        )  # fmt: skip
+    yield "padding 64", lambda: _aot_call(dtype, 64, mask=(2, 1, 1, 2048), mask_dtype=torch.bool)
+
+
+def _aot_call(
+    dtype, head_dim, packed=False, mask=None, mask_dtype=None, alibi=False, window_left=-1, window_right=-1,
+    softcap=0.0, dropout_p=0.0, grad_lse=False,
+):  # fmt: skip
+    """Forward and backward of 16 query heads over 4 key heads; a float mask gets its gradient."""
+    batch, heads, key_heads, tokens = 1 if packed else 2, 16, 4, 2048
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query = meta(batch, tokens, heads, head_dim).transpose(1, 2)
+    key, value = (meta(batch, tokens, key_heads, head_dim).transpose(1, 2) for _ in range(2))
+    options = (
+        meta(*mask, dtype=mask_dtype or dtype) if mask else None,
+        meta(batch, heads, dtype=torch.float32) if alibi else None,
+        meta(5, dtype=torch.int32) if packed else None,
+        meta(5, dtype=torch.int32) if packed else None,
+        1024, 1024, meta(1, dtype=torch.int64), window_left, window_right, True, head_dim**-0.5, softcap, dropout_p,
+    )  # fmt: skip
+    output, lse, lse_low = attention_forward(query, key, value, *options)
+    upstream = torch.empty_like(lse) if grad_lse else None
+    wanted = bool(mask) and mask_dtype != torch.bool
+    attention_backward(torch.empty_like(output), upstream, query, key, value, output, lse, lse_low, *options, wanted)

@@ -1,0 +1,91 @@
+"""Tile sizes of the attention kernels: one explicit table, nothing is searched at run time.
+
+Chosen by ahead-of-time compilation (aot.py): the largest tiles that spill no register and fit the shared memory, with
+two programs to a multiprocessor where that costs little. No GPU has timed them yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from llmengine.backends.triton.device import architecture
+
+
+class Tile(NamedTuple):
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FORWARD, KEYS, ROWS, MASK, STATISTICS = "forward", "keys", "rows", "mask", "statistics"
+
+# For each kernel, by the widest head dim that a tile serves: columns of padding cost registers too. "plain": 16-bit
+# operands, logits that are multiples of the products, no dropout. "busy": what else stands between products and
+# probabilities takes registers.
+_AMPERE = {
+    "plain": {
+        FORWARD: {64: Tile(128, 64, 8, 3), 96: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        KEYS: {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 64, 8, 2)},
+        ROWS: {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(64, 32, 8, 1)},
+    },
+    "busy": {
+        FORWARD: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+        KEYS: {128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+        MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    },
+}
+_HOPPER = {
+    "plain": {
+        FORWARD: {
+            64: Tile(128, 128, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(64, 64, 8, 2),
+            256: Tile(128, 64, 8, 2),
+        },
+        KEYS: {64: Tile(64, 128, 8, 2), 96: Tile(32, 64, 8, 3), 128: Tile(32, 128, 8, 3), 256: Tile(32, 32, 8, 2)},
+        ROWS: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    },
+    "busy": {
+        FORWARD: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+        KEYS: {64: Tile(32, 64, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+        MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    },
+}  # fmt: skip
+_CDNA = {
+    "plain": {
+        FORWARD: {64: Tile(128, 64, 4, 1), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+        KEYS: {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)},
+        ROWS: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    },
+    "busy": {
+        FORWARD: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+        KEYS: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+        ROWS: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+        MASK: {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    },
+}
+# Exact float32 products run on the ordinary units, from registers, on all architectures.
+_FLOAT32 = {
+    FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    MASK: {256: Tile(16, 16, 8, 1)},
+}
+# Others, consumer GPUs among them, have 99 KiB of shared memory for a program, which the tiles of Ampere respect.
+_TABLES = {"sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "gfx942": _CDNA, "gfx950": _CDNA}
+# Square tiles of every edge in samples of a hundred rows: what the interpreter takes time for is programs.
+_INTERPRETER = Tile(64, 64, 1, 1)
+
+
+def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
+    """For operands like `x`; head_dim: the larger of both."""
+    place = architecture(x.device)
+    if place == "interpreter":
+        return _INTERPRETER
+    if kernel == STATISTICS:  # rows alone: a small tile, for the product whose diagonal is wanted
+        return Tile(16, 16, 1, 1) if x.dtype == torch.float32 else Tile(32, 32, 4, 1)
+    table = _FLOAT32 if x.dtype == torch.float32 else _TABLES.get(place, _AMPERE)["plain" if plain else "busy"]
+    return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]
