@@ -86,6 +86,6 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
     if place == "interpreter":
         return _INTERPRETER
     if kernel == STATISTICS:  # rows alone: a small tile, for the product whose diagonal is wanted
-        return Tile(16, 16, 1, 1) if x.dtype == torch.float32 else Tile(32, 32, 4, 1)
+        return Tile(16, 16, 2, 1)
     table = _FLOAT32 if x.dtype == torch.float32 else _TABLES.get(place, _AMPERE)["plain" if plain else "busy"]
     return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]
