@@ -24,7 +24,14 @@ FORWARD, KEYS, ROWS, MASK, STATISTICS = "forward", "keys", "rows", "mask", "stat
 
 # For each kernel, by the widest head dim that a tile serves: columns of padding cost registers too. "plain": 16-bit
 # operands, logits that are multiples of the products, no dropout. "busy": what else stands between products and
-# probabilities takes registers.
+# probabilities takes registers. "float32": exact products, on NVIDIA's GPUs by the ordinary units, from registers; on
+# CDNA by matrix instructions, where four warps of a program may have twice the registers of eight.
+_FLOAT32 = {
+    FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    MASK: {256: Tile(16, 16, 8, 1)},
+}
 _AMPERE = {
     "plain": {
         FORWARD: {64: Tile(128, 64, 8, 3), 96: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -37,6 +44,7 @@ _AMPERE = {
         ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
+    "float32": _FLOAT32,
 }
 _HOPPER = {
     "plain": {
@@ -53,6 +61,7 @@ _HOPPER = {
         ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
+    "float32": _FLOAT32,
 }  # fmt: skip
 _CDNA = {
     "plain": {
@@ -66,13 +75,12 @@ _CDNA = {
         ROWS: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
         MASK: {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
-}
-# Exact float32 products run on the ordinary units, from registers, on all architectures.
-_FLOAT32 = {
-    FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    MASK: {256: Tile(16, 16, 8, 1)},
+    "float32": {
+        FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)},
+        KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 4, 1)},
+        ROWS: {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 4, 1)},
+        MASK: {256: Tile(16, 32, 4, 1)},
+    },
 }
 # Others, consumer GPUs among them, have 99 KiB of shared memory for a program, which the tiles of Ampere respect.
 _TABLES = {"sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "gfx942": _CDNA, "gfx950": _CDNA}
@@ -87,5 +95,6 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
         return _INTERPRETER
     if kernel == STATISTICS:  # rows alone: a small tile, for the product whose diagonal is wanted
         return Tile(16, 16, 2, 1)
-    table = _FLOAT32 if x.dtype == torch.float32 else _TABLES.get(place, _AMPERE)["plain" if plain else "busy"]
+    operands = "float32" if x.dtype == torch.float32 else "plain" if plain else "busy"
+    table = _TABLES.get(place, _AMPERE)[operands]
     return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]
