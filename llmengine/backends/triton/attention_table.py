@@ -26,12 +26,6 @@ FORWARD, KEYS, ROWS, MASK, STATISTICS = "forward", "keys", "rows", "mask", "stat
 # operands, logits that are multiples of the products, no dropout. "busy": what else stands between products and
 # probabilities takes registers. "float32": exact products, on NVIDIA's GPUs by the ordinary units, from registers; on
 # CDNA by matrix instructions, where four warps of a program may have twice the registers of eight.
-_FLOAT32 = {
-    FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    MASK: {256: Tile(16, 16, 8, 1)},
-}
 _AMPERE = {
     "plain": {
         FORWARD: {64: Tile(128, 64, 8, 3), 96: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -44,7 +38,12 @@ _AMPERE = {
         ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
-    "float32": _FLOAT32,
+    "float32": {
+        FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+        KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        MASK: {256: Tile(16, 16, 8, 1)},
+    },
 }
 _HOPPER = {
     "plain": {
@@ -61,7 +60,12 @@ _HOPPER = {
         ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
-    "float32": _FLOAT32,
+    "float32": {
+        FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        KEYS: {64: Tile(16, 32, 8, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ROWS: {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        MASK: {128: Tile(16, 16, 8, 1), 256: Tile(16, 32, 8, 1)},
+    },
 }  # fmt: skip
 _CDNA = {
     "plain": {
