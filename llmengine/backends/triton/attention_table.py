@@ -67,6 +67,14 @@ _HOPPER = {
         MASK: {128: Tile(16, 16, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
 }  # fmt: skip
+# Its compiler keeps fewer of float32's tiles in registers.
+_BLACKWELL = _HOPPER | {
+    "float32": _HOPPER["float32"]
+    | {
+        FORWARD: {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        KEYS: {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    }
+}
 _CDNA = {
     "plain": {
         FORWARD: {64: Tile(128, 64, 4, 1), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
@@ -87,7 +95,7 @@ _CDNA = {
     },
 }
 # Others, consumer GPUs among them, have 99 KiB of shared memory for a program, which the tiles of Ampere respect.
-_TABLES = {"sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "gfx942": _CDNA, "gfx950": _CDNA}
+_TABLES = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942": _CDNA, "gfx950": _CDNA}
 # Square tiles of every edge in samples of a hundred rows: what the interpreter takes time for is programs.
 _INTERPRETER = Tile(64, 64, 1, 1)
 
