@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 from pathlib import Path
@@ -72,7 +71,7 @@ def crash() -> None:
 
 
 def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # os.kill's may reach another thread first, and two of them count as one
 
 
 def run(config: RunConfig, output: Path, step: int = -1, do=lambda: None, *, resume: bool = False) -> Result:

@@ -55,7 +55,7 @@ def test_random_numbers_of_the_caller_stay_as_they_were(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_after_the_step_and_says_how_to_go_on(tmp_path, number):
     handler = signal.getsignal(number)
-    watcher = At(2, lambda: os.kill(os.getpid(), number))
+    watcher = At(2, lambda: signal.raise_signal(number))
     result = train(tiny(tmp_path), tmp_path / "run", observers=[watcher])
     assert (result.step, result.interrupted) == (2, number.name)
     assert result.checkpoint == tmp_path / "run" / "checkpoints" / "step-000002"
