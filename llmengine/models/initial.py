@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Embedding, Linear
 
 from llmengine.models.heads import TokenHead
-from llmengine.models.layers import Layer
 from llmengine.nn.norm import LayerNorm
 
 if TYPE_CHECKING:
@@ -36,17 +35,13 @@ def initialise(model: Transformer) -> None:
         if isinstance(bias, Tensor):
             bias.zero_()
     if config.scale_residual_init:
-        for layer in _layers(model):
+        for layer in model.each_layer():
             for projection in (layer.attention.out, layer.feed_forward.down):
                 projection.weight.normal_(0.0, config.init_std / math.sqrt(2 * config.n_layers))
     if config.init == "neighbours":
         _look_at_neighbours(model)
     if config.freeze_padding_row:
         model.embeddings.word.weight[config.pad_token_id].zero_()
-
-
-def _layers(model: Transformer) -> list[Layer]:
-    return [module for module in model.modules() if isinstance(module, Layer)]
 
 
 # What a head's score at its offset exceeds those elsewhere by, at first: exp(10) against some hundred other places.
@@ -76,7 +71,7 @@ def _look_at_neighbours(model: Transformer) -> None:
     # divided by sqrt(head_dim)
     scale = math.sqrt(2 * _MARGIN / math.sqrt(head_dim))
     number = count()
-    for layer in _layers(model):
+    for layer in model.each_layer():
         weight = layer.attention.qkv.weight.view(3, config.n_heads, head_dim, d_model)
         for head in range(config.n_heads):
             projection = torch.empty(head_dim, d_model, device=position.device)

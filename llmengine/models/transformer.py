@@ -152,7 +152,8 @@ class Transformer(Generation):
             keyed["hidden_states"] = tuple(layout.leave(state) for state in hidden)
         return TransformerOutput(keyed, others)
 
-    def _layers(self) -> Iterable[Layer]:
+    def each_layer(self) -> Iterable[Layer]:
+        """`layers`, by their type."""
         return cast("Iterable[Layer]", self.layers)
 
     def _hidden(
@@ -239,7 +240,8 @@ class Transformer(Generation):
         Which backend runs an operator, and why others refuse, tells `llmengine.explain(model, input_ids, ...)`.
         """
         lines = []
-        for texts, group in groupby(enumerate(layer.explain() for layer in self._layers()), key=lambda pair: pair[1]):
+        explained = enumerate(layer.explain() for layer in self.each_layer())
+        for texts, group in groupby(explained, key=lambda pair: pair[1]):
             numbers = [i for i, _ in group]
             span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
             lines += [f"layers.{span}.{text}" for text in texts]
