@@ -48,7 +48,7 @@ def command(
         sequence_length=data.sequence_length, seed=config.seed, **data.options,
     )  # fmt: skip
     batches = StepBatches(examples, batch_tokens=data.batch_tokens, seed=config.seed, shuffle=False)
-    device_of = trained.model.embeddings.word.weight.device
+    device_of = trained.model.words.weight.device
     result = evaluate(trained.model, batches, device_of, config.precision)
     result |= {"examples": len(examples), "weights": str(trained.source)}
     typer.echo(json.dumps(result, indent=2) if as_json else describe(result))

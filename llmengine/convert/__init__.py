@@ -1,4 +1,4 @@
-"""Checkpoints of other toolkits, in and out: a table per family (bert.py, gpt2.py), and our own layout.
+"""Checkpoints of other toolkits, in and out: a table per family (bert.py, gpt.py, …), and our own layout.
 
 A new family is one file with a `Family` and one word in FAMILIES.
 """
@@ -13,11 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from llmengine.convert import files
-from llmengine.convert.bert import BERT
+from llmengine.convert.bart import BART, MARIAN, MBART
+from llmengine.convert.bert import ALBERT, BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from llmengine.convert.family import Family
-from llmengine.convert.gpt2 import GPT2
+from llmengine.convert.gpt import GPT, GPT2, GPT_NEO, GPT_NEOX
+from llmengine.convert.llama import GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from llmengine.convert.modernbert import MODERNBERT
+from llmengine.convert.t5 import T5
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, GPT2)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        BERT, ROBERTA, XLM_ROBERTA, ALBERT, ELECTRA, MODERNBERT, GPT, GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2,
+        QWEN3, GEMMA, GEMMA2, GEMMA3, BART, MBART, MARIAN, T5,
+    )
+}  # fmt: skip
 OWN = "llmengine"  # model_type of our own layout
 
 __all__ = ["FAMILIES", "Checkpoint", "Family", "save"]
@@ -42,10 +52,11 @@ class Checkpoint:
         self.files = {self.family.canonical(name, has_prefix): place for name, place in self.files.items()}
         self.fields = self.family.read_config(config, self.files)
 
-    def tensors(self, wanted: Iterable[str], layers: int, tied: bool) -> dict[str, Tensor]:
-        """Our tensors by name. ValueError where some are missing or the file has others."""
+    def tensors(self, wanted: Iterable[str], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Our tensors by name, for a model of these config fields. ValueError where some are missing or the file has
+        others."""
         if self.family is not None:
-            return self.family.read_tensors(self.files, self._get, wanted, layers, tied)
+            return self.family.read_tensors(self.files, self._get, wanted, fields)
         wanted = set(wanted)
         if missing := sorted(wanted - self.files.keys()):
             raise ValueError(f"from_pretrained: {self.directory} lacks {', '.join(missing)}")
@@ -55,16 +66,18 @@ class Checkpoint:
         return files.read_tensor(*self.files[name])
 
 
-def save(directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a model of these TransformerConfig fields in its family's layout, or in our own."""
+def save(
+    directory: str | os.PathLike, fields: Mapping[str, Any], defaults: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Writes a model of these TransformerConfig fields (and their defaults) in its family's layout, or in our own."""
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     family = FAMILIES.get(fields["family"])
     if family is None:
         config: dict[str, Any] = {"model_type": OWN, "config": dict(fields)}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     else:
-        config = family.write_config(fields)
-        tensors = family.write_tensors(tensors, fields["n_layers"], fields["tie_embeddings"])
+        config = family.write_config(fields, defaults)
+        tensors = family.write_tensors(tensors, fields) | family.extra(fields)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(dtypes) == 1 and family is not None:
         config["dtype"] = dtypes.pop()

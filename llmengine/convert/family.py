@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,37 +33,86 @@ ACTIVATIONS = {
 }
 
 
+# Fields of ours that no checkpoint of theirs holds: they belong to a training run, or follow from the tensors.
+OF_A_RUN = frozenset("objectives pooler n_labels problem loss_weights init classifier_dropout layer_dropout".split())
+OF_CLASSIFIERS = frozenset("classifier classifier_bias summary".split())
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours from theirs: a copy, a transpose, or several concatenated along the rows. {i} is a layer."""
+    """Tensors of ours from theirs, and back. {i} in the names is a layer, {j} a layer of an encoder-decoder's decoder.
 
-    ours: str
+    read and write get the tensors of the one side in order, and our config's fields; they return the other side's.
+    """
+
+    ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    transpose: bool = False
+    read: Callable[[list[Tensor], Mapping[str, Any]], list[Tensor]]
+    write: Callable[[list[Tensor], Mapping[str, Any]], list[Tensor]]
 
     def of_layer(self, i: int) -> Rule:
-        ours, *theirs = (name.replace("{i}", str(i)) for name in (self.ours, *self.theirs))
-        return Rule(ours, tuple(theirs), self.transpose)
+        def name(template: str) -> str:
+            return template.replace("{i}", str(i)).replace("{j}", str(i))
 
-    def read(self, theirs: list[Tensor]) -> Tensor:
-        joined = theirs[0] if len(theirs) == 1 else torch.cat(theirs)
-        return joined.T.contiguous() if self.transpose else joined
-
-    def write(self, ours: Tensor) -> list[Tensor]:
-        whole = ours.T if self.transpose else ours
-        return [part.clone(memory_format=torch.contiguous_format) for part in whole.chunk(len(self.theirs))]
+        return replace(self, ours=tuple(map(name, self.ours)), theirs=tuple(map(name, self.theirs)))
 
 
 def copy(ours: str, theirs: str) -> Rule:
-    return Rule(ours, (theirs,))
+    return Rule((ours,), (theirs,), lambda tensors, _: tensors, lambda tensors, _: tensors)
 
 
 def transpose(ours: str, theirs: str) -> Rule:
-    return Rule(ours, (theirs,), transpose=True)
+    def turned(tensors: list[Tensor], _: Mapping) -> list[Tensor]:
+        return [tensor.T for tensor in tensors]
+
+    return Rule((ours,), (theirs,), turned, turned)
 
 
-def concatenate(ours: str, *theirs: str) -> Rule:
-    return Rule(ours, theirs)
+def concatenate(ours: str, *theirs: str, shares: tuple[str | int, ...] = ()) -> Rule:
+    """Ours are theirs, one above the other. shares: how ours divides, in numbers or fields of ours; default: equally."""
+
+    def split(tensors: list[Tensor], fields: Mapping) -> list[Tensor]:
+        parts = [fields[share] if isinstance(share, str) else share for share in shares] or [1] * len(theirs)
+        unit = len(tensors[0]) // sum(parts)
+        return list(tensors[0].split([unit * part for part in parts]))
+
+    return Rule((ours,), theirs, lambda tensors, _: [torch.cat(tensors)], split)
+
+
+def divide(ours: tuple[str, ...], theirs: str) -> Rule:
+    """Ours lie one above the other in theirs, in equal parts."""
+    return Rule(
+        ours, (theirs,), lambda tensors, _: list(tensors[0].chunk(len(ours))), lambda tensors, _: [torch.cat(tensors)]
+    )
+
+
+def by_head(ours: str, theirs: str, parts: int = 3) -> Rule:
+    """Theirs hold query, key and value head by head, ours all queries, all keys, all values."""
+
+    def read(tensors: list[Tensor], fields: Mapping) -> list[Tensor]:
+        return [tensors[0].unflatten(0, (fields["n_heads"], parts, -1)).transpose(0, 1).flatten(0, 2)]
+
+    def write(tensors: list[Tensor], fields: Mapping) -> list[Tensor]:
+        return [tensors[0].unflatten(0, (parts, fields["n_heads"], -1)).transpose(0, 1).flatten(0, 2)]
+
+    return Rule((ours,), (theirs,), read, write)
+
+
+def leaf(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """A leaf's weight and bias."""
+    return copy(f"{ours}.weight", f"{theirs}.weight"), copy(f"{ours}.bias", f"{theirs}.bias")
+
+
+def stacked(ours: str, *theirs: str, shares: tuple[str | int, ...] = ()) -> tuple[Rule, Rule]:
+    """As `concatenate`, of leaves' weights and biases."""
+
+    def rule(kind: str) -> Rule:
+        return concatenate(f"{ours}.{kind}", *(f"{name}.{kind}" for name in theirs), shares=shares)
+
+    return rule("weight"), rule("bias")
+
+
+GROUPED = ("n_heads", "kv_heads", "kv_heads")  # shares of queries, keys and values
 
 
 @dataclass(frozen=True)
@@ -85,10 +134,18 @@ class Family:
     """Their fields that change the mathematics, with the values that we compute."""
     without_effect: frozenset[str]
     classes: Mapping[str, tuple[str, ...]]
-    """Their classes and the objectives of each."""
+    """Their classes and the objectives of each; the classes that differ in nothing else come by order."""
     evidence: Mapping[str, str]
-    """The tensor whose presence tells that a file has this objective."""
+    """The tensor whose presence tells that a file has this objective, where config.json names no class."""
     tensors: tuple[Rule, ...]
+    variants: Callable[[Mapping[str, Any]], tuple[Rule, ...]] = lambda ours: ()
+    """Rules that depend on our fields."""
+    heads_of: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    """Rules that only models with this objective have."""
+    unprefixed: frozenset[str] = frozenset()
+    """The classes whose backbone's tensors lack the prefix."""
+    class_fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Our fields that models of one of their classes have, instead of what `constants` says."""
     poolers: Mapping[str, str] = field(default_factory=dict)
     """The tensor whose presence tells that a file has this pooler."""
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -99,13 +156,24 @@ class Family:
     """Patterns of names in old files, and their replacements."""
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     """Values of their fields that default to a function of others."""
+    translated: frozenset[str] = frozenset()
+    """Their fields that `translate` reads, beyond those of `fields`."""
+    translate: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda theirs: {}
+    """Our fields that are no plain copies of theirs."""
+    write_back: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda ours: {}
+    """The inverse of `translate`."""
+    extra: Callable[[Mapping[str, Any]], dict[str, Tensor]] = lambda ours: {}
+    """Tensors that their files have and that follow from our fields alone."""
 
-    def rules(self, layers: int) -> Iterator[Rule]:
-        for rule in self.tensors:
-            if "{i}" in rule.ours:
-                yield from (rule.of_layer(i) for i in range(layers))
-            else:
+    def rules(self, fields: Mapping[str, Any]) -> Iterator[Rule]:
+        depths = {"{i}": fields["n_layers"], "{j}": fields.get("n_decoder_layers") or fields["n_layers"]}
+        heads = (rule for objective in fields["objectives"] for rule in self.heads_of.get(objective, ()))
+        for rule in (*self.tensors, *self.variants(fields), *heads):
+            depth = next((n for mark, n in depths.items() if mark in rule.ours[0]), None)
+            if depth is None:
                 yield rule
+            else:
+                yield from (rule.of_layer(i) for i in range(depth))
 
     def canonical(self, name: str, has_prefix: bool) -> str:
         """A tensor's name as a new file of the whole model has it."""
@@ -118,7 +186,7 @@ class Family:
     def read_config(self, theirs: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
         """Our fields from their config.json and the names of the file's tensors."""
         known = {name for name, _ in self.fields} | self.demanded.keys() | self.without_effect | WITHOUT_EFFECT
-        if unknown := sorted(theirs.keys() - known):
+        if unknown := sorted(theirs.keys() - known - self.translated):
             raise ValueError(f"config.json of family {self.name}: fields unknown to llmengine: {', '.join(unknown)}")
         for name, allowed in self.demanded.items():
             if theirs.get(name, allowed[0]) not in allowed:
@@ -133,22 +201,30 @@ class Family:
         for their_name, our_name in self.fields:
             value = theirs[their_name]
             ours[our_name] = self._activation(their_name, value) if our_name == "activation" else value
+        ours |= self.translate(theirs)
         names = set(tensors)
-        ours["objectives"] = [objective for objective, tensor in self.evidence.items() if tensor in names]
         if self.poolers:
             ours["pooler"] = next((pooler for pooler, tensor in self.poolers.items() if tensor in names), "none")
+        classes = [name for name in theirs.get("architectures") or () if name in self.classes]
+        if classes:
+            objectives: Iterable[str] = self.classes[classes[0]]
+            ours |= self.class_fields.get(classes[0], {})
+        else:
+            objectives = (objective for objective, tensor in self.evidence.items() if tensor in names)
+        ours["objectives"] = list(objectives)
+        if {"classification", "tagging"} & set(ours["objectives"]):
+            ours |= _labels(theirs)
         return ours
 
-    def write_config(self, ours: Mapping[str, Any]) -> dict[str, Any]:
-        """Their config.json for our fields; ValueError where the family cannot express one."""
-        for name, value in self.constants.items():
-            if ours[name] != value:
-                raise self._inexpressible(name, ours[name], f"it has {value!r}")
-        classes = {frozenset(objectives): name for name, objectives in self.classes.items()}
-        architecture = classes.get(frozenset(ours["objectives"]))
+    def write_config(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Their config.json for our fields; ValueError where the family cannot express one. defaults: of our fields."""
+        architecture = self._class_of(ours)
         if architecture is None:
             known = list(self.classes.values())
             raise self._inexpressible("objectives", ours["objectives"], f"its models have {known}")
+        for name, value in {**self.constants, **self.class_fields.get(architecture, {})}.items():
+            if ours[name] != value:
+                raise self._inexpressible(name, ours[name], f"it has {value!r}")
         theirs: dict[str, Any] = {"architectures": [architecture], "model_type": self.name}
         for their_name, our_name in self.fields:
             value = ours[our_name]
@@ -156,7 +232,21 @@ class Family:
                 value = next(theirs_ for theirs_, ours_ in ACTIVATIONS.items() if ours_ == value)
             if theirs.setdefault(their_name, value) != value:
                 raise self._inexpressible(our_name, value, f"its {their_name} is {theirs[their_name]!r} already")
+        theirs |= self.write_back(ours)
+        again = {**defaults, **self.read_config(theirs, ())}
+        for name in ours.keys() - OF_A_RUN - (set() if set(ours["objectives"]) & {"classification", "choice"} else OF_CLASSIFIERS):
+            if ours[name] != again[name]:
+                raise self._inexpressible(name, ours[name], f"it has {again[name]!r}")
+        if {"classification", "tagging"} & set(ours["objectives"]):
+            theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(ours["n_labels"])}
+            theirs["label2id"] = {f"LABEL_{i}": i for i in range(ours["n_labels"])}
+            theirs["problem_type"] = {ours_: theirs_ for theirs_, ours_ in PROBLEMS.items()}[ours["problem"]]
         return theirs
+
+    def _class_of(self, ours: Mapping[str, Any]) -> str | None:
+        """The first of their classes with these objectives."""
+        wanted = set(ours["objectives"])
+        return next((name for name, objectives in self.classes.items() if set(objectives) == wanted), None)
 
     def _activation(self, name: str, value: str) -> str:
         if value not in ACTIVATIONS:
@@ -172,43 +262,76 @@ class Family:
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def write_tensors(self, ours: Mapping[str, Tensor], layers: int, tied: bool = True) -> dict[str, Tensor]:
+    def write_tensors(self, ours: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
         """Their tensors (or gradients) from ours; each stored once, and under its second name too where not tied."""
         theirs: dict[str, Tensor] = {}
         left = set(ours)
-        for rule in self.rules(layers):
-            if rule.ours in ours:
-                theirs.update(zip(rule.theirs, rule.write(ours[rule.ours]), strict=True))
-                left.discard(rule.ours)
+        fields = with_heads(fields)
+        for rule in self.rules(fields):
+            if set(rule.ours) <= ours.keys():
+                written = rule.write([ours[name] for name in rule.ours], fields)
+                parts = (part.clone(memory_format=torch.contiguous_format) for part in written)
+                theirs.update(zip(rule.theirs, parts, strict=True))
+                left -= set(rule.ours)
         if left:
             raise ValueError(f'family "{self.name}" has no name for {", ".join(sorted(left))}')
-        seconds = {} if tied else self._second_names()
-        return theirs | {second: theirs[first].clone() for second, first in seconds.items() if first in theirs}
+        seconds = {} if fields["tie_embeddings"] else self._second_names(fields)
+        theirs |= {second: theirs[first].clone() for second, first in seconds.items() if first in theirs}
+        if self._class_of(fields) in self.unprefixed:
+            return {name.removeprefix(self.prefix): tensor for name, tensor in theirs.items()}
+        return theirs
 
     def read_tensors(
-        self, names: Iterable[str], get: Callable[[str], Tensor], wanted: Iterable[str], layers: int, tied: bool
+        self, names: Iterable[str], get: Callable[[str], Tensor], wanted: Iterable[str], fields: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Our tensors `wanted` from a file's `names`; every tensor of the file must be known."""
-        names, wanted = set(names), set(wanted)
-        rules = {rule.ours: rule for rule in self.rules(layers)}
-        if missing := sorted({t for ours in wanted for t in rules[ours].theirs} - names):
+        names, wanted, fields = set(names), set(wanted), with_heads(fields)
+        every = {**fields, "objectives": [*fields["objectives"], *self.heads_of]}
+        rules = [rule for rule in self.rules(fields) if wanted & set(rule.ours)]
+        made = {ours for rule in rules for ours in rule.ours}
+        if nameless := sorted(wanted - made):
+            raise ValueError(f'family "{self.name}" has no name for {_some(nameless)}')
+        if missing := sorted({theirs for rule in rules for theirs in rule.theirs} - names):
             raise ValueError(f"checkpoint of family {self.name} lacks {_some(missing)}")
-        known = {t for rule in rules.values() for t in rule.theirs} | self.tied.keys()
+        known = {theirs for rule in self.rules(every) for theirs in rule.theirs} | self.tied.keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
+        tied = fields["tie_embeddings"]
         for second, first in self.tied.items():
             if tied and {first, second} <= names and not torch.equal(get(first), get(second)):
                 raise ValueError(
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
                     "(tie_word_embeddings)"
                 )
-        used = {} if tied else {first: second for second, first in self._second_names().items() if second in names}
-        return {ours: rules[ours].read([get(used.get(name, name)) for name in rules[ours].theirs]) for ours in wanted}
+        used = {} if tied else {first: second for second, first in self._second_names(fields).items() if second in names}
+        state: dict[str, Tensor] = {}
+        for rule in rules:
+            read = rule.read([get(used.get(name, name)) for name in rule.theirs], fields)
+            state.update((name, tensor.contiguous()) for name, tensor in zip(rule.ours, read, strict=True))
+        return {name: state[name] for name in wanted}
 
-    def _second_names(self) -> dict[str, str]:
+    def _second_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """Those of `tied` that no tensor of ours has to itself."""
-        own = {name for rule in self.tensors for name in rule.theirs}
+        own = {name for rule in self.rules(fields) for name in rule.theirs}
         return {second: first for second, first in self.tied.items() if second not in own}
+
+
+PROBLEMS = {"single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression"}
+
+
+def _labels(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Number of classes, and what is asked of them; Hugging Face's default is two classes."""
+    labels = theirs.get("id2label")
+    count = len(labels) if labels else theirs.get("num_labels", 2)
+    problem = theirs.get("problem_type")
+    if problem is not None and problem not in PROBLEMS:
+        raise ValueError(f"config.json: problem_type is {problem!r}; known: {', '.join(PROBLEMS)}")
+    return {"n_labels": count, "problem": PROBLEMS.get(problem, "regression" if count == 1 else "single")}
+
+
+def with_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields with what rules count by: the heads of keys and values."""
+    return {**fields, "kv_heads": fields.get("n_kv_heads") or fields["n_heads"]}
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -9,65 +9,190 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from llmengine.models.presets import PRESETS
 
+Family = Literal[
+    "bert", "roberta", "xlm-roberta", "albert", "electra", "modernbert", "openai-gpt", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral",
+    "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5", "custom",
+]  # fmt: skip
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-Objective = Literal["mlm", "nsp", "clm"]
+Objective = Literal["mlm", "nsp", "sop", "rtd", "clm", "seq2seq", "plm", "classification", "tagging", "qa", "choice"]
+Positions = Literal[
+    "learned", "sinusoid", "sinusoid_halves", "sinusoid_fairseq", "rotary", "alibi", "buckets", "relative", "none"
+]
 Positive = Annotated[int, Field(gt=0)]
+Number = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 TokenId = Annotated[int, Field(ge=0)] | None
 # JSON, YAML and TOML have lists only; strictness is meant for the elements
-Objectives = Annotated[tuple[Objective, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+_AsTuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+Objectives = Annotated[tuple[Objective, ...], _AsTuple]
+LayerTypes = Annotated[tuple[Literal["full", "window"], ...], _AsTuple]
+
+# The heads of each architecture; those for fine-tuning go with all.
+TASKS = ("classification", "tagging", "qa", "choice")
+PRETRAINING = {
+    "encoder": ("mlm", "nsp", "sop", "rtd", "plm"),
+    "decoder": ("clm",),
+    "encoder_decoder": ("seq2seq",),
+}
+_TABLES = ("learned", "sinusoid", "sinusoid_halves", "sinusoid_fairseq")
+
+
+class Rotary(BaseModel):
+    """Rotary position embedding (Su et al. 2021) and what stretches it to longer texts."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    theta: Number = 10000.0
+    window_theta: Number | None = None
+    """Of windowed layers; None: theta. Those are never stretched."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The part of each head's features that turns."""
+    interleaved: bool = False
+    """Pairs are neighbours (2k, 2k + 1) rather than halves (k, k + R/2)."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: Chen et al. 2023; llama3: Dubey et al. 2024; yarn: Peng et al. 2023."""
+    factor: Number = 1.0
+    original_positions: Positive | None = None
+    low_frequency: Number = 1.0
+    high_frequency: Number = 4.0
+    beta_fast: Number = 32.0
+    beta_slow: Number = 1.0
+    attention_factor: Number | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_each_other(self) -> Rotary:
+        if self.scaling in ("llama3", "yarn") and self.original_positions is None:
+            raise ValueError(f'rotary: scaling "{self.scaling}" needs original_positions')
+        return self
 
 
 class TransformerConfig(BaseModel):
     """What a `Transformer` is made of. Strict (no conversions), frozen, and unknown fields are errors.
 
-    `family` names the checkpoint layout that `save_pretrained` writes: "bert" and "gpt2" are Hugging Face's, "custom"
-    is our own and can hold every combination of the knobs below.
+    `family` names the checkpoint layout that `save_pretrained` writes: "custom" is our own and can hold every
+    combination of the knobs below, the others are Hugging Face's.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    family: Literal["bert", "gpt2", "custom"] = "custom"
-    architecture: Literal["encoder", "decoder"]
-    """encoder: every token sees its whole sequence; decoder: only what precedes it."""
+    family: Family = "custom"
+    architecture: Literal["encoder", "decoder", "encoder_decoder"]
+    """encoder: every token sees its whole sequence; decoder: only what precedes it; encoder_decoder: a decoder that
+    also sees the whole of what an encoder made of another sequence."""
     objectives: Objectives = ()
-    """The heads: "mlm" (masked tokens), "nsp" (sentence pairs), "clm" (next token). None of them: a bare backbone."""
+    """The heads. Pretraining: "mlm" (masked tokens), "nsp" (next sentence), "sop" (sentence order), "rtd" (replaced
+    tokens), "plm" (permuted order), "clm" (next token), "seq2seq" (next token of the target). Fine-tuning:
+    "classification", "tagging", "qa" (start and end), "choice". None of them: a bare backbone."""
 
+    # ---- shape
     vocab_size: Positive
     d_model: Positive
     n_layers: Positive
+    n_decoder_layers: Positive | None = None
+    """Of an encoder-decoder's decoder; None: n_layers."""
     n_heads: Positive
+    n_kv_heads: Positive | None = None
+    """Heads of keys and values, each shared by n_heads / n_kv_heads queries (Ainslie et al. 2023); None: n_heads."""
+    d_head: Positive | None = None
+    """Features of a head; None: d_model / n_heads."""
     d_ff: Positive
-    max_positions: Positive
-    """Length of the learned position table, and so of the longest sequence."""
+    d_embed: Positive | None = None
+    """Features of the embeddings, projected to d_model (Lan et al. 2019); None: d_model."""
+    share_layers: bool = False
+    """One layer, applied n_layers times (Lan et al. 2019)."""
+
+    # ---- embeddings and positions
     type_vocab_size: Annotated[int, Field(ge=0)] = 0
     """Number of token types (segments); 0: no such embedding."""
-
-    activation: Activation = "gelu"
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    norm_place: Literal["post", "pre"] = "pre"
-    """post: norm(x + f(x)) (Vaswani et al. 2017); pre: x + f(norm(x)) (Radford et al. 2019)."""
     embed_norm: bool = False
+    embed_scale: bool = False
+    """Word embeddings are multiplied by sqrt(d_model)."""
+    positions: Positions = "learned"
+    """learned: a table; sinusoid: sine and cosine in turns (Vaswani et al. 2017), as halves, or as halves with fairseq's
+    frequencies; rotary: queries and keys turn; alibi: -slope |distance| on the scores (Press et al. 2022);
+    buckets: a learned number per head and bucket of distances (Raffel et al. 2020); relative: Transformer-XL's."""
+    max_positions: Positive | None
+    """The longest sequence; None: no limit, where positions need no table."""
+    position_offset: Annotated[int, Field(ge=0)] = 0
+    """Row of the position table at which the first token stands."""
+    position_of: Literal["column", "token"] = "column"
+    """What a token's position is, by default: its column in the batch, or its place among the tokens of its row."""
+    rotary: Annotated[Rotary, BeforeValidator(lambda v: Rotary(**v) if isinstance(v, dict) else v)] = Rotary()
+    position_buckets: Positive = 32
+    position_bucket_distance: Positive = 128
+    """Distances from here on share the last bucket."""
+
+    # ---- layers
+    norm: Literal["layer", "rms", "rms_offset"] = "layer"
+    """rms_offset: root mean square, multiplied by 1 + weight (Gemma)."""
+    norm_eps: Number = 1e-5
+    norm_bias: bool = True
+    norm_place: Literal["post", "pre", "sandwich", "parallel"] = "pre"
+    """post: norm(x + f(x)) (Vaswani et al. 2017); pre: x + f(norm(x)) (Radford et al. 2019); sandwich:
+    x + norm(f(norm(x))); parallel: x + attention(norm(x)) + feed_forward(norm'(x))."""
+    first_norm: bool = True
+    """Whether the first layer has a norm before its attention."""
     final_norm: bool = True
+    window: Positive | None = None
+    """How many tokens to either side (to the left, in a decoder) a windowed layer sees, besides the token itself."""
+    layer_types: LayerTypes | None = None
+    """"full" or "window" for each layer; None: all windowed where `window` is given."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(d_head)."""
+    attention_scale_by_layer: bool = False
+    """Scores of layer i are besides divided by i + 1."""
+    attention_softcap: Annotated[float, Field(ge=0)] = 0.0
+    """c: scores become c tanh(scores / c) (Gemma 2); 0: off."""
+    qk_norm: bool = False
+    """Each head's queries and keys are normed before they turn."""
+    qkv_bias: bool = True
+    attention_bias: bool = True
+    """Of attention's output projection."""
+    feed_forward_bias: bool = True
+    activation: Activation = "gelu"
+    gated: bool = False
+    """Feed-forward is down(act(gate(x)) up(x)) (Shazeer 2020)."""
+
+    # ---- heads
     pooler: Literal["none", "cls_tanh"] = "none"
     """cls_tanh: tanh(dense(token 0)) of each sequence."""
     head_transform: bool = False
     """Dense, activation and norm before the output embedding of the token head."""
+    head_transform_bias: bool = True
     head_bias: bool = False
     """A bias of its own on the token head's logits."""
+    head_scale: Number = 1.0
+    """What hidden states are multiplied by before the token head."""
+    logit_softcap: Annotated[float, Field(ge=0)] = 0.0
     tie_embeddings: bool = True
     """The token head's weight is the word embedding."""
+    n_labels: Positive = 2
+    """Classes of "classification" and "tagging"."""
+    problem: Literal["single", "multi", "regression"] = "single"
+    """classification: one class per sequence (cross-entropy), any number (binary cross-entropy), or numbers (square)."""
+    summary: Literal["first", "last", "mean"] = "first"
+    """The hidden state that stands for a sequence in "classification" and "choice"."""
+    classifier: Literal["linear", "pooled", "dense_tanh", "dense_gelu", "dense_norm"] = "linear"
+    """What comes before the last linear map of "classification": nothing, the pooler, or a dense layer."""
+    classifier_bias: bool = True
+    loss_weights: dict[str, float] = Field(default_factory=dict)
+    """What each objective's loss counts in the sum; 1 where none is given."""
 
+    # ---- training
     dropout: Probability = 0.1
     """On what attention and feed-forward add to the residual stream."""
     embed_dropout: Probability = 0.1
     attention_dropout: Probability = 0.1
     activation_dropout: Probability = 0.0
+    final_dropout: Probability = 0.0
+    classifier_dropout: Probability = 0.1
+    layer_dropout: Probability = 0.0
+    """The probability that a training step skips a layer (Fan et al. 2019)."""
 
     init: Literal["normal", "neighbours"] = "normal"
     """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
     away, so that a small encoder learns from context at once instead of after thousands of steps."""
-    init_std: Annotated[float, Field(gt=0)] = 0.02
+    init_std: Number = 0.02
     scale_residual_init: bool = False
     """Attention's and feed-forward's last projections start with init_std / sqrt(2 n_layers) (Radford et al. 2019)."""
     freeze_padding_row: bool = False
@@ -75,7 +200,10 @@ class TransformerConfig(BaseModel):
 
     pad_token_id: TokenId = None
     bos_token_id: TokenId = None
-    eos_token_id: TokenId = None
+    eos_token_id: Annotated[TokenId | tuple[Annotated[int, Field(ge=0)], ...], _AsTuple] = None
+    """One token, or several that end a text."""
+    decoder_start_token_id: TokenId = None
+    """What an encoder-decoder's target begins with; None, with seq2seq: the target's last token (Liu et al. 2020)."""
 
     use_cache: ClassVar[bool] = False
     """Not a field: forward returns no cache, generate() has its own."""
@@ -87,30 +215,56 @@ class TransformerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> TransformerConfig:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads ({self.n_heads}) must divide d_model ({self.d_model})")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            token = getattr(self, name)
-            if token is not None and token >= self.vocab_size:
-                raise ValueError(f"{name} ({token}) must be below vocab_size ({self.vocab_size})")
-        if len(set(self.objectives)) != len(self.objectives):
-            raise ValueError(f"objectives {list(self.objectives)} names one twice")
-        for objective in self.objectives:
-            if self.causal != (objective == "clm"):
-                raise ValueError(f'objectives: "{objective}" does not fit architecture "{self.architecture}"')
-        if "nsp" in self.objectives and self.pooler == "none":
-            raise ValueError('objectives: "nsp" reads the pooled token; set pooler to "cls_tanh"')
-        if self.freeze_padding_row and self.pad_token_id is None:
-            raise ValueError("freeze_padding_row needs pad_token_id")
+        for check in (_check_shape, _check_positions, _check_tokens, _check_objectives):
+            check(self)
         return self
+
+    # ---- what follows from the fields --------------------------------------------------------------------------------
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def embed_dim(self) -> int:
+        return self.d_embed or self.d_model
+
+    @property
+    def decoder_layers(self) -> int:
+        """0 for an encoder."""
+        if self.architecture == "encoder_decoder":
+            return self.n_decoder_layers or self.n_layers
+        return self.n_layers if self.causal else 0
 
     @property
     def causal(self) -> bool:
+        """Whether each token's label is the next token of the same sequence."""
         return self.architecture == "decoder"
+
+    @property
+    def token_task(self) -> str | None:
+        """The objective of the token head, if there is one."""
+        return next((o for o in self.objectives if o in ("mlm", "clm", "seq2seq", "plm")), None)
+
+    @property
+    def counts_distances(self) -> bool:
+        """Whether attention depends on how many tokens lie between two, beyond what position_ids say."""
+        return self.window is not None or self.positions in ("alibi", "buckets", "relative")
+
+    def windowed(self, layer: int) -> bool:
+        if self.window is None:
+            return False
+        return self.layer_types is None or self.layer_types[layer] == "window"
+
+    def score_scale(self, layer: int) -> float:
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale / (layer + 1) if self.attention_scale_by_layer else scale
+
+    # ---- in and out --------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TransformerConfig:
@@ -142,9 +296,76 @@ class TransformerConfig(BaseModel):
         """Plain values, as JSON holds them."""
         return self.model_dump(mode="json")
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of the fields that have one, as `to_dict` gives them."""
+        shape = {"vocab_size": 1, "d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1, "max_positions": 1}
+        fields = cls(architecture="encoder", **shape).to_dict()
+        return {name: value for name, value in fields.items() if name not in (*shape, "architecture")}
+
     def to_json_string(self) -> str:
         """`to_dict` as text, under the name by which Hugging Face's loggers ask for it."""
         return self.model_dump_json(indent=2)
+
+
+# ---- what contradicts what -------------------------------------------------------------------------------------------
+
+
+def _check_shape(c: TransformerConfig) -> None:
+    if c.d_head is None and c.d_model % c.n_heads:
+        raise ValueError(f"n_heads ({c.n_heads}) must divide d_model ({c.d_model}), or give d_head")
+    if c.n_heads % c.kv_heads:
+        raise ValueError(f"n_kv_heads ({c.n_kv_heads}) must divide n_heads ({c.n_heads})")
+    if c.n_decoder_layers is not None and c.architecture != "encoder_decoder":
+        raise ValueError(f'n_decoder_layers is for architecture "encoder_decoder"; this is "{c.architecture}"')
+    if c.share_layers and c.architecture != "encoder":
+        raise ValueError(f'share_layers is for architecture "encoder"; this is "{c.architecture}"')
+    if c.layer_types is not None:
+        if c.window is None and "window" in c.layer_types:
+            raise ValueError("layer_types names windowed layers; give window")
+        if len(c.layer_types) != c.n_layers:
+            raise ValueError(f"layer_types has {len(c.layer_types)} entries for n_layers {c.n_layers}")
+    if c.norm_place == "parallel" and c.architecture == "encoder_decoder":
+        raise ValueError('norm_place "parallel" does not go with architecture "encoder_decoder"')
+
+
+def _check_positions(c: TransformerConfig) -> None:
+    if c.max_positions is None and c.positions in _TABLES:
+        raise ValueError(f'max_positions must be given: positions "{c.positions}" is a table')
+    if c.position_offset and c.positions not in _TABLES:
+        raise ValueError(f'position_offset is for tables of positions; positions is "{c.positions}"')
+    if c.positions == "rotary" and int(c.head_dim * c.rotary.fraction) % 2:
+        raise ValueError(f"rotary turns pairs, but fraction {c.rotary.fraction} of {c.head_dim} features is odd")
+    if c.positions == "relative" and c.architecture != "encoder":
+        raise ValueError(f'positions "relative" is for architecture "encoder"; this is "{c.architecture}"')
+    if c.init == "neighbours" and (c.positions != "learned" or c.kv_heads != c.n_heads or c.share_layers or c.d_embed):
+        raise ValueError('init "neighbours" needs learned positions of d_model features, as many key heads as heads, and no shared layers')
+
+
+def _check_tokens(c: TransformerConfig) -> None:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        tokens = getattr(c, name)
+        for token in tokens if isinstance(tokens, tuple) else [tokens]:
+            if token is not None and token >= c.vocab_size:
+                raise ValueError(f"{name} ({token}) must be below vocab_size ({c.vocab_size})")
+    if c.freeze_padding_row and c.pad_token_id is None:
+        raise ValueError("freeze_padding_row needs pad_token_id")
+
+
+def _check_objectives(c: TransformerConfig) -> None:
+    if len(set(c.objectives)) != len(c.objectives):
+        raise ValueError(f"objectives {list(c.objectives)} names one twice")
+    for objective in c.objectives:
+        if objective not in (*PRETRAINING[c.architecture], *TASKS):
+            raise ValueError(f'objectives: "{objective}" does not fit architecture "{c.architecture}"')
+    if {"nsp", "sop"} & set(c.objectives) and c.pooler == "none":
+        raise ValueError('objectives: "nsp" and "sop" read the pooled token; set pooler to "cls_tanh"')
+    if c.classifier == "pooled" and c.pooler == "none" and {"classification", "choice"} & set(c.objectives):
+        raise ValueError('classifier "pooled" reads the pooled token; set pooler to "cls_tanh"')
+    if unknown := sorted(c.loss_weights.keys() - set(c.objectives)):
+        raise ValueError(f"loss_weights names {unknown}, which are not among objectives {list(c.objectives)}")
+    if len({"mlm", "plm"} & set(c.objectives)) > 1:
+        raise ValueError('objectives: "mlm" and "plm" are one token head; choose one')
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

@@ -1,94 +1,36 @@
-"""Text generation of decoders: greedy, sampling, beam search, over a cache of keys and values.
-
-Prompts may be padded on either side. They are unpadded at the door, and a sequence's n-th token lies in slot n of its
-row of the cache: there is no padding inside, and every position is the token's place in its own sequence.
-"""
+"""Text generation: greedy, sampling, beam search, over a cache of keys and values; decoders and encoder-decoders."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
-from llmengine import functional
+from llmengine.models.cache import Cache, Prompt, Source, Step
 from llmengine.models.config import TransformerConfig
+from llmengine.models.decoding import Hypotheses, Processor, greedy, processors_of, sampler
 from llmengine.models.heads import TokenHead
-from llmengine.models.inputs import layout_of
-from llmengine.models.layers import Embeddings
-from llmengine.models.layout import Attending, Packed
+from llmengine.models.inputs import Tokens
+from llmengine.models.layout import Packed
 
+if TYPE_CHECKING:
+    from llmengine.models.stack import Stack
 
-class Cache:
-    """Keys and values of every layer, (batch, slots, heads, head_dim) each; row b holds lengths[b] tokens."""
-
-    def __init__(self, layers: int, batch: int, slots: int, heads: int, head_dim: int, like: Tensor) -> None:
-        # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN that lay there would be NaN
-        self.keys, self.values = ([like.new_zeros(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
-
-    def write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.keys[layer][rows, slots] = k
-        self.values[layer][rows, slots] = v
-
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was: repeats prompts for beams, reorders beams."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
-        self.lengths = self.lengths.index_select(0, rows)
-
-
-class Prompt:
-    """The layout of the prompts' pass: packed sequences, whose keys and values are kept."""
-
-    def __init__(self, packed: Packed, cache: Cache) -> None:
-        self.packed = packed
-        self.cache = cache
-        tokens = torch.arange(int(packed.cu_seqlens[-1]), device=packed.cu_seqlens.device)
-        self.rows = torch.bucketize(tokens, packed.cu_seqlens[1:], right=True)
-        self.slots = tokens - packed.cu_seqlens[:-1].long()[self.rows]
-        cache.lengths = packed.cu_seqlens.diff().long()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
-        self.cache.write(layer, self.rows, self.slots, k, v)
-        return self.packed.attend(q, k, v, layer, dropout_p)
-
-    def last(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.packed.cu_seqlens[1:] - 1)
-
-
-class Step:
-    """The layout of one more token per sequence, which sees the cache and itself."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.slots = cache.lengths
-        self.rows = torch.arange(len(self.slots), device=self.slots.device)
-        self.longest = int(self.slots.max()) + 1
-        reach = torch.arange(self.longest, device=self.slots.device)
-        self.mask = (reach <= self.slots[:, None])[:, None, None, :]
-        cache.lengths = cache.lengths + 1
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
-        self.cache.write(layer, self.rows, self.slots, k, v)
-        keys = self.cache.keys[layer][:, : self.longest].transpose(1, 2)
-        values = self.cache.values[layer][:, : self.longest].transpose(1, 2)
-        return functional.scaled_dot_product_attention(q.unsqueeze(2), keys, values, self.mask).squeeze(2)
-
-    def last(self, x: Tensor) -> Tensor:
-        return x
+Stop = Callable[[Tensor, Tensor], Tensor | bool]
+"""Hugging Face's stopping criterion: ids so far and the last logits -> which rows end, (rows,) bool, or all or none."""
 
 
 class Generation(Module):
     """`generate`, for the model that has these parts."""
 
     config: TransformerConfig
-    embeddings: Embeddings
+    encoder: Stack | None
+    decoder: Stack | None
     token_head: TokenHead | None
-
-    def _hidden(
-        self, layout: Attending, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keep: bool
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        raise NotImplementedError  # each model has its own
+    words: Embedding
 
     @torch.no_grad()
     def generate(
@@ -97,174 +39,228 @@ class Generation(Module):
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
         *,
+        decoder_input_ids: Tensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         num_beams: int = 1,
-        eos_token_id: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        num_return_sequences: int = 1,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        min_new_tokens: int = 0,
+        logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Stop] = (),
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Continues the prompts; returns (batch, prompt + new) token ids, dropout off.
+        """Continues the prompts; returns (batch * num_return_sequences, prompt + new) token ids, dropout off.
 
         input_ids (batch, length), padded on either side as attention_mask (1 and 0) tells; the new tokens follow the
-        prompts' last column. A sequence ends with eos_token_id (default: the config's); pad_token_id follows (default:
-        the config's, or else eos). Greedy by default. do_sample draws from softmax(logits / temperature), restricted to
-        the top_k most probable tokens and to the fewest that together have probability top_p (Holtzman et al. 2020);
-        draws come from `generator`, or one made from `seed`, or PyTorch's. num_beams > 1: beam search, the best mean
-        log-probability per new token.
+        prompts' last column. An encoder-decoder reads input_ids and continues decoder_input_ids (batch, length), by
+        default decoder_start_token_id; it returns the decoder's tokens. A sequence ends with one of eos_token_id
+        (default: the config's) or where a stopping criterion says so; pad_token_id follows (default: the config's, or
+        else eos).
+
+        Greedy by default. do_sample draws from softmax(logits / temperature), restricted to the top_k most probable
+        tokens, to the fewest that together have probability top_p (Holtzman et al. 2020), and to those at least min_p
+        times as probable as the best; draws come from `generator`, or one made from `seed`, or PyTorch's.
+        num_beams > 1: beam search, the best log-probability over (new tokens) ** length_penalty.
+
+        repetition_penalty, no_repeat_ngram_size, min_new_tokens and logits_processor change logits before the choice;
+        a processor is called with (ids so far, float32 logits), as Hugging Face's are.
         """
-        config = self.config
-        if self.token_head is None or not config.causal:
-            raise ValueError(f"generate: needs a decoder with objective 'clm'; this is {config.architecture!r}")
-        eos = config.eos_token_id if eos_token_id is None else eos_token_id
-        pad = next((t for t in (pad_token_id, config.pad_token_id, eos) if t is not None), 0)
-        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, config.vocab_size)
-        packed = layout_of(config, input_ids, attention_mask, None, None)
-        if not isinstance(packed, Packed):
-            raise RuntimeError("generate: torch.compile may trace forward, but not generate; call it uncompiled")
+        config, decoder = self.config, self.decoder
+        if self.token_head is None or decoder is None:
+            raise ValueError(
+                f"generate: needs a decoder with objective 'clm' or 'seq2seq'; this is {config.architecture!r} with "
+                f"{list(config.objectives)}"
+            )
+        ends = _ends(config.eos_token_id if eos_token_id is None else eos_token_id)
+        pad = next((t for t in (pad_token_id, config.pad_token_id, *ends) if t is not None), 0)
+        _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, min_p, num_beams, num_return_sequences,
+                       repetition_penalty, ends, pad, config.vocab_size)  # fmt: skip
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
             generator = torch.Generator(input_ids.device).manual_seed(seed)
-        prompt = int(packed.cu_seqlens.diff().max())
-        if prompt + max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"generate: {prompt} prompt tokens and max_new_tokens {max_new_tokens} exceed max_positions "
-                f"{config.max_positions}"
-            )
         training = self.training
         self.eval()
         try:
-            scores, cache = self._read_prompts(packed, input_ids, prompt + max_new_tokens)
+            source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
+            run = _Run(self, source, prompts, max_new_tokens, ends, pad, stopping_criteria)
+            run.processors = [
+                *processors_of(repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends),
+                *logits_processor,
+            ]
             if num_beams > 1:
-                new = self._beams(scores, cache, max_new_tokens, num_beams, eos, pad)
+                new = run.beams(num_beams, length_penalty, early_stopping, num_return_sequences)
             else:
-                choose = _sampler(temperature, top_k, top_p, generator) if do_sample else _greedy
-                new = self._one_by_one(scores, cache, max_new_tokens, choose, eos, pad)
+                run.repeat(num_return_sequences)
+                choose = sampler(temperature, top_k, top_p, min_p, generator) if do_sample else greedy
+                new = run.one_by_one(choose)
         finally:
             self.train(training)
-        return torch.cat([input_ids, new.to(input_ids.dtype)], dim=1)
+        ids = prompts.input_ids.repeat_interleave(num_return_sequences, 0)
+        return torch.cat([ids, new.to(ids.dtype)], dim=1)
 
-    def _read_prompts(self, packed: Packed, input_ids: Tensor, slots: int) -> tuple[Tensor, Cache]:
-        """Logits after each prompt (batch, vocab_size), and the cache that holds it."""
-        config, weight = self.config, self.embeddings.word.weight
+    def _read_source(
+        self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor | None
+    ) -> tuple[Source | None, Tokens]:
+        """What the encoder made of input_ids, if there is one; and the decoder's prompts."""
+        tokens = Tokens(input_ids, attention_mask)
+        if self.encoder is None:
+            return None, tokens
+        packed = _packed(tokens, self.config, causal=False)
+        memory, _ = self.encoder(
+            packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token")
+        )
+        if decoder_input_ids is None:
+            start = self.config.decoder_start_token_id
+            if start is None:
+                raise ValueError("generate: this model has no decoder_start_token_id; give decoder_input_ids")
+            decoder_input_ids = input_ids.new_full((input_ids.shape[0], 1), start)
+        if decoder_input_ids.dim() != 2 or len(decoder_input_ids) != packed.sequences:
+            raise ValueError(
+                f"generate: decoder_input_ids has shape {tuple(decoder_input_ids.shape)}; expected "
+                f"({packed.sequences}, length)"
+            )
+        return Source(packed, memory), Tokens(decoder_input_ids, side="decoder_")
+
+
+class _Run:
+    """One call of generate: the cache, the ids so far, and the loops."""
+
+    def __init__(
+        self, model: Generation, source: Source | None, prompts: Tokens, steps: int, ends: list[int], pad: int,
+        stops: Sequence[Stop],
+    ) -> None:  # fmt: skip
+        config = model.config
+        packed = _packed(prompts, config, causal=True)
+        longest = int(packed.cu_seqlens.diff().max())
+        if config.max_positions is not None and longest + steps > config.max_positions:
+            raise ValueError(
+                f"generate: {longest} prompt tokens and max_new_tokens {steps} exceed max_positions "
+                f"{config.max_positions}"
+            )
+        self.model, self.source, self.steps, self.ends, self.pad, self.stops = model, source, steps, ends, pad, stops
+        self.processors: list[Processor] = []
+        self.ids = prompts.input_ids.long()
+        weight = model.words.weight
         like = weight.new_empty(0, dtype=_compute_dtype(weight))
-        cache = Cache(config.n_layers, len(packed.cu_seqlens) - 1, slots, config.n_heads, config.head_dim, like)
-        layout = Prompt(packed, cache)
-        return self._scores(layout, packed.enter(input_ids), layout.slots), cache
-
-    def _step(self, cache: Cache, tokens: Tensor) -> Tensor:
-        """Logits after one more token (batch,) per sequence."""
-        layout = Step(cache)
-        return self._scores(layout, tokens, layout.slots)
+        self.cache = Cache(
+            config.decoder_layers, packed.sequences, longest + steps, config.kv_heads, config.head_dim, like
+        )
+        layout = Prompt(packed, self.cache, source)
+        self.scores = self._scores(layout, packed.enter(prompts.input_ids), layout.slots)
 
     def _scores(self, layout: Prompt | Step, tokens: Tensor, positions: Tensor) -> Tensor:
-        x, _ = self._hidden(layout, tokens, positions, None, keep=False)
-        assert self.token_head is not None  # generate has checked
-        return self.token_head(layout.last(x), self.embeddings.word.weight).float()
+        """Logits after each sequence's last token, (rows, vocab_size) float32."""
+        model, source = self.model, self.source
+        assert model.decoder is not None and model.token_head is not None  # generate has checked
+        if source is None:
+            x, _ = model.decoder(layout, tokens, positions)
+        else:
+            x, _ = model.decoder(layout, tokens, positions, word=model.words, memory=source.memory)
+        return model.token_head(layout.last(x), model.words.weight).float()
 
-    def _one_by_one(self, scores: Tensor, cache: Cache, steps: int, choose, eos: int | None, pad: int) -> Tensor:
-        ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        new = []
-        for step in range(steps):
-            token = torch.where(ended, pad, choose(scores))
-            new.append(token)
-            if eos is not None:
-                ended = ended | (token == eos)
-                if ended.all():
-                    break
-            if step + 1 < steps:
-                scores = self._step(cache, token)
-        return torch.stack(new, dim=1)
+    def step(self, tokens: Tensor) -> None:
+        """One more token (rows,) of each sequence; its logits become `scores`."""
+        layout = Step(self.cache, self.source)
+        self.scores = self._scores(layout, tokens, layout.slots)
 
-    def _beams(self, scores: Tensor, cache: Cache, steps: int, beams: int, eos: int | None, pad: int) -> Tensor:
-        """Beam search (Sutskever et al. 2014), for each prompt the hypothesis of best mean log-probability.
+    def processed(self, scores: Tensor, ids: Tensor) -> Tensor:
+        for processor in self.processors:
+            scores = processor(ids, scores)
+        return scores
+
+    def repeat(self, times: int) -> None:
+        """Each prompt so often, next to each other."""
+        if times > 1:
+            rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
+            self.cache.select(rows)
+            self.ids, self.scores = self.ids.index_select(0, rows), self.scores.index_select(0, rows)
+
+    def ended(self, tokens: Tensor) -> Tensor:
+        """Which of these tokens are ends."""
+        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device, dtype=tokens.dtype))
+
+    def one_by_one(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        prompt, done = self.ids.shape[1], torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        for step in range(self.steps):
+            token = torch.where(done, self.pad, choose(self.processed(self.scores, self.ids)))
+            self.ids = torch.cat([self.ids, token[:, None]], 1)
+            done = done | self.ended(token)
+            for stop in self.stops:
+                done = done | stop(self.ids, self.scores)
+            if done.all():
+                break
+            if step + 1 < self.steps:
+                self.step(token)
+        return self.ids[:, prompt:]
+
+    def beams(self, beams: int, length_penalty: float, early_stopping: bool, wanted: int) -> Tensor:
+        """Beam search (Sutskever et al. 2014), for each prompt its `wanted` best hypotheses.
 
         2 * beams candidates are looked at in each step, so that beams that do not end always remain.
         """
-        batch, vocab = scores.shape
-        device = scores.device
-        cache.select(torch.arange(batch, device=device).repeat_interleave(beams))
+        batch, vocab = self.scores.shape
+        device = self.scores.device
+        prompts = self.ids.repeat_interleave(beams, 0)
+        self.repeat(beams)
         first = torch.arange(batch, device=device)[:, None] * beams
         # all beams of a prompt start equal: let only the first one speak
         total = torch.full((batch, beams), -torch.inf, device=device)
         total[:, 0] = 0.0
-        scores = scores.repeat_interleave(beams, 0)
         tokens = torch.empty(batch, beams, 0, dtype=torch.int64, device=device)
-        finished = [Hypotheses(beams) for _ in range(batch)]
-        for step in range(steps):
-            candidates = total[:, :, None] + scores.log_softmax(-1).view(batch, beams, vocab)
+        finished = [Hypotheses(beams, length_penalty, early_stopping) for _ in range(batch)]
+        for step in range(self.steps):
+            so_far = torch.cat([prompts, tokens.flatten(0, 1)], 1)
+            logs = self.processed(self.scores.log_softmax(-1), so_far)
+            candidates = total[:, :, None] + logs.view(batch, beams, vocab)
             best, places = candidates.flatten(1).topk(min(2 * beams, beams * vocab), dim=1)
             beam, token = places // vocab, places % vocab
-            ends = token == eos if eos is not None else torch.zeros_like(token, dtype=torch.bool)
+            ends = self.ended(token)
+            if self.stops:
+                longer = torch.cat([so_far[(first + beam).flatten()], token.view(-1, 1)], 1)
+                for stop in self.stops:
+                    stopped = torch.as_tensor(stop(longer, self.scores), device=device).expand(len(longer))
+                    ends = ends | stopped.view(ends.shape)
             for b, rank in ends[:, :beams].nonzero().tolist():
-                finished[b].add(best[b, rank].item(), [*tokens[b, beam[b, rank]].tolist(), eos])
+                finished[b].add(best[b, rank].item(), [*tokens[b, beam[b, rank]].tolist(), int(token[b, rank])])
             # the beams that go on: the best candidates that do not end
             keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1).indices
             total, beam, token = best.gather(1, keep), beam.gather(1, keep), token.gather(1, keep)
             tokens = torch.cat([tokens.gather(1, beam[:, :, None].expand(-1, -1, step)), token[:, :, None]], dim=2)
             for b, hypotheses in enumerate(finished):
                 hypotheses.close_if_complete(total[b, 0].item(), step + 1)
-            if step + 1 == steps or all(hypotheses.closed for hypotheses in finished):
+            if step + 1 == self.steps or all(hypotheses.closed for hypotheses in finished):
                 break
-            cache.select((first + beam).flatten())
-            scores = self._step(cache, token.flatten())
+            self.cache.select((first + beam).flatten())
+            self.step(token.flatten())
         rows = []
         for b, hypotheses in enumerate(finished):
             for rank in range(beams):
                 hypotheses.add(total[b, rank].item(), tokens[b, rank].tolist())
-            rows.append(max(hypotheses.kept)[1])
+            rows += [row for _, row in hypotheses.kept[:wanted]]
         length = max(map(len, rows))
-        return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+        return torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=device)
 
 
-class Hypotheses:
-    """The best finished sequences of one prompt, by mean log-probability.
-
-    Once closed it takes no more: what a prompt gives must not depend on how long the others of its batch go on.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.kept: list[tuple[float, list[int]]] = []
-        self.closed = False
-
-    def add(self, log_probability: float, tokens: list[int]) -> None:
-        if not self.closed:
-            self.kept = sorted([*self.kept, (log_probability / len(tokens), tokens)], reverse=True)[: self.most]
-
-    def close_if_complete(self, best_running: float, length: int) -> None:
-        """Closes where no running beam, at its present mean, would be kept."""
-        self.closed |= len(self.kept) == self.most and self.kept[-1][0] >= best_running / length
+def _packed(tokens: Tokens, config: TransformerConfig, causal: bool) -> Packed:
+    packed = tokens.layout(config, causal=causal)
+    if not isinstance(packed, Packed) or torch.compiler.is_compiling():
+        raise RuntimeError("generate: torch.compile may trace forward, but not generate; call it uncompiled")
+    return packed
 
 
-def _greedy(scores: Tensor) -> Tensor:
-    return scores.argmax(-1)
-
-
-def _sampler(temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None):
-    def choose(scores: Tensor) -> Tensor:
-        probabilities = restrict(scores / temperature, top_k, top_p).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-    return choose
-
-
-def restrict(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Scores (batch, vocab) with -inf outside the top_k best and the smallest set of probability top_p."""
-    if top_k is not None:
-        least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = scores.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # a token stays if those before it do not make up top_p yet: the first always stays
-        out = probabilities.cumsum(-1) - probabilities >= top_p
-        scores = scores.masked_fill(out.scatter(1, order, out), -torch.inf)
-    return scores
+def _ends(eos: int | Sequence[int] | None) -> list[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -272,19 +268,29 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, eos, pad, vocab_size) -> None:
+def _check_options(
+    max_new_tokens, do_sample, temperature, top_k, top_p, min_p, num_beams, num_return_sequences, repetition_penalty,
+    ends, pad, vocab_size,
+) -> None:  # fmt: skip
     for name, value, right, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature > 0, "above 0 (greedy: do_sample=False)"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+        ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
         ("num_beams", num_beams, 1 <= num_beams <= vocab_size, f"from 1 to vocab_size ({vocab_size})"),
-        ("eos_token_id", eos, eos is None or 0 <= eos < vocab_size, f"from 0 to {vocab_size - 1}"),
+        ("num_return_sequences", num_return_sequences, num_return_sequences >= 1, "at least 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0 (1: off)"),
+        *(("eos_token_id", eos, 0 <= eos < vocab_size, f"from 0 to {vocab_size - 1}") for eos in ends),
         ("pad_token_id", pad, 0 <= pad < vocab_size, f"from 0 to {vocab_size - 1}"),
     ):
         if not right:
             raise ValueError(f"generate: {name} is {value}; it must be {allowed}")
     if num_beams > 1 and do_sample:
         raise ValueError("generate: num_beams > 1 with do_sample is not supported; choose one")
-    if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
-        raise ValueError("generate: temperature, top_k and top_p need do_sample=True")
+    if num_return_sequences > 1 and not do_sample and num_return_sequences > num_beams:
+        raise ValueError(
+            f"generate: num_return_sequences {num_return_sequences} needs do_sample=True or as many num_beams"
+        )
+    if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None or min_p is not None):
+        raise ValueError("generate: temperature, top_k, top_p and min_p need do_sample=True")

@@ -1,16 +1,19 @@
-"""Heads on the hidden states: tokens (masked or next), pooled sentence pairs; and their losses."""
+"""Heads on the hidden states, and their losses. Each is a mean over its labels, or a sum over the given number of them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Linear, Module, ModuleDict, Parameter
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
-from llmengine.models.layout import IGNORED
+from llmengine.models.layers import make_norm
+from llmengine.models.layout import IGNORED, Layout
 from llmengine.nn.feed_forward import ACTIVATIONS
-from llmengine.nn.norm import LayerNorm
+
+_torch = torch.nn.functional
+Items = Tensor | int | None
 
 
 class Pooler(Module):
@@ -35,46 +38,214 @@ class TokenHead(Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        transform = config.head_transform
-        self.dense = Linear(config.d_model, config.d_model) if transform else None
-        self.norm = LayerNorm(config.d_model, config.norm_eps) if transform else None
+        width = config.embed_dim if config.head_transform else config.d_model
+        self.dense = None
+        self.norm = None
+        if config.head_transform:
+            self.dense = Linear(config.d_model, width, bias=config.head_transform_bias)
+            self.norm = make_norm(config, width)
         self.activation = config.activation
-        weight = None if config.tie_embeddings else Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.scale, self.softcap = config.head_scale, config.logit_softcap
+        weight = None if config.tie_embeddings else Parameter(torch.empty(config.vocab_size, width))
         bias = Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
     def transform(self, x: Tensor) -> Tensor:
-        if self.dense is None or self.norm is None:
-            return x
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        if self.dense is not None and self.norm is not None:
+            x = self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        return x if self.scale == 1.0 else x * self.scale
 
     def forward(self, x: Tensor, tied: Tensor) -> Tensor:
         """x (tokens, d_model) -> logits (tokens, vocab_size)."""
-        return torch.nn.functional.linear(self.transform(x), self._weight(tied), self.bias)
+        logits = _torch.linear(self.transform(x), self._weight(tied), self.bias)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def loss(self, x: Tensor, tied: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    def loss(self, x: Tensor, tied: Tensor, labels: Tensor, items: Items) -> Tensor:
         """Sum of the negative log-likelihoods of labels (tokens,) over `items`, or over how many labels there are.
 
         Only labelled tokens go through the head, and their logits are never held. No labels: 0, zero gradients.
         """
         if items is None:
             items = (labels != IGNORED).sum().clamp(min=1)
-        if not torch.compiler.is_compiling():
-            labelled = (labels != IGNORED).nonzero().squeeze(1)
-            if len(labelled) < len(labels):
-                x, labels = x.index_select(0, labelled), labels.index_select(0, labelled)
+        x, labels = labelled(x, labels)
         total = functional.linear_cross_entropy(
-            self.transform(x), self._weight(tied), labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="sum"
-        )
+            self.transform(x), self._weight(tied), labels, linear_bias=self.bias, ignore_index=IGNORED,
+            reduction="sum", softcap=self.softcap,
+        )  # fmt: skip
         return divide(total, items)
 
     def _weight(self, tied: Tensor) -> Tensor:
         return tied if self.weight is None else self.weight
 
 
-def sequence_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-    """Sum of the negative log-likelihoods of labels (sequences,) over `items`, or over how many labels there are."""
+class PairHead(Linear):
+    """Next sentence or sentence order: two classes of the pooled token."""
+
+    counts = "sequences"
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.d_model, 2)
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        assert pooled is not None  # the config asks for a pooler
+        return self(pooled)
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        return class_loss(logits, labels.flatten(), items)
+
+
+class ReplacedHead(Module):
+    """ELECTRA's discriminator (Clark et al. 2020): was this token replaced? One logit per token."""
+
+    counts = "tokens"
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.d_model, config.d_model)
+        self.out = Linear(config.d_model, 1)
+        self.activation = config.activation
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        return layout.leave(self.out(ACTIVATIONS[self.activation](self.dense(x)))).squeeze(-1)
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        """labels: 1 replaced, 0 original, IGNORED no loss; like input_ids."""
+        labels = layout.labels(labels)
+        keep = labels != IGNORED
+        each = _torch.binary_cross_entropy_with_logits(
+            layout.enter(logits).float(), labels.clamp(min=0).float(), reduction="none"
+        )
+        total = torch.where(keep, each, 0.0).sum()
+        return divide(total, keep.sum().clamp(min=1) if items is None else items)
+
+
+class Classifier(Module):
+    """A summary of the sequence, a dense layer where the family has one, dropout, and `outputs` numbers."""
+
+    counts = "sequences"
+
+    def __init__(self, config: TransformerConfig, outputs: int) -> None:
+        super().__init__()
+        kind, d = config.classifier, config.d_model
+        self.kind, self.summary, self.problem = kind, config.summary, config.problem
+        self.dense = None
+        if kind.startswith("dense"):
+            self.dense = Linear(d, d, bias=config.head_transform_bias or kind != "dense_norm")
+        self.norm = make_norm(config, d) if kind == "dense_norm" else None
+        self.out = Linear(d, outputs, bias=config.classifier_bias)
+        self.activation = config.activation
+        self.dropout = config.classifier_dropout
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """(sequences, outputs)."""
+        x = pooled if self.kind == "pooled" and pooled is not None else getattr(layout, self.summary)(x)
+        drop = self.training and self.dropout > 0
+        if self.dense is not None:
+            if self.kind != "dense_norm":
+                x = _torch.dropout(x, self.dropout, drop)
+            act = {"dense_tanh": torch.tanh, "dense_gelu": _torch.gelu}.get(self.kind, ACTIVATIONS[self.activation])
+            x = act(self.dense(x))
+        x = x if self.norm is None else self.norm(x)
+        return self.out(_torch.dropout(x, self.dropout, drop))
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        """labels by `problem`: "single" classes (sequences,), "multi" 0 and 1 like logits, "regression" numbers like
+        logits. The last two are means over all numbers of a sequence too."""
+        if self.problem == "single":
+            return class_loss(logits, labels.flatten(), items)
+        labels = labels.view(logits.shape).float()
+        each = (
+            (logits.float() - labels).square()
+            if self.problem == "regression"
+            else _torch.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+        )
+        return divide(each.mean(1).sum(), max(len(logits), 1) if items is None else items)
+
+
+class Choices(Classifier):
+    """One number for each of a question's choices; the batch's sequences are choices, question by question."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, 1)
+        self.problem = "single"
+
+
+class Tagger(Module):
+    """A class for each token; after a dense layer, activation and norm where classifier is "dense_norm"."""
+
+    counts = "tokens"
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, transform = config.d_model, config.classifier == "dense_norm"
+        self.dense = Linear(d, d, bias=config.head_transform_bias) if transform else None
+        self.norm = make_norm(config, d) if transform else None
+        self.out = Linear(d, config.n_labels)
+        self.activation = config.activation
+        self.dropout = config.classifier_dropout
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        if self.dense is not None and self.norm is not None:
+            x = self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        return layout.leave(self.out(_torch.dropout(x, self.dropout, self.training and self.dropout > 0)))
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        return class_loss(layout.enter(logits), layout.labels(labels), items)
+
+
+class SpanHead(Linear):
+    """Extractive question answering: the answer's first and last token, two numbers per token."""
+
+    counts = "sequences"
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.d_model, 2)
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """(batch, length, 2); padding is as unlikely as can be."""
+        return layout.leave(self(x), padding=torch.finfo(x.dtype).min)
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        """labels (batch, 2): first and last place of the answer; outside of the text (or IGNORED): no loss."""
+        length = logits.shape[1]
+        labels = torch.where((labels < 0) | (labels >= length), IGNORED, labels)
+        ends = [class_loss(logits[..., i], labels[:, i], items) for i in (0, 1)]
+        return (ends[0] + ends[1]) / 2
+
+
+def make_heads(config: TransformerConfig) -> ModuleDict:
+    """The heads of all objectives but those of the token head."""
+    heads = ModuleDict()
+    for objective in config.objectives:
+        if objective in ("nsp", "sop"):
+            heads[objective] = PairHead(config)
+        elif objective == "rtd":
+            heads[objective] = ReplacedHead(config)
+        elif objective == "classification":
+            heads[objective] = Classifier(config, config.n_labels)
+        elif objective == "choice":
+            heads[objective] = Choices(config)
+        elif objective == "tagging":
+            heads[objective] = Tagger(config)
+        elif objective == "qa":
+            heads[objective] = SpanHead(config)
+    return heads
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x and their labels where there is one; all of them under torch.compile, where shapes stay."""
+    if torch.compiler.is_compiling():
+        return x, labels
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    return (x, labels) if len(rows) == len(labels) else (x.index_select(0, rows), labels.index_select(0, rows))
+
+
+def class_loss(logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+    """Sum of the negative log-likelihoods of labels (rows,) over `items`, or over how many labels there are."""
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
     return divide(functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), items)

@@ -11,44 +11,55 @@ from torch import Tensor
 from torch.nn import Embedding, Linear
 
 from llmengine.models.heads import TokenHead
-from llmengine.nn.norm import LayerNorm
+from llmengine.nn.feed_forward import FeedForward
+from llmengine.nn.norm import LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
+    from llmengine.models.stack import Stack
     from llmengine.models.transformer import Transformer
 
 
 @torch.no_grad()
-def initialise(model: Transformer) -> None:
+def initialise(model: Transformer, only: tuple[str, ...] = ()) -> None:
     """N(0, init_std), zero biases, unit norms; then what the config asks for beyond that.
 
-    Draws from PyTorch's generator of the weights' device.
+    Draws from PyTorch's generator of the weights' device. only: prefixes of the parameters that are made, no others.
     """
     config = model.config
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if only and not f"{name}.".startswith(only):
+            continue
         if isinstance(module, Linear | Embedding):
             module.weight.normal_(0.0, config.init_std)
-        elif isinstance(module, LayerNorm):
-            module.weight.fill_(1.0)
+        elif isinstance(module, LayerNorm | RMSNorm):
+            module.reset_parameters()
         elif isinstance(module, TokenHead) and module.weight is not None:
             module.weight.normal_(0.0, config.init_std)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()
+    if only:
+        return
+    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
     if config.scale_residual_init:
-        for layer in model.each_layer():
-            for projection in (layer.attention.out, layer.feed_forward.down):
-                projection.weight.normal_(0.0, config.init_std / math.sqrt(2 * config.n_layers))
+        for stack in stacks:
+            for layer in stack.each_layer():
+                for block in (layer.attention, layer.cross_attention, layer.feed_forward):
+                    if block is not None:
+                        last = block.down if isinstance(block, FeedForward) else block.out
+                        last.weight.normal_(0.0, config.init_std / math.sqrt(2 * stack.depth))
     if config.init == "neighbours":
-        _look_at_neighbours(model)
+        for stack in stacks:
+            _look_at_neighbours(stack, causal=stack is model.decoder)
     if config.freeze_padding_row:
-        model.embeddings.word.weight[config.pad_token_id].zero_()
+        model.words.weight[config.pad_token_id].zero_()
 
 
 # What a head's score at its offset exceeds those elsewhere by, at first: exp(10) against some hundred other places.
 _MARGIN = 10.0
 
 
-def _look_at_neighbours(model: Transformer) -> None:
+def _look_at_neighbours(stack: Stack, causal: bool) -> None:
     """Heads that begin by looking a fixed number of places to the left or right.
 
     Positions are p(i) = (sin f i, cos f i, …), the frequencies f spread evenly over (0, pi): nearly orthogonal to each
@@ -58,12 +69,13 @@ def _look_at_neighbours(model: Transformer) -> None:
     (After Trockman & Kolter 2023, who give W_q and W_k a product near the identity, and so heads that look at
     themselves.)
     """
-    config = model.config
+    config = stack.config
     d_model, head_dim = config.d_model, config.head_dim
     pairs = d_model // 2
-    position = model.embeddings.position.weight
+    assert stack.embeddings.position is not None  # the config asks for learned positions
+    position = stack.embeddings.position.weight
     frequencies = math.pi * (torch.arange(pairs, dtype=torch.float32, device=position.device) + 1) / (pairs + 1)
-    angles = torch.arange(config.max_positions, device=position.device)[:, None] * frequencies
+    angles = torch.arange(len(position), device=position.device)[:, None] * frequencies
     waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1) * math.sqrt(2) * config.init_std
     position[:, : 2 * pairs] = waves.to(position)
 
@@ -71,12 +83,12 @@ def _look_at_neighbours(model: Transformer) -> None:
     # divided by sqrt(head_dim)
     scale = math.sqrt(2 * _MARGIN / math.sqrt(head_dim))
     number = count()
-    for layer in model.each_layer():
+    for layer in stack.each_layer():
         weight = layer.attention.qkv.weight.view(3, config.n_heads, head_dim, d_model)
         for head in range(config.n_heads):
             projection = torch.empty(head_dim, d_model, device=position.device)
             torch.nn.init.orthogonal_(projection)
-            turned = _turned(projection, frequencies * _offset(next(number), config.causal))
+            turned = _turned(projection, frequencies * _offset(next(number), causal))
             weight[0, head] = (scale * turned).to(weight)
             weight[1, head] = (scale * projection).to(weight)
 

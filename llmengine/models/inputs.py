@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,36 +17,114 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def layout_of(
-    config: TransformerConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> Layout:
-    """Checks what describes the batch's shape and returns its layout."""
-    _integers("input_ids", input_ids)
-    if input_ids.numel() == 0:
-        raise ValueError(f"Transformer: input_ids is empty, shape {tuple(input_ids.shape)}")
-    _range("input_ids", input_ids, config.vocab_size, "vocab_size")
-    if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("Transformer: give attention_mask or cu_seqlens, not both: packed batches have no padding")
-        return _packed(config, input_ids, cu_seqlens, max_seqlen)
-    if max_seqlen is not None:
-        raise ValueError("Transformer: max_seqlen belongs to cu_seqlens, which was not given")
-    if input_ids.dim() != 2:
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence argument of forward with what describes its shape; `side` "" or "decoder_" precedes their names."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    side: str = ""
+
+    def layout(self, config: TransformerConfig, *, causal: bool, padded: bool = False) -> Layout:
+        """Checks what describes the batch's shape and returns its layout; `padded` asks for a Padded one."""
+        ids, mask, side = self.input_ids, self.attention_mask, self.side
+        _integers(f"{side}input_ids", ids)
+        if ids.numel() == 0:
+            raise ValueError(f"Transformer: {side}input_ids is empty, shape {tuple(ids.shape)}")
+        _range(f"{side}input_ids", ids, config.vocab_size, "vocab_size")
+        if self.cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError(
+                    f"Transformer: give {side}attention_mask or {side}cu_seqlens, not both: packed batches have no padding"
+                )
+            return self._packed(config, self.cu_seqlens, causal)
+        if self.max_seqlen is not None:
+            raise ValueError(f"Transformer: {side}max_seqlen belongs to {side}cu_seqlens, which was not given")
+        if ids.dim() != 2:
+            raise ValueError(
+                f"Transformer: {side}input_ids has shape {tuple(ids.shape)}; expected (batch, length), "
+                f"or (tokens,) or (1, tokens) with {side}cu_seqlens"
+            )
+        _length(config, ids.shape[1], f"{side}input_ids")
+        if mask is None:
+            return Padded(torch.ones_like(ids), causal) if padded else dense(ids.shape, ids.device, causal)
+        self._check_mask(mask)
+        return Padded(mask, causal) if padded else unpadded(mask, causal)
+
+    def must_stay_padded(self, config: TransformerConfig) -> bool:
+        """Whether tokens cannot be taken out of the batch: shapes must not depend on data, or distances would change."""
+        mask = self.attention_mask
+        if mask is None or torch.compiler.is_compiling():
+            return mask is not None
+        return config.counts_distances and isinstance(mask, Tensor) and readable(mask) and _has_holes(mask)
+
+    def _packed(self, config: TransformerConfig, cu_seqlens: Tensor, causal: bool) -> Packed:
+        ids, side, max_seqlen = self.input_ids, self.side, self.max_seqlen
+        if ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
+            raise ValueError(
+                f"Transformer: {side}input_ids has shape {tuple(ids.shape)}; with {side}cu_seqlens: (tokens,) or "
+                "(1, tokens)"
+            )
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+            given = (
+                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
+            )
+            raise ValueError(f"Transformer: {side}cu_seqlens must be an int32 tensor (sequences + 1,), got {given}")
+        if len(cu_seqlens) < 2:
+            raise ValueError(
+                f"Transformer: {side}cu_seqlens holds no sequence; expected its starts and the end of the last one"
+            )
+        tokens = ids.numel()
+        if torch.compiler.is_compiling():
+            return Packed(ids.shape, cu_seqlens, tokens if max_seqlen is None else max_seqlen, causal)
+        longest = int(cu_seqlens.diff().max()) if max_seqlen is None or readable(cu_seqlens) else max_seqlen
+        if readable(cu_seqlens):
+            first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
+            if first != 0 or last != tokens or shortest < 1:
+                raise ValueError(
+                    f"Transformer: {side}cu_seqlens must rise from 0 to the number of tokens ({tokens}); "
+                    f"it starts at {first}, ends at {last}, and its smallest step is {shortest}"
+                )
+            if max_seqlen is not None and longest > max_seqlen:
+                raise ValueError(
+                    f"Transformer: {side}max_seqlen is {max_seqlen}, but {side}cu_seqlens has a sequence of {longest}"
+                )
+        _length(config, longest, f"{side}cu_seqlens")
+        return Packed(ids.shape, cu_seqlens, longest, causal)
+
+    def _check_mask(self, mask: Tensor) -> None:
+        ids, side = self.input_ids, self.side
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"Transformer: {side}attention_mask is {given}; expected {tuple(ids.shape)} of 0 and 1")
+        if mask.device != ids.device:
+            raise ValueError(f"Transformer: {side}attention_mask is on {mask.device}, {side}input_ids on {ids.device}")
+        if not readable(mask):
+            return
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            wrong = mask[(mask != 0) & (mask != 1)][0].item()
+            raise ValueError(f"Transformer: {side}attention_mask must hold 0 (padding) and 1 only, got {wrong}")
+        empty = (~mask.bool().any(1)).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"Transformer: {side}attention_mask has no token in row {int(empty[0])}; leave empty rows out"
+            )
+
+
+def layouts_of(config: TransformerConfig, *sides: Tokens) -> list[Layout]:
+    """The layouts of the one sequence argument, or of the encoder's and the decoder's, which then knows the former."""
+    padded = any(tokens.must_stay_padded(config) for tokens in sides)
+    if config.architecture != "encoder_decoder":
+        return [sides[0].layout(config, causal=config.causal, padded=padded)]
+    source, target = (tokens.layout(config, causal=bool(tokens.side), padded=padded) for tokens in sides)
+    if source.sequences != target.sequences:
         raise ValueError(
-            f"Transformer: input_ids has shape {tuple(input_ids.shape)}; expected (batch, length), "
-            "or (tokens,) or (1, tokens) with cu_seqlens"
+            f"Transformer: {source.sequences} sequences for the encoder but {target.sequences} for the decoder"
         )
-    _length(config, input_ids.shape[1], "input_ids")
-    if attention_mask is None:
-        return dense(input_ids.shape, input_ids.device, config.causal)
-    _attention_mask(attention_mask, input_ids)
-    if torch.compiler.is_compiling():
-        return Padded(attention_mask, config.causal)
-    return unpadded(attention_mask, config.causal)
+    target.memory = source  # type: ignore[assignment]  # both are packed, or both padded
+    return [source, target]
 
 
 def check_like(name: str, x: Tensor | None, input_ids: Tensor, below: int, limit: str, *, label: bool = False) -> None:
@@ -61,7 +141,29 @@ def check_like(name: str, x: Tensor | None, input_ids: Tensor, below: int, limit
     _range(name, x, below, limit, label=label)
 
 
-def check_sequence_labels(name: str, x: Tensor, sequences: int, classes: int) -> Tensor:
+def check_labels(objective: str, labels: Tensor, input_ids: Tensor, sequences: int, config: TransformerConfig) -> Tensor:
+    """One objective's labels, in the shape that its head wants."""
+    name = {"nsp": "next_sentence_label", "sop": "sentence_order_label", "qa": "start_positions"}.get(objective, "labels")
+    if objective in ("mlm", "clm", "seq2seq", "plm"):
+        check_like(name, labels, input_ids, config.vocab_size, "vocab_size", label=True)
+    elif objective == "rtd":
+        check_like(name, labels, input_ids, 2, "number of classes", label=True)
+    elif objective == "tagging":
+        check_like(name, labels, input_ids, config.n_labels, "n_labels", label=True)
+    elif objective == "classification" and config.problem != "single":
+        _numbers(name, labels, sequences, config)
+    elif objective == "qa":
+        if tuple(labels.shape) != (sequences, 2):
+            raise ValueError(f"Transformer: start_positions and end_positions must be ({sequences},) each")
+    else:
+        classes = config.n_labels if objective == "classification" else 2
+        if objective == "choice":
+            sequences, classes = labels.numel(), sequences // max(labels.numel(), 1)
+        labels = _sequence_labels(name, labels, sequences, classes)
+    return labels
+
+
+def _sequence_labels(name: str, x: Tensor, sequences: int, classes: int) -> Tensor:
     """Labels of whole sequences, (sequences,) or (sequences, 1), flattened."""
     _integers(name, x)
     if tuple(x.shape) not in ((sequences,), (sequences, 1)):
@@ -70,64 +172,58 @@ def check_sequence_labels(name: str, x: Tensor, sequences: int, classes: int) ->
     return x.flatten()
 
 
-def denominators(num_items_in_batch: Tensor | int | dict | None, heads: list[str]) -> dict[str, Tensor | int]:
-    """num_items_in_batch as {"tokens": n, "sequences": m}; empty: each loss is the mean over its own labels."""
+def _numbers(name: str, x: Tensor, sequences: int, config: TransformerConfig) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"Transformer: {name} must be a torch.Tensor, got {type(x).__name__}")
+    shapes = [(sequences, config.n_labels)] + ([(sequences,)] if config.n_labels == 1 else [])
+    if tuple(x.shape) not in shapes:
+        raise ValueError(
+            f'Transformer: {name} has shape {tuple(x.shape)}; problem "{config.problem}" expects {shapes[0]}, numbers'
+        )
+    if config.problem == "multi" and readable(x) and not ((x == 0) | (x == 1)).all():
+        raise ValueError(f'Transformer: {name} must hold 0 and 1 only where problem is "multi"')
+
+
+def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tensor | None = None) -> Tensor:
+    """A decoder's input for these targets (batch, length): decoder_start_token_id, or the target's last token, and then
+    the target without its last place. IGNORED becomes padding."""
+    pad = config.pad_token_id or 0
+    tokens = torch.where(labels == IGNORED, pad, labels)
+    if config.decoder_start_token_id is not None:
+        first = tokens.new_full((len(tokens), 1), config.decoder_start_token_id)
+    else:
+        last = (tokens != pad).long() if attention_mask is None else attention_mask.long()
+        first = tokens.gather(1, (last.sum(1, keepdim=True) - 1).clamp(min=0))
+    return torch.cat([first, tokens[:, :-1]], 1)
+
+
+def denominators(num_items_in_batch: Tensor | int | dict | None, counted: dict[str, str]) -> dict[str, Tensor | int]:
+    """num_items_in_batch as {"tokens": n, "sequences": m}; empty: each loss is the mean over its own labels.
+
+    counted: what each objective that has labels counts.
+    """
     if num_items_in_batch is None:
         return {}
+    needed = set(counted.values())
     if isinstance(num_items_in_batch, dict):
-        needed = {{"nsp": "sequences"}.get(head, "tokens") for head in heads}
         if missing := needed - set(num_items_in_batch):
-            raise ValueError(f"Transformer: num_items_in_batch lacks {sorted(missing)}, which {heads} need")
+            raise ValueError(
+                f"Transformer: num_items_in_batch lacks {sorted(missing)}, which {sorted(counted)} need"
+            )
         return num_items_in_batch
-    if "nsp" in heads and len(heads) > 1:
+    if len(needed) > 1:
         raise ValueError(
             'Transformer: num_items_in_batch must be a dict {"tokens": labelled tokens, "sequences": labelled pairs} '
-            f"where losses count different things: {heads}"
+            f"where losses count different things: {sorted(counted)}"
         )
     return {"tokens": num_items_in_batch, "sequences": num_items_in_batch}
 
 
-def _packed(config: TransformerConfig, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Packed:
-    if input_ids.dim() > 2 or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
-        raise ValueError(
-            f"Transformer: input_ids has shape {tuple(input_ids.shape)}; with cu_seqlens: (tokens,) or (1, tokens)"
-        )
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
-        given = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
-        raise ValueError(f"Transformer: cu_seqlens must be an int32 tensor (sequences + 1,), got {given}")
-    if len(cu_seqlens) < 2:
-        raise ValueError("Transformer: cu_seqlens holds no sequence; expected its starts and the end of the last one")
-    tokens = input_ids.numel()
-    if torch.compiler.is_compiling():
-        return Packed(input_ids.shape, cu_seqlens, tokens if max_seqlen is None else max_seqlen, config.causal)
-    longest = int(cu_seqlens.diff().max()) if max_seqlen is None or readable(cu_seqlens) else max_seqlen
-    if readable(cu_seqlens):
-        first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
-        if first != 0 or last != tokens or shortest < 1:
-            raise ValueError(
-                f"Transformer: cu_seqlens must rise from 0 to the number of tokens ({tokens}); "
-                f"it starts at {first}, ends at {last}, and its smallest step is {shortest}"
-            )
-        if max_seqlen is not None and longest > max_seqlen:
-            raise ValueError(f"Transformer: max_seqlen is {max_seqlen}, but cu_seqlens has a sequence of {longest}")
-    _length(config, longest, "cu_seqlens")
-    return Packed(input_ids.shape, cu_seqlens, longest, config.causal)
-
-
-def _attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"Transformer: attention_mask is {given}; expected {tuple(input_ids.shape)} of 0 and 1")
-    if attention_mask.device != input_ids.device:
-        raise ValueError(f"Transformer: attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}")
-    if not readable(attention_mask):
-        return
-    if attention_mask.dtype != torch.bool and not ((attention_mask == 0) | (attention_mask == 1)).all():
-        wrong = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
-        raise ValueError(f"Transformer: attention_mask must hold 0 (padding) and 1 only, got {wrong}")
-    empty = (~attention_mask.bool().any(1)).nonzero()
-    if len(empty):
-        raise ValueError(f"Transformer: attention_mask has no token in row {int(empty[0])}; leave empty rows out")
+def _has_holes(mask: Tensor) -> bool:
+    """Whether padding lies between the tokens of a row."""
+    real = mask.bool()
+    starts = real[:, 1:] & ~real[:, :-1]
+    return bool((starts.sum(1) + real[:, 0] > 1).any())
 
 
 def _integers(name: str, x: object) -> None:
@@ -151,7 +247,7 @@ def _range(name: str, x: Tensor, below: int, limit: str, *, label: bool = False)
 
 
 def _length(config: TransformerConfig, length: int, source: str) -> None:
-    if length > config.max_positions:
+    if config.max_positions is not None and length > config.max_positions:
         raise ValueError(
             f"Transformer: {source} has a sequence of {length} tokens; max_positions is {config.max_positions}"
         )

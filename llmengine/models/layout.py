@@ -7,7 +7,9 @@ A layout takes the caller's (batch, length) tensors in at the door (`enter`), gi
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +19,37 @@ from llmengine import functional
 IGNORED = -100  # a label that asks for no loss
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a layer does to its scores."""
+
+    scale: float
+    softcap: float = 0.0
+    window: int | None = None
+    """Tokens to either side (to the left, where causal) that a token sees besides itself; None: no bound."""
+    alibi_slopes: Tensor | None = None
+    distance_bias: Tensor | None = None
+    """(heads, 2 reach + 1), see `functional.varlen_attention`."""
+
+    def options(self, causal: bool) -> dict[str, Any]:
+        """As the attention functions name them."""
+        window = (-1, -1) if self.window is None else (self.window, 0 if causal else self.window)
+        options = {
+            "scale": self.scale, "softcap": self.softcap, "window_size": window, "alibi_slopes": self.alibi_slopes,
+        }  # fmt: skip
+        return options if self.distance_bias is None else {**options, "distance_bias": self.distance_bias}
+
+
 class Attending(Protocol):
     """What a layer needs of a layout."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
-        """q, k, v (tokens, heads, head_dim) -> like q."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
+        """q (tokens, heads, head_dim), k, v (tokens, key heads, head_dim) -> like q."""
+
+    def attend_memory(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
+    ) -> Tensor:
+        """q of a decoder's tokens; `project` gives keys and values of all the encoder's tokens -> like q."""
 
 
 class Packed:
@@ -38,26 +66,40 @@ class Packed:
         self.max_seqlen = max_seqlen
         self.causal = causal
         self.indices = indices
+        self.memory: Packed | None = None
+        """A decoder's: where the encoder's tokens lie, sequence by sequence."""
 
     def enter(self, x: Tensor) -> Tensor:
         """(*shape, ...) -> (tokens, ...)."""
         x = x.flatten(0, len(self.shape) - 1)
         return x if self.indices is None else x.index_select(0, self.indices)
 
-    def leave(self, x: Tensor) -> Tensor:
-        """(tokens, d) -> (*shape, d), zeros where there is padding."""
+    def leave(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        """(tokens, d) -> (*shape, d), with `padding` where there is padding."""
         if self.indices is not None:
-            places = x.new_zeros(math.prod(self.shape), x.shape[1])
+            places = x.new_full((math.prod(self.shape), x.shape[1]), padding)
             x = places.index_copy(0, self.indices, x)
         return x.view(*self.shape, x.shape[1])
 
-    def positions(self) -> Tensor:
-        """(tokens,): a token's column in the caller's batch; in a packed batch its place in its sequence."""
-        if self.indices is not None:
+    def positions(self, of_tokens: bool = False) -> Tensor:
+        """(tokens,): a token's column in the caller's batch; in a packed batch, or `of_tokens`, its place in its
+        sequence."""
+        if self.indices is not None and not of_tokens:
             return self.indices % self.shape[-1]
-        tokens = torch.arange(math.prod(self.shape), device=self.cu_seqlens.device)
-        sequence = torch.bucketize(tokens, self.cu_seqlens[1:], right=True)
-        return tokens - self.cu_seqlens[:-1].long()[sequence]
+        tokens = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return tokens - self.cu_seqlens[:-1].long()[self.sequence(tokens)]
+
+    @property
+    def sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.shape) if self.indices is None else len(self.indices)
+
+    def sequence(self, tokens: Tensor) -> Tensor:
+        """The sequences in which these tokens lie."""
+        return torch.bucketize(tokens, self.cu_seqlens[1:], right=True)
 
     def labels(self, labels: Tensor) -> Tensor:
         """(*shape) -> (tokens,). Padding has no labels."""
@@ -72,11 +114,31 @@ class Packed:
         """(tokens, d) -> (sequences, d): the first token of each sequence."""
         return x.index_select(0, self.cu_seqlens[:-1])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
-        """q, k, v (tokens, heads, head_dim) -> like q; tokens see their own sequence only."""
+    def last(self, x: Tensor) -> Tensor:
+        """(tokens, d) -> (sequences, d): the last token of each sequence."""
+        return x.index_select(0, self.cu_seqlens[1:] - 1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(tokens, d) -> (sequences, d): the mean over each sequence."""
+        sums = x.new_zeros(len(self.cu_seqlens) - 1, x.shape[1])
+        sums = sums.index_add(0, self.sequence(torch.arange(len(x), device=x.device)), x)
+        return sums / self.cu_seqlens.diff().to(x.dtype)[:, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
+        """Tokens see their own sequence only."""
         return functional.varlen_attention(
             q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen,
-            dropout_p=dropout_p, is_causal=self.causal,
+            dropout_p=dropout_p, is_causal=self.causal, **scores.options(self.causal),
+        )  # fmt: skip
+
+    def attend_memory(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
+    ) -> Tensor:
+        """Tokens see the whole of their own sequence's source."""
+        assert self.memory is not None
+        return functional.varlen_attention(
+            q, *project(), self.cu_seqlens, self.memory.cu_seqlens, self.max_seqlen, self.memory.max_seqlen,
+            dropout_p=dropout_p, **scores.options(causal=False),
         )  # fmt: skip
 
 
@@ -86,18 +148,19 @@ class Padded:
     def __init__(self, attention_mask: Tensor, causal: bool) -> None:
         self.shape = attention_mask.shape
         self.real = attention_mask.bool()
-        length = self.shape[1]
-        self.mask = self.real[:, None, None, :]
-        if causal:
-            self.mask = self.mask & self.mask.new_ones(length, length).tril()
+        self.causal = causal
+        self.sequences = self.shape[0]
+        self.memory: Padded | None = None
 
     def enter(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)
 
-    def leave(self, x: Tensor) -> Tensor:
-        return (x * self.real.view(-1, 1)).view(*self.shape, x.shape[1])
+    def leave(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        return torch.where(self.real.view(-1, 1), x, padding).view(*self.shape, x.shape[1])
 
-    def positions(self) -> Tensor:
+    def positions(self, of_tokens: bool = False) -> Tensor:
+        if of_tokens:
+            return (self.real.long().cumsum(1) - 1).clamp(min=0).flatten()
         return torch.arange(self.shape[1], device=self.real.device).repeat(self.shape[0])
 
     def labels(self, labels: Tensor) -> Tensor:
@@ -112,9 +175,33 @@ class Padded:
         first = self.real.int().argmax(1) + torch.arange(self.shape[0], device=x.device) * self.shape[1]
         return x.index_select(0, first)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float) -> Tensor:
-        q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
-        output = functional.scaled_dot_product_attention(q, k, v, self.mask, dropout_p)
+    def last(self, x: Tensor) -> Tensor:
+        length = self.shape[1]
+        last = length - 1 - self.real.flip(1).int().argmax(1) + torch.arange(self.shape[0], device=x.device) * length
+        return x.index_select(0, last)
+
+    def mean(self, x: Tensor) -> Tensor:
+        real = self.real.to(x.dtype)[:, None, :]
+        return (real @ x.view(*self.shape, -1)).squeeze(1) / real.sum(2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
+        return self._attend(q, k, v, self, dropout_p, self.causal, scores)
+
+    def attend_memory(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
+    ) -> Tensor:
+        assert self.memory is not None
+        return self._attend(q, *project(), self.memory, dropout_p, False, scores)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Padded, dropout_p: float, causal: bool, scores: Scores
+    ) -> Tensor:
+        q = q.unflatten(0, self.shape).transpose(1, 2)
+        k, v = (x.unflatten(0, keys.shape).transpose(1, 2) for x in (k, v))
+        output = functional.scaled_dot_product_attention(
+            q, k, v, keys.real[:, None, None, :], dropout_p, is_causal=causal, enable_gqa=True,
+            **scores.options(causal),
+        )  # fmt: skip
         return output.transpose(1, 2).flatten(0, 1)
 
 

@@ -10,22 +10,26 @@ from torch import Tensor
 from torch.utils import _pytree
 
 FIELDS = {
-    "loss": "(): the sum of losses; None without labels",
-    "losses": '{"mlm" | "clm" | "nsp": ()}',
-    "logits": "(*input_ids.shape, vocab_size); prediction_logits is the same",
-    "seq_relationship_logits": "(sequences, 2)",
-    "last_hidden_state": "(*input_ids.shape, d_model)",
+    "loss": "(): the weighted sum of losses; None without labels",
+    "losses": "{objective: ()}",
+    "logits": "of the token head (*input_ids.shape, vocab_size), or of the first other head; prediction_logits is the same",
+    "seq_relationship_logits": "(sequences, 2), of nsp; sop_logits of sop",
+    "sop_logits": "(sequences, 2)",
+    "start_logits": "(batch, length), of qa; end_logits alike",
+    "end_logits": "(batch, length)",
+    "head_logits": "{objective: logits} of all heads but the token head",
+    "last_hidden_state": "(*input_ids.shape, d_model), of the decoder where there is one",
     "pooler_output": "(sequences, d_model)",
-    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer",
+    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer; an encoder-decoder's decoder",
+    "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
+    "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",
 }
 ALIASES = {"prediction_logits": "logits"}
 
 
 class TransformerOutput:
-    """Attributes (None where not asked for, or the model has no such head):
-
-    loss, losses, logits (= prediction_logits), seq_relationship_logits, last_hidden_state, pooler_output,
-    hidden_states; shapes are in `FIELDS`. Padding holds zeros.
+    """Attributes (None where not asked for, or the model has no such head) and their shapes are in `FIELDS`. Padding
+    holds zeros.
 
     What the loss did not need is computed at first access: logits beside labels, and hidden states in the caller's
     padded shape. Keys are those of the Hugging Face model with the same heads; out[0] and out[1:] index their values.
@@ -36,9 +40,15 @@ class TransformerOutput:
     logits: Tensor | None
     prediction_logits: Tensor | None
     seq_relationship_logits: Tensor | None
+    sop_logits: Tensor | None
+    start_logits: Tensor | None
+    end_logits: Tensor | None
+    head_logits: dict[str, Tensor]
     last_hidden_state: Tensor | None
     pooler_output: Tensor | None
     hidden_states: tuple[Tensor, ...] | None
+    encoder_last_hidden_state: Tensor | None
+    encoder_hidden_states: tuple[Tensor, ...] | None
 
     def __init__(self, keyed: dict[str, Any], others: dict[str, Any]) -> None:
         """Both map FIELDS to values, to None, or to functions that compute the value when it is asked for."""
@@ -55,7 +65,7 @@ class TransformerOutput:
         return store.get(name)
 
     def keys(self) -> list[str]:
-        both = "seq_relationship_logits" in self._keyed
+        both = "seq_relationship_logits" in self._keyed or "sop_logits" in self._keyed
         return ["prediction_logits" if both and name == "logits" else name for name in self._keyed]
 
     def values(self) -> list[Any]:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import groupby
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, ModuleList
-from torch.utils import checkpoint as checkpointing
+from torch.nn import Embedding
 
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
-from llmengine.models.heads import Pooler, TokenHead, sequence_loss
+from llmengine.models.heads import Pooler, TokenHead, make_heads
 from llmengine.models.initial import initialise
-from llmengine.models.inputs import check_like, check_sequence_labels, denominators, layout_of
-from llmengine.models.layers import Embeddings, Layer, add, next_norm
-from llmengine.models.layout import Attending, Layout
+from llmengine.models.inputs import Tokens, check_labels, check_like, denominators, layouts_of, shift_right
+from llmengine.models.layout import Layout
 from llmengine.models.output import TransformerOutput, in_this_mode
+from llmengine.models.stack import Stack
 from llmengine.nn.fusing import touched
-from llmengine.nn.norm import LayerNorm
+
+COUNTED = {"nsp": "sequences", "sop": "sequences", "classification": "sequences", "choice": "sequences", "qa": "sequences"}
 
 
 class Transformer(Generation):
-    """A language model: embeddings, layers, and the heads that `config.objectives` names.
+    """A language model: an `encoder`, a `decoder` or both, and the heads that `config.objectives` names.
 
-    Parameters live in ordinary nn.Linear, nn.Embedding and LayerNorm leaves; fused operators read them while they are
+    Parameters live in ordinary nn.Linear, nn.Embedding and norm leaves; fused operators read them while they are
     plain and the leaves are called where someone replaced or watches them (`explain()` tells). Padding is taken out at
     the door. A gradient-accumulating caller gives num_items_in_batch; Hugging Face's Trainer does so (for its
     evaluation losses it needs TrainingArguments(label_names=["labels"]), as forward knows other labels too).
@@ -40,21 +40,37 @@ class Transformer(Generation):
             raise TypeError(f"Transformer: config must be a TransformerConfig, got {type(config).__name__}")
         self.config = config
         self.gradient_checkpointing = False
-        self.embeddings = Embeddings(config)
-        self.layers = ModuleList(Layer(config, i) for i in range(config.n_layers))
-        self.final_norm = LayerNorm(config.d_model, config.norm_eps) if config.final_norm else None
+        self.encoder = Stack(config, "encoder") if config.architecture != "decoder" else None
+        self.decoder = Stack(config, "decoder") if config.architecture != "encoder" else None
         self.pooler = Pooler(config) if config.pooler != "none" else None
-        self.token_head = TokenHead(config) if {"mlm", "clm"} & set(config.objectives) else None
-        self.nsp_head = Linear(config.d_model, 2) if "nsp" in config.objectives else None
+        self.token_head = TokenHead(config) if config.token_task else None
+        self.heads = make_heads(config)
         self.to(device=device, dtype=dtype)
         self.reset_parameters()
+
+    @property
+    def stack(self) -> Stack:
+        """Whose hidden states the heads read: the decoder's, where there is one."""
+        stack = self.encoder if self.decoder is None else self.decoder
+        assert stack is not None
+        return stack
+
+    @property
+    def words(self) -> Embedding:
+        """The word embedding, of both stacks."""
+        word = (self.decoder if self.encoder is None else self.encoder).embeddings.word  # type: ignore[union-attr]
+        assert word is not None
+        return word
 
     # ---- what Hugging Face's Trainer asks ----------------------------------------------------------------------------
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether Trainer gives num_items_in_batch. It counts `labels` alone, so not where sentence pairs count too."""
-        return "nsp" not in self.config.objectives
+        """Whether Trainer gives num_items_in_batch. It counts `labels`, all numbers of them, and nothing else."""
+        config = self.config
+        elsewhere = {"nsp", "sop", "qa"} & set(config.objectives)
+        several_numbers = "classification" in config.objectives and config.problem != "single" and config.n_labels > 1
+        return not elsewhere and not several_numbers and len(config.objectives) <= 1
 
     @property
     def loss_type(self) -> str:
@@ -70,34 +86,42 @@ class Transformer(Generation):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, objectives: list[str] | tuple[str, ...] | None = None, device=None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, **fields: Any,
     ) -> Transformer:  # fmt: skip
         """A model from a Hugging Face directory (config.json and safetensors, sharded or not) or from our own.
 
-        objectives: keep only these heads of the file (None: all that it has). dtype None: as stored. Raises
+        objectives: keep only these heads of the file (None: all that it has); a fine-tuning head that the file lacks is
+        made fresh. fields: other fields of the config to replace (n_labels, dropout, …). dtype None: as stored. Raises
         FileNotFoundError, or ValueError naming fields and tensors that llmengine does not know or that are missing.
         """
         checkpoint = convert.Checkpoint(directory)
-        fields = checkpoint.fields if objectives is None else {**checkpoint.fields, "objectives": list(objectives)}
-        config = TransformerConfig.from_dict(fields)
+        given = {**checkpoint.fields, **fields}
+        if objectives is not None:
+            given["objectives"] = list(objectives)
+        config = TransformerConfig.from_dict(given)
         with torch.device("meta"):
             model = cls(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        state = checkpoint.tensors(shapes, config.n_layers, config.tie_embeddings)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        fresh = _heads_not_in(checkpoint, config)
+        state = checkpoint.tensors([name for name in shapes if not name.startswith(fresh)], config.to_dict())
         for name, tensor in state.items():
             if tensor.shape != shapes[name]:
                 raise ValueError(
                     f"from_pretrained: {name} in {directory} has shape {tuple(tensor.shape)}; "
                     f"its config.json says {tuple(shapes[name])}"
                 )
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True, strict=False)
+        if fresh:
+            model.heads.to_empty(device="cpu")
+            model.heads.to(model.words.weight.dtype)
+            initialise(model, only=fresh)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors as `config.family` has them: a directory that Hugging Face's
-        from_pretrained loads ("bert", "gpt2"), or our own layout ("custom"). A file is replaced whole or not at all.
+        from_pretrained loads, or our own layout ("custom"). A file is replaced whole or not at all.
         """
-        convert.save(directory, self.config.to_dict(), self.state_dict())
+        convert.save(directory, self.config.to_dict(), TransformerConfig.defaults(), dict(self.named_parameters()))
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -107,12 +131,19 @@ class Transformer(Generation):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | dict[str, Tensor] | None = None,
         next_sentence_label: Tensor | None = None,
         num_items_in_batch: Tensor | int | dict[str, Tensor | int] | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_cu_seqlens: Tensor | None = None,
+        decoder_max_seqlen: int | None = None,
+        sentence_order_label: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
         output_hidden_states: bool = False,
         return_logits: bool | None = None,
     ) -> TransformerOutput:
@@ -120,118 +151,182 @@ class Transformer(Generation):
 
         input_ids (batch, length) int64 or int32, with attention_mask (batch, length) of 1 and 0 (padding, on any
             side); or a packed batch: (tokens,) or (1, tokens) with cu_seqlens int32 (sequences + 1,) and max_seqlen.
-        token_type_ids, position_ids: like input_ids; default zeros, and the column (in a packed batch, the place in
-            the sequence).
-        labels: like input_ids, -100 for no loss, padding never has one. For next-token prediction they are
-            input_ids themselves: the shift happens here, never across sequences.
-        next_sentence_label: (sequences,), 0 where the second segment follows the first.
+            Multiple choice: (batch, choices, length).
+        token_type_ids, position_ids: like input_ids; default zeros, and what config.position_of says (in a packed
+            batch the place in the sequence).
+        decoder_input_ids, decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen: the same of an
+            encoder-decoder's target. Without decoder_input_ids, labels shifted right by one begin with
+            decoder_start_token_id.
+        labels: of the token head, like input_ids (an encoder-decoder: like decoder_input_ids), -100 for no loss,
+            padding never has one. For next-token prediction they are input_ids themselves: the shift happens here,
+            never across sequences. Without a token head, of the only other head: "rtd" and "tagging" like input_ids,
+            "classification" (sequences,), or (sequences, n_labels) where config.problem is "multi" or "regression",
+            "choice" (batch,). A dict {objective: labels} where the model has several.
+        next_sentence_label, sentence_order_label: (sequences,), 0 where the second segment follows the first.
+        start_positions, end_positions: (batch,), the answer's first and last token; outside of the text: no loss.
         num_items_in_batch: what the losses are divided by, for gradient accumulation: labelled tokens of the whole
-            optimiser step (after the shift), or {"tokens": n, "sequences": m} where nsp is trained too. None: each loss
+            optimiser step (after the shift), or {"tokens": n, "sequences": m} where losses count both. None: each loss
             is the mean over this batch's labels. A mean over no labels is 0.
-        return_logits: None computes logits at once without labels, and at first access with labels (under
-            torch.compile: not at all). True: at once. False: only at access.
+        return_logits: None computes the token head's logits at once without labels, and at first access with labels
+            (under torch.compile: not at all). True: at once. False: only at access.
         """
-        layout = layout_of(self.config, input_ids, attention_mask, cu_seqlens, max_seqlen)
-        self._check(input_ids, token_type_ids, position_ids, labels, next_sentence_label)
-        position_ids = self._positions(layout, input_ids, position_ids)
-        types = None if token_type_ids is None else layout.enter(token_type_ids)
-        x, hidden = self._hidden(layout, layout.enter(input_ids), position_ids, types, output_hidden_states)
-
-        pooled = None if self.pooler is None else self.pooler(layout.first(x))
-        relation = None if self.nsp_head is None else self.nsp_head(pooled)
-        losses = self._losses(layout, x, relation, labels, next_sentence_label, num_items_in_batch)
-        logits = self._logits(layout, x, labels is None if return_logits is None else return_logits)
-        last = self._later(lambda: layout.leave(x), at_once=torch.compiler.is_compiling())
-        loss = sum(losses.values()) if losses else None
-        backbone = self.token_head is None and self.nsp_head is None
-        keyed = {"loss": loss, "logits": logits, "seq_relationship_logits": relation}
-        others = {"losses": losses, "last_hidden_state": last, "pooler_output": pooled}
-        if backbone:
-            keyed = {"last_hidden_state": others.pop("last_hidden_state"), "pooler_output": others.pop("pooler_output")}
+        given = self._labels(labels, next_sentence_label, sentence_order_label, start_positions, end_positions)
+        questions = len(given.get("choice", [0]))
+        if isinstance(input_ids, Tensor) and input_ids.dim() == 3 and "choice" in self.config.objectives:
+            questions = input_ids.shape[0]
+            input_ids, attention_mask, token_type_ids, position_ids = (
+                x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids, position_ids)
+            )
+        sides = [Tokens(input_ids, attention_mask, cu_seqlens, max_seqlen)]
+        if self.config.architecture == "encoder_decoder":
+            target = Tokens(
+                decoder_input_ids, decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen, "decoder_"
+            ) if decoder_input_ids is not None else self._target(sides[0], given, decoder_attention_mask)  # fmt: skip
+            sides.append(target)
+        elif decoder_input_ids is not None:
+            raise ValueError(f"Transformer: decoder_input_ids given to architecture {self.config.architecture!r}")
+        layouts = layouts_of(self.config, *sides)
+        x, hidden = self._encode(layouts[0], input_ids, token_type_ids, position_ids, output_hidden_states)
+        layout, ids = layouts[-1], sides[-1].input_ids
+        others: dict[str, Any] = {}
+        if len(sides) == 2:
+            memory, source, encoded = x, layouts[0], hidden
+            others["encoder_last_hidden_state"] = self._later(
+                lambda: source.leave(memory), at_once=torch.compiler.is_compiling()
+            )
+            x, hidden = self._decode(layout, ids, memory, output_hidden_states)
+            if encoded is not None:
+                others["encoder_hidden_states"] = tuple(source.leave(state) for state in encoded)
         if hidden is not None:
-            keyed["hidden_states"] = tuple(layout.leave(state) for state in hidden)
+            others["hidden_states"] = tuple(layout.leave(state) for state in hidden)
+        return self._output(layout, ids, x, questions, given, num_items_in_batch, return_logits, others)
+
+    def _encode(
+        self, layout: Layout, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, keep: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """The encoder, or a decoder that stands alone."""
+        config = self.config
+        if token_type_ids is not None and not config.type_vocab_size:
+            raise ValueError("Transformer: token_type_ids given, but this model has no token types (type_vocab_size 0)")
+        check_like("token_type_ids", token_type_ids, input_ids, config.type_vocab_size, "type_vocab_size")
+        types = None if token_type_ids is None else layout.enter(token_type_ids)
+        stack = self.stack if self.encoder is None else self.encoder
+        positions = self._positions(layout, input_ids, position_ids)
+        return stack(
+            layout, layout.enter(input_ids), positions, types, keep=keep, checkpoint=self.gradient_checkpointing
+        )
+
+    def _decode(
+        self, layout: Layout, input_ids: Tensor, memory: Tensor, keep: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """An encoder-decoder's decoder."""
+        assert self.decoder is not None
+        return self.decoder(
+            layout, layout.enter(input_ids), self._positions(layout, input_ids, None), word=self.words, memory=memory,
+            keep=keep, checkpoint=self.gradient_checkpointing,
+        )  # fmt: skip
+
+    def _output(
+        self, layout: Layout, input_ids: Tensor, x: Tensor, questions: int, given: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None, others: dict[str, Any],
+    ) -> TransformerOutput:  # fmt: skip
+        pooled = None if self.pooler is None else self.pooler(layout.first(x))
+        head_logits = {name: head.logits(layout, x, pooled) for name, head in self.heads.items()}
+        if "choice" in head_logits:
+            head_logits["choice"] = head_logits["choice"].view(questions, -1)
+        losses = self._losses(layout, input_ids, x, head_logits, given, num_items_in_batch)
+        weights = self.config.loss_weights
+        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) if losses else None
+        logits: Any = None
+        if (head := self.token_head) is not None:
+            at_once = not losses if return_logits is None else return_logits
+            logits = self._later(lambda: layout.leave(head(x, self.words.weight)), at_once)
+        last = self._later(lambda: layout.leave(x), at_once=torch.compiler.is_compiling())
+        keyed: dict[str, Any] = {"loss": loss, "logits": logits}
+        for name, value in head_logits.items():
+            if name in ("nsp", "sop"):
+                keyed["seq_relationship_logits" if name == "nsp" else "sop_logits"] = value
+            elif name == "qa":
+                keyed |= {"start_logits": value[..., 0], "end_logits": value[..., 1]}
+            elif keyed["logits"] is None:
+                keyed["logits"] = value
+        others |= {"losses": losses, "last_hidden_state": last, "pooler_output": pooled, "head_logits": head_logits}
+        if self.token_head is None and not self.heads:
+            keyed = {name: others.pop(name) for name in ("last_hidden_state", "pooler_output")}
+        if "hidden_states" in others:
+            keyed["hidden_states"] = others.pop("hidden_states")
         return TransformerOutput(keyed, others)
 
-    def each_layer(self) -> Iterable[Layer]:
-        """`layers`, by their type."""
-        return cast("Iterable[Layer]", self.layers)
+    # ---- labels and losses -------------------------------------------------------------------------------------------
 
-    def _hidden(
-        self, layout: Attending, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keep: bool
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """(tokens,) -> the last hidden state (tokens, d_model), and, if they are to be kept, all of them."""
-        dropout_p = self.config.dropout if self.training else 0.0
-        x, residual = self.embeddings(input_ids, position_ids, token_type_ids), None
-        kept = [x]
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, residual = checkpointing.checkpoint(layer, x, residual, layout, use_reentrant=False)
-            else:
-                x, residual = layer(x, residual, layout)
-            if keep:
-                x, residual = add(x, residual, dropout_p), None
-                kept.append(x)
-        if self.final_norm is not None:
-            x = next_norm(x, residual, self.final_norm, dropout_p)[0]
-        else:
-            x = add(x, residual, dropout_p)
-        kept[-1] = x
-        return x, kept if keep else None
+    def _labels(self, labels, next_sentence_label, sentence_order_label, start, end) -> dict[str, Tensor]:
+        """Every objective's labels."""
+        config = self.config
+        given: dict[str, Tensor] = dict(labels) if isinstance(labels, dict) else {}
+        if isinstance(labels, Tensor) or (labels is not None and not isinstance(labels, dict)):
+            named_elsewhere = ("nsp", "sop", "qa")
+            owners = [config.token_task] if config.token_task else [n for n in self.heads if n not in named_elsewhere]
+            if len(owners) != 1:
+                what = "have no token head" if not owners else f"have several: give {{objective: labels}} of {owners}"
+                raise ValueError(f"Transformer: labels given, but objectives {list(config.objectives)} {what}")
+            given[str(owners[0])] = labels
+        for objective, value, name in (
+            ("nsp", next_sentence_label, "next_sentence_label"),
+            ("sop", sentence_order_label, "sentence_order_label"),
+            ("qa", start, "start_positions"),
+        ):
+            if value is not None:
+                if objective not in config.objectives:
+                    raise ValueError(
+                        f"Transformer: {name} given, but objectives {list(config.objectives)} lack '{objective}'"
+                    )
+                given[objective] = value if objective != "qa" else torch.stack([value.flatten(), end.flatten()], 1)
+        if unknown := sorted(given.keys() - set(config.objectives)):
+            raise ValueError(f"Transformer: labels of {unknown}, but objectives are {list(config.objectives)}")
+        return given
 
     def _losses(
-        self,
-        layout: Layout,
-        x: Tensor,
-        relation: Tensor | None,
-        labels: Tensor | None,
-        next_sentence_label: Tensor | None,
+        self, layout: Layout, input_ids: Tensor, x: Tensor, logits: dict[str, Tensor], given: dict[str, Tensor],
         num_items_in_batch: Tensor | int | dict | None,
-    ) -> dict[str, Tensor]:
-        task = "clm" if self.config.causal else "mlm"
-        heads = [name for name, given in ((task, labels), ("nsp", next_sentence_label)) if given is not None]
-        items = denominators(num_items_in_batch, heads)
+    ) -> dict[str, Tensor]:  # fmt: skip
+        items = denominators(num_items_in_batch, {name: COUNTED.get(name, "tokens") for name in given})
         losses = {}
-        if labels is not None and self.token_head is not None:
-            targets = layout.next_labels(labels) if self.config.causal else layout.labels(labels)
-            losses[task] = self.token_head.loss(x, self.embeddings.word.weight, targets, items.get("tokens"))
-        if next_sentence_label is not None and relation is not None:
-            targets = check_sequence_labels("next_sentence_label", next_sentence_label, *relation.shape)
-            losses["nsp"] = sequence_loss(relation, targets, items.get("sequences"))
+        for name, labels in given.items():
+            labels = check_labels(name, labels, input_ids, layout.sequences, self.config)
+            divisor = items.get(COUNTED.get(name, "tokens"))
+            if name == self.config.token_task:
+                assert self.token_head is not None
+                targets = layout.next_labels(labels) if self.config.causal else layout.labels(labels)
+                losses[name] = self.token_head.loss(x, self.words.weight, targets, divisor)
+            else:
+                losses[name] = self.heads[name].loss(layout, logits[name], labels, divisor)  # type: ignore[operator]
         return losses
 
-    def _logits(self, layout: Layout, x: Tensor, at_once: bool) -> Tensor | Callable[[], Tensor] | None:
-        head = self.token_head
-        if head is None:
-            return None
-        return self._later(lambda: layout.leave(head(x, self.embeddings.word.weight)), at_once)
+    def _target(self, source: Tokens, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tokens:
+        """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
+        labels = given.get("seq2seq")
+        if labels is None and self.token_head is None and source.cu_seqlens is None:
+            return Tokens(shift_right(source.input_ids, self.config, source.attention_mask), source.attention_mask,
+                          side="decoder_")  # fmt: skip
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise ValueError("Transformer: an encoder-decoder needs decoder_input_ids, or labels (batch, length)")
+        return Tokens(shift_right(labels, self.config), attention_mask, side="decoder_")
 
     def _later(self, compute: Callable[[], Tensor], at_once: bool) -> Tensor | Callable[[], Tensor] | None:
         if at_once:
             return compute()
         # a compiled graph returns tensors, not functions
-        return None if torch.compiler.is_compiling() else in_this_mode(self.embeddings.word.weight.device.type, compute)
+        return None if torch.compiler.is_compiling() else in_this_mode(self.words.weight.device.type, compute)
 
     # ---- checks and explanations -------------------------------------------------------------------------------------
 
-    def _check(self, input_ids, token_type_ids, position_ids, labels, next_sentence_label) -> None:
-        config = self.config
-        if token_type_ids is not None and not config.type_vocab_size:
-            raise ValueError("Transformer: token_type_ids given, but this model has no token types (type_vocab_size 0)")
-        check_like("token_type_ids", token_type_ids, input_ids, config.type_vocab_size, "type_vocab_size")
-        check_like("labels", labels, input_ids, config.vocab_size, "vocab_size", label=True)
-        if labels is not None and self.token_head is None:
-            raise ValueError(f"Transformer: labels given, but objectives {list(config.objectives)} have no token head")
-        if next_sentence_label is not None and self.nsp_head is None:
-            raise ValueError(
-                f"Transformer: next_sentence_label given, but objectives {list(config.objectives)} lack 'nsp'"
-            )
-
     def _positions(self, layout: Layout, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if position_ids is None:
-            return layout.positions()
+            return layout.positions(self.config.position_of == "token")
         if position_ids.shape == (1, input_ids.shape[-1]):
             position_ids = position_ids.expand(input_ids.shape)
-        check_like("position_ids", position_ids, input_ids, self.config.max_positions, "max_positions")
+        most = 2**31 if self.config.max_positions is None else self.config.max_positions
+        check_like("position_ids", position_ids, input_ids, most, "max_positions")
         return layout.enter(position_ids)
 
     def explain(self) -> str:
@@ -240,13 +335,25 @@ class Transformer(Generation):
         Which backend runs an operator, and why others refuse, tells `llmengine.explain(model, input_ids, ...)`.
         """
         lines = []
-        explained = enumerate(layer.explain() for layer in self.each_layer())
-        for texts, group in groupby(explained, key=lambda pair: pair[1]):
-            numbers = [i for i, _ in group]
-            span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-            lines += [f"layers.{span}.{text}" for text in texts]
-        for name, norm in (("embeddings.norm", self.embeddings.norm), ("final_norm", self.final_norm)):
-            if norm is not None:
-                why = touched(norm=norm)
-                lines.append(f"{name}: {'fused' if why is None else f'leaf by leaf ({why})'}")
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if stack is None:
+                continue
+            explained = enumerate(layer.explain() for layer in stack.each_layer())
+            for texts, group in groupby(explained, key=lambda pair: pair[1]):
+                numbers = [i for i, _ in group]
+                span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+                lines += [f"{name}.layers.{span}.{text}" for text in texts]
+            for leaf, norm in (("embeddings.norm", stack.embeddings.norm), ("final_norm", stack.final_norm)):
+                if norm is not None:
+                    why = touched(norm=norm)
+                    lines.append(f"{name}.{leaf}: {'fused' if why is None else f'leaf by leaf ({why})'}")
         return "\n".join(lines)
+
+
+def _heads_not_in(checkpoint: convert.Checkpoint, config: TransformerConfig) -> tuple[str, ...]:
+    """The fine-tuning heads that the config asks for beyond those of the file, as prefixes of parameter names."""
+    return tuple(
+        f"heads.{objective}."
+        for objective in config.objectives
+        if objective not in checkpoint.fields["objectives"] and objective in ("classification", "tagging", "qa", "choice")
+    )

@@ -12,11 +12,12 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmengine import functional
-from llmengine.nn.norm import LayerNorm
+from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 LAYER_NORM = (LayerNorm, torch.nn.LayerNorm)
-_OWN = frozenset((*LINEAR, *LAYER_NORM, torch.nn.Dropout))
+RMS_NORM = (RMSNorm, OffsetRMSNorm)
+_OWN = frozenset((*LINEAR, *LAYER_NORM, *RMS_NORM, torch.nn.Dropout))
 
 
 def touched(**leaves: Module) -> str | None:
@@ -36,9 +37,13 @@ def touched(**leaves: Module) -> str | None:
 
 def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:
     """new_residual = residual + dropout(input); returns (norm(new_residual), new_residual), in one kernel if it may."""
-    if isinstance(norm, torch.nn.LayerNorm) and touched(norm=norm) is None:
+    if isinstance(norm, LAYER_NORM) and touched(norm=norm) is None:
         return functional.add_layer_norm(
             input, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+        )
+    if isinstance(norm, RMS_NORM) and touched(norm=norm) is None:
+        return functional.add_rms_norm(
+            input, residual, norm.normalized_shape, norm.gain(), norm.eps, dropout_p=dropout_p
         )
     new_residual = residual + torch.nn.functional.dropout(input, dropout_p, dropout_p > 0)
     return norm(new_residual), new_residual

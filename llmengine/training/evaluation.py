@@ -56,7 +56,7 @@ def _right(model: Transformer, batch: dict[str, Any], out: Any) -> dict[str, int
     if "mlm" in out.losses and model.token_head is not None:
         labelled = (batch["labels"] != IGNORED).nonzero().squeeze(1)
         hidden = out.last_hidden_state[labelled]
-        guesses = model.token_head(hidden, model.embeddings.word.weight).argmax(-1)
+        guesses = model.token_head(hidden, model.words.weight).argmax(-1)
         right["mlm"] = int((guesses == batch["labels"][labelled]).sum())
     if "nsp" in out.losses:
         right["nsp"] = int((out.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]).sum())

@@ -29,7 +29,7 @@ def evaluating(model: Transformer) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad():
-            yield model.embeddings.word.weight.device
+            yield model.words.weight.device
     finally:
         model.train(was_training)
 

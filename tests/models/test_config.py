@@ -70,18 +70,33 @@ def test_it_is_frozen():
         ({"attention_dropout": -0.1}, "attention_dropout: .*greater than or equal to 0, got -0.1"),
         ({"norm_eps": 0.0}, "norm_eps: .*greater than 0"),
         ({"activation": "tanh"}, "activation: .*'gelu'.*, got 'tanh'"),
-        ({"architecture": "both"}, "architecture: .*'encoder' or 'decoder', got 'both'"),
-        ({"norm_place": "middle"}, "norm_place: .*'post' or 'pre', got 'middle'"),
-        ({"family": "t5"}, "family: .*'bert', 'gpt2' or 'custom', got 't5'"),
-        ({"objectives": ["plm"]}, "objectives.0: .*'mlm', 'nsp' or 'clm', got 'plm'"),
+        ({"architecture": "both"}, "architecture: .*'encoder', 'decoder' or 'encoder_decoder', got 'both'"),
+        ({"norm_place": "middle"}, "norm_place: .*'post', 'pre', 'sandwich' or 'parallel', got 'middle'"),
+        ({"family": "t6"}, "family: .*'bert', 'roberta', .*'t5' or 'custom', got 't6'"),
+        ({"objectives": ["lm"]}, "objectives.0: .*'mlm', 'nsp', 'sop', .*'choice', got 'lm'"),
         ({"objectives": ["clm"]}, 'objectives: "clm" does not fit architecture "encoder"'),
         ({"objectives": ["mlm", "mlm"]}, r"objectives \['mlm', 'mlm'\] names one twice"),
-        ({"objectives": ["nsp"]}, 'objectives: "nsp" reads the pooled token; set pooler to "cls_tanh"'),
+        ({"objectives": ["nsp"]}, 'objectives: "nsp" and "sop" read the pooled token; set pooler to "cls_tanh"'),
         ({"architecture": "decoder", "objectives": ["mlm"]}, '"mlm" does not fit architecture "decoder"'),
         ({"pad_token_id": 61}, r"pad_token_id \(61\) must be below vocab_size \(61\)"),
         ({"eos_token_id": 99}, r"eos_token_id \(99\) must be below vocab_size \(61\)"),
         ({"bos_token_id": -1}, "bos_token_id: .*greater than or equal to 0, got -1"),
         ({"freeze_padding_row": True}, "freeze_padding_row needs pad_token_id"),
+        ({"n_kv_heads": 3}, r"n_kv_heads \(3\) must divide n_heads \(4\)"),
+        ({"n_decoder_layers": 2}, 'n_decoder_layers is for architecture "encoder_decoder"; this is "encoder"'),
+        ({"architecture": "decoder", "share_layers": True}, 'share_layers is for architecture "encoder"'),
+        ({"layer_types": ["full", "window"]}, "layer_types names windowed layers; give window"),
+        ({"window": 3, "layer_types": ["full"]}, "layer_types has 1 entries for n_layers 2"),
+        ({"max_positions": None}, 'max_positions must be given: positions "learned" is a table'),
+        ({"positions": "rotary", "position_offset": 2}, 'position_offset is for tables of positions; .*"rotary"'),
+        ({"positions": "rotary", "d_head": 7}, "rotary turns pairs, but fraction 1.0 of 7 features is odd"),
+        ({"rotary": {"scaling": "yarn"}}, 'rotary: scaling "yarn" needs original_positions'),
+        ({"rotary": {"speed": 2}}, "speed"),
+        ({"architecture": "decoder", "positions": "relative"}, 'positions "relative" is for architecture "encoder"'),
+        ({"objectives": ["mlm", "plm"]}, '"mlm" and "plm" are one token head; choose one'),
+        ({"objectives": ["classification"], "classifier": "pooled"}, 'classifier "pooled" reads the pooled token'),
+        ({"loss_weights": {"nsp": 2.0}}, r"loss_weights names \['nsp'\], which are not among objectives"),
+        ({"init": "neighbours", "positions": "rotary"}, 'init "neighbours" needs learned positions'),
         ({"preset": "bert-huge"}, "preset 'bert-huge' is not one of bert-base, "),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -119,12 +134,12 @@ def test_initial_weights(family):
             continue
         residual = config.scale_residual_init and ("attention.out" in name or "feed_forward.down" in name)
         expected = config.init_std / (8**0.5 if residual else 1)
-        if name == "nsp_head.weight" or name == "embeddings.token_type.weight":
+        if name == "heads.nsp.weight" or name == "encoder.embeddings.token_type.weight":
             assert parameter.std().item() == pytest.approx(expected, rel=0.2), name
         else:
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
     if config.freeze_padding_row:
-        assert (model.embeddings.word.weight[config.pad_token_id] == 0).all()
+        assert (model.words.weight[config.pad_token_id] == 0).all()
 
 
 def test_a_seed_gives_the_weights():
@@ -132,5 +147,5 @@ def test_a_seed_gives_the_weights():
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        states.append(Transformer(config).state_dict()["layers.1.attention.qkv.weight"])
+        states.append(Transformer(config).state_dict()["encoder.layers.1.attention.qkv.weight"])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])

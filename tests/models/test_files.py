@@ -68,7 +68,7 @@ def test_a_fresh_model_loads_in_transformers(name, tmp_path):
 def test_untied_output_embeddings(name, tmp_path):
     theirs = hf_model(name, tie_word_embeddings=False)
     ours = ours_of(theirs, tmp_path / "theirs")
-    assert not torch.equal(ours.token_head.weight, ours.embeddings.word.weight)
+    assert not torch.equal(ours.token_head.weight, ours.words.weight)
     assert_near(ours(IDS).logits, theirs(IDS).logits, 1e-5)
     ours.save_pretrained(tmp_path / "ours")
     again, report = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -101,7 +101,7 @@ def test_sharded_files(tmp_path):
     assert_near(ours(IDS).logits, theirs(IDS).logits, 1e-5)
     # saving over shards: what is read back, by us and by them, is the new model
     with torch.no_grad():
-        ours.embeddings.word.weight += 1.0
+        ours.words.weight += 1.0
     ours.save_pretrained(tmp_path)
     assert_same_weights(Transformer.from_pretrained(tmp_path), ours)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
@@ -116,10 +116,10 @@ def test_objectives_choose_among_the_heads(tmp_path):
     theirs = hf_model("BertForPreTraining")
     theirs.save_pretrained(tmp_path)
     backbone = Transformer.from_pretrained(tmp_path, objectives=[])
-    assert backbone.token_head is None and backbone.nsp_head is None
+    assert backbone.token_head is None and not backbone.heads
     assert_near(backbone(IDS).last_hidden_state, theirs.bert(IDS).last_hidden_state, 1e-5)
     mlm = Transformer.from_pretrained(tmp_path, objectives=["mlm"], dtype=torch.bfloat16)
-    assert mlm.nsp_head is None and mlm.token_head.bias.dtype == torch.bfloat16
+    assert not mlm.heads and mlm.token_head.bias.dtype == torch.bfloat16
     with pytest.raises(ValueError, match='objectives: "clm" does not fit architecture "encoder"'):
         Transformer.from_pretrained(tmp_path, objectives=["clm"])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmengine import Transformer, TransformerConfig
-from llmengine.models.generation import restrict
+from llmengine.models.decoding import restrict
 from llmengine.testing import poison
 
 from .peers import SHAPES, VOCABULARY, hf_model, ours_of, padding_mask, random_ids
@@ -232,8 +232,8 @@ IDS = random_ids(2, 5)
         ({"num_beams": 0}, r"num_beams is 0; it must be from 1 to vocab_size \(61\)"),
         ({"num_beams": 62}, "num_beams is 62"),
         ({"num_beams": 2, "do_sample": True}, "num_beams > 1 with do_sample is not supported"),
-        ({"temperature": 0.5}, "temperature, top_k and top_p need do_sample=True"),
-        ({"top_k": 5}, "temperature, top_k and top_p need do_sample=True"),
+        ({"temperature": 0.5}, "temperature, top_k, top_p and min_p need do_sample=True"),
+        ({"top_k": 5}, "temperature, top_k, top_p and min_p need do_sample=True"),
         ({"do_sample": True, "seed": 1, "generator": torch.Generator()}, "give generator or seed, not both"),
         ({"eos_token_id": 61}, r"eos_token_id is 61; it must be from 0 to 60"),
         ({"pad_token_id": -1}, r"pad_token_id is -1; it must be from 0 to 60"),

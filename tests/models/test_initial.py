@@ -15,9 +15,9 @@ def attention(model: Transformer, layer: int = 0) -> torch.Tensor:
     config = model.config
     ids = torch.randint(5, config.vocab_size, (LENGTH,))
     ids[::5] = 4  # as many equal tokens as a masked sequence has: heads must not look from mask to mask
-    x = model.embeddings(ids, torch.arange(LENGTH), torch.zeros_like(ids) if config.type_vocab_size else None)
-    block = model.layers[layer]
-    x = block.attention_norm(x) if block.pre else x
+    x = model.stack.embeddings(ids, torch.arange(LENGTH), torch.zeros_like(ids) if config.type_vocab_size else None)
+    block = model.stack.layers[layer]
+    x = block.attention_norm(x) if block.place == "pre" else x
     q, k, _ = block.attention.qkv(x).view(LENGTH, 3, config.n_heads, config.head_dim).permute(1, 2, 0, 3)
     scores = q @ k.mT / config.head_dim**0.5
     if config.causal:
@@ -51,11 +51,11 @@ def test_other_weights_are_normal_and_the_default_looks_nowhere():
     torch.manual_seed(0)
     config = TransformerConfig.preset("bert-tiny", vocab_size=300, embed_dropout=0.0)
     model = Transformer(config.replace(init="neighbours", init_std=0.05))
-    query, key, value = model.layers[1].attention.qkv.weight.chunk(3)
-    for weight in (value, model.layers[0].feed_forward.up.weight, model.embeddings.word.weight[1:]):
+    query, key, value = model.stack.layers[1].attention.qkv.weight.chunk(3)
+    for weight in (value, model.stack.layers[0].feed_forward.up.weight, model.words.weight[1:]):
         assert abs(weight.std().item() / 0.05 - 1) < 0.05 and abs(weight.mean().item()) < 0.005
-    assert abs(model.embeddings.position.weight.std().item() / 0.05 - 1) < 0.05
-    assert not model.embeddings.word.weight[0].any() and not model.layers[0].attention.qkv.bias.any()
+    assert abs(model.stack.embeddings.position.weight.std().item() / 0.05 - 1) < 0.05
+    assert not model.words.weight[0].any() and not model.stack.layers[0].attention.qkv.bias.any()
     for head in (key[:64], key[64:], query[:64]):  # rows of a scaled orthonormal matrix
         gram = head @ head.T
         assert torch.allclose(gram, gram[0, 0] * torch.eye(64), atol=1e-4)
@@ -71,7 +71,7 @@ def test_it_is_a_function_of_the_seed_and_of_any_dtype():
         states.append(Transformer(config).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     half = Transformer(config, dtype=torch.bfloat16)
-    assert half.layers[0].attention.qkv.weight.dtype == torch.bfloat16
-    assert half.layers[0].attention.qkv.weight.isfinite().all()
+    assert half.stack.layers[0].attention.qkv.weight.dtype == torch.bfloat16
+    assert half.stack.layers[0].attention.qkv.weight.isfinite().all()
     odd = Transformer(config.replace(d_model=15, n_heads=3))  # an odd width leaves one column of positions normal
-    assert odd.embeddings.position.weight.isfinite().all() and odd.embeddings.position.weight[:, -1].std() > 0
+    assert odd.stack.embeddings.position.weight.isfinite().all() and odd.stack.embeddings.position.weight[:, -1].std() > 0

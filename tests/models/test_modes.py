@@ -119,7 +119,7 @@ def test_gradient_checkpointing_changes_nothing(preset, dropout):
     expected = run(model, batch)
     model.gradient_checkpointing = True
     calls = []
-    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(0))
+    model.stack.layers[0].register_forward_pre_hook(lambda *_: calls.append(0))
     torch.manual_seed(3)
     assert_same(run(model, batch), expected, 1e-6)
     assert len(calls) == 2, "a checkpointed layer runs again in the backward"
@@ -144,7 +144,7 @@ def test_a_copy_is_equal_and_apart(preset):
     twin = copy.deepcopy(model)
     assert_same(run(twin, batch), run(model, batch), 0.0)
     with torch.no_grad():
-        twin.embeddings.word.weight.normal_()
+        twin.words.weight.normal_()
     assert not torch.equal(twin(**batch).loss, model(**batch).loss)
 
 
@@ -185,10 +185,10 @@ def test_explain_tells_what_is_fused():
         "final_norm: fused",
     ]
     assert "embeddings.norm: fused" in model_of("bert-tiny").explain()
-    layer = model.layers[1]
+    layer = model.stack.layers[1]
     layer.feed_forward.up = Adapter(layer.feed_forward.up)
     layer.attention_norm.register_forward_hook(lambda *_: None)
-    model.final_norm.forward = lambda x: x
+    model.stack.final_norm.forward = lambda x: x
     assert model.explain().splitlines() == [
         "layers.0.attention_norm: fused",
         "layers.0.feed_forward_norm: fused",
@@ -228,7 +228,7 @@ def test_adapters_train(preset):
     batch = batch_of(preset)
     before = model(**batch).loss
     adapters = []
-    for layer in model.layers:
+    for layer in model.stack.layers:
         for module, name in ((layer.attention, "qkv"), (layer.feed_forward, "up"), (layer.feed_forward, "down")):
             adapters.append(Adapter(getattr(module, name)))
             setattr(module, name, adapters[-1])

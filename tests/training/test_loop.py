@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, spoiled, sentence):
     class Spoil(Observer):
         def recorded(self, run, record):
             if record["step"] == spoiled:
-                torch.nn.init.constant_(run.model.final_norm.weight, math.nan)
+                torch.nn.init.constant_(run.model.stack.final_norm.weight, math.nan)
 
     config = tiny(tmp_path, "clm")
     with pytest.raises(Diverged, match=sentence):

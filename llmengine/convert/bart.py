@@ -1,0 +1,200 @@
+"""BART (Lewis et al. 2019), mBART (Liu et al. 2020) and Marian (Junczys-Dowmunt et al. 2018) as Hugging Face stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from llmengine.convert.family import Family, Rule, copy, leaf, stacked
+
+
+def _stack(side: str, mark: str) -> tuple[Rule, ...]:
+    ours, theirs = f"{side}.layers.{mark}.", f"model.{side}.layers.{mark}."
+    rules = (
+        copy(f"{side}.embeddings.position.weight", f"model.{side}.embed_positions.weight"),
+        *leaf(f"{side}.embeddings.norm", f"model.{side}.layernorm_embedding"),
+        *stacked(f"{ours}attention.qkv", *(f"{theirs}self_attn.{part}_proj" for part in "qkv")),
+        *leaf(f"{ours}attention.out", f"{theirs}self_attn.out_proj"),
+        *leaf(f"{ours}attention_norm", f"{theirs}self_attn_layer_norm"),
+        *leaf(f"{ours}feed_forward.up", f"{theirs}fc1"),
+        *leaf(f"{ours}feed_forward.down", f"{theirs}fc2"),
+        *leaf(f"{ours}feed_forward_norm", f"{theirs}final_layer_norm"),
+        *leaf(f"{side}.final_norm", f"model.{side}.layer_norm"),
+    )
+    if side == "encoder":
+        return rules
+    return (
+        *rules,
+        *leaf(f"{ours}cross_attention.q", f"{theirs}encoder_attn.q_proj"),
+        *stacked(f"{ours}cross_attention.kv", *(f"{theirs}encoder_attn.{part}_proj" for part in "kv")),
+        *leaf(f"{ours}cross_attention.out", f"{theirs}encoder_attn.out_proj"),
+        *leaf(f"{ours}cross_attention_norm", f"{theirs}encoder_attn_layer_norm"),
+    )
+
+
+def _logits_bias() -> Rule:
+    """A buffer of theirs, which most models leave at zero; Marian's are trained."""
+
+    def read(tensors: list[Tensor], _: Mapping) -> list[Tensor]:
+        return [tensors[0].flatten()]
+
+    def write(tensors: list[Tensor], _: Mapping) -> list[Tensor]:
+        return [tensors[0][None]]
+
+    return Rule(("token_head.bias",), ("final_logits_bias",), read, write)
+
+
+def _translate(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    for ours, names in (
+        ("heads", ("encoder_attention_heads", "decoder_attention_heads")),
+        ("d_ff", ("encoder_ffn_dim", "decoder_ffn_dim")),
+        ("layer dropout", ("encoder_layerdrop", "decoder_layerdrop")),
+    ):
+        first, second = (theirs[name] for name in names)
+        if first != second:
+            raise ValueError(
+                f"config.json: {names[0]} is {first} and {names[1]} {second}; llmengine has one number of {ours} for both"
+            )
+    depth = theirs["decoder_layers"]
+    return {"n_decoder_layers": None if depth == theirs["encoder_layers"] else depth}
+
+
+def _write_back(ours: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "is_encoder_decoder": True,
+        "decoder_layers": ours["n_decoder_layers"] or ours["n_layers"],
+        "decoder_attention_heads": ours["n_heads"],
+        "decoder_ffn_dim": ours["d_ff"],
+        "decoder_layerdrop": ours["layer_dropout"],
+        "num_hidden_layers": ours["n_layers"],
+    }
+
+
+BART = Family(
+    name="bart",
+    prefix="model.",
+    heads=("lm_head.", "final_logits_bias", "classification_head.", "qa_outputs."),
+    fields=(
+        ("vocab_size", "vocab_size"),
+        ("d_model", "d_model"),
+        ("encoder_layers", "n_layers"),
+        ("encoder_attention_heads", "n_heads"),
+        ("encoder_ffn_dim", "d_ff"),
+        ("max_position_embeddings", "max_positions"),
+        ("activation_function", "activation"),
+        ("scale_embedding", "embed_scale"),
+        ("dropout", "dropout"),
+        ("dropout", "embed_dropout"),
+        ("attention_dropout", "attention_dropout"),
+        ("activation_dropout", "activation_dropout"),
+        ("encoder_layerdrop", "layer_dropout"),
+        ("init_std", "init_std"),
+        ("tie_word_embeddings", "tie_embeddings"),
+        ("pad_token_id", "pad_token_id"),
+        ("bos_token_id", "bos_token_id"),
+        ("eos_token_id", "eos_token_id"),
+        ("decoder_start_token_id", "decoder_start_token_id"),
+    ),
+    constants={
+        "architecture": "encoder_decoder",
+        "position_offset": 2,
+        "norm_place": "post",
+        "embed_norm": True,
+        "final_norm": False,
+        "head_bias": True,
+        "freeze_padding_row": True,
+    },
+    defaults={
+        "vocab_size": 50265, "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0, "max_position_embeddings": 1024, "activation_function": "gelu",
+        "scale_embedding": False, "dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0, "init_std": 0.02,
+        "tie_word_embeddings": True, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+        "decoder_start_token_id": 2, "num_labels": 3,
+    },  # fmt: skip
+    demanded={
+        "is_encoder_decoder": (True,), "normalize_before": (False,), "add_final_layer_norm": (False,),
+        "normalize_embedding": (True,), "static_position_embeddings": (False,), "extra_pos_embeddings": (2,),
+        "add_bias_logits": (False,), "is_decoder": (False,),
+    },  # fmt: skip
+    without_effect=frozenset(
+        "forced_eos_token_id forced_bos_token_id num_hidden_layers classif_dropout output_past max_length min_length "
+        "length_penalty num_beams early_stopping no_repeat_ngram_size prefix num_labels save_step "
+        "replacing_rate student_decoder_layers student_encoder_layers bad_words_ids add_cross_attention".split()
+    ),
+    translated=frozenset("decoder_layers decoder_attention_heads decoder_ffn_dim decoder_layerdrop".split()),
+    translate=_translate,
+    write_back=_write_back,
+    classes={
+        "BartForConditionalGeneration": ("seq2seq",),
+        "BartModel": (),
+        "BartForSequenceClassification": ("classification",),
+        "BartForQuestionAnswering": ("qa",),
+    },
+    class_fields={"BartForSequenceClassification": {"classifier": "dense_tanh", "summary": "last"}},
+    evidence={"seq2seq": "final_logits_bias"},
+    tensors=(
+        copy("encoder.embeddings.word.weight", "model.shared.weight"),
+        *_stack("encoder", "{i}"),
+        *_stack("decoder", "{j}"),
+        copy("token_head.weight", "lm_head.weight"),
+        _logits_bias(),
+    ),
+    heads_of={
+        "classification": (
+            *leaf("heads.classification.dense", "classification_head.dense"),
+            *leaf("heads.classification.out", "classification_head.out_proj"),
+        ),
+        "qa": leaf("heads.qa", "qa_outputs"),
+    },
+    tied={
+        "lm_head.weight": "model.shared.weight",
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+    },
+)
+MBART = replace(
+    BART,
+    name="mbart",
+    constants={**BART.constants, "norm_place": "pre", "final_norm": True},
+    defaults=BART.defaults | {"decoder_start_token_id": None, "num_labels": 2},
+    demanded={
+        **BART.demanded, "normalize_before": (True, False), "add_final_layer_norm": (True, False),
+    },  # old files carry the fields, the class does the same whatever they say  # fmt: skip
+    classes={name.replace("Bart", "MBart"): heads for name, heads in BART.classes.items()},
+    class_fields={name.replace("Bart", "MBart"): fields for name, fields in BART.class_fields.items()},
+)
+
+
+def _marian(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    if theirs.get("decoder_vocab_size") not in (None, theirs["vocab_size"]):
+        raise ValueError("config.json of family marian: decoder_vocab_size differs from vocab_size")
+    return _translate(theirs)
+
+
+MARIAN = replace(
+    BART,
+    name="marian",
+    constants={
+        **BART.constants, "positions": "sinusoid_halves", "position_offset": 0, "embed_norm": False,
+    },  # fmt: skip
+    defaults=BART.defaults
+    | {
+        "vocab_size": 58101, "decoder_start_token_id": 58100, "pad_token_id": 58100, "eos_token_id": 0,
+        "bos_token_id": None, "num_labels": 2,
+    },  # fmt: skip
+    demanded={
+        **BART.demanded, "normalize_embedding": (True, False), "static_position_embeddings": (True, False),
+        "extra_pos_embeddings": (2, 0, 58101), "share_encoder_decoder_embeddings": (True,),
+    },  # fmt: skip
+    translated=BART.translated | {"decoder_vocab_size"},
+    translate=_marian,
+    write_back=lambda ours: _write_back(ours) | {"decoder_vocab_size": ours["vocab_size"]},
+    classes={"MarianMTModel": ("seq2seq",), "MarianModel": ()},
+    class_fields={},
+    heads_of={},
+    skipped=r"embed_positions\.weight$",  # sines and cosines
+)

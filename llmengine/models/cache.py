@@ -1,0 +1,139 @@
+"""Keys and values kept between the steps of a generation, and the layouts by which layers meet them.
+
+Prompts may be padded on either side. They are unpadded at the door, and a sequence's n-th token lies in slot n of its
+row of the cache: there is no padding inside, and every position is the token's place in its own sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmengine import functional
+from llmengine.models.layout import Packed, Scores
+
+
+class Cache:
+    """Keys and values of every layer, (batch, slots, key heads, head_dim) each; row b holds lengths[b] tokens."""
+
+    def __init__(self, layers: int, batch: int, slots: int, heads: int, head_dim: int, like: Tensor) -> None:
+        # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN that lay there would be NaN
+        self.keys, self.values = ([like.new_zeros(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+
+    def write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.keys[layer][rows, slots] = k
+        self.values[layer][rows, slots] = v
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was: repeats prompts for beams, reorders beams."""
+        self.keys = [keys.index_select(0, rows) for keys in self.keys]
+        self.values = [values.index_select(0, rows) for values in self.values]
+        self.lengths = self.lengths.index_select(0, rows)
+
+
+class Source:
+    """What an encoder made of the sources, and each decoder layer's keys and values of it, projected once.
+
+    Beams of one source lie next to each other and share them.
+    """
+
+    def __init__(self, packed: Packed, memory: Tensor) -> None:
+        self.packed = packed
+        self.memory = memory
+        self.projected: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, scores: Scores, longest: int
+    ) -> Tensor:
+        """q (tokens, heads, head_dim), equally many tokens of every source, at most `longest` of each."""
+        if layer not in self.projected:
+            self.projected[layer] = project()
+        sources = self.packed.sequences
+        starts = torch.arange(sources + 1, dtype=torch.int32, device=q.device) * (len(q) // sources)
+        return functional.varlen_attention(
+            q, *self.projected[layer], starts, self.packed.cu_seqlens, longest, self.packed.max_seqlen,
+            **scores.options(causal=False),
+        )  # fmt: skip
+
+
+class Prompt:
+    """The layout of the prompts' pass: packed sequences, whose keys and values are kept."""
+
+    def __init__(self, packed: Packed, cache: Cache, source: Source | None) -> None:
+        self.packed = packed
+        self.cache = cache
+        self.source = source
+        tokens = torch.arange(packed.tokens, device=packed.cu_seqlens.device)
+        self.rows = packed.sequence(tokens)
+        self.slots = tokens - packed.cu_seqlens[:-1].long()[self.rows]
+        cache.lengths = packed.cu_seqlens.diff().long()
+        if source is not None:
+            packed.memory = source.packed
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
+        self.cache.write(layer, self.rows, self.slots, k, v)
+        return self.packed.attend(q, k, v, layer, dropout_p, scores)
+
+    def attend_memory(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
+    ) -> Tensor:
+        assert self.source is not None
+        self.source.projected[layer] = keys_and_values = project()
+        return self.packed.attend_memory(q, lambda: keys_and_values, layer, dropout_p, scores)
+
+    def last(self, x: Tensor) -> Tensor:
+        return self.packed.last(x)
+
+
+class Step:
+    """The layout of one more token per sequence, which sees the cache and itself."""
+
+    def __init__(self, cache: Cache, source: Source | None) -> None:
+        self.cache = cache
+        self.source = source
+        self.slots = cache.lengths
+        self.rows = torch.arange(len(self.slots), device=self.slots.device)
+        self.longest = int(self.slots.max()) + 1
+        reach = torch.arange(self.longest, device=self.slots.device)
+        self.distance = reach - self.slots[:, None]
+        """(batch, longest): from a row's new token to each slot; above 0 where no token of the row lies."""
+        self.masks: dict[int | None, Tensor] = {}
+        cache.lengths = cache.lengths + 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
+        self.cache.write(layer, self.rows, self.slots, k, v)
+        if scores.window not in self.masks:
+            self.masks[scores.window] = self._mask(scores)
+        keys = self.cache.keys[layer][:, : self.longest].transpose(1, 2)
+        values = self.cache.values[layer][:, : self.longest].transpose(1, 2)
+        return functional.scaled_dot_product_attention(
+            q.unsqueeze(2), keys, values, self.masks[scores.window], scale=scores.scale, enable_gqa=True,
+            softcap=scores.softcap,
+        ).squeeze(2)  # fmt: skip
+
+    def _mask(self, scores: Scores) -> Tensor:
+        """(batch, 1 or heads, 1, longest): which slots a row's token sees, or what is added to their scores."""
+        seen = self.distance <= 0
+        if scores.window is not None:
+            seen &= self.distance >= -scores.window
+        seen = seen[:, None, None, :]
+        bias = None
+        if scores.alibi_slopes is not None:
+            bias = scores.alibi_slopes[:, None] * self.distance[:, None, :]  # distances are 0 or less where seen
+        if (table := scores.distance_bias) is not None:
+            reach = table.shape[1] // 2
+            found = table[:, self.distance.clamp(-reach, reach) + reach].transpose(0, 1).float()
+            bias = found if bias is None else bias + found
+        return seen if bias is None else torch.where(seen, bias[:, :, None, :], -torch.inf)
+
+    def attend_memory(
+        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
+    ) -> Tensor:
+        assert self.source is not None
+        return self.source.attend(q, project, layer, scores, len(q) // self.source.packed.sequences)
+
+    def last(self, x: Tensor) -> Tensor:
+        return x
