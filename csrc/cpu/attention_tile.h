@@ -92,6 +92,58 @@ inline void for_scores(const TilePlace& at, float* tile, const Body& body) {
   }
 }
 
+// The scores of a tile at one distance lie on a diagonal: number index(c, r) of the diagonals for its key c and row r.
+// A vector of scores, whose lanes are rows side by side, meets as many diagonals side by side.
+class Diagonals {
+ public:
+  static constexpr int64_t kCount = kRows + kKeys;  // the last is of no score
+  static constexpr int64_t index(int64_t c, int64_t r) { return kKeys - 1 - c + r; }
+
+  // Their table has an entry for each of the distances -farthest ... farthest, and ends that stand for all beyond.
+  Diagonals(const TilePlace& at, const ops::Band& band, int64_t farthest)
+      : at_(at), first_(at.key + kKeys - 1 - (at.row + band.shift)), farthest_(farthest) {}
+
+  // line[d] = the entry of diagonal d
+  void read(const float* table, float* line) const {
+    for (int64_t d = 0; d < kCount; ++d) line[d] = table[entry(d)];
+  }
+  // Adds sums of the diagonals to a table that begins at entry `first`. The many that share an end are summed first.
+  void add(const float* sums, float* table, int64_t first) const {
+    const int64_t end = index(0, at_.rows);
+    for (int64_t d = index(at_.keys - 1, 0); d < end;) {
+      const int64_t m = entry(d);
+      float total = 0.0f;
+      for (; d < end && entry(d) == m; ++d) total += sums[d];
+      table[m - first] += total;
+    }
+  }
+  // line[d] = the sum of the scores on diagonal d. Vectors that meet the same diagonals, one in each block of keys, are
+  // added in a register, and the line is updated once for all of them.
+  void sum(const float* tile, float* line) const {
+    const int64_t vectors = at_.vectors(), blocks = count_of(at_.keys, kLanes);
+    std::fill_n(line, kCount, 0.0f);
+    for (int64_t key = 0; key < kLanes; ++key) {
+      for (int64_t diagonal = 1 - blocks; diagonal < vectors; ++diagonal) {
+        F total = {};
+        const int64_t end = std::min(vectors, blocks + diagonal);
+        for (int64_t v = std::max<int64_t>(0, diagonal); v < end; ++v) {
+          const int64_t c = (v - diagonal) * kLanes + key;
+          if (c < at_.keys) total += load(tile + c * kRows + v * kLanes);
+        }
+        float* sums = line + index(key, diagonal * kLanes);
+        store(sums, load(sums) + total);
+      }
+    }
+  }
+
+ private:
+  // Diagonal d has distance first_ - d.
+  int64_t entry(int64_t d) const { return ops::clamp_index(first_ - d, -farthest_, farthest_) + farthest_; }
+
+  TilePlace at_;
+  int64_t first_, farthest_;
+};
+
 // One head of one sequence.
 class Scores {
  public:
@@ -115,6 +167,7 @@ class Scores {
   void to_logits(const TilePlace& at, float* tile, float* slope = nullptr) const {
     if (capped()) cap(at, tile, slope);
     if (p_.alibi_slopes.defined()) add_alibi(at, tile);
+    if (p_.distance_bias.defined()) add_distance_bias(at, tile);
     if (p_.mask.defined()) add_mask(at, tile);
     if (!band_.covers(at.row, at.row + at.rows, at.key, at.key + at.keys)) apply_band(at, tile);
   }
@@ -155,6 +208,14 @@ class Scores {
     for_scores(at, tile, [&](int64_t v, int64_t c, float* x) {
       const F distance = positions[v] - static_cast<float>(c);
       store(x, load(x) - slope * max(distance, -distance));
+    });
+  }
+
+  void add_distance_bias(const TilePlace& at, float* tile) const {
+    float line[Diagonals::kCount];
+    Diagonals(at, band_, p_.farthest()).read(p_.distance_bias.as<float>() + head_ * p_.distance_bias.size(1), line);
+    for_scores(at, tile, [&](int64_t v, int64_t c, float* x) {
+      store(x, biased(load(x), load(line + Diagonals::index(c, v * kLanes))));
     });
   }
 

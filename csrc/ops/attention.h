@@ -2,8 +2,9 @@
 // with an online softmax, so that no (rows, keys) matrix is held: Dao et al. 2022).
 //
 //   u = scale query key^T
-//   logits = cap(u) - slope |key - p| + mask, -inf where the key is not seen; cap(u) = softcap tanh(u / softcap)
-//            (p, and the keys a row sees: ops/attention_band.h)
+//   logits = cap(u) - slope |key - p| + bias(key - p) + mask, -inf where the key is not seen;
+//            cap(u) = softcap tanh(u / softcap)    (p, and the keys a row sees: ops/attention_band.h)
+//            bias(d) = distance_bias[head, clamp(d, -M, M) + M]: distances beyond M share the end entries
 //   lse = log sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value
 //   A row that sees no key: output 0, lse -inf, no gradients.
 //   lse_low is what rounding took from lse (0 where lse is infinite): with |lse| in the hundreds, float32 lse alone
@@ -12,6 +13,7 @@
 //   backward, with Z = keep / (1 - dropout_p) and delta = rowsum(grad_output output) - grad_lse:
 //     grad_value = (P Z)^T grad_output
 //     grad_logits = P ((grad_output value^T) Z - delta) = grad_mask, summed over what the mask was broadcast along
+//     grad_distance_bias[head, m] = sum of grad_logits over the scores, of all sequences, that entry m was added to
 //     grad_u = grad_logits cap'(u),  grad_query = scale grad_u key,  grad_key = scale grad_u^T query
 //
 //   Dropout draws (ops/philox.h): stream = sequence x heads + head, row and column counted within the sequence.
@@ -33,6 +35,7 @@ struct AttentionOptions {
   TensorView key, value;                  // (batch, key heads, keys, head_dim or value_dim)
   TensorView mask;                        // (1|batch, 1|heads, 1|rows, 1|keys), bool (true: seen) or float, or none
   TensorView alibi_slopes;                // float32 (sequences, heads), or none
+  TensorView distance_bias;               // float32 (heads, 2 M + 1), or none
   TensorView cu_seqlens_q, cu_seqlens_k;  // int32 (sequences + 1,): batch is 1 and rows and keys are cut; or none
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
   TensorView seed;  // int64 (1,), where dropout_p > 0
@@ -47,6 +50,7 @@ struct AttentionOptions {
                       field("value", &P::value),
                       field("mask", &P::mask),
                       field("alibi_slopes", &P::alibi_slopes),
+                      field("distance_bias", &P::distance_bias),
                       field("cu_seqlens_q", &P::cu_seqlens_q),
                       field("cu_seqlens_k", &P::cu_seqlens_k),
                       field("max_seqlen_q", &P::max_seqlen_q),
@@ -65,6 +69,7 @@ struct AttentionOptions {
   int64_t group() const { return key_heads() ? heads() / key_heads() : 1; }
   bool packed() const { return cu_seqlens_q.defined(); }
   int64_t sequences() const { return packed() ? cu_seqlens_q.size(0) - 1 : query.size(0); }
+  int64_t farthest() const { return distance_bias.size(1) / 2; }  // M
   Band band(const Sequence& s) const { return {s.rows, s.keys, window_left, window_right, bottom_right}; }
 };
 
@@ -86,14 +91,16 @@ struct AttentionBackward : AttentionOptions {
   TensorView output, lse, lse_low;
   TensorView grad_query, grad_key, grad_value;  // like query, key, value
   TensorView grad_mask;                         // float32, like mask; or none
+  TensorView grad_distance_bias;                // float32, like distance_bias; or none
 
   static constexpr auto fields() {
     using P = AttentionBackward;
-    return std::tuple_cat(AttentionOptions::fields(),
-                          std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse),
-                                     field("output", &P::output), field("lse", &P::lse), field("lse_low", &P::lse_low),
-                                     field("grad_query", &P::grad_query), field("grad_key", &P::grad_key),
-                                     field("grad_value", &P::grad_value), field("grad_mask", &P::grad_mask)});
+    return std::tuple_cat(
+        AttentionOptions::fields(),
+        std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse), field("output", &P::output),
+                   field("lse", &P::lse), field("lse_low", &P::lse_low), field("grad_query", &P::grad_query),
+                   field("grad_key", &P::grad_key), field("grad_value", &P::grad_value),
+                   field("grad_mask", &P::grad_mask), field("grad_distance_bias", &P::grad_distance_bias)});
   }
 };
 
@@ -125,6 +132,16 @@ inline void check_mask(const Checker& at, const AttentionOptions& p) {
   if (p.packed()) at.fail_at("mask", "does not go with cu_seqlens");
 }
 
+inline void check_distance_bias(const Checker& at, const AttentionOptions& p) {
+  if (!p.distance_bias.defined()) return;
+  at.dtype(p.distance_bias, "distance_bias", {DType::f32});
+  if (p.distance_bias.ndim != 2 || p.distance_bias.size(1) % 2 != 1) {
+    at.fail_at("distance_bias", "must be (heads, 2 M + 1), got " + p.distance_bias.shape());
+  }
+  at.shape(p.distance_bias, "distance_bias", {p.heads(), p.distance_bias.size(1)});
+  at.contiguous(p.distance_bias, "distance_bias");
+}
+
 inline void validate_options(const Checker& at, const AttentionOptions& p) {
   check_operands(at, p);
   check_mask(at, p);
@@ -139,6 +156,7 @@ inline void validate_options(const Checker& at, const AttentionOptions& p) {
   }
   at.dtype(p.alibi_slopes, "alibi_slopes", {DType::f32});
   at.shape(p.alibi_slopes, "alibi_slopes", {p.sequences(), p.heads()});
+  check_distance_bias(at, p);
   at.probability(p.dropout_p, "dropout_p");
   if (p.dropout_p > 0) at.defined(p.seed, "seed");
   at.dtype(p.seed, "seed", {DType::i64});
@@ -197,11 +215,18 @@ inline void validate(const AttentionBackward& p) {
     at.dtype(*gradient, argument, {p.query.dtype});
     check_like(at, *gradient, argument, *of, of->size(3));
   }
-  at.dtype(p.grad_mask, "grad_mask", {DType::f32});
-  if (!p.grad_mask.defined()) return;
-  at.defined(p.mask, "mask");
-  at.shape(p.grad_mask, "grad_mask", {p.mask.size(0), p.mask.size(1), p.mask.size(2), p.mask.size(3)});
-  at.contiguous(p.grad_mask, "grad_mask");
+  if (p.grad_mask.defined()) {
+    at.defined(p.mask, "mask");
+    at.dtype(p.grad_mask, "grad_mask", {DType::f32});
+    at.shape(p.grad_mask, "grad_mask", {p.mask.size(0), p.mask.size(1), p.mask.size(2), p.mask.size(3)});
+    at.contiguous(p.grad_mask, "grad_mask");
+  }
+  if (p.grad_distance_bias.defined()) {
+    at.defined(p.distance_bias, "distance_bias");
+    at.dtype(p.grad_distance_bias, "grad_distance_bias", {DType::f32});
+    at.shape(p.grad_distance_bias, "grad_distance_bias", {p.heads(), p.distance_bias.size(1)});
+    at.contiguous(p.grad_distance_bias, "grad_distance_bias");
+  }
 }
 
 // The independent blocks of a call. Reads cu_seqlens, and refuses what does not cut the tokens into sequences: for

@@ -20,36 +20,38 @@ def _forward_fake(query, key, value, *_):
     return empty_rows_first(query, value.shape[3]), lse, torch.empty_like(lse)
 
 
-def _backward_fake(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *rest):
-    wanted = mask.shape if rest[-1] else (0,)
+def _backward_fake(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, _, distance_bias, *rest):
+    *_, want_grad_mask, want_grad_distance_bias = rest
     return (
         empty_rows_first(query, query.shape[3]),
         empty_rows_first(key, key.shape[3]),
         empty_rows_first(value, value.shape[3]),
-        query.new_empty(wanted, dtype=statistics_dtype(query)),
+        query.new_empty(mask.shape if want_grad_mask else (0,), dtype=statistics_dtype(query)),
+        query.new_empty(distance_bias.shape if want_grad_distance_bias else (0,), dtype=statistics_dtype(query)),
     )
 
 
-# mask: (1|batch, 1|heads, 1|rows, 1|keys), bool or float. alibi_slopes: float32 (sequences, heads). A query row at
-# position p among the keys (p = row, or row + keys - rows where bottom_right) sees keys p - window_left ... p +
-# window_right; -1 is unbounded. lse: natural log of the sum of exponentials, -inf for a row that sees no key;
-# lse_low: what rounding took from it.
+# mask: (1|batch, 1|heads, 1|rows, 1|keys), bool or float. alibi_slopes: float32 (sequences, heads). distance_bias: in
+# the accumulators' dtype, (heads, 2 M + 1), of the distances -M ... M between key and row. A query row at position p
+# among the keys (p = row, or row + keys - rows where bottom_right) sees keys p - window_left ... p + window_right; -1
+# is unbounded. lse: natural log of the sum of exponentials, -inf for a row that sees no key; lse_low: what rounding
+# took from it.
 _OPTIONS = (
-    "Tensor? mask, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,"
-    " SymInt max_seqlen_k, Tensor? seed, int window_left, int window_right, bool bottom_right, float scale,"
-    " float softcap, float dropout_p"
+    "Tensor? mask, Tensor? alibi_slopes, Tensor? distance_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seed, int window_left, int window_right, bool bottom_right,"
+    " float scale, float softcap, float dropout_p"
 )
 attention_forward = define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS})"
     " -> (Tensor output, Tensor lse, Tensor lse_low)",
     _forward_fake,
 )
-# grad_mask: in the accumulators' dtype and the mask's shape, summed over what the mask was broadcast along; empty
-# unless want_grad_mask.
+# grad_mask and grad_distance_bias: in the accumulators' dtype and the shapes of mask and bias, summed over what shares
+# an element; empty unless wanted.
 attention_backward = define(
     "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
-    f" Tensor lse, Tensor lse_low, {_OPTIONS}, bool want_grad_mask)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+    f" Tensor lse, Tensor lse_low, {_OPTIONS}, bool want_grad_mask, bool want_grad_distance_bias)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_distance_bias)",
     _backward_fake,
 )
 
@@ -58,13 +60,13 @@ class Attention(torch.autograd.Function):
     """(query, key, value, the options of the schema) -> (output, lse); differentiable in both outputs."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed, *numbers):
-        output, lse, lse_low = attention_forward(
-            query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed, *numbers
-        )
-        ctx.save_for_backward(
-            query, key, value, output, lse, lse_low, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
-        )
+    def forward(
+        ctx, query, key, value, mask, alibi_slopes, distance_bias, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed,
+        *numbers,
+    ):  # fmt: skip
+        tensors = (mask, alibi_slopes, distance_bias, cu_seqlens_q, cu_seqlens_k)
+        output, lse, lse_low = attention_forward(query, key, value, *tensors, max_q, max_k, seed, *numbers)
+        ctx.save_for_backward(query, key, value, output, lse, lse_low, seed, *tensors)
         ctx.max_seqlens, ctx.numbers = (max_q, max_k), numbers
         ctx.set_materialize_grads(False)
         return output, lse
@@ -72,16 +74,16 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_lse):
-        query, key, value, output, lse, lse_low, mask, *rest = ctx.saved_tensors
-        alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = rest
+        query, key, value, output, lse, lse_low, seed, *tensors = ctx.saved_tensors
         if grad_output is None:
             if grad_lse is None:
-                return (None,) * 16
+                return (None,) * 17
             grad_output = torch.zeros_like(output)
-        want_grad_mask = ctx.needs_input_grad[3]
-        grad_query, grad_key, grad_value, grad_mask = attention_backward(
-            grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, alibi_slopes, cu_seqlens_q,
-            cu_seqlens_k, *ctx.max_seqlens, seed, *ctx.numbers, want_grad_mask,
+        _, _, _, want_grad_mask, _, want_grad_distance_bias, *_ = ctx.needs_input_grad
+        grad_query, grad_key, grad_value, grad_mask, grad_distance_bias = attention_backward(
+            grad_output, grad_lse, query, key, value, output, lse, lse_low, *tensors, *ctx.max_seqlens, seed,
+            *ctx.numbers, want_grad_mask, want_grad_distance_bias,
         )  # fmt: skip
-        grad_mask = grad_mask.to(mask.dtype) if want_grad_mask else None
-        return grad_query, grad_key, grad_value, grad_mask, *(None,) * 12
+        grad_mask = grad_mask.to(tensors[0].dtype) if want_grad_mask else None
+        grad_distance_bias = grad_distance_bias if want_grad_distance_bias else None
+        return grad_query, grad_key, grad_value, grad_mask, None, grad_distance_bias, *(None,) * 11

@@ -16,6 +16,10 @@
 //   The gradient of a mask is made by tasks of its own, each owning a tile of it and going through all batch entries,
 //   heads or rows that share the tile: two products more where it is asked for, and no quadratic buffer. A bias that is
 //   one for all keys of a row moves lse and nothing else: its gradient is that of lse.
+//
+//   The gradient of a bias by distance is made of the tiles G as they pass: their sums along the diagonals, an addition
+//   a score, go to a table that the task has for each of its heads, no longer than the sequence has distances. These
+//   tables, too, are added in a fixed order.
 #include <numeric>
 #include <tuple>
 
@@ -144,6 +148,65 @@ class Workspace {
   TilePlace at_;
 };
 
+// ---- grad_distance_bias ---------------------------------------------------------------------------------------------
+
+// Of each sequence and head, a table for each share of its rows (Backward::shares) of the entries that its distances
+// reach.
+class DistanceSums {
+ public:
+  DistanceSums(const ops::AttentionBackward& p, const std::vector<ops::Sequence>& sequences,
+               const std::vector<int64_t>& shares)
+      : p_(p) {
+    if (!wanted()) return;
+    int64_t total = 0;
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      const ops::Sequence& s = sequences[n];
+      const int64_t shift = p.band(s).shift, most = p.farthest();
+      const int64_t first = ops::clamp_index(1 - s.rows - shift, -most, most) + most;
+      const int64_t end = ops::clamp_index(s.keys - 1 - shift, -most, most) + most + 1;
+      tables_.push_back({total, first, s.rows && s.keys ? end - first : 0, shares[n]});
+      total += tables_.back().entries * p.heads() * shares[n];
+    }
+    sums_ = std::make_unique<float[]>(static_cast<size_t>(total));
+  }
+
+  bool wanted() const { return p_.grad_distance_bias.defined(); }
+
+  // Adds a tile of gradients of the logits.
+  void add(const SequenceTasks::Task& task, int64_t head, int64_t share, const TilePlace& at, const float* tile) const {
+    float line[Diagonals::kCount];
+    const Diagonals diagonals(at, p_.band(task.sequence), p_.farthest());
+    diagonals.sum(tile, line);
+    diagonals.add(line, table(tables_[task.which], head, share), tables_[task.which].first);
+  }
+
+  void write() const {
+    const int64_t entries = p_.distance_bias.size(1);
+    parallel_each(p_.heads(), [&](int64_t head) {
+      float* out = p_.grad_distance_bias.as<float>() + head * entries;
+      std::fill_n(out, entries, 0.0f);
+      for (const Tables& t : tables_) {
+        for (int64_t share = 0; share < t.shares; ++share) {
+          const float* from = table(t, head, share);
+          for (int64_t m = 0; m < t.entries; ++m) out[t.first + m] += from[m];
+        }
+      }
+    });
+  }
+
+ private:
+  struct Tables {
+    int64_t offset, first, entries, shares;
+  };
+  float* table(const Tables& t, int64_t head, int64_t share) const {
+    return sums_.get() + t.offset + (head * t.shares + share) * t.entries;
+  }
+
+  const ops::AttentionBackward& p_;
+  std::vector<Tables> tables_;
+  std::unique_ptr<float[]> sums_;
+};
+
 // ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
 constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
@@ -156,6 +219,7 @@ class Backward {
         width_(padded(p.value.size(3))),
         sequences_(ops::sequences_of(p)),
         shares_(shares()),
+        distances_(p, sequences_, shares_),
         tasks_(sequences_, [&](size_t s) { return p.key_heads() * shares_[s]; }) {
     for (size_t s = 0; s < sequences_.size(); ++s) {
       const int64_t partials = shares_[s] > 1 ? p.key_heads() * shares_[s] : 0;
@@ -171,6 +235,7 @@ class Backward {
       return shares_[s] > 1 ? p_.key_heads() * count_of(sequences_[s].keys, kKeys) : 0;
     });
     parallel_each(sums.size(), [&](int64_t index) { add_partials<T>(sums[index]); });
+    if (distances_.wanted()) distances_.write();
   }
 
  private:
@@ -204,21 +269,25 @@ class Backward {
     Workspace<T> work(p_, s, key_head, tiles);
     const int64_t per_head = count_of(s.rows, kRows);
     for (int64_t tile = share; tile < row_tiles(s); tile += shares) {
-      rows(work, s, key_head * p_.group() + tile / per_head, tile % per_head * kRows, grad_key, grad_value);
+      const int64_t head = key_head * p_.group() + tile / per_head;
+      rows(work, at, share, head, tile % per_head * kRows, grad_key, grad_value);
     }
     if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
   }
 
   template <class T>
-  void rows(Workspace<T>& work, const ops::Sequence& s, int64_t head, int64_t row, float* grad_key,
-            float* grad_value) const {
+  void rows(Workspace<T>& work, const SequenceTasks::Task& task, int64_t share, int64_t head, int64_t row,
+            float* grad_key, float* grad_value) const {
+    const ops::Sequence& s = task.sequence;
     const int64_t count = std::min(kRows, s.rows - row);
     const Scores scores(p_, s, head);
     work.open_rows(head, row);
     work.begin_grad_query();
     const int64_t end = scores.last_key(row + count);
     for (int64_t key = scores.first_key(row); key < end; key += kKeys) {
-      work.make_tiles(scores, {row, count, key, std::min(kKeys, end - key)});
+      const TilePlace at{row, count, key, std::min(kKeys, end - key)};
+      work.make_tiles(scores, at);
+      if (distances_.wanted()) distances_.add(task, head, share, at, work.g_tile());
       work.accumulate(scores, grad_key, grad_value);
     }
     work.store_grad_query(head, row);
@@ -255,6 +324,7 @@ class Backward {
   int64_t depth_, width_;
   std::vector<ops::Sequence> sequences_;
   std::vector<int64_t> shares_;
+  DistanceSums distances_;
   SequenceTasks tasks_;
   std::vector<int64_t> first_partial_{0};
   std::unique_ptr<float[]> partials_;

@@ -43,6 +43,11 @@ def _plain(query, key, value, attn_mask, scale, enable_gqa, band, more):
     if (slopes := more.get("alibi_slopes")) is not None:
         alibi = -slopes[..., None, None] * distance.abs()
         bias = alibi if bias is None else bias + alibi
+    if (table := more.get("distance_bias")) is not None:
+        farthest = table.shape[1] // 2
+        entry = distance.clamp(-farthest, farthest) + farthest
+        gathered = table.to(torch.promote_types(query.dtype, torch.float32))[:, entry]  # its gradient adds in float32
+        bias = gathered if bias is None else bias + gathered
     if not (more.get("softcap") or more.get("return_lse")):
         mask: Tensor | None = seen if bias is None else torch.where(seen, bias, -torch.inf).to(query.dtype)
         if bias is None and seen.all():
@@ -136,11 +141,24 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# (name, M, what goes with a bias of the distances -M ... M)
+DISTANCES: list[tuple[str, int, dict[str, Any]]] = [
+    ("alone", 20, {}),
+    ("causal", 33, {"is_causal": True, "return_lse": True}),
+    ("softcap, dropout", 7, {"softcap": 2.0, "dropout_p": 0.3}),
+    ("window", 70, {"causal": "bottom_right", "window_size": (50, -1)}),
+    ("alone", 0, {"return_lse": True}),
+    ("alone", 1, {"causal": "top_left"}),
+    ("beyond all", 300, {"causal": "bottom_right"}),
+]
+
+
 def _sdpa_samples() -> list[Sample]:
     m = _Maker(0)
     m.padded(
         "everything", 2, 4, 5, 7, 8, 6, 2, attn_mask=m.randn(2, 1, 5, 7), causal="bottom_right", window_size=(4, -1),
-        softcap=3.0, alibi_slopes=m.randn(4).abs(), dropout_p=0.2, scale=-0.4, return_lse=True,
+        softcap=3.0, alibi_slopes=m.randn(4).abs(), distance_bias=m.randn(4, 5), dropout_p=0.2, scale=-0.4,
+        return_lse=True,
     )  # fmt: skip
     for name, options in CAUSAL.items():
         for rows, keys in [(70, 70), (33, 130), (130, 33), (1, 64), (64, 1)]:
@@ -172,8 +190,17 @@ def _sdpa_samples() -> list[Sample]:
         "wide window": {"window_size": (500, 500)}, "window ahead": {"window_size": (0, 20)},
     }.items():  # fmt: skip
         m.padded(name, 2, 3, 40, 75, 16, **options)
+    for name, farthest, options in DISTANCES:
+        for rows, keys in [(40, 75), (130, 33), (150, 150)]:
+            bias = m.randn(3, 2 * farthest + 1)
+            m.padded(
+                f"distances to {farthest} {name} {rows}x{keys}", 2, 3, rows, keys, 16, distance_bias=bias, **options
+            )
+    never = torch.where(m.chance(3, 21, p=0.3), -torch.inf, m.randn(3, 21))
+    m.padded("distances never seen", 2, 3, 40, 75, 16, distance_bias=never, return_lse=True)
     for batch, heads, rows, keys in [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)]:
         m.padded(f"empty {(batch, heads, rows, keys)}", batch, heads, rows, keys, 8, return_lse=True)
+    m.padded("distances of nothing", 2, 2, 0, 4, 8, distance_bias=m.randn(2, 5), return_lse=True)
     m.add("three dimensions", (m.randn(3, 9, 8), m.randn(3, 11, 8), m.randn(3, 11, 4), m.randn(3, 9, 11)))
     m.add("two dimensions", (m.randn(9, 8), m.randn(11, 8), m.randn(11, 8)), is_causal=True)
     m.add("five dimensions", (m.randn(2, 2, 3, 9, 8), *[m.randn(2, 2, 3, 11, 8)] * 2, m.randn(2, 1, 1, 9, 11)))
@@ -189,7 +216,7 @@ def _varlen_samples() -> list[Sample]:
     m = _Maker(1)
     m.packed(
         "everything", [2, 0, 3], [4, 1, 3], 4, 2, 8, 6, is_causal=True, window_size=(2, -1), softcap=3.0,
-        alibi_slopes=m.randn(4).abs(), dropout_p=0.2, return_lse=True,
+        alibi_slopes=m.randn(4).abs(), distance_bias=m.randn(4, 3), dropout_p=0.2, return_lse=True,
     )  # fmt: skip
     for name, options in CAUSAL.items():
         m.packed(f"{name} equal", [5, 70, 33, 1], [5, 70, 33, 1], 2, 2, 16, **options)
@@ -206,6 +233,9 @@ def _varlen_samples() -> list[Sample]:
     m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left")
     m.packed("dropout", [9, 14], [17, 6], 2, 2, 8, dropout_p=0.4)
     m.packed("softcap", [9, 14], [17, 6], 2, 2, 8, softcap=2.0, scale=1.0)
+    for name, farthest, options in DISTANCES:
+        rows, keys, bias = [5, 0, 140, 9], [60, 3, 110, 9], m.randn(4, 2 * farthest + 1)
+        m.packed(f"distances to {farthest} {name}", rows, keys, 4, 2, 16, spare=2, distance_bias=bias, **options)
     m.packed("many", list(range(1, 40)), list(range(1, 40)), 2, 1, 16, is_causal=True)
     return m.samples
 
