@@ -179,6 +179,8 @@ def test_decoders_generate_as_hugging_face(name, fields, tmp_path):
 
 @named(ENCODER_DECODERS)
 def test_encoder_decoders_generate_as_hugging_face(name, fields, tmp_path):
+    if name.startswith("T5"):
+        fields = fields | {"num_decoder_layers": 2}  # Hugging Face's cache has as many layers as the encoder
     theirs = hf_model(name, seed=3, **fields)
     with torch.no_grad():
         theirs.get_input_embeddings().weight *= 2.0
