@@ -82,8 +82,12 @@ def _sequence(
 
 
 def permutation(generator: torch.Generator, tokens: int, targets: int, memory: int = 0) -> tuple[Tensor, Tensor]:
-    """(ranks of the keys, positions of the targets): a random order of the targets; all else is seen by all."""
-    chosen = torch.randperm(tokens, generator=generator)[:targets].sort().values
+    """(ranks of the keys, positions of the targets): a random order of the targets; all else is seen by all.
+
+    The first token is no target where another can be: every row sees something, also where the call is causal.
+    """
+    first = 1 if targets < tokens else 0
+    chosen = first + torch.randperm(tokens - first, generator=generator)[:targets].sort().values
     ranks = torch.full((memory + tokens,), -1, dtype=torch.int32)
     ranks[memory + chosen] = torch.randperm(targets, generator=generator).int()
     return ranks, (memory + chosen).int()
