@@ -62,9 +62,10 @@ struct RelativeAttentionOptions : AttentionOptions {
   }
 
   int64_t distances() const { return position_key.size(2); }
-  // of row `row` of a sequence
+  // Of a row of a sequence. Before all keys a causal row sees none, wherever it stands.
   int64_t position(const Sequence& s, int64_t row) const {
-    return query_positions.defined() ? query_positions.as<int32_t>()[s.row0 + row] : row + s.keys - s.rows;
+    const int64_t at = query_positions.defined() ? query_positions.as<int32_t>()[s.row0 + row] : row + s.keys - s.rows;
+    return is_causal && at < -1 ? -1 : at;
   }
 };
 
