@@ -115,6 +115,7 @@ class Workspace {
 
   int64_t depth() const { return depth_; }
   int64_t width() const { return width_; }
+  const float* p_tile() const { return p_tile_; }  // P keep
   const float* g_tile() const { return g_tile_; }
 
   void open_rows(int64_t head, int64_t row) {

@@ -97,6 +97,11 @@ class PositionKeys {
   std::unique_ptr<float[]> transposed_, rows_;
 };
 
+struct SegmentSums {
+  F grad_same[kRows / kLanes] = {}, grad_other[kRows / kLanes] = {};
+  F p_same[kRows / kLanes] = {}, p_other[kRows / kLanes] = {};
+};
+
 // One head of one sequence, open for kRows rows from `row` on. Like Scores.
 class RelativeScores {
  public:
@@ -180,19 +185,39 @@ class RelativeScores {
     }
   }
 
-  // same, other: (kRows,), of the keys of a row's own segment and of other segments
-  void accumulate_segments(const TilePlace& at, const float* grad, float* same, float* other) const {
+  // Adds a tile's part in the sums of rows over the keys of their own segment, and of other segments.
+  void accumulate_segments(const TilePlace& at, const float* probabilities, const float* grad,
+                           SegmentSums& sums) const {
     for (int64_t v = 0; v < at.vectors(); ++v) {
-      const int64_t lane = v * kLanes;
-      F of_same = load(same + lane), of_other = load(other + lane);
+      F grad_same = {}, grad_other = {}, p_same = {}, p_other = {};
       for (int64_t c = 0; c < at.keys; ++c) {
         const I own = segments_[v] == key_segment(at, c);
-        const F g = load(grad + c * kRows + lane);
-        of_same += select(own, g, F{});
-        of_other += select(own, F{}, g);
+        const int64_t score = c * kRows + v * kLanes;
+        const F g = load(grad + score), p = load(probabilities + score);
+        grad_same += select(own, g, F{});
+        grad_other += select(own, F{}, g);
+        p_same += select(own, p, F{});
+        p_other += select(own, F{}, p);
       }
-      store(same + lane, of_same);
-      store(other + lane, of_other);
+      sums.grad_same[v] += grad_same, sums.grad_other[v] += grad_other;
+      sums.p_same[v] += p_same, sums.p_other[v] += p_other;
+    }
+  }
+
+  // The gradients of the logits of a row add up to grad_lse. What they miss of it is the rounding of delta, which each
+  // took with it in proportion to its probability: here, where they are all there is, it is given back.
+  void store_segments(const SegmentSums& sums, const TensorView& grad_lse, const TensorView& grad) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t v = r / kLanes, lane = r % kLanes, row = s_.row0 + row_ + r;
+      const float p_same = sums.p_same[v][lane], p = p_same + sums.p_other[v][lane];
+      float same = sums.grad_same[v][lane], other = sums.grad_other[v][lane];
+      if (p > 0.0f) {
+        const float whole = grad_lse.defined() ? grad_lse.as<float>()[head_ * p_.query.size(2) + row] : 0.0f;
+        const float missing = whole - (same + other), share = missing * (p_same / p);
+        same += share, other += missing - share;
+      }
+      float* out = grad.as<float>() + (row * p_.heads() + head_) * 2;
+      out[0] = same * scale_, out[1] = other * scale_;
     }
   }
 

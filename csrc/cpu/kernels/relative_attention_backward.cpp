@@ -86,8 +86,8 @@ class Backward {
     const int64_t count = std::min(kRows, s.rows - row);
     thread_local Scratch scratch, more;
     const RelativeScores scores(p_, s, head, row, position_keys_, scratch, T{});
-    const auto [grad_query, same, other] = more.take(kRows * depth_, kRows, kRows);
-    for (float* sums : {same, other}) std::fill_n(sums, kRows, 0.0f);
+    float* grad_query = more.take(kRows * depth_)[0];
+    SegmentSums segments;
     std::fill_n(grad_query, kRows * depth_, 0.0f);
     work.open_rows(head, row);
     work.begin_grad_query();
@@ -97,16 +97,12 @@ class Backward {
       work.make_tiles(scores, at);
       work.accumulate(scores, grad_key, grad_value);
       scores.accumulate_positions(at, work.g_tile(), grad_query, grad_distances, a.first);
-      if (p_.segment_scores.defined()) scores.accumulate_segments(at, work.g_tile(), same, other);
+      if (p_.segment_scores.defined()) scores.accumulate_segments(at, work.p_tile(), work.g_tile(), segments);
     }
     work.store_grad_query(head, row);
-    const float scale = static_cast<float>(p_.scale);
-    store_rows(grad_query, depth_, count, scale, Rows<T>(p_.grad_position_query, 0, head, s.row0 + row));
-    if (!p_.segment_scores.defined()) return;
-    for (int64_t r = 0; r < count; ++r) {
-      float* out = p_.grad_segment_scores.as<float>() + ((s.row0 + row + r) * p_.heads() + head) * 2;
-      out[0] = same[r] * scale, out[1] = other[r] * scale;
-    }
+    store_rows(grad_query, depth_, count, static_cast<float>(p_.scale),
+               Rows<T>(p_.grad_position_query, 0, head, s.row0 + row));
+    if (p_.segment_scores.defined()) scores.store_segments(segments, p_.grad_lse, p_.grad_segment_scores);
   }
 
   template <class T>
