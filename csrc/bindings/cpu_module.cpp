@@ -11,6 +11,7 @@
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/norm.h"
+#include "ops/relative_attention.h"
 #include "ops/softmax.h"
 
 namespace py = pybind11;
@@ -54,6 +55,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
+  bind_cpu<ops::RelativeAttentionForward>(module, "relative_attention_forward");
+  bind_cpu<ops::RelativeAttentionBackward>(module, "relative_attention_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");
   bind_cpu<ops::SoftmaxBackward>(module, "softmax_backward");
 }

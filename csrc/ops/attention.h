@@ -232,14 +232,14 @@ inline void validate(const AttentionBackward& p) {
 // The independent blocks of a call. Reads cu_seqlens, and refuses what does not cut the tokens into sequences: for
 // backends whose boundaries lie in memory that this process can read. Tokens after the last boundary follow as rows
 // that see no key and keys that no row sees.
-inline std::vector<Sequence> sequences_of(const AttentionOptions& p) {
+inline std::vector<Sequence> sequences_of(const AttentionOptions& p, const char* op = "varlen_attention") {
   std::vector<Sequence> all;
   const int64_t count = p.sequences(), rows = p.query.size(2), keys = p.key.size(2);
   if (!p.packed()) {
     for (int64_t b = 0; b < count; ++b) all.push_back({b, b, 0, rows, 0, keys});
     return all;
   }
-  const Checker at{"varlen_attention"};
+  const Checker at{op};
   const auto refuse = [&](const TensorView& cu, const char* argument, int64_t tokens, int64_t longest) {
     const int32_t* ends = cu.as<int32_t>();
     if (ends[0] != 0) at.fail_at(argument, "must begin with 0, got " + std::to_string(ends[0]));

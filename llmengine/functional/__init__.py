@@ -7,6 +7,7 @@ from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmengine.functional.relative_attention import relative_attention
 from llmengine.functional.softmax import softmax
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ffn",
     "layer_norm",
     "linear_cross_entropy",
+    "relative_attention",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",

@@ -21,132 +21,12 @@
 //   a score, go to a table that the task has for each of its heads, no longer than the sequence has distances. These
 //   tables, too, are added in a fixed order.
 #include <numeric>
-#include <tuple>
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_rows.h"
 #include "cpu/parallel.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
-
-// What one task works with: the key head's operands and buffers for a row tile and for its tiles of scores.
-template <class T>
-class Workspace {
- public:
-  Workspace(const ops::AttentionBackward& p, const ops::Sequence& s, int64_t key_head, Scratch& scratch)
-      : p_(p),
-        s_(s),
-        key_(p.key, s.batch, key_head, s.key0),
-        value_(p.value, s.batch, key_head, s.key0),
-        depth_(padded(key_.columns)),
-        width_(padded(value_.columns)) {
-    const int64_t drops = p.dropout_p > 0 ? kTile : 0, capped = p.softcap > 0 ? kTile : 0;
-    const auto buffers =
-        scratch.take(key_.columns * kRows, value_.columns * kRows, value_.columns * kRows, depth_ * kRows,
-                     width_ * kRows, depth_ * kKeys, width_ * kKeys, kTile, kTile, drops, capped, depth_ * kRows);
-    std::tie(query_transposed_, grad_transposed_, output_transposed_, query_, grad_, keys_, values_, p_tile_, g_tile_,
-             keep_, slope_, grad_query_) = std::tuple_cat(buffers);
-  }
-
-  int64_t depth() const { return depth_; }
-  int64_t width() const { return width_; }
-  const float* g_tile() const { return g_tile_; }
-
-  void open_rows(int64_t head, int64_t row) {
-    const int64_t rows = std::min(kRows, s_.rows - row);
-    const Rows<const T> query(p_.query, s_.batch, head, s_.row0 + row);
-    const Rows<const T> grad(p_.grad_output, s_.batch, head, s_.row0 + row);
-    const Rows<const T> output(p_.output, s_.batch, head, s_.row0 + row);
-    pack_transposed(query.data, query.stride, rows, query.columns, query_transposed_);
-    pack_transposed(grad.data, grad.stride, rows, grad.columns, grad_transposed_);
-    pack(query, 0, rows, query_);
-    pack(grad, 0, rows, grad_);
-    pack_transposed(output.data, output.stride, rows, output.columns, output_transposed_);
-    make_delta(rows);
-    const int64_t statistic = (s_.batch * p_.heads() + head) * p_.query.size(2) + s_.row0 + row;
-    std::fill_n(lse_, kRows, INFINITY);  // of lanes without a row: their probabilities are 0
-    std::fill_n(lse_low_, kRows, 0.0f);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float lse = p_.lse.as<float>()[statistic + r];
-      lse_[r] = lse == -INFINITY ? 0.0f : lse;
-      lse_low_[r] = p_.lse_low.as<float>()[statistic + r];
-      if (p_.grad_lse.defined()) delta_[r] -= p_.grad_lse.as<float>()[statistic + r];
-    }
-  }
-
-  // P keep and P (grad_P keep - delta), the gradient of the logits
-  void make_tiles(const Scores& scores, const TilePlace& at) {
-    at_ = at;
-    multiply_scores(lie_or_pack(value_, at.key, at.keys, values_), at.keys, value_.columns, 1.0f, grad_transposed_,
-                    at.rows, g_tile_);
-    packed_key_ = pack(key_, at.key, at.keys, keys_);
-    multiply_scores(packed_key_, at.keys, key_.columns, static_cast<float>(p_.scale), query_transposed_, at.rows,
-                    p_tile_);
-    scores.to_logits(at, p_tile_, slope_);
-    if (scores.drops()) scores.keep_multipliers(at, keep_);
-    for_scores(at, p_tile_, [&](int64_t v, int64_t, float* x) {
-      const int64_t offset = x - p_tile_, lane = v * kLanes;
-      const F probability = exp_of_nonpositive(load(x) - load(lse_ + lane) - load(lse_low_ + lane));
-      F kept = probability, grad = load(g_tile_ + offset);
-      if (scores.drops()) {
-        const F keep = load(keep_ + offset);
-        kept = probability * keep;
-        grad = grad * keep;
-      }
-      store(x, kept);
-      store(g_tile_ + offset, probability * (grad - load(delta_ + lane)));
-    });
-  }
-
-  // The tiles' part in the gradients; grad_key and grad_value begin at the first key of the sequence.
-  void accumulate(const Scores& scores, float* grad_key, float* grad_value) {
-    const auto [row, rows, key, keys] = at_;
-    constexpr int64_t panel = kTileVectors * kLanes;
-    if (scores.capped()) {
-      for_scores(at_, g_tile_, [&](int64_t, int64_t, float* x) { store(x, load(x) * load(slope_ + (x - g_tile_))); });
-    }
-    multiply<Lies::along, Into::add>(kTileVectors, keys, width_ / kLanes, rows, p_tile_, kRows, grad_, width_, panel,
-                                     grad_value + key * width_, width_);
-    multiply<Lies::along, Into::add>(kTileVectors, keys, depth_ / kLanes, rows, g_tile_, kRows, query_, depth_, panel,
-                                     grad_key + key * depth_, depth_);
-    multiply<Lies::across, Into::add>(kTileVectors, rows, depth_ / kLanes, keys, g_tile_, kRows, packed_key_.data,
-                                      packed_key_.stride, panel, grad_query_, depth_);
-  }
-
-  void begin_grad_query() { std::fill_n(grad_query_, depth_ * kRows, 0.0f); }
-  void store_grad_query(int64_t head, int64_t row) const {
-    store_rows(grad_query_, depth_, std::min(kRows, s_.rows - row), static_cast<float>(p_.scale),
-               Rows<T>(p_.grad_query, s_.batch, head, s_.row0 + row));
-  }
-
- private:
-  // delta = rowsum(grad_output output), added in the micro-kernel's order: where a row has one key, and output is its
-  // value, delta takes the rounding errors of grad_P with it.
-  void make_delta(int64_t rows) {
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t panel = r / kPanel * kPanel * value_.columns + r % kPanel;
-      F total = {};
-      for (int64_t run = 0; run < value_.columns; run += kRun) {
-        F sum = {};
-        for (int64_t c = run; c < std::min(run + kRun, value_.columns); ++c) {
-          sum += load(output_transposed_ + panel + c * kPanel) * load(grad_transposed_ + panel + c * kPanel);
-        }
-        total += sum;
-      }
-      store(delta_ + r, total);
-    }
-  }
-
-  const ops::AttentionBackward& p_;
-  const ops::Sequence& s_;
-  Rows<const T> key_, value_;
-  int64_t depth_, width_;
-  float *query_transposed_, *grad_transposed_, *output_transposed_, *query_, *grad_, *keys_, *values_, *p_tile_,
-      *g_tile_, *keep_, *slope_, *grad_query_;
-  alignas(64) float lse_[kRows], lse_low_[kRows], delta_[kRows];
-  Floats packed_key_;
-  TilePlace at_;
-};
 
 // ---- grad_distance_bias ---------------------------------------------------------------------------------------------
 
@@ -266,7 +146,7 @@ class Backward {
     float* grad_key = shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(s))[0];
     float* grad_value = grad_key + s.keys * depth_;
     std::fill_n(grad_key, floats(s), 0.0f);
-    Workspace<T> work(p_, s, key_head, tiles);
+    Workspace<T, ops::AttentionBackward> work(p_, s, key_head, tiles);
     const int64_t per_head = count_of(s.rows, kRows);
     for (int64_t tile = share; tile < row_tiles(s); tile += shares) {
       const int64_t head = key_head * p_.group() + tile / per_head;
@@ -276,8 +156,8 @@ class Backward {
   }
 
   template <class T>
-  void rows(Workspace<T>& work, const SequenceTasks::Task& task, int64_t share, int64_t head, int64_t row,
-            float* grad_key, float* grad_value) const {
+  void rows(Workspace<T, ops::AttentionBackward>& work, const SequenceTasks::Task& task, int64_t share, int64_t head,
+            int64_t row, float* grad_key, float* grad_value) const {
     const ops::Sequence& s = task.sequence;
     const int64_t count = std::min(kRows, s.rows - row);
     const Scores scores(p_, s, head);
@@ -379,7 +259,7 @@ class MaskGradient {
   void add_scores(int64_t b, int64_t h, int64_t first_row, int64_t key, float* sum) const {
     thread_local Scratch scratch;
     const ops::Sequence sequence{b, b, 0, rows_.full, 0, keys_};
-    Workspace<T> work(p_, sequence, h / p_.group(), scratch);
+    Workspace<T, ops::AttentionBackward> work(p_, sequence, h / p_.group(), scratch);
     const Scores scores(p_, sequence, h);
     for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); row += kRows) {
       const TilePlace at{row, std::min(kRows, rows_.full - row), key, std::min(kKeys, keys_ - key)};

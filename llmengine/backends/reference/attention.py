@@ -40,27 +40,25 @@ class _Options:
         """(first stream, batch slice, query rows, keys) of each independent block: the batch, or every sequence."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
             return [(0, slice(None), slice(0, query.shape[2]), slice(0, key.shape[2]))]
-        q = _boundaries("cu_seqlens_q", self.cu_seqlens_q, query.shape[2], self.max_seqlen_q)
-        k = _boundaries("cu_seqlens_k", self.cu_seqlens_k, key.shape[2], self.max_seqlen_k)
+        op = "varlen_attention"
+        q = boundaries(op, "cu_seqlens_q", self.cu_seqlens_q, query.shape[2], self.max_seqlen_q)
+        k = boundaries(op, "cu_seqlens_k", self.cu_seqlens_k, key.shape[2], self.max_seqlen_k)
         return [
             (i, slice(0, 1), slice(*rows), slice(*keys))
             for i, (rows, keys) in enumerate(zip(q, k, strict=True))
         ]  # fmt: skip
 
 
-def _boundaries(argument: str, cu_seqlens: Tensor, total: int, longest: int) -> list[tuple[int, int]]:
+def boundaries(op: str, argument: str, cu_seqlens: Tensor, total: int, longest: int) -> list[tuple[int, int]]:
     ends = cu_seqlens.tolist()
     pairs = list(itertools.pairwise(ends))
     if ends[0] != 0 or ends[-1] > total or any(b < a for a, b in pairs):
         raise ValueError(
-            f"varlen_attention: {argument} must begin with 0, never fall, and end at or below the {total} tokens "
-            f"given, got {ends}"
+            f"{op}: {argument} must begin with 0, never fall, and end at or below the {total} tokens given, got {ends}"
         )
     for i, (a, b) in enumerate(pairs):
         if b - a > longest:
-            raise ValueError(
-                f"varlen_attention: {argument} gives sequence {i} {b - a} tokens, above its maximum {longest}"
-            )
+            raise ValueError(f"{op}: {argument} gives sequence {i} {b - a} tokens, above its maximum {longest}")
     return pairs
 
 
