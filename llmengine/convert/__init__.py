@@ -20,12 +20,13 @@ from llmengine.convert.gpt import GPT, GPT2, GPT_NEO, GPT_NEOX
 from llmengine.convert.llama import GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
 from llmengine.convert.modernbert import MODERNBERT
 from llmengine.convert.t5 import T5
+from llmengine.convert.xlnet import XLNET
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         BERT, ROBERTA, XLM_ROBERTA, ALBERT, ELECTRA, MODERNBERT, GPT, GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2,
-        QWEN3, GEMMA, GEMMA2, GEMMA3, BART, MBART, MARIAN, T5,
+        QWEN3, GEMMA, GEMMA2, GEMMA3, BART, MBART, MARIAN, T5, XLNET,
     )
 }  # fmt: skip
 OWN = "llmengine"  # model_type of our own layout

@@ -108,17 +108,39 @@ BART = Family(
         "freeze_padding_row": True,
     },
     defaults={
-        "vocab_size": 50265, "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
-        "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0, "max_position_embeddings": 1024, "activation_function": "gelu",
-        "scale_embedding": False, "dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0, "init_std": 0.02,
-        "tie_word_embeddings": True, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-        "decoder_start_token_id": 2, "num_labels": 3,
+        "vocab_size": 50265,
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+        "decoder_ffn_dim": 4096,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "max_position_embeddings": 1024,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "init_std": 0.02,
+        "tie_word_embeddings": True,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "num_labels": 3,
     },  # fmt: skip
     demanded={
-        "is_encoder_decoder": (True,), "normalize_before": (False,), "add_final_layer_norm": (False,),
-        "normalize_embedding": (True,), "static_position_embeddings": (False,), "extra_pos_embeddings": (2,),
-        "add_bias_logits": (False,), "is_decoder": (False,),
+        "is_encoder_decoder": (True,),
+        "normalize_before": (False,),
+        "add_final_layer_norm": (False,),
+        "normalize_embedding": (True,),
+        "static_position_embeddings": (False,),
+        "extra_pos_embeddings": (2,),
+        "add_bias_logits": (False,),
+        "is_decoder": (False,),
     },  # fmt: skip
     without_effect=frozenset(
         "forced_eos_token_id forced_bos_token_id num_hidden_layers classif_dropout output_past max_length min_length "
@@ -162,7 +184,9 @@ MBART = replace(
     constants={**BART.constants, "norm_place": "pre", "final_norm": True},
     defaults=BART.defaults | {"decoder_start_token_id": None, "num_labels": 2},
     demanded={
-        **BART.demanded, "normalize_before": (True, False), "add_final_layer_norm": (True, False),
+        **BART.demanded,
+        "normalize_before": (True, False),
+        "add_final_layer_norm": (True, False),
     },  # old files carry the fields, the class does the same whatever they say  # fmt: skip
     classes={name.replace("Bart", "MBart"): heads for name, heads in BART.classes.items()},
     class_fields={name.replace("Bart", "MBart"): fields for name, fields in BART.class_fields.items()},
@@ -179,16 +203,26 @@ MARIAN = replace(
     BART,
     name="marian",
     constants={
-        **BART.constants, "positions": "sinusoid_halves", "position_offset": 0, "embed_norm": False,
+        **BART.constants,
+        "positions": "sinusoid_halves",
+        "position_offset": 0,
+        "embed_norm": False,
     },  # fmt: skip
     defaults=BART.defaults
     | {
-        "vocab_size": 58101, "decoder_start_token_id": 58100, "pad_token_id": 58100, "eos_token_id": 0,
-        "bos_token_id": None, "num_labels": 2,
+        "vocab_size": 58101,
+        "decoder_start_token_id": 58100,
+        "pad_token_id": 58100,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "num_labels": 2,
     },  # fmt: skip
     demanded={
-        **BART.demanded, "normalize_embedding": (True, False), "static_position_embeddings": (True, False),
-        "extra_pos_embeddings": (2, 0, 58101), "share_encoder_decoder_embeddings": (True,),
+        **BART.demanded,
+        "normalize_embedding": (True, False),
+        "static_position_embeddings": (True, False),
+        "extra_pos_embeddings": (2, 0, 58101),
+        "share_encoder_decoder_embeddings": (True,),
     },  # fmt: skip
     translated=BART.translated | {"decoder_vocab_size"},
     translate=_marian,

@@ -149,7 +149,9 @@ def _roberta(name: str, prefix: str = "Roberta", **defaults: Any) -> Family:
         heads=("lm_head.", "classifier.", "qa_outputs."),
         fields=tuple((theirs, ours) for theirs, ours in _FIELDS if ours != "max_positions"),
         constants={**BERT.constants, "position_of": "token"},
-        defaults=BERT.defaults | {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2} | defaults,
+        defaults=BERT.defaults
+        | {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        | defaults,
         classes={
             f"{prefix}ForMaskedLM": ("mlm",),
             f"{prefix}Model": (),
@@ -203,7 +205,8 @@ ELECTRA = replace(
     name="electra",
     prefix="electra.",
     heads=("discriminator_predictions.", "generator_predictions.", "generator_lm_head.", "classifier.", "qa_outputs."),
-    defaults=BERT.defaults | {"hidden_size": 256, "embedding_size": 128, "num_attention_heads": 4, "intermediate_size": 1024},
+    defaults=BERT.defaults
+    | {"hidden_size": 256, "embedding_size": 128, "num_attention_heads": 4, "intermediate_size": 1024},
     demanded={**BERT.demanded, "hidden_act": ("gelu",)},  # what its heads have, whatever the config says
     classes={
         "ElectraForPreTraining": ("rtd",),
@@ -247,9 +250,16 @@ ALBERT = replace(
     constants={**BERT.constants, "share_layers": True},
     defaults=BERT.defaults
     | {
-        "vocab_size": 30000, "hidden_size": 4096, "embedding_size": 128, "num_attention_heads": 64,
-        "intermediate_size": 16384, "hidden_act": "gelu_new", "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "bos_token_id": 2, "eos_token_id": 3,
+        "vocab_size": 30000,
+        "hidden_size": 4096,
+        "embedding_size": 128,
+        "num_attention_heads": 64,
+        "intermediate_size": 16384,
+        "hidden_act": "gelu_new",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
     },  # fmt: skip
     demanded={**BERT.demanded, "num_hidden_groups": (1,), "inner_group_num": (1,)},
     without_effect=_NOTHING | {"classifier_dropout_prob"},
@@ -274,7 +284,9 @@ ALBERT = replace(
         copy("encoder.embeddings.token_type.weight", "albert.embeddings.token_type_embeddings.weight"),
         *leaf("encoder.embeddings.norm", "albert.embeddings.LayerNorm"),
         *leaf("encoder.embeddings.project", "albert.encoder.embedding_hidden_mapping_in"),
-        *stacked("encoder.layers.0.attention.qkv", *(f"{_SHARED}attention.{part}" for part in ("query", "key", "value"))),
+        *stacked(
+            "encoder.layers.0.attention.qkv", *(f"{_SHARED}attention.{part}" for part in ("query", "key", "value"))
+        ),
         *leaf("encoder.layers.0.attention.out", f"{_SHARED}attention.dense"),
         *leaf("encoder.layers.0.attention_norm", f"{_SHARED}attention.LayerNorm"),
         *leaf("encoder.layers.0.feed_forward.up", f"{_SHARED}ffn"),

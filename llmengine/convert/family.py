@@ -234,7 +234,11 @@ class Family:
                 raise self._inexpressible(our_name, value, f"its {their_name} is {theirs[their_name]!r} already")
         theirs |= self.write_back(ours)
         again = {**defaults, **self.read_config(theirs, ())}
-        for name in ours.keys() - OF_A_RUN - (set() if set(ours["objectives"]) & {"classification", "choice"} else OF_CLASSIFIERS):
+        for name in (
+            ours.keys()
+            - OF_A_RUN
+            - (set() if set(ours["objectives"]) & {"classification", "choice"} else OF_CLASSIFIERS)
+        ):
             if ours[name] != again[name]:
                 raise self._inexpressible(name, ours[name], f"it has {again[name]!r}")
         if {"classification", "tagging"} & set(ours["objectives"]):
@@ -303,7 +307,9 @@ class Family:
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
                     "(tie_word_embeddings)"
                 )
-        used = {} if tied else {first: second for second, first in self._second_names(fields).items() if second in names}
+        used = (
+            {} if tied else {first: second for second, first in self._second_names(fields).items() if second in names}
+        )
         state: dict[str, Tensor] = {}
         for rule in rules:
             read = rule.read([get(used.get(name, name)) for name in rule.theirs], fields)

@@ -120,7 +120,9 @@ def _gpt(theirs: Mapping[str, Any]) -> dict[str, Any]:
 GPT = replace(
     GPT2,
     name="openai-gpt",
-    fields=tuple((theirs, ours) for theirs, ours in GPT2.fields if ours not in ("d_ff", "activation", "attention_scale_by_layer")),
+    fields=tuple(
+        (theirs, ours) for theirs, ours in GPT2.fields if ours not in ("d_ff", "activation", "attention_scale_by_layer")
+    ),
     constants={"architecture": "decoder", "norm_place": "post", "final_norm": False, "activation": "gelu_tanh"},
     defaults=GPT2.defaults
     | {"vocab_size": 40478, "n_positions": 512, "afn": "gelu", "bos_token_id": None, "eos_token_id": None},
@@ -189,11 +191,24 @@ GPT_NEO = Family(
     ),
     constants={"architecture": "decoder", "attention_scale": 1.0, "qkv_bias": False},
     defaults={
-        "vocab_size": 50257, "hidden_size": 2048, "num_layers": 24, "num_heads": 16, "intermediate_size": None,
-        "max_position_embeddings": 2048, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.02,
-        "tie_word_embeddings": True, "pad_token_id": None, "bos_token_id": 50256, "eos_token_id": 50256,
-        "attention_types": [[["global", "local"], 12]], "window_size": 256,
+        "vocab_size": 50257,
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "intermediate_size": None,
+        "max_position_embeddings": 2048,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "resid_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "attention_types": [[["global", "local"], 12]],
+        "window_size": 256,
     },  # fmt: skip
     derived={"intermediate_size": lambda config: 4 * config["hidden_size"]},
     demanded={"is_encoder_decoder": (False,)},
@@ -266,10 +281,22 @@ GPT_NEOX = Family(
     ),
     constants={"architecture": "decoder", "positions": "rotary"},
     defaults={
-        "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
-        "intermediate_size": 24576, "max_position_embeddings": 2048, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
-        "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_bias": True, "initializer_range": 0.02,
-        "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2,
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 2048,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_bias": True,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
         "use_parallel_residual": True,
     },  # fmt: skip
     demanded={"is_decoder": (False, True), "is_encoder_decoder": (False,)},
@@ -289,8 +316,10 @@ GPT_NEOX = Family(
     tensors=(
         copy("decoder.embeddings.word.weight", "gpt_neox.embed_in.weight"),
         *leaf(f"{_OURS}attention_norm", f"{_NEOX_LAYER}input_layernorm"),
-        *(by_head(f"{_OURS}attention.qkv.{kind}", f"{_NEOX_LAYER}attention.query_key_value.{kind}")
-          for kind in ("weight", "bias")),
+        *(
+            by_head(f"{_OURS}attention.qkv.{kind}", f"{_NEOX_LAYER}attention.query_key_value.{kind}")
+            for kind in ("weight", "bias")
+        ),
         *leaf(f"{_OURS}attention.out", f"{_NEOX_LAYER}attention.dense"),
         *leaf(f"{_OURS}feed_forward_norm", f"{_NEOX_LAYER}post_attention_layernorm"),
         *leaf(f"{_OURS}feed_forward.up", f"{_NEOX_LAYER}mlp.dense_h_to_4h"),

@@ -77,11 +77,24 @@ LLAMA = Family(
     fields=(*_FIELDS, *_BIASES),
     constants={"architecture": "decoder", "positions": "rotary", "norm": "rms", "gated": True, **_QUIET},
     defaults={
-        "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": None, "head_dim": None, "intermediate_size": 11008, "max_position_embeddings": 2048,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_dropout": 0.0, "initializer_range": 0.02,
-        "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
-        "attention_bias": False, "mlp_bias": False,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
     },  # fmt: skip
     derived={
         "num_key_value_heads": lambda config: config["num_attention_heads"],
@@ -161,8 +174,14 @@ QWEN2 = replace(
     constants={**LLAMA.constants, **_UNBIASED, "qkv_bias": True},
     defaults=LLAMA.defaults
     | {
-        "vocab_size": 151936, "num_key_value_heads": 32, "intermediate_size": 22016, "max_position_embeddings": 32768,
-        "bos_token_id": None, "eos_token_id": None, "use_sliding_window": False, "sliding_window": 4096,
+        "vocab_size": 151936,
+        "num_key_value_heads": 32,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
         "max_window_layers": 28,
     },  # fmt: skip
     derived={"num_key_value_heads": lambda config: config["num_attention_heads"]},
@@ -195,7 +214,9 @@ def _gemma_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """hidden_activation where it is given; the first files' hidden_act "gelu" was always the tanh approximation."""
     name = theirs.get("hidden_activation") or theirs.get("hidden_act")
     if name not in ("gelu_pytorch_tanh", "gelu"):
-        raise ValueError(f"config.json of family gemma: hidden_activation is {name!r}; llmengine computes gelu_pytorch_tanh")
+        raise ValueError(
+            f"config.json of family gemma: hidden_activation is {name!r}; llmengine computes gelu_pytorch_tanh"
+        )
     return {"activation": "gelu_tanh"}
 
 
@@ -205,14 +226,26 @@ GEMMA = replace(
     name="gemma",
     fields=(*_GEMMA_FIELDS, *_BIASES[:2]),
     constants={
-        **LLAMA.constants, "norm": "rms_offset", "embed_scale": True, "feed_forward_bias": False,
+        **LLAMA.constants,
+        "norm": "rms_offset",
+        "embed_scale": True,
+        "feed_forward_bias": False,
         "activation": "gelu_tanh",
     },  # fmt: skip
     defaults=LLAMA.defaults
     | {
-        "vocab_size": 256000, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "head_dim": 256, "intermediate_size": 24576, "max_position_embeddings": 8192,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1,
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 8192,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
         "bos_token_id": 2,
     },  # fmt: skip
     demanded={"is_encoder_decoder": (False,), "use_bidirectional_attention": (None, False)},
@@ -262,9 +295,16 @@ GEMMA2 = replace(
     constants={**GEMMA.constants, "norm_place": "sandwich"},
     defaults=GEMMA.defaults
     | {
-        "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "intermediate_size": 9216, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "_sliding_window_pattern": 2,
+        "hidden_size": 2304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 9216,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "_sliding_window_pattern": 2,
     },  # fmt: skip
     without_effect=LLAMA.without_effect | {"cache_implementation"},
     translated=rotary.FIELDS | _GEMMA2_FIELDS,
@@ -280,13 +320,20 @@ GEMMA3 = replace(
     constants={**GEMMA2.constants, "qk_norm": True},
     defaults=GEMMA2.defaults
     | {
-        "vocab_size": 262208, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
-        "final_logit_softcapping": None, "_sliding_window_pattern": 6,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "_sliding_window_pattern": 6,
     },  # fmt: skip
     translate=lambda theirs: (
         _gemma2(theirs) | {"rotary": rotary.read(theirs, theta=1_000_000.0, window_theta=10_000.0)}
     ),
-    classes={"Gemma3ForCausalLM": ("clm",), "Gemma3TextModel": (), "Gemma3TextForSequenceClassification": ("classification",)},
+    classes={
+        "Gemma3ForCausalLM": ("clm",),
+        "Gemma3TextModel": (),
+        "Gemma3TextForSequenceClassification": ("classification",),
+    },
     class_fields={"Gemma3TextForSequenceClassification": LAST_TOKEN},
     tensors=_tensors(*_SANDWICH, *_QK),
 )

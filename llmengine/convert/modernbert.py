@@ -85,11 +85,27 @@ MODERNBERT = Family(
         "attention_dropout": 0.0,
     },
     defaults={
-        "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,
-        "intermediate_size": 1152, "max_position_embeddings": 8192, "hidden_activation": "gelu", "norm_eps": 1e-5,
-        "norm_bias": False, "attention_bias": False, "mlp_bias": False, "decoder_bias": True, "classifier_bias": False,
-        "embedding_dropout": 0.0, "mlp_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": True,
-        "pad_token_id": 50283, "bos_token_id": 50281, "eos_token_id": 50282, "local_attention": 128,
+        "vocab_size": 50368,
+        "hidden_size": 768,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 12,
+        "intermediate_size": 1152,
+        "max_position_embeddings": 8192,
+        "hidden_activation": "gelu",
+        "norm_eps": 1e-5,
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "decoder_bias": True,
+        "classifier_bias": False,
+        "embedding_dropout": 0.0,
+        "mlp_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "pad_token_id": 50283,
+        "bos_token_id": 50281,
+        "eos_token_id": 50282,
+        "local_attention": 128,
         "classifier_pooling": "cls",
     },  # fmt: skip
     # its attention_dropout falls on attention's output too, in place of the residual dropout that it has not
@@ -116,8 +132,10 @@ MODERNBERT = Family(
         *leaf(f"{_OURS}attention.qkv", f"{_LAYER}attn.Wqkv"),
         *leaf(f"{_OURS}attention.out", f"{_LAYER}attn.Wo"),
         *leaf(f"{_OURS}feed_forward_norm", f"{_LAYER}mlp_norm"),
-        *(divide((f"{_OURS}feed_forward.gate.{kind}", f"{_OURS}feed_forward.up.{kind}"), f"{_LAYER}mlp.Wi.{kind}")
-          for kind in ("weight", "bias")),
+        *(
+            divide((f"{_OURS}feed_forward.gate.{kind}", f"{_OURS}feed_forward.up.{kind}"), f"{_LAYER}mlp.Wi.{kind}")
+            for kind in ("weight", "bias")
+        ),
         *leaf(f"{_OURS}feed_forward.down", f"{_LAYER}mlp.Wo"),
         *leaf("encoder.final_norm", "model.final_norm"),
         *leaf("token_head.dense", "head.dense"),

@@ -55,7 +55,9 @@ def read(theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: flo
     if window_theta is not None:
         sliding = dict(parameters.get("sliding_attention") or {})
         if sliding.get("rope_type", "default") != "default":
-            raise ValueError("config.json: rope_parameters stretches sliding_attention; llmengine computes only 'default'")
+            raise ValueError(
+                "config.json: rope_parameters stretches sliding_attention; llmengine computes only 'default'"
+            )
         old = theirs.get("local_rope_theta", theirs.get("rope_local_base_freq", window_theta))
         rotary["window_theta"] = float(sliding.get("rope_theta", old))
     return rotary

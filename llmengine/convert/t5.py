@@ -113,10 +113,22 @@ T5 = Family(
         "feed_forward_bias": False,
     },
     defaults={
-        "vocab_size": 32128, "d_model": 512, "num_layers": 6, "num_decoder_layers": None, "num_heads": 8, "d_kv": 64,
-        "d_ff": 2048, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6, "dropout_rate": 0.1, "tie_word_embeddings": True, "pad_token_id": 0,
-        "eos_token_id": 1, "decoder_start_token_id": 0, "feed_forward_proj": "relu",
+        "vocab_size": 32128,
+        "d_model": 512,
+        "num_layers": 6,
+        "num_decoder_layers": None,
+        "num_heads": 8,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.1,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "relu",
     },  # fmt: skip
     demanded={"is_encoder_decoder": (True,), "is_decoder": (False,)},
     without_effect=frozenset(
@@ -139,7 +151,10 @@ T5 = Family(
         *_stack("decoder", "{j}"),
         copy("token_head.weight", "lm_head.weight"),
     ),
-    variants=lambda ours: (*_feed_forward("encoder", "{i}", ours["gated"]), *_feed_forward("decoder", "{j}", ours["gated"])),
+    variants=lambda ours: (
+        *_feed_forward("encoder", "{i}", ours["gated"]),
+        *_feed_forward("decoder", "{j}", ours["gated"]),
+    ),
     heads_of={
         "classification": (
             *leaf("heads.classification.dense", "classification_head.dense"),

@@ -121,6 +121,14 @@ class TransformerConfig(BaseModel):
     position_buckets: Positive = 32
     position_bucket_distance: Positive = 128
     """Distances from here on share the last bucket."""
+    position_clamp: Positive | None = None
+    """relative: distances beyond count as this one."""
+    relative_causal: bool = False
+    """relative: tokens see what precedes them only, besides what an order says."""
+    memory_length: Annotated[int, Field(ge=0)] = 0
+    """relative: how many hidden states of earlier segments are kept; 0: all."""
+    memory_reuse: Annotated[int, Field(ge=0)] = 0
+    """relative: how many tokens of a segment enter the memory, from its beginning; 0: all."""
 
     # ---- layers
     norm: Literal["layer", "rms", "rms_offset"] = "layer"
@@ -338,8 +346,14 @@ def _check_positions(c: TransformerConfig) -> None:
         raise ValueError(f"rotary turns pairs, but fraction {c.rotary.fraction} of {c.head_dim} features is odd")
     if c.positions == "relative" and c.architecture != "encoder":
         raise ValueError(f'positions "relative" is for architecture "encoder"; this is "{c.architecture}"')
+    if c.positions == "relative" and (c.norm_place, c.final_norm, c.embed_norm) != ("post", False, False):
+        raise ValueError('positions "relative" goes with norm_place "post" and neither final_norm nor embed_norm')
+    if "plm" in c.objectives and c.positions != "relative":
+        raise ValueError('objectives: "plm" needs positions "relative"')
     if c.init == "neighbours" and (c.positions != "learned" or c.kv_heads != c.n_heads or c.share_layers or c.d_embed):
-        raise ValueError('init "neighbours" needs learned positions of d_model features, as many key heads as heads, and no shared layers')
+        raise ValueError(
+            'init "neighbours" needs learned positions of d_model features, as many key heads as heads, and no shared layers'
+        )
 
 
 def _check_tokens(c: TransformerConfig) -> None:

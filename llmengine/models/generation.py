@@ -117,9 +117,7 @@ class Generation(Module):
         if self.encoder is None:
             return None, tokens
         packed = _packed(tokens, self.config, causal=False)
-        memory, _ = self.encoder(
-            packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token")
-        )
+        memory, _ = self.encoder(packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token"))
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             if start is None:

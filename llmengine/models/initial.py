@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Embedding, Linear
 
 from llmengine.models.heads import TokenHead
+from llmengine.models.relative import RelativeAttention, RelativeEmbeddings
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.norm import LayerNorm, RMSNorm
 
@@ -35,6 +36,9 @@ def initialise(model: Transformer, only: tuple[str, ...] = ()) -> None:
             module.reset_parameters()
         elif isinstance(module, TokenHead) and module.weight is not None:
             module.weight.normal_(0.0, config.init_std)
+        elif isinstance(module, RelativeAttention | RelativeEmbeddings):
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(0.0, config.init_std)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()

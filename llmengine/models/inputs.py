@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,9 +142,13 @@ def check_like(name: str, x: Tensor | None, input_ids: Tensor, below: int, limit
     _range(name, x, below, limit, label=label)
 
 
-def check_labels(objective: str, labels: Tensor, input_ids: Tensor, sequences: int, config: TransformerConfig) -> Tensor:
+def check_labels(
+    objective: str, labels: Tensor, input_ids: Tensor, sequences: int, config: TransformerConfig
+) -> Tensor:
     """One objective's labels, in the shape that its head wants."""
-    name = {"nsp": "next_sentence_label", "sop": "sentence_order_label", "qa": "start_positions"}.get(objective, "labels")
+    name = {"nsp": "next_sentence_label", "sop": "sentence_order_label", "qa": "start_positions"}.get(
+        objective, "labels"
+    )
     if objective in ("mlm", "clm", "seq2seq", "plm"):
         check_like(name, labels, input_ids, config.vocab_size, "vocab_size", label=True)
     elif objective == "rtd":
@@ -184,6 +189,24 @@ def _numbers(name: str, x: Tensor, sequences: int, config: TransformerConfig) ->
         raise ValueError(f'Transformer: {name} must hold 0 and 1 only where problem is "multi"')
 
 
+def check_memory(config: TransformerConfig, layout: Packed, mems: Sequence[Tensor] | None, use_mems: bool) -> None:
+    """What an earlier segment left, for each layer (length, sequences, d_model)."""
+    if mems is None and not use_mems:
+        return
+    if layout.indices is not None or layout.max_seqlen * layout.sequences != layout.tokens:
+        raise ValueError("Transformer: mems need a batch without padding, of sequences that are equally long")
+    if mems is None:
+        return
+    if len(mems) != config.n_layers:
+        raise ValueError(f"Transformer: mems has {len(mems)} tensors; expected one per layer, {config.n_layers}")
+    for i, past in enumerate(mems):
+        if past.dim() != 3 or past.shape[1:] != (layout.sequences, config.d_model) or len(past) != len(mems[0]):
+            raise ValueError(
+                f"Transformer: mems[{i}] has shape {tuple(past.shape)}; expected (length, {layout.sequences}, "
+                f"{config.d_model}), all of one length"
+            )
+
+
 def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tensor | None = None) -> Tensor:
     """A decoder's input for these targets (batch, length): decoder_start_token_id, or the target's last token, and then
     the target without its last place. IGNORED becomes padding."""
@@ -207,9 +230,7 @@ def denominators(num_items_in_batch: Tensor | int | dict | None, counted: dict[s
     needed = set(counted.values())
     if isinstance(num_items_in_batch, dict):
         if missing := needed - set(num_items_in_batch):
-            raise ValueError(
-                f"Transformer: num_items_in_batch lacks {sorted(missing)}, which {sorted(counted)} need"
-            )
+            raise ValueError(f"Transformer: num_items_in_batch lacks {sorted(missing)}, which {sorted(counted)} need")
         return num_items_in_batch
     if len(needed) > 1:
         raise ValueError(

@@ -22,6 +22,7 @@ FIELDS = {
     "pooler_output": "(sequences, d_model)",
     "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer; an encoder-decoder's decoder",
     "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
+    "mems": "for each layer (length, batch, d_model), of XLNet",
     "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",
 }
 ALIASES = {"prediction_logits": "logits"}
@@ -49,6 +50,7 @@ class TransformerOutput:
     hidden_states: tuple[Tensor, ...] | None
     encoder_last_hidden_state: Tensor | None
     encoder_hidden_states: tuple[Tensor, ...] | None
+    mems: list[Tensor] | None
 
     def __init__(self, keyed: dict[str, Any], others: dict[str, Any]) -> None:
         """Both map FIELDS to values, to None, or to functions that compute the value when it is asked for."""

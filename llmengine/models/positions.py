@@ -11,26 +11,29 @@ from torch.nn import Embedding, Module
 from llmengine.models.config import Rotary, TransformerConfig
 
 
-def sinusoid(kind: str, rows: int, features: int, padding_row: int | None = None) -> Tensor:
-    """A fixed table (rows, features), float32: sine and cosine of each row's number at geometric frequencies.
+def sinusoid(kind: str, rows: int, features: int) -> Tensor:
+    """A fixed table (rows, features), float32, of the positions 0, 1, …; see `waves`."""
+    return waves(kind, torch.arange(rows), features)
+
+
+def waves(kind: str, positions: Tensor, features: int) -> Tensor:
+    """Sine and cosine of positions (n,) at geometric frequencies, (n, features) float32.
 
     kind: "sinusoid" (sine and cosine in turns, Vaswani et al. 2017), "sinusoid_halves" (all sines, then all cosines)
-    or "sinusoid_fairseq" (halves; the last frequency is 1/10000 exactly; `padding_row` is zero).
+    or "sinusoid_fairseq" (halves; the last frequency is 1/10000 exactly).
     """
     half = features // 2
     last = max(half - 1, 1) if kind == "sinusoid_fairseq" else features / 2
-    frequencies = torch.exp(torch.arange((features + 1) // 2, dtype=torch.float64) * (-math.log(10000.0) / last))
-    angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
+    places = torch.arange((features + 1) // 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[:, None] * torch.exp(places * (-math.log(10000.0) / last))
     sine, cosine = angles.sin(), angles[:, :half].cos()
     if kind == "sinusoid":
-        table = torch.empty(rows, features, dtype=torch.float64)
+        table = torch.empty(len(positions), features, dtype=torch.float64, device=positions.device)
         table[:, 0::2], table[:, 1::2] = sine, cosine
     elif kind == "sinusoid_halves":
         table = torch.cat([sine, cosine], 1)
     else:
         table = torch.nn.functional.pad(torch.cat([sine[:, :half], cosine], 1), (0, features % 2))
-        if padding_row is not None:
-            table[padding_row] = 0.0
     return table.float()
 
 

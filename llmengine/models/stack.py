@@ -34,9 +34,7 @@ class Stack(Module):
         depth = config.decoder_layers if causal else config.n_layers
         self.depth = depth
         self.embeddings = Embeddings(config, own_words=not self.cross)
-        self.layers = ModuleList(
-            Layer(config, i, cross=self.cross) for i in range(1 if config.share_layers else depth)
-        )
+        self.layers = ModuleList(Layer(config, i, cross=self.cross) for i in range(1 if config.share_layers else depth))
         self.final_norm = make_norm(config, config.d_model) if config.final_norm else None
         self.distance_buckets = DistanceBuckets(config, causal) if config.positions == "buckets" else None
         self.angles = Angles(config) if config.positions == "rotary" else None
@@ -103,4 +101,3 @@ class Stack(Module):
         """Whether this step skips a layer; drawn from PyTorch's CPU generator."""
         p = self.config.layer_dropout
         return self.training and p > 0 and torch.rand(()).item() < p
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,13 +16,28 @@ from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
 from llmengine.models.heads import Pooler, TokenHead, make_heads
 from llmengine.models.initial import initialise
-from llmengine.models.inputs import Tokens, check_labels, check_like, denominators, layouts_of, shift_right
-from llmengine.models.layout import Layout
+from llmengine.models.inputs import (
+    Tokens,
+    check_labels,
+    check_like,
+    check_memory,
+    denominators,
+    layouts_of,
+    shift_right,
+)
+from llmengine.models.layout import Layout, Packed
 from llmengine.models.output import TransformerOutput, in_this_mode
+from llmengine.models.relative import RelativeStack, order_of
 from llmengine.models.stack import Stack
 from llmengine.nn.fusing import touched
 
-COUNTED = {"nsp": "sequences", "sop": "sequences", "classification": "sequences", "choice": "sequences", "qa": "sequences"}
+COUNTED = {
+    "nsp": "sequences",
+    "sop": "sequences",
+    "classification": "sequences",
+    "choice": "sequences",
+    "qa": "sequences",
+}
 
 
 class Transformer(Generation):
@@ -40,7 +55,11 @@ class Transformer(Generation):
             raise TypeError(f"Transformer: config must be a TransformerConfig, got {type(config).__name__}")
         self.config = config
         self.gradient_checkpointing = False
-        self.encoder = Stack(config, "encoder") if config.architecture != "decoder" else None
+        self.encoder: Stack | RelativeStack | None = None
+        if config.positions == "relative":
+            self.encoder = RelativeStack(config)
+        elif config.architecture != "decoder":
+            self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder") if config.architecture != "encoder" else None
         self.pooler = Pooler(config) if config.pooler != "none" else None
         self.token_head = TokenHead(config) if config.token_task else None
@@ -49,7 +68,7 @@ class Transformer(Generation):
         self.reset_parameters()
 
     @property
-    def stack(self) -> Stack:
+    def stack(self) -> Stack | RelativeStack:
         """Whose hidden states the heads read: the decoder's, where there is one."""
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
@@ -144,6 +163,13 @@ class Transformer(Generation):
         sentence_order_label: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        query_ranks: Tensor | None = None,
+        key_ranks: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        perm_mask: Tensor | None = None,
+        target_mapping: Tensor | None = None,
+        mems: Sequence[Tensor] | None = None,
+        use_mems: bool = False,
         output_hidden_states: bool = False,
         return_logits: bool | None = None,
     ) -> TransformerOutput:
@@ -164,6 +190,11 @@ class Transformer(Generation):
             "choice" (batch,). A dict {objective: labels} where the model has several.
         next_sentence_label, sentence_order_label: (sequences,), 0 where the second segment follows the first.
         start_positions, end_positions: (batch,), the answer's first and last token; outside of the text: no loss.
+        XLNet: query_ranks and key_ranks, like input_ids, are the order of prediction: a token sees the keys whose rank
+            is lower than its own query rank (rank -1: all see it), and itself unless it is predicted.
+            target_positions (batch, targets): the columns that are predicted, -1 for none; logits and labels are then
+            of this shape. perm_mask and target_mapping say the same as Hugging Face's dense tensors. mems: what an
+            earlier segment's output holds, for each layer (length, batch, d_model); use_mems asks for it.
         num_items_in_batch: what the losses are divided by, for gradient accumulation: labelled tokens of the whole
             optimiser step (after the shift), or {"tokens": n, "sequences": m} where losses count both. None: each loss
             is the mean over this batch's labels. A mean over no labels is 0.
@@ -186,9 +217,18 @@ class Transformer(Generation):
         elif decoder_input_ids is not None:
             raise ValueError(f"Transformer: decoder_input_ids given to architecture {self.config.architecture!r}")
         layouts = layouts_of(self.config, *sides)
-        x, hidden = self._encode(layouts[0], input_ids, token_type_ids, position_ids, output_hidden_states)
         layout, ids = layouts[-1], sides[-1].input_ids
         others: dict[str, Any] = {}
+        xlnet = (query_ranks, key_ranks, perm_mask, target_positions, target_mapping)
+        if isinstance(self.encoder, RelativeStack):
+            x, layout, hidden, others["mems"] = self._relative(
+                layouts[0], input_ids, token_type_ids, xlnet, mems, use_mems, output_hidden_states
+            )
+            ids = ids if layout is layouts[0] else ids.new_empty(layout.shape)
+        else:
+            if any(given is not None for given in (*xlnet, mems)) or use_mems:
+                raise ValueError('Transformer: orders, targets and mems need positions "relative" (XLNet)')
+            x, hidden = self._encode(layouts[0], input_ids, token_type_ids, position_ids, output_hidden_states)
         if len(sides) == 2:
             memory, source, encoded = x, layouts[0], hidden
             others["encoder_last_hidden_state"] = self._later(
@@ -198,7 +238,8 @@ class Transformer(Generation):
             if encoded is not None:
                 others["encoder_hidden_states"] = tuple(source.leave(state) for state in encoded)
         if hidden is not None:
-            others["hidden_states"] = tuple(layout.leave(state) for state in hidden)
+            of_all = layouts[-1]
+            others["hidden_states"] = tuple(of_all.leave(state) for state in hidden)
         return self._output(layout, ids, x, questions, given, num_items_in_batch, return_logits, others)
 
     def _encode(
@@ -215,6 +256,23 @@ class Transformer(Generation):
         return stack(
             layout, layout.enter(input_ids), positions, types, keep=keep, checkpoint=self.gradient_checkpointing
         )
+
+    def _relative(
+        self, layout: Layout, input_ids: Tensor, segments: Tensor | None, xlnet: tuple[Tensor | None, ...],
+        mems: Sequence[Tensor] | None, use_mems: bool, keep: bool,
+    ) -> tuple[Tensor, Layout, list[Tensor] | None, list[Tensor] | None]:  # fmt: skip
+        """XLNet's stack: the last hidden states and their layout, all of them, and the memory for the next segment."""
+        if not isinstance(layout, Packed):
+            raise ValueError('Transformer: positions "relative" neither compiles nor takes padding between tokens')
+        check_like("token_type_ids", segments, input_ids, 2**31, "int32")
+        check_memory(self.config, layout, mems, use_mems)
+        order, predicted = order_of(layout, *xlnet)
+        segments = None if segments is None else layout.enter(segments)
+        memory = None if mems is None else list(mems)
+        x, hidden, remembered = self.encoder(  # type: ignore[misc]
+            layout, layout.enter(input_ids), segments, order, memory, keep=keep, remember=use_mems
+        )
+        return x, layout if predicted is None else predicted, hidden, remembered
 
     def _decode(
         self, layout: Layout, input_ids: Tensor, memory: Tensor, keep: bool
@@ -355,5 +413,6 @@ def _heads_not_in(checkpoint: convert.Checkpoint, config: TransformerConfig) -> 
     return tuple(
         f"heads.{objective}."
         for objective in config.objectives
-        if objective not in checkpoint.fields["objectives"] and objective in ("classification", "tagging", "qa", "choice")
+        if objective not in checkpoint.fields["objectives"]
+        and objective in ("classification", "tagging", "qa", "choice")
     )

@@ -60,12 +60,16 @@ SHAPES = {
         "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 9, "pad_token_id": 0,
         "eos_token_id": 2, "decoder_start_token_id": 0,
     },
+    "xlnet": {
+        "vocab_size": VOCABULARY, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "mem_len": 12,
+        "pad_token_id": 0,
+    },
 }  # fmt: skip
 _CONFIGS = {
     "Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Albert": "albert", "Electra": "electra",
     "ModernBert": "modernbert", "OpenAIGPT": "openai-gpt", "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "GPTNeo": "gpt_neo",
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma2": "gemma2",
-    "Gemma3": "gemma3_text", "Gemma": "gemma", "Bart": "bart", "MBart": "mbart", "Marian": "marian", "T5": "t5",
+    "Gemma3": "gemma3_text", "Gemma": "gemma", "Bart": "bart", "MBart": "mbart", "Marian": "marian", "T5": "t5", "XLNet": "xlnet",
 }  # fmt: skip
 
 

@@ -74,4 +74,6 @@ def test_it_is_a_function_of_the_seed_and_of_any_dtype():
     assert half.stack.layers[0].attention.qkv.weight.dtype == torch.bfloat16
     assert half.stack.layers[0].attention.qkv.weight.isfinite().all()
     odd = Transformer(config.replace(d_model=15, n_heads=3))  # an odd width leaves one column of positions normal
-    assert odd.stack.embeddings.position.weight.isfinite().all() and odd.stack.embeddings.position.weight[:, -1].std() > 0
+    assert (
+        odd.stack.embeddings.position.weight.isfinite().all() and odd.stack.embeddings.position.weight[:, -1].std() > 0
+    )

@@ -1,0 +1,355 @@
+"""XLNet (Yang et al. 2019) on Transformer-XL's relative attention (Dai et al. 2019): two streams, permutations, memory.
+
+The content stream h holds every token and knows it; the query stream g holds the predicted ones only and does not know
+itself. Both share all weights, and keys and values are h's: here they are rows of one tensor (h above g), so that each
+projection, norm and feed-forward runs once over both, and two calls of `functional.relative_attention` lie between.
+
+A permutation is two numbers per token and no length x length mask: row i sees the keys whose rank is lower than its own
+(and, in h, itself).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, Linear, Module, ModuleList, Parameter
+
+from llmengine import functional
+from llmengine.models.config import TransformerConfig
+from llmengine.models.layers import make_norm
+from llmengine.models.layout import Packed
+from llmengine.models.positions import waves
+from llmengine.nn.feed_forward import FeedForward
+from llmengine.nn.fusing import add_norm, touched
+
+_torch = torch.nn.functional
+
+
+@dataclass(frozen=True)
+class Order:
+    """Who sees whom, and who is predicted; each (tokens,) or (targets,) of the packed batch, int32."""
+
+    query_ranks: Tensor
+    """A token sees keys of lower rank than this, and itself."""
+    key_ranks: Tensor
+    """Below 0: every token sees it."""
+    targets: Tensor | None = None
+    """Tokens that are predicted, sequence by sequence; None: no query stream."""
+    target_layout: Packed | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where one stream's rows stand, as relative_attention wants it."""
+
+    cu_seqlens: Tensor
+    longest: int
+    segments: Tensor | None
+    ranks: Tensor | None
+    positions: Tensor | None = None
+    include_self: bool = False
+
+
+@dataclass(frozen=True)
+class RelativeContext:
+    """What the layers of one pass share."""
+
+    streams: tuple[Rows, ...]
+    """The content stream, and the query stream if there is one."""
+    encoding: Tensor
+    """(distances, d_model), dropped out."""
+    zero_distance: int
+    cu_seqlens_k: Tensor
+    longest_k: int
+    key_segments: Tensor | None
+    key_ranks: Tensor | None
+    causal: bool
+
+
+class RelativeAttention(Module):
+    """Attention whose scores add to q.k a term of the distance and one of the segments, each with a query bias."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, heads, head_dim = config.n_heads * config.head_dim, config.n_heads, config.head_dim
+        self.q = Linear(config.d_model, width, bias=False)
+        self.kv = Linear(config.d_model, 2 * width, bias=False)
+        self.r = Linear(config.d_model, width, bias=False)
+        self.out = Linear(width, config.d_model, bias=False)
+        self.content_bias = Parameter(torch.empty(heads, head_dim))
+        self.position_bias = Parameter(torch.empty(heads, head_dim))
+        self.segment_bias = Parameter(torch.empty(heads, head_dim))
+        self.segment_key = Parameter(torch.empty(2, heads, head_dim))
+        self.heads, self.head_dim = heads, head_dim
+        self.dropout = config.attention_dropout
+
+    def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
+        """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
+        q = self.q(x).unflatten(1, (self.heads, self.head_dim))
+        k, v = self.kv(keys).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
+        r = self.r(context.encoding.to(x.dtype)).unflatten(1, (self.heads, self.head_dim))
+        attended, first = [], 0
+        for rows in context.streams:
+            count = int(rows.cu_seqlens[-1]) if len(context.streams) > 1 else len(x)
+            segments = {}
+            if rows.segments is not None:
+                segments = {
+                    "segment_bias": self.segment_bias, "segment_key": self.segment_key,
+                    "query_segments": rows.segments, "key_segments": context.key_segments,
+                }  # fmt: skip
+            ranks = {} if rows.ranks is None else {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
+            attended.append(
+                functional.relative_attention(
+                    q[first : first + count],
+                    k,
+                    v,
+                    r,
+                    self.content_bias,
+                    self.position_bias,
+                    rows.cu_seqlens,
+                    context.cu_seqlens_k,
+                    rows.longest,
+                    context.longest_k,
+                    zero_distance=context.zero_distance,
+                    query_positions=rows.positions,
+                    include_self=rows.include_self,
+                    is_causal=context.causal,
+                    dropout_p=self.dropout if self.training else 0.0,
+                    **segments,
+                    **ranks,
+                )  # fmt: skip
+            )
+            first += count
+        together = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return self.out(together.flatten(1))
+
+
+class RelativeLayer(Module):
+    """Attention and feed-forward, post-LN, over the rows of both streams at once."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.d_model)
+        self.attention = RelativeAttention(config)
+        self.feed_forward_norm = make_norm(config, config.d_model)
+        self.feed_forward = FeedForward(
+            config.d_model, config.d_ff, activation=config.activation, dropout=config.activation_dropout
+        )
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        x, _ = add_norm(self.attention(x, keys, context), x, self.attention_norm, dropout_p)
+        return add_norm(self.feed_forward(x), x, self.feed_forward_norm, dropout_p)[0]
+
+    def explain(self) -> list[str]:
+        """What runs fused in this layer, and why the rest does not."""
+        states = [(name, touched(norm=getattr(self, name))) for name in ("attention_norm", "feed_forward_norm")]
+        states.append(("feed_forward", self.feed_forward.unfused_because()))
+        return [f"{name}: {'fused' if why is None else f'leaf by leaf ({why})'}" for name, why in states]
+
+
+class RelativeEmbeddings(Module):
+    """Words alone: positions and segments come with the scores."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        padding = config.pad_token_id if config.freeze_padding_row else None
+        self.word = Embedding(config.vocab_size, config.d_model, padding_idx=padding)
+        self.query_stream = Parameter(torch.empty(config.d_model))
+        """What every predicted token begins with."""
+        self.norm = None
+
+
+class RelativeStack(Module):
+    """XLNet's encoder, from token ids to the last hidden states of the predicted tokens, or else of all."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.depth = config.n_layers
+        self.embeddings = RelativeEmbeddings(config)
+        self.layers = ModuleList(RelativeLayer(config) for _ in range(config.n_layers))
+        self.final_norm = None
+
+    def each_layer(self) -> ModuleList:
+        return self.layers
+
+    def forward(
+        self,
+        layout: Packed,
+        input_ids: Tensor,
+        segments: Tensor | None,
+        order: Order | None = None,
+        memory: list[Tensor] | None = None,
+        *,
+        keep: bool = False,
+        remember: bool = False,
+    ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
+        """input_ids, segments (tokens,) of the packed batch -> the last hidden states, all of h's if they are to be
+        kept, and each layer's memory for the next segment.
+
+        memory: for each layer (length, sequences, d_model), of sequences that are all equally long.
+        """
+        config, drop = self.config, self.config.embed_dropout
+        x = _torch.dropout(self.embeddings.word(input_ids), drop, self.training)
+        tokens = len(x)
+        if order is not None and order.targets is not None:
+            g = self.embeddings.query_stream.to(x.dtype).expand(len(order.targets), -1)
+            x = torch.cat([x, _torch.dropout(g, drop, self.training)])
+        context = self._context(layout, segments, order, 0 if memory is None else len(memory[0]), x)
+        kept, remembered = [x[:tokens]], []
+        for i, layer in enumerate(self.layers):
+            past = None if memory is None else memory[i]
+            if remember:
+                remembered.append(self._remember(x[:tokens], past, layout.sequences))
+            x = layer(x, _behind(past, x[:tokens], layout.sequences), context)
+            kept.append(x[:tokens])
+        result = x if len(x) == tokens else x[tokens:]
+        if self.training and config.final_dropout > 0:
+            result = _torch.dropout(result, config.final_dropout, True)
+        return result, kept if keep else None, remembered if remember else None
+
+    def _context(
+        self, layout: Packed, segments: Tensor | None, order: Order | None, past: int, x: Tensor
+    ) -> RelativeContext:
+        config, device = self.config, x.device
+        starts = torch.arange(layout.sequences + 1, dtype=torch.int32, device=device) * past
+        longest_k, zero = layout.max_seqlen + past, layout.max_seqlen - 1
+        distances = torch.arange(-zero, longest_k + 1, device=device)
+        if config.position_clamp is not None:
+            distances = distances.clamp(-config.position_clamp, config.position_clamp)
+        encoding = waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(x.dtype, torch.float32))
+        encoding = _torch.dropout(encoding, config.dropout, self.training)
+        segments = None if segments is None else segments.int()
+        key_segments = segments if segments is None else _behind_each(segments, past, layout.sequences, 0)
+        ranks = key_ranks = None
+        if order is not None:
+            ranks, key_ranks = order.query_ranks, _behind_each(order.key_ranks, past, layout.sequences, -1)
+        streams = [Rows(layout.cu_seqlens, layout.max_seqlen, segments, ranks, include_self=ranks is not None)]
+        if order is not None and order.targets is not None and order.target_layout is not None:
+            at, predicted = order.targets, order.target_layout
+            positions = (at - layout.cu_seqlens[:-1].long()[layout.sequence(at)] + past).int()
+            streams.append(
+                Rows(
+                    predicted.cu_seqlens,
+                    predicted.max_seqlen,
+                    None if segments is None else segments[at],
+                    order.query_ranks[at],
+                    positions,
+                )  # fmt: skip
+            )
+        return RelativeContext(
+            tuple(streams), encoding, zero, layout.cu_seqlens + starts, longest_k, key_segments, key_ranks,
+            causal=config.relative_causal,
+        )  # fmt: skip
+
+    def _remember(self, x: Tensor, past: Tensor | None, sequences: int) -> Tensor:
+        """(length, sequences, d_model): what the next segment may see of this one, without gradients."""
+        x = x.detach().unflatten(0, (sequences, -1)).transpose(0, 1)
+        if self.config.memory_reuse:
+            x = x[: self.config.memory_reuse]
+        x = x if past is None else torch.cat([past.to(x.dtype), x])
+        return x[-self.config.memory_length :] if self.config.memory_length else x
+
+
+def _behind(past: Tensor | None, x: Tensor, sequences: int) -> Tensor:
+    """Each sequence's memory, and then its tokens."""
+    if past is None:
+        return x
+    return torch.cat([past.transpose(0, 1).to(x.dtype), x.unflatten(0, (sequences, -1))], 1).flatten(0, 1)
+
+
+def _behind_each(x: Tensor, past: int, sequences: int, value: int) -> Tensor:
+    """(tokens,) integers with `past` times `value` before each sequence's."""
+    if past == 0:
+        return x
+    return _torch.pad(x.view(sequences, -1), (past, 0), value=value).flatten()
+
+
+# ---- orders ----------------------------------------------------------------------------------------------------------
+
+
+def order_of_mask(perm_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks (batch, length) of queries and of keys that give a dense perm_mask (batch, length, length): 1 where row i
+    does not see key j.
+
+    What rows see are nested sets where there is an order: the keys that few rows lack come first. ValueError where
+    there is none.
+    """
+    hidden = perm_mask != 0
+    lacking = hidden.sum(1)  # how many rows do not see the key
+    key_ranks = lacking - 1  # -1: all see it
+    beyond = torch.iinfo(torch.int32).max
+    query_ranks = torch.where(hidden, lacking[:, None, :] - 1, beyond).amin(2)
+    if not torch.equal(key_ranks[:, None, :] >= query_ranks[:, :, None], hidden):
+        raise ValueError(
+            "Transformer: perm_mask follows from no order of the tokens (what rows see must be nested sets); "
+            "give query_ranks and key_ranks"
+        )
+    return query_ranks.int(), key_ranks.int()
+
+
+def order_of(
+    layout: Packed, query_ranks: Tensor | None, key_ranks: Tensor | None, perm_mask: Tensor | None,
+    target_positions: Tensor | None, target_mapping: Tensor | None,
+) -> tuple[Order | None, Packed | None]:  # fmt: skip
+    """The order that forward's arguments describe, and where the predicted tokens lie."""
+    if perm_mask is not None:
+        if query_ranks is not None or key_ranks is not None:
+            raise ValueError("Transformer: give perm_mask, or query_ranks and key_ranks, not both")
+        query_ranks, key_ranks = order_of_mask(perm_mask)
+    if (query_ranks is None) != (key_ranks is None):
+        raise ValueError("Transformer: query_ranks and key_ranks go together, but only one was given")
+    if target_mapping is not None:
+        if target_positions is not None:
+            raise ValueError("Transformer: give target_positions or target_mapping, not both")
+        if not ((target_mapping != 0).sum(-1) == 1).all():
+            raise ValueError("Transformer: target_mapping must have one 1 in each row: the place that is predicted")
+        target_positions = target_mapping.argmax(-1)
+    if query_ranks is None or key_ranks is None:
+        if target_positions is None:
+            return None, None
+        # no order: all see all, and themselves, as Hugging Face's query stream then does
+        query_ranks = torch.zeros(layout.shape, dtype=torch.int32, device=layout.cu_seqlens.device)
+        key_ranks = query_ranks - 1
+    for name, ranks in (("query_ranks", query_ranks), ("key_ranks", key_ranks)):
+        if ranks.shape != layout.shape:
+            raise ValueError(
+                f"Transformer: {name} has shape {tuple(ranks.shape)}; expected {tuple(layout.shape)}, as input_ids"
+            )
+    ranks = layout.enter(query_ranks).int(), layout.enter(key_ranks).int()
+    if target_positions is None:
+        return Order(*ranks), None
+    targets, predicted = _targets(layout, target_positions)
+    return Order(*ranks, targets, predicted), predicted
+
+
+def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:
+    """The predicted tokens among the packed ones, and their layout in the caller's shape."""
+    real = target_positions >= 0
+    columns = target_positions.clamp(min=0).long()
+    if len(layout.shape) == 2 and target_positions.dim() == 2 and len(target_positions) == layout.shape[0]:
+        rows = torch.arange(layout.shape[0], device=columns.device)[:, None]
+        places = (rows * layout.shape[1] + columns)[real]
+    elif target_positions.dim() == 1:
+        places = columns[real]
+    else:
+        raise ValueError(
+            f"Transformer: target_positions has shape {tuple(target_positions.shape)}; expected "
+            f"({layout.sequences}, targets), or (targets,) in a packed batch"
+        )
+    if len(places) == 0 or int(columns.max()) >= layout.shape[-1]:
+        raise ValueError(
+            f"Transformer: target_positions must name at least one token, from 0 to {layout.shape[-1] - 1}; -1: none"
+        )
+    if layout.indices is not None:
+        inverse = places.new_full((int(layout.indices.max()) + 1,), -1)
+        inverse[layout.indices] = torch.arange(len(layout.indices), device=places.device)
+        places = inverse[places]
+    counts = torch.bincount(layout.sequence(places), minlength=layout.sequences)
+    cu_seqlens = _torch.pad(counts.cumsum(0), (1, 0)).int()
+    indices = None if real.all() else real.flatten().nonzero().squeeze(1)
+    return places, Packed(target_positions.shape, cu_seqlens, int(counts.max()), False, indices)

@@ -1,0 +1,176 @@
+"""XLNet: both streams, orders, targets, segments and memory, against Hugging Face's with equal weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine import Transformer
+from llmengine.testing import assert_near
+
+from .peers import gradients_as_theirs, gradients_of, hf_model, ours_of, padding_mask, random_ids
+
+BATCH, LENGTH, TARGETS = 3, 9, 4
+
+
+def order(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(query_ranks, key_ranks, target_positions) of a random permutation; some tokens are context for all."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(BATCH)]).int()
+    targets = rank.argsort(1)[:, -TARGETS:].sort(1).values  # the last in the order
+    key_ranks = rank.clone()
+    context = torch.ones_like(rank, dtype=torch.bool).scatter(1, targets, False)
+    context[:, ::2] = False
+    key_ranks[context] = -1
+    return rank, key_ranks, targets
+
+
+def dense(query_ranks: Tensor, key_ranks: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The same as Hugging Face takes it."""
+    return {
+        "perm_mask": (key_ranks[:, None, :] >= query_ranks[:, :, None]).float(),
+        "target_mapping": torch.nn.functional.one_hot(targets, LENGTH).float(),
+    }
+
+
+def memory(model) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(5, BATCH, model.config.d_model, generator=generator) for _ in range(3)]
+
+
+def compare_gradients(ours: Transformer, theirs: torch.nn.Module) -> None:
+    expected, got = gradients_of(theirs), gradients_as_theirs(ours)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_near(got[name], gradient, 1e-5, name)
+
+
+@pytest.mark.parametrize("dense_masks", [False, True], ids=["ranks", "masks"])
+@pytest.mark.parametrize("past", [False, True], ids=["alone", "mems"])
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+@pytest.mark.parametrize("kind", ["plain", "clamped"])
+def test_permutation_language_model(kind, segments, past, dense_masks, tmp_path):
+    theirs = hf_model("XLNetLMHeadModel", clamp_len=4 if kind == "clamped" else -1)
+    ours = ours_of(theirs, tmp_path)
+    ids, ranks = random_ids(BATCH, LENGTH), order(3)
+    labels = ids.gather(1, ranks[2])
+    batch = {"input_ids": ids, "labels": labels}
+    if segments:
+        batch["token_type_ids"] = (torch.arange(LENGTH) // 4).expand(BATCH, -1)
+    if past:
+        batch["mems"] = memory(theirs)
+    told = (
+        dense(*ranks)
+        if dense_masks
+        else dict(zip(("query_ranks", "key_ranks", "target_positions"), ranks, strict=True))
+    )
+    expected = theirs(**batch, **dense(*ranks), use_mems=True)
+    got = ours(**batch, **told, use_mems=True)
+    assert_near(got.logits, expected.logits, 1e-5, "logits")
+    assert_near(got.loss, expected.loss, 1e-5, "loss")
+    for a, b in zip(got.mems, expected.mems, strict=True):
+        assert_near(a, b, 1e-5, "mems")
+        assert not a.requires_grad
+    expected.loss.backward()
+    got.loss.backward()
+    compare_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize(("side", "kind"), [("none", "bi"), ("left", "bi"), ("right", "bi"), ("none", "uni")])
+def test_content_stream(side, kind, tmp_path):
+    """Without an order: an encoder that sees everything, or what precedes, padded on either side."""
+    theirs = hf_model("XLNetLMHeadModel", attn_type=kind)
+    ours = ours_of(theirs, tmp_path)
+    mask = padding_mask(side, [9, 4, 6], LENGTH)
+    ids = random_ids(BATCH, LENGTH)
+    real = torch.ones(BATCH, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    batch = {"input_ids": ids, "token_type_ids": ids % 2} | ({} if mask is None else {"attention_mask": mask})
+    labels = torch.where(real, ids, -100)
+    expected = theirs(**batch)
+    got = ours(**batch, labels=labels)
+    assert_near(got.logits[real], expected.logits[real], 1e-5, "logits")
+    loss = torch.nn.functional.cross_entropy(expected.logits[real], ids[real])
+    assert_near(got.loss, loss, 1e-5)
+    loss.backward()
+    got.loss.backward()
+    compare_gradients(ours, theirs)
+
+
+def test_padded_targets(tmp_path):
+    """Sequences of several lengths with several numbers of targets: each as it is alone."""
+    ours = ours_of(hf_model("XLNetLMHeadModel"), tmp_path)
+    lengths = [9, 4, 6]
+    mask = padding_mask("right", lengths, LENGTH)
+    ids = random_ids(BATCH, LENGTH)
+    ranks = torch.stack(
+        [torch.randperm(LENGTH, generator=torch.Generator().manual_seed(i)) for i in range(BATCH)]
+    ).int()
+    targets = torch.tensor([[0, 3, 8], [1, -1, -1], [2, 5, -1]])
+    labels = torch.where(targets >= 0, ids.gather(1, targets.clamp(min=0)), -100)
+    out = ours(
+        ids, mask, query_ranks=ranks, key_ranks=ranks, target_positions=targets, labels=labels,
+        num_items_in_batch=1,
+    )  # fmt: skip
+    total = 0.0
+    for row, length in enumerate(lengths):
+        at = targets[row][targets[row] >= 0][None]
+        part = slice(row, row + 1), slice(0, length)
+        alone = ours(
+            ids[part], query_ranks=ranks[part], key_ranks=ranks[part], target_positions=at,
+            labels=ids[part].gather(1, at), num_items_in_batch=1,
+        )  # fmt: skip
+        assert_near(out.logits[row, : at.shape[1]], alone.logits[0], 1e-5)
+        assert (out.logits[row, at.shape[1] :] == 0).all()
+        total = total + alone.loss
+    assert_near(out.loss, total, 1e-5)
+
+
+def test_predictions_follow_the_order(tmp_path):
+    """An earlier target's token changes a later target's logits; a later one never changes an earlier one's, nor does
+    a target's own."""
+    ours = ours_of(hf_model("XLNetLMHeadModel"), tmp_path)
+    ids, (query_ranks, key_ranks, targets) = random_ids(BATCH, LENGTH), order(5)
+    key_ranks = query_ranks.clone()
+
+    def logits(ids: Tensor) -> Tensor:
+        return ours(ids, query_ranks=query_ranks, key_ranks=key_ranks, target_positions=targets).logits[0]
+
+    before = logits(ids)
+    ranks = query_ranks[0][targets[0]]
+    for changed in range(TARGETS):
+        other = ids.clone()
+        other[0, targets[0, changed]] = (other[0, targets[0, changed]] + 5) % 50 + 3
+        moved = (logits(other) - before).abs().amax(1)
+        assert ((moved > 1e-4) == (ranks > ranks[changed])).all(), (ranks, changed, moved)
+
+
+def test_a_long_text_in_segments(tmp_path):
+    """A causal model that reads segments with memory gives what it gives for the whole text."""
+    theirs = hf_model("XLNetLMHeadModel", attn_type="uni", mem_len=None)
+    ours = ours_of(theirs, tmp_path)
+    ids = random_ids(2, 12)
+    whole, mems, parts = ours(ids).logits, None, []
+    for segment in ids.split(4, 1):
+        out = ours(segment, mems=mems, use_mems=True)
+        mems = out.mems
+        parts.append(out.logits)
+    assert_near(torch.cat(parts, 1), whole, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"perm_mask": torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])}, "perm_mask follows from no order"),
+        ({"query_ranks": torch.zeros(1, 3).int()}, "query_ranks and key_ranks go together"),
+        ({"target_positions": torch.tensor([[7]])}, "target_positions must name at least one token, from 0 to 2"),
+        ({"target_mapping": torch.ones(1, 2, 3)}, "target_mapping must have one 1 in each row"),
+        ({"mems": [torch.zeros(2, 1, 32)]}, "mems has 1 tensors; expected one per layer, 3"),
+        ({"mems": [torch.zeros(2, 2, 32)] * 3}, r"mems\[0\] has shape \(2, 2, 32\); expected \(length, 1, 32\)"),
+        ({"use_mems": True, "attention_mask": torch.tensor([[1, 1, 0]])}, "mems need a batch without padding"),
+    ],
+)
+def test_bad_input_is_named(batch, message, tmp_path):
+    ours = ours_of(hf_model("XLNetLMHeadModel"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ours(random_ids(1, 3), **batch)
