@@ -1,4 +1,4 @@
-"""BART (Lewis et al. 2019), mBART (Liu et al. 2020) and Marian (Junczys-Dowmunt et al. 2018) as Hugging Face stores them."""
+"""BART (Lewis et al. 2019), mBART (Liu et al. 2020), Marian (Junczys-Dowmunt et al. 2018) as Hugging Face stores them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _translate(theirs: Mapping[str, Any]) -> dict[str, Any]:
         first, second = (theirs[name] for name in names)
         if first != second:
             raise ValueError(
-                f"config.json: {names[0]} is {first} and {names[1]} {second}; llmengine has one number of {ours} for both"
+                f"config.json: {names[0]} is {first} and {names[1]} {second}; llmengine has one number of {ours}"
             )
     depth = theirs["decoder_layers"]
     return {"n_decoder_layers": None if depth == theirs["encoder_layers"] else depth}
@@ -131,7 +131,7 @@ BART = Family(
         "eos_token_id": 2,
         "decoder_start_token_id": 2,
         "num_labels": 3,
-    },  # fmt: skip
+    },
     demanded={
         "is_encoder_decoder": (True,),
         "normalize_before": (False,),
@@ -141,7 +141,7 @@ BART = Family(
         "extra_pos_embeddings": (2,),
         "add_bias_logits": (False,),
         "is_decoder": (False,),
-    },  # fmt: skip
+    },
     without_effect=frozenset(
         "forced_eos_token_id forced_bos_token_id num_hidden_layers classif_dropout output_past max_length min_length "
         "length_penalty num_beams early_stopping no_repeat_ngram_size prefix num_labels save_step "
@@ -187,7 +187,7 @@ MBART = replace(
         **BART.demanded,
         "normalize_before": (True, False),
         "add_final_layer_norm": (True, False),
-    },  # old files carry the fields, the class does the same whatever they say  # fmt: skip
+    },
     classes={name.replace("Bart", "MBart"): heads for name, heads in BART.classes.items()},
     class_fields={name.replace("Bart", "MBart"): fields for name, fields in BART.class_fields.items()},
 )
@@ -207,7 +207,7 @@ MARIAN = replace(
         "positions": "sinusoid_halves",
         "position_offset": 0,
         "embed_norm": False,
-    },  # fmt: skip
+    },
     defaults=BART.defaults
     | {
         "vocab_size": 58101,
@@ -216,14 +216,14 @@ MARIAN = replace(
         "eos_token_id": 0,
         "bos_token_id": None,
         "num_labels": 2,
-    },  # fmt: skip
+    },
     demanded={
         **BART.demanded,
         "normalize_embedding": (True, False),
         "static_position_embeddings": (True, False),
         "extra_pos_embeddings": (2, 0, 58101),
         "share_encoder_decoder_embeddings": (True,),
-    },  # fmt: skip
+    },
     translated=BART.translated | {"decoder_vocab_size"},
     translate=_marian,
     write_back=lambda ours: _write_back(ours) | {"decoder_vocab_size": ours["vocab_size"]},

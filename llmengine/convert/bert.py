@@ -260,7 +260,7 @@ ALBERT = replace(
         "attention_probs_dropout_prob": 0.0,
         "bos_token_id": 2,
         "eos_token_id": 3,
-    },  # fmt: skip
+    },
     demanded={**BERT.demanded, "num_hidden_groups": (1,), "inner_group_num": (1,)},
     without_effect=_NOTHING | {"classifier_dropout_prob"},
     classes={

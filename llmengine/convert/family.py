@@ -69,7 +69,7 @@ def transpose(ours: str, theirs: str) -> Rule:
 
 
 def concatenate(ours: str, *theirs: str, shares: tuple[str | int, ...] = ()) -> Rule:
-    """Ours are theirs, one above the other. shares: how ours divides, in numbers or fields of ours; default: equally."""
+    """Ours are theirs, one above the other. shares: how ours divides, numbers or fields of ours; default: equally."""
 
     def split(tensors: list[Tensor], fields: Mapping) -> list[Tensor]:
         parts = [fields[share] if isinstance(share, str) else share for share in shares] or [1] * len(theirs)
@@ -112,7 +112,7 @@ def stacked(ours: str, *theirs: str, shares: tuple[str | int, ...] = ()) -> tupl
     return rule("weight"), rule("bias")
 
 
-GROUPED = ("n_heads", "kv_heads", "kv_heads")  # shares of queries, keys and values
+GROUPED = ("n_heads", "n_kv_heads", "n_kv_heads")  # shares of queries, keys and values
 
 
 @dataclass(frozen=True)
@@ -126,25 +126,25 @@ class Family:
     """What their heads' tensors begin with."""
     fields: tuple[tuple[str, str], ...]
     """(theirs, ours): the same meaning. One of theirs may stand for two of ours, which must then be equal."""
-    constants: Mapping[str, Any]
+    constants: dict[str, Any]
     """Our fields that all models of the family share."""
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
     """Values of their fields where a file leaves them out."""
-    demanded: Mapping[str, tuple]
+    demanded: dict[str, tuple]
     """Their fields that change the mathematics, with the values that we compute."""
     without_effect: frozenset[str]
-    classes: Mapping[str, tuple[str, ...]]
+    classes: dict[str, tuple[str, ...]]
     """Their classes and the objectives of each; the classes that differ in nothing else come by order."""
     evidence: Mapping[str, str]
     """The tensor whose presence tells that a file has this objective, where config.json names no class."""
     tensors: tuple[Rule, ...]
     variants: Callable[[Mapping[str, Any]], tuple[Rule, ...]] = lambda ours: ()
     """Rules that depend on our fields."""
-    heads_of: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    heads_of: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
     """Rules that only models with this objective have."""
     unprefixed: frozenset[str] = frozenset()
     """The classes whose backbone's tensors lack the prefix."""
-    class_fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    class_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Our fields that models of one of their classes have, instead of what `constants` says."""
     poolers: Mapping[str, str] = field(default_factory=dict)
     """The tensor whose presence tells that a file has this pooler."""
@@ -166,7 +166,7 @@ class Family:
     """Tensors that their files have and that follow from our fields alone."""
 
     def rules(self, fields: Mapping[str, Any]) -> Iterator[Rule]:
-        depths = {"{i}": fields["n_layers"], "{j}": fields.get("n_decoder_layers") or fields["n_layers"]}
+        depths = {"{i}": fields["n_layers"], "{j}": fields["n_decoder_layers"]}
         heads = (rule for objective in fields["objectives"] for rule in self.heads_of.get(objective, ()))
         for rule in (*self.tensors, *self.variants(fields), *heads):
             depth = next((n for mark, n in depths.items() if mark in rule.ours[0]), None)
@@ -218,6 +218,7 @@ class Family:
 
     def write_config(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Their config.json for our fields; ValueError where the family cannot express one. defaults: of our fields."""
+        ours = resolved(ours)
         architecture = self._class_of(ours)
         if architecture is None:
             known = list(self.classes.values())
@@ -233,7 +234,7 @@ class Family:
             if theirs.setdefault(their_name, value) != value:
                 raise self._inexpressible(our_name, value, f"its {their_name} is {theirs[their_name]!r} already")
         theirs |= self.write_back(ours)
-        again = {**defaults, **self.read_config(theirs, ())}
+        again = resolved({**defaults, **self.read_config(theirs, ())})
         for name in (
             ours.keys()
             - OF_A_RUN
@@ -270,7 +271,7 @@ class Family:
         """Their tensors (or gradients) from ours; each stored once, and under its second name too where not tied."""
         theirs: dict[str, Tensor] = {}
         left = set(ours)
-        fields = with_heads(fields)
+        fields = resolved(fields)
         for rule in self.rules(fields):
             if set(rule.ours) <= ours.keys():
                 written = rule.write([ours[name] for name in rule.ours], fields)
@@ -289,7 +290,7 @@ class Family:
         self, names: Iterable[str], get: Callable[[str], Tensor], wanted: Iterable[str], fields: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Our tensors `wanted` from a file's `names`; every tensor of the file must be known."""
-        names, wanted, fields = set(names), set(wanted), with_heads(fields)
+        names, wanted, fields = set(names), set(wanted), resolved(fields)
         every = {**fields, "objectives": [*fields["objectives"], *self.heads_of]}
         rules = [rule for rule in self.rules(fields) if wanted & set(rule.ours)]
         made = {ours for rule in rules for ours in rule.ours}
@@ -332,12 +333,18 @@ def _labels(theirs: Mapping[str, Any]) -> dict[str, Any]:
     problem = theirs.get("problem_type")
     if problem is not None and problem not in PROBLEMS:
         raise ValueError(f"config.json: problem_type is {problem!r}; known: {', '.join(PROBLEMS)}")
-    return {"n_labels": count, "problem": PROBLEMS.get(problem, "regression" if count == 1 else "single")}
+    return {"n_labels": count, "problem": PROBLEMS[problem] if problem else "regression" if count == 1 else "single"}
 
 
-def with_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields with what rules count by: the heads of keys and values."""
-    return {**fields, "kv_heads": fields.get("n_kv_heads") or fields["n_heads"]}
+def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields with numbers in place of "None: as many as …"."""
+    heads = fields["n_heads"]
+    return {
+        **fields,
+        "n_kv_heads": fields["n_kv_heads"] or heads,
+        "d_head": fields["d_head"] or fields["d_model"] // heads,
+        "n_decoder_layers": fields["n_decoder_layers"] or fields["n_layers"],
+    }
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -209,7 +209,7 @@ GPT_NEO = Family(
         "eos_token_id": 50256,
         "attention_types": [[["global", "local"], 12]],
         "window_size": 256,
-    },  # fmt: skip
+    },
     derived={"intermediate_size": lambda config: 4 * config["hidden_size"]},
     demanded={"is_encoder_decoder": (False,)},
     without_effect=_SUMMARY | {"attention_layers"},
@@ -298,7 +298,7 @@ GPT_NEOX = Family(
         "bos_token_id": 0,
         "eos_token_id": 2,
         "use_parallel_residual": True,
-    },  # fmt: skip
+    },
     demanded={"is_decoder": (False, True), "is_encoder_decoder": (False,)},
     without_effect=frozenset(),
     translated=rotary.FIELDS | {"use_parallel_residual"},

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmengine.convert import rotary
-from llmengine.convert.family import GROUPED, Family, Rule, concatenate, copy, leaf, stacked
+from llmengine.convert.family import GROUPED, Family, Rule, copy, leaf, stacked
 from llmengine.convert.gpt import LAST_TOKEN
 
 _OURS, _LAYER = "decoder.layers.{i}.", "model.layers.{i}."
@@ -95,7 +95,7 @@ LLAMA = Family(
         "eos_token_id": 2,
         "attention_bias": False,
         "mlp_bias": False,
-    },  # fmt: skip
+    },
     derived={
         "num_key_value_heads": lambda config: config["num_attention_heads"],
         "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
@@ -183,7 +183,7 @@ QWEN2 = replace(
         "use_sliding_window": False,
         "sliding_window": 4096,
         "max_window_layers": 28,
-    },  # fmt: skip
+    },
     derived={"num_key_value_heads": lambda config: config["num_attention_heads"]},
     without_effect=LLAMA.without_effect | {"max_window_layers", "attention_bias"},
     translated=rotary.FIELDS | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
@@ -231,7 +231,7 @@ GEMMA = replace(
         "embed_scale": True,
         "feed_forward_bias": False,
         "activation": "gelu_tanh",
-    },  # fmt: skip
+    },
     defaults=LLAMA.defaults
     | {
         "vocab_size": 256000,
@@ -247,7 +247,7 @@ GEMMA = replace(
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
-    },  # fmt: skip
+    },
     demanded={"is_encoder_decoder": (False,), "use_bidirectional_attention": (None, False)},
     translated=rotary.FIELDS | {"hidden_act", "hidden_activation"},
     translate=lambda theirs: _gemma_activation(theirs) | {"rotary": rotary.read(theirs)},
@@ -305,7 +305,7 @@ GEMMA2 = replace(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "_sliding_window_pattern": 2,
-    },  # fmt: skip
+    },
     without_effect=LLAMA.without_effect | {"cache_implementation"},
     translated=rotary.FIELDS | _GEMMA2_FIELDS,
     translate=lambda theirs: _gemma2(theirs) | {"rotary": rotary.read(theirs)},
@@ -325,7 +325,7 @@ GEMMA3 = replace(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "_sliding_window_pattern": 6,
-    },  # fmt: skip
+    },
     translate=lambda theirs: (
         _gemma2(theirs) | {"rotary": rotary.read(theirs, theta=1_000_000.0, window_theta=10_000.0)}
     ),

@@ -107,12 +107,12 @@ MODERNBERT = Family(
         "eos_token_id": 50282,
         "local_attention": 128,
         "classifier_pooling": "cls",
-    },  # fmt: skip
+    },
     # its attention_dropout falls on attention's output too, in place of the residual dropout that it has not
     demanded={"attention_dropout": (0.0,), "classifier_activation": ("gelu",), "hidden_activation": ("gelu",)},
     without_effect=frozenset(
         "initializer_cutoff_factor cls_token_id sep_token_id deterministic_flash_attn sparse_prediction "
-        "sparse_pred_ignore_index reference_compile repad_logits_with_grad position_embedding_type gradient_checkpointing "
+        "sparse_pred_ignore_index reference_compile repad_logits_with_grad position_embedding_type "
         "layer_norm_eps".split()
     ),
     translated=rotary.FIELDS | {"local_attention", "layer_types", "classifier_pooling", "global_attn_every_n_layers"},

@@ -129,7 +129,7 @@ T5 = Family(
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
         "feed_forward_proj": "relu",
-    },  # fmt: skip
+    },
     demanded={"is_encoder_decoder": (True,), "is_decoder": (False,)},
     without_effect=frozenset(
         "n_positions initializer_factor dense_act_fn is_gated_act bos_token_id tokenizer_class output_past".split()

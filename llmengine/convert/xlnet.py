@@ -125,7 +125,7 @@ XLNET = Family(
         "clamp_len": -1,
         "mem_len": 512,
         "reuse_len": None,
-    },  # fmt: skip
+    },
     demanded={
         "bi_data": (False,),
         "same_length": (False,),
@@ -133,9 +133,10 @@ XLNET = Family(
         "summary_type": ("last",),
         "summary_use_proj": (True,),
         "summary_activation": ("tanh",),
-    },  # fmt: skip
+    },
     without_effect=frozenset(
-        "use_mems_eval use_mems_train summary_last_dropout start_n_top end_n_top use_mems n_token max_position_embeddings".split()
+        "use_mems_eval use_mems_train summary_last_dropout start_n_top end_n_top use_mems n_token "
+        "max_position_embeddings".split()
     ),
     translated=frozenset("attn_type clamp_len mem_len reuse_len d_head".split()),
     translate=_translate,

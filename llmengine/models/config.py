@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llmengine.models.presets import PRESETS
 
 Family = Literal[
-    "bert", "roberta", "xlm-roberta", "albert", "electra", "modernbert", "openai-gpt", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral",
-    "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5", "custom",
+    "bert", "roberta", "xlm-roberta", "albert", "electra", "modernbert", "openai-gpt", "gpt2", "gpt_neo", "gpt_neox",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5", "custom",
 ]  # fmt: skip
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 Objective = Literal["mlm", "nsp", "sop", "rtd", "clm", "seq2seq", "plm", "classification", "tagging", "qa", "choice"]
@@ -108,8 +108,8 @@ class TransformerConfig(BaseModel):
     embed_scale: bool = False
     """Word embeddings are multiplied by sqrt(d_model)."""
     positions: Positions = "learned"
-    """learned: a table; sinusoid: sine and cosine in turns (Vaswani et al. 2017), as halves, or as halves with fairseq's
-    frequencies; rotary: queries and keys turn; alibi: -slope |distance| on the scores (Press et al. 2022);
+    """learned: a table; sinusoid: sine and cosine in turns (Vaswani et al. 2017), as halves, or as halves with
+    fairseq's frequencies; rotary: queries and keys turn; alibi: -slope |distance| on the scores (Press et al. 2022);
     buckets: a learned number per head and bucket of distances (Raffel et al. 2020); relative: Transformer-XL's."""
     max_positions: Positive | None
     """The longest sequence; None: no limit, where positions need no table."""
@@ -177,7 +177,7 @@ class TransformerConfig(BaseModel):
     n_labels: Positive = 2
     """Classes of "classification" and "tagging"."""
     problem: Literal["single", "multi", "regression"] = "single"
-    """classification: one class per sequence (cross-entropy), any number (binary cross-entropy), or numbers (square)."""
+    """classification: one class per sequence (cross-entropy), several (binary cross-entropy), numbers (square)."""
     summary: Literal["first", "last", "mean"] = "first"
     """The hidden state that stands for a sequence in "classification" and "choice"."""
     classifier: Literal["linear", "pooled", "dense_tanh", "dense_gelu", "dense_norm"] = "linear"
@@ -307,7 +307,14 @@ class TransformerConfig(BaseModel):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Of the fields that have one, as `to_dict` gives them."""
-        shape = {"vocab_size": 1, "d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1, "max_positions": 1}
+        shape: dict[str, Any] = {
+            "vocab_size": 1,
+            "d_model": 1,
+            "n_layers": 1,
+            "n_heads": 1,
+            "d_ff": 1,
+            "max_positions": 1,
+        }
         fields = cls(architecture="encoder", **shape).to_dict()
         return {name: value for name, value in fields.items() if name not in (*shape, "architecture")}
 
@@ -348,11 +355,9 @@ def _check_positions(c: TransformerConfig) -> None:
         raise ValueError(f'positions "relative" is for architecture "encoder"; this is "{c.architecture}"')
     if c.positions == "relative" and (c.norm_place, c.final_norm, c.embed_norm) != ("post", False, False):
         raise ValueError('positions "relative" goes with norm_place "post" and neither final_norm nor embed_norm')
-    if "plm" in c.objectives and c.positions != "relative":
-        raise ValueError('objectives: "plm" needs positions "relative"')
     if c.init == "neighbours" and (c.positions != "learned" or c.kv_heads != c.n_heads or c.share_layers or c.d_embed):
         raise ValueError(
-            'init "neighbours" needs learned positions of d_model features, as many key heads as heads, and no shared layers'
+            'init "neighbours" needs learned positions of d_model features, n_kv_heads equal to n_heads, and no shared layers'
         )
 
 
@@ -380,6 +385,8 @@ def _check_objectives(c: TransformerConfig) -> None:
         raise ValueError(f"loss_weights names {unknown}, which are not among objectives {list(c.objectives)}")
     if len({"mlm", "plm"} & set(c.objectives)) > 1:
         raise ValueError('objectives: "mlm" and "plm" are one token head; choose one')
+    if "plm" in c.objectives and c.positions != "relative":
+        raise ValueError('objectives: "plm" needs positions "relative"')
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

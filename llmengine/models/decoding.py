@@ -105,6 +105,6 @@ class Hypotheses:
             self.kept = sorted([*self.kept, (score, tokens)], reverse=True)[: self.most]
 
     def close_if_complete(self, best_running: float, length: int) -> None:
-        """Closes where no running beam, at its present score, would be kept; with early stopping once there are enough."""
+        """Closes where no running beam, at its present score, would be kept; with early stopping once enough are."""
         if len(self.kept) == self.most:
             self.closed |= self.early_stopping or self.kept[-1][0] >= best_running / length**self.length_penalty

@@ -15,6 +15,7 @@ from llmengine.models.decoding import Hypotheses, Processor, greedy, processors_
 from llmengine.models.heads import TokenHead
 from llmengine.models.inputs import Tokens
 from llmengine.models.layout import Packed
+from llmengine.models.relative import RelativeStack
 
 if TYPE_CHECKING:
     from llmengine.models.stack import Stack
@@ -27,10 +28,13 @@ class Generation(Module):
     """`generate`, for the model that has these parts."""
 
     config: TransformerConfig
-    encoder: Stack | None
+    encoder: Stack | RelativeStack | None
     decoder: Stack | None
     token_head: TokenHead | None
-    words: Embedding
+
+    @property
+    def words(self) -> Embedding:
+        raise NotImplementedError  # each model has its own
 
     @torch.no_grad()
     def generate(
@@ -116,6 +120,7 @@ class Generation(Module):
         tokens = Tokens(input_ids, attention_mask)
         if self.encoder is None:
             return None, tokens
+        assert not isinstance(self.encoder, RelativeStack)  # which has no decoder
         packed = _packed(tokens, self.config, causal=False)
         memory, _ = self.encoder(packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token"))
         if decoder_input_ids is None:

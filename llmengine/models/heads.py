@@ -1,6 +1,9 @@
-"""Heads on the hidden states, and their losses. Each is a mean over its labels, or a sum over the given number of them."""
+"""Heads on the hidden states, and their losses. Each is a mean over its labels, or their sum over a given number."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +17,17 @@ from llmengine.nn.feed_forward import ACTIVATIONS
 
 _torch = torch.nn.functional
 Items = Tensor | int | None
+_CLASSIFIER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"dense_tanh": torch.tanh, "dense_gelu": _torch.gelu}
+
+
+class Head(Protocol):
+    """A head other than the token head."""
+
+    def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """From the last hidden states (tokens, d_model), or the pooled tokens, to the caller's shape."""
+
+    def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+        """The mean over the labels, or their sum over `items`."""
 
 
 class Pooler(Module):
@@ -82,8 +96,6 @@ class TokenHead(Module):
 class PairHead(Linear):
     """Next sentence or sentence order: two classes of the pooled token."""
 
-    counts = "sequences"
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.d_model, 2)
 
@@ -97,8 +109,6 @@ class PairHead(Linear):
 
 class ReplacedHead(Module):
     """ELECTRA's discriminator (Clark et al. 2020): was this token replaced? One logit per token."""
-
-    counts = "tokens"
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -123,8 +133,6 @@ class ReplacedHead(Module):
 class Classifier(Module):
     """A summary of the sequence, a dense layer where the family has one, dropout, and `outputs` numbers."""
 
-    counts = "sequences"
-
     def __init__(self, config: TransformerConfig, outputs: int) -> None:
         super().__init__()
         kind, d = config.classifier, config.d_model
@@ -144,8 +152,7 @@ class Classifier(Module):
         if self.dense is not None:
             if self.kind != "dense_norm":
                 x = _torch.dropout(x, self.dropout, drop)
-            act = {"dense_tanh": torch.tanh, "dense_gelu": _torch.gelu}.get(self.kind, ACTIVATIONS[self.activation])
-            x = act(self.dense(x))
+            x = _CLASSIFIER_ACTIVATIONS.get(self.kind, ACTIVATIONS[self.activation])(self.dense(x))
         x = x if self.norm is None else self.norm(x)
         return self.out(_torch.dropout(x, self.dropout, drop))
 
@@ -174,8 +181,6 @@ class Choices(Classifier):
 class Tagger(Module):
     """A class for each token; after a dense layer, activation and norm where classifier is "dense_norm"."""
 
-    counts = "tokens"
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d, transform = config.d_model, config.classifier == "dense_norm"
@@ -196,8 +201,6 @@ class Tagger(Module):
 
 class SpanHead(Linear):
     """Extractive question answering: the answer's first and last token, two numbers per token."""
-
-    counts = "sequences"
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.d_model, 2)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Embedding, Linear
 
 from llmengine.models.heads import TokenHead
-from llmengine.models.relative import RelativeAttention, RelativeEmbeddings
-from llmengine.nn.feed_forward import FeedForward
+from llmengine.models.layers import Layer
+from llmengine.models.relative import RelativeAttention, RelativeEmbeddings, RelativeStack
 from llmengine.nn.norm import LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def initialise(model: Transformer, only: tuple[str, ...] = ()) -> None:
     if config.scale_residual_init:
         for stack in stacks:
             for layer in stack.each_layer():
-                for block in (layer.attention, layer.cross_attention, layer.feed_forward):
-                    if block is not None:
-                        last = block.down if isinstance(block, FeedForward) else block.out
-                        last.weight.normal_(0.0, config.init_std / math.sqrt(2 * stack.depth))
+                cross = [layer.cross_attention.out] if isinstance(layer, Layer) and layer.cross_attention else []
+                for last in (layer.attention.out, *cross, layer.feed_forward.down):
+                    last.weight.normal_(0.0, config.init_std / math.sqrt(2 * stack.depth))
     if config.init == "neighbours":
         for stack in stacks:
+            assert not isinstance(stack, RelativeStack)  # the config asks for learned positions
             _look_at_neighbours(stack, causal=stack is model.decoder)
     if config.freeze_padding_row:
         model.words.weight[config.pad_token_id].zero_()

@@ -38,7 +38,8 @@ class Tokens:
         if self.cu_seqlens is not None:
             if mask is not None:
                 raise ValueError(
-                    f"Transformer: give {side}attention_mask or {side}cu_seqlens, not both: packed batches have no padding"
+                    f"Transformer: give {side}attention_mask or {side}cu_seqlens, not both: packed batches have no "
+                    "padding"
                 )
             return self._packed(config, self.cu_seqlens, causal)
         if self.max_seqlen is not None:
@@ -55,7 +56,7 @@ class Tokens:
         return Padded(mask, causal) if padded else unpadded(mask, causal)
 
     def must_stay_padded(self, config: TransformerConfig) -> bool:
-        """Whether tokens cannot be taken out of the batch: shapes must not depend on data, or distances would change."""
+        """Whether tokens cannot be taken out of the batch: shapes must not follow data, or distances would change."""
         mask = self.attention_mask
         if mask is None or torch.compiler.is_compiling():
             return mask is not None

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 FIELDS = {
     "loss": "(): the weighted sum of losses; None without labels",
     "losses": "{objective: ()}",
-    "logits": "of the token head (*input_ids.shape, vocab_size), or of the first other head; prediction_logits is the same",
+    "logits": "of the token head (*input_ids.shape, vocab_size), or of the first other head; = prediction_logits",
     "seq_relationship_logits": "(sequences, 2), of nsp; sop_logits of sop",
     "sop_logits": "(sequences, 2)",
     "start_logits": "(batch, length), of qa; end_logits alike",
@@ -20,7 +20,7 @@ FIELDS = {
     "head_logits": "{objective: logits} of all heads but the token head",
     "last_hidden_state": "(*input_ids.shape, d_model), of the decoder where there is one",
     "pooler_output": "(sequences, d_model)",
-    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer; an encoder-decoder's decoder",
+    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer, of the decoder if there is one",
     "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
     "mems": "for each layer (length, batch, d_model), of XLNet",
     "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",

@@ -101,8 +101,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin = cos[:, None], sin[:, None]
     wide = x[..., : 2 * half].to(torch.promote_types(x.dtype, torch.float32))
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)
 
 

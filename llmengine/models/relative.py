@@ -10,7 +10,9 @@ A permutation is two numbers per token and no length x length mask: row i sees t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,13 +95,14 @@ class RelativeAttention(Module):
         attended, first = [], 0
         for rows in context.streams:
             count = int(rows.cu_seqlens[-1]) if len(context.streams) > 1 else len(x)
-            segments = {}
+            options: dict[str, Any] = {}
             if rows.segments is not None:
-                segments = {
+                options |= {
                     "segment_bias": self.segment_bias, "segment_key": self.segment_key,
                     "query_segments": rows.segments, "key_segments": context.key_segments,
                 }  # fmt: skip
-            ranks = {} if rows.ranks is None else {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
+            if rows.ranks is not None:
+                options |= {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
             attended.append(
                 functional.relative_attention(
                     q[first : first + count],
@@ -117,9 +120,8 @@ class RelativeAttention(Module):
                     include_self=rows.include_self,
                     is_causal=context.causal,
                     dropout_p=self.dropout if self.training else 0.0,
-                    **segments,
-                    **ranks,
-                )  # fmt: skip
+                    **options,
+                )
             )
             first += count
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
@@ -174,8 +176,9 @@ class RelativeStack(Module):
         self.layers = ModuleList(RelativeLayer(config) for _ in range(config.n_layers))
         self.final_norm = None
 
-    def each_layer(self) -> ModuleList:
-        return self.layers
+    def each_layer(self) -> Iterable[RelativeLayer]:
+        """`layers`, by their type."""
+        return cast("Iterable[RelativeLayer]", self.layers)
 
     def forward(
         self,
@@ -239,7 +242,7 @@ class RelativeStack(Module):
                     None if segments is None else segments[at],
                     order.query_ranks[at],
                     positions,
-                )  # fmt: skip
+                )
             )
         return RelativeContext(
             tuple(streams), encoding, zero, layout.cu_seqlens + starts, longest_k, key_segments, key_ranks,
@@ -315,16 +318,16 @@ def order_of(
         # no order: all see all, and themselves, as Hugging Face's query stream then does
         query_ranks = torch.zeros(layout.shape, dtype=torch.int32, device=layout.cu_seqlens.device)
         key_ranks = query_ranks - 1
-    for name, ranks in (("query_ranks", query_ranks), ("key_ranks", key_ranks)):
-        if ranks.shape != layout.shape:
+    for name, given in (("query_ranks", query_ranks), ("key_ranks", key_ranks)):
+        if given.shape != layout.shape:
             raise ValueError(
-                f"Transformer: {name} has shape {tuple(ranks.shape)}; expected {tuple(layout.shape)}, as input_ids"
+                f"Transformer: {name} has shape {tuple(given.shape)}; expected {tuple(layout.shape)}, as input_ids"
             )
-    ranks = layout.enter(query_ranks).int(), layout.enter(key_ranks).int()
+    order = Order(layout.enter(query_ranks).int(), layout.enter(key_ranks).int())
     if target_positions is None:
-        return Order(*ranks), None
+        return order, None
     targets, predicted = _targets(layout, target_positions)
-    return Order(*ranks, targets, predicted), predicted
+    return replace(order, targets=targets, target_layout=predicted), predicted
 
 
 def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:

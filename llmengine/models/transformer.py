@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn import Embedding
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
-from llmengine.models.heads import Pooler, TokenHead, make_heads
+from llmengine.models.heads import Head, Pooler, TokenHead, make_heads
 from llmengine.models.initial import initialise
 from llmengine.models.inputs import (
     Tokens,
@@ -73,6 +73,10 @@ class Transformer(Generation):
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
         return stack
+
+    def each_head(self) -> Iterable[tuple[str, Head]]:
+        """`heads`, by their type: all but the token head."""
+        return cast("Iterable[tuple[str, Head]]", self.heads.items())
 
     @property
     def words(self) -> Embedding:
@@ -205,8 +209,9 @@ class Transformer(Generation):
         questions = len(given.get("choice", [0]))
         if isinstance(input_ids, Tensor) and input_ids.dim() == 3 and "choice" in self.config.objectives:
             questions = input_ids.shape[0]
-            input_ids, attention_mask, token_type_ids, position_ids = (
-                x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids, position_ids)
+            input_ids = input_ids.flatten(0, 1)
+            attention_mask, token_type_ids, position_ids = (
+                x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids)
             )
         sides = [Tokens(input_ids, attention_mask, cu_seqlens, max_seqlen)]
         if self.config.architecture == "encoder_decoder":
@@ -218,6 +223,7 @@ class Transformer(Generation):
             raise ValueError(f"Transformer: decoder_input_ids given to architecture {self.config.architecture!r}")
         layouts = layouts_of(self.config, *sides)
         layout, ids = layouts[-1], sides[-1].input_ids
+        x: Tensor
         others: dict[str, Any] = {}
         xlnet = (query_ranks, key_ranks, perm_mask, target_positions, target_mapping)
         if isinstance(self.encoder, RelativeStack):
@@ -289,7 +295,7 @@ class Transformer(Generation):
         num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None, others: dict[str, Any],
     ) -> TransformerOutput:  # fmt: skip
         pooled = None if self.pooler is None else self.pooler(layout.first(x))
-        head_logits = {name: head.logits(layout, x, pooled) for name, head in self.heads.items()}
+        head_logits = {name: head.logits(layout, x, pooled) for name, head in self.each_head()}
         if "choice" in head_logits:
             head_logits["choice"] = head_logits["choice"].view(questions, -1)
         losses = self._losses(layout, input_ids, x, head_logits, given, num_items_in_batch)
@@ -357,7 +363,7 @@ class Transformer(Generation):
                 targets = layout.next_labels(labels) if self.config.causal else layout.labels(labels)
                 losses[name] = self.token_head.loss(x, self.words.weight, targets, divisor)
             else:
-                losses[name] = self.heads[name].loss(layout, logits[name], labels, divisor)  # type: ignore[operator]
+                losses[name] = dict(self.each_head())[name].loss(layout, logits[name], labels, divisor)
         return losses
 
     def _target(self, source: Tokens, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tokens:

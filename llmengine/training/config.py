@@ -158,7 +158,7 @@ class RunConfig(Section):
         if self.schedule.warmup > self.steps:
             raise ValueError(f"schedule.warmup ({self.schedule.warmup}) must be at most steps ({self.steps})")
         model = self._model()
-        if model.max_positions < self.data.sequence_length:
+        if model.max_positions is not None and model.max_positions < self.data.sequence_length:
             raise ValueError(
                 f"data.sequence_length ({self.data.sequence_length}) must be at most "
                 f"model.max_positions ({model.max_positions})"

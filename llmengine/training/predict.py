@@ -87,9 +87,10 @@ def continuations(
     if not all(rows):
         raise ValueError("generate: the prompt is empty; give the beginning of a text")
     longest = max(map(len, rows))
-    room = model.config.max_positions - longest
-    if room < 1:
-        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {model.config.max_positions - 1}")
+    most = model.config.max_positions
+    room = 100 if most is None else most - longest
+    if most is not None and room < 1:
+        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {most - 1}")
     pad = next((t for t in (tokenizer.pad_id, tokenizer.eos_id) if t is not None), 0)
     with evaluating(model) as device:
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
@@ -105,5 +106,6 @@ def _until(end: int | None, ids: list[int]) -> list[int]:
 
 
 def _check_length(name: str, length: int, model: Transformer) -> None:
-    if length > model.config.max_positions:
-        raise ValueError(f"{name}: the text has {length} tokens; the model reads {model.config.max_positions} at most")
+    most = model.config.max_positions
+    if most is not None and length > most:
+        raise ValueError(f"{name}: the text has {length} tokens; the model reads {most} at most")

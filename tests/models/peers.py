@@ -69,7 +69,8 @@ _CONFIGS = {
     "Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Albert": "albert", "Electra": "electra",
     "ModernBert": "modernbert", "OpenAIGPT": "openai-gpt", "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "GPTNeo": "gpt_neo",
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma2": "gemma2",
-    "Gemma3": "gemma3_text", "Gemma": "gemma", "Bart": "bart", "MBart": "mbart", "Marian": "marian", "T5": "t5", "XLNet": "xlnet",
+    "Gemma3": "gemma3_text", "Gemma": "gemma", "Bart": "bart", "MBart": "mbart", "Marian": "marian", "T5": "t5",
+    "XLNet": "xlnet",
 }  # fmt: skip
 
 

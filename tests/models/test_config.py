@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from llmengine import Transformer, TransformerConfig
+from llmengine.convert import FAMILIES
 from llmengine.models.presets import PRESETS
 
 SMALL = {
@@ -17,8 +19,15 @@ SMALL = {
 # published parameter counts; a tied output embedding counts once
 SIZES = {
     "bert-base": 110_106_428, "bert-large": 336_226_108, "gpt2": 124_439_808, "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
-}  # fmt: skip
+    "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200, "roberta-base": 124_697_433, "roberta-large": 355_412_057,
+    "electra-small": 13_549_057, "electra-base": 109_483_009, "modernbert-base": 149_655_232,
+    "modernbert-large": 395_881_664, "xlnet-base": 116_750_336, "xlnet-large": 360_300_800, "gpt": 116_534_784,
+    "gpt-neo-125m": 125_198_592, "pythia-160m": 162_322_944, "pythia-1b": 1_011_781_632, "llama-7b": 6_738_415_616,
+    "llama-3.1-8b": 8_030_261_248, "smollm2-135m": 134_515_008, "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "gemma-2b": 2_506_172_416, "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952, "bart-base": 139_420_416 + 50_265, "bart-large": 406_291_456 + 50_265,
+    "t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096, "t5-v1.1-small": 76_961_152,
+}  # BART's logits have a bias that Hugging Face counts as a buffer  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -36,7 +45,24 @@ def test_presets_build_models_of_the_published_size(name):
     parameters = sum(p.numel() for p in model.parameters())
     if name in SIZES:
         assert parameters == SIZES[name]
-    assert model.config.head_dim * model.config.n_heads == model.config.d_model
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name]["family"] != "custom"])
+def test_presets_are_models_of_their_family(name):
+    """Hugging Face's class of the config.json that we write has as many parameters."""
+    config = TransformerConfig.preset(name)
+    theirs = FAMILIES[config.family].write_config(config.to_dict(), TransformerConfig.defaults())
+    with torch.device("meta"):
+        ours, model = (
+            Transformer(config),
+            getattr(transformers, theirs["architectures"][0])(transformers.AutoConfig.for_model(**theirs)),
+        )
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if hasattr(model, "final_logits_bias"):
+        expected += config.vocab_size
+    if not config.tie_embeddings and config.family == "t5":  # Hugging Face ties it nevertheless
+        expected += config.vocab_size * config.d_model
+    assert sum(p.numel() for p in ours.parameters()) == expected
 
 
 def test_a_preset_may_be_overridden():
