@@ -25,13 +25,20 @@ def touched(**leaves: Module) -> str | None:
     for name, leaf in leaves.items():
         if type(leaf) not in _OWN:
             return f"{name} is a {type(leaf).__name__}"
-        if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
-            return f"{name} has hooks"
-        if "forward" in leaf.__dict__:
-            return f"{name}'s forward was replaced"
-        weight = getattr(leaf, "weight", None)
-        if weight is not None and type(weight) not in (Parameter, Tensor):
-            return f"{name}'s weight is a {type(weight).__name__}"
+        if (reason := watched(name, leaf)) is not None:
+            return reason
+    return None
+
+
+def watched(name: str, leaf: Module) -> str | None:
+    """Why a leaf, though of a known type, must be called as it is, or None."""
+    if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
+        return f"{name} has hooks"
+    if "forward" in leaf.__dict__:
+        return f"{name}'s forward was replaced"
+    weight = getattr(leaf, "weight", None)
+    if weight is not None and type(weight) not in (Parameter, Tensor):
+        return f"{name}'s weight is a {type(weight).__name__}"
     return None
 
 
