@@ -1,4 +1,4 @@
-"""BART (Lewis et al. 2019), mBART (Liu et al. 2020), Marian (Junczys-Dowmunt et al. 2018) as Hugging Face stores them."""
+"""BART (Lewis et al. 2019), mBART (Liu et al. 2020), Marian (Junczys-Dowmunt et al. 2018): Hugging Face's files."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from llmengine.models.presets import PRESETS
 
 Family = Literal[
     "bert", "roberta", "xlm-roberta", "albert", "electra", "modernbert", "openai-gpt", "gpt2", "gpt_neo", "gpt_neox",
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5", "custom",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5",
+    "custom",
 ]  # fmt: skip
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 Objective = Literal["mlm", "nsp", "sop", "rtd", "clm", "seq2seq", "plm", "classification", "tagging", "qa", "choice"]
@@ -357,7 +358,7 @@ def _check_positions(c: TransformerConfig) -> None:
         raise ValueError('positions "relative" goes with norm_place "post" and neither final_norm nor embed_norm')
     if c.init == "neighbours" and (c.positions != "learned" or c.kv_heads != c.n_heads or c.share_layers or c.d_embed):
         raise ValueError(
-            'init "neighbours" needs learned positions of d_model features, n_kv_heads equal to n_heads, and no shared layers'
+            'init "neighbours" needs learned positions of d_model features, as many key heads as heads, own layers'
         )
 
 

@@ -20,7 +20,7 @@ FIELDS = {
     "head_logits": "{objective: logits} of all heads but the token head",
     "last_hidden_state": "(*input_ids.shape, d_model), of the decoder where there is one",
     "pooler_output": "(sequences, d_model)",
-    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer, of the decoder if there is one",
+    "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer, as last_hidden_state",
     "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
     "mems": "for each layer (length, batch, d_model), of XLNet",
     "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",

@@ -336,7 +336,8 @@ PRESETS: dict[str, Fields] = {
     },
     "gemma3-1b": _GEMMA | _shape(26, 4, 1152, 6912, n_kv_heads=1) | {
         "family": "gemma3_text", "vocab_size": 262144, "max_positions": 32768, "norm_place": "sandwich",
-        "qk_norm": True, "window": 511, "attention_scale": 256**-0.5, "rotary": {"theta": 1000000.0, "window_theta": 10000.0},
+        "qk_norm": True, "window": 511, "attention_scale": 256**-0.5, 
+        "rotary": {"theta": 1000000.0, "window_theta": 10000.0},
         "layer_types": ["full" if (i + 1) % 6 == 0 else "window" for i in range(26)],
     },
     "bart-base": _BART | _shape(6, 12, 768),

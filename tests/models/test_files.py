@@ -178,15 +178,15 @@ BREAKS = {
     "garbage": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 64), ValueError, "not a whole safetensors file"),
     "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ValueError, "not a whole safetensors file"),
     "other model": (
-        lambda d: change_config(d, model_type="t5"),
+        lambda d: change_config(d, model_type="t6"),
         ValueError,
-        "model_type 't5' in .* is not one of bert",
+        "model_type 't6' in .* is not one of bert",
     ),
     "unknown field": (lambda d: change_config(d, rotary=True), ValueError, "fields unknown to llmengine: rotary"),
     "other mathematics": (
-        lambda d: change_config(d, scale_attn_by_inverse_layer_idx=True),
+        lambda d: change_config(d, add_cross_attention=True),
         ValueError,
-        "scale_attn_by_inverse_layer_idx is True; llmengine computes only False",
+        "add_cross_attention is True; llmengine computes only False",
     ),
     "other activation": (
         lambda d: change_config(d, activation_function="tanh"),

@@ -179,24 +179,24 @@ class Adapter(torch.nn.Module):
 def test_explain_tells_what_is_fused():
     model = model_of("gpt-tiny")
     assert model.explain().splitlines() == [
-        "layers.0-1.attention_norm: fused",
-        "layers.0-1.feed_forward_norm: fused",
-        "layers.0-1.feed_forward: fused",
-        "final_norm: fused",
+        "decoder.layers.0-1.attention_norm: fused",
+        "decoder.layers.0-1.feed_forward_norm: fused",
+        "decoder.layers.0-1.feed_forward: fused",
+        "decoder.final_norm: fused",
     ]
-    assert "embeddings.norm: fused" in model_of("bert-tiny").explain()
+    assert "encoder.embeddings.norm: fused" in model_of("bert-tiny").explain()
     layer = model.stack.layers[1]
     layer.feed_forward.up = Adapter(layer.feed_forward.up)
     layer.attention_norm.register_forward_hook(lambda *_: None)
     model.stack.final_norm.forward = lambda x: x
     assert model.explain().splitlines() == [
-        "layers.0.attention_norm: fused",
-        "layers.0.feed_forward_norm: fused",
-        "layers.0.feed_forward: fused",
-        "layers.1.attention_norm: leaf by leaf (norm has hooks)",
-        "layers.1.feed_forward_norm: fused",
-        "layers.1.feed_forward: leaf by leaf (up is a Adapter)",
-        "final_norm: leaf by leaf (norm's forward was replaced)",
+        "decoder.layers.0.attention_norm: fused",
+        "decoder.layers.0.feed_forward_norm: fused",
+        "decoder.layers.0.feed_forward: fused",
+        "decoder.layers.1.attention_norm: leaf by leaf (norm has hooks)",
+        "decoder.layers.1.feed_forward_norm: fused",
+        "decoder.layers.1.feed_forward: leaf by leaf (up is a Adapter)",
+        "decoder.final_norm: leaf by leaf (norm's forward was replaced)",
     ]
 
 
@@ -214,7 +214,7 @@ def test_hooks_see_every_leaf_and_change_nothing(preset, place):
     model, batch = model_of(preset), batch_of(preset, "right")
     expected = run(model, batch)
     seen = []
-    leaf = model.get_submodule(f"layers.1.{place}")
+    leaf = model.stack.get_submodule(f"layers.1.{place}")
     leaf.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
     leaf.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0].shape[0]))
     assert_same(run(model, batch), expected, 1e-5)
