@@ -8,7 +8,7 @@ import triton.language as tl
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.backends.triton.attention import MOST_TOKENS, WIDEST
 from llmengine.backends.triton.attention_backward import statistics_kernel
-from llmengine.backends.triton.attention_table import STATISTICS, Tile, tile_for
+from llmengine.backends.triton.attention_table import FORWARD, KEYS, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Rows, Shape, Sizes
 from llmengine.backends.triton.device import architecture, dropped_below, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.relative_backward import distances_kernel, keys_kernel, rows_kernel
@@ -20,11 +20,24 @@ from llmengine.ops.registry import Kernel, kernel
 KERNELS: dict[str, Kernel] = {}
 
 OPERANDS = 5  # query, position_query, key, value, position_key
-# By the widest head dim that a tile serves. Rows and keys are equal: a block of distances is as wide as a tile of keys.
+DISTANCES = "distances"
+# By the bytes of an element, and the widest head dim that a tile serves; chosen as attention's (attention_table.py),
+# by what compiles for sm_90 without a spill. float32 heads beyond 128 spill in distances_kernel whatever the tile.
 TILES = {
-    2: {64: Tile(64, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    4: {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    2: {
+        FORWARD: {64: Tile(64, 64, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ROWS: {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+        KEYS: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+        DISTANCES: {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    },
+    4: {
+        FORWARD: {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ROWS: {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        KEYS: {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+        DISTANCES: {256: Tile(16, 16, 8, 1)},
+    },
 }
+_INTERPRETER = Tile(64, 64, 1, 1)
 
 
 def _refuses(query, position_query, key, value, position_key, *options):
@@ -61,14 +74,22 @@ class _Call:
             tl.constexpr(include_self), scale,
         )  # fmt: skip
 
-    def run(self, kernel, longest: int, *operands) -> None:
-        """kernel[programs](*operands, sizes, option, shape) over tiles of rows or keys of every head and sequence."""
-        shape, tile = self.shape()
-        self._launch(kernel, max(_ceil(longest, tile.rows), 1), self.sequences + 1, operands, shape, tile)
-
-    def run_distances(self, kernel, *operands) -> None:
-        shape, tile = self.shape()
-        self._launch(kernel, _ceil(self.distances, tile.keys), 1, operands, shape, tile)
+    def run(self, kernel, kind: str, *operands) -> None:
+        """kernel[programs](*operands, sizes, option, shape): programs own tiles of rows or keys of every head and
+        sequence, or blocks of distances of every head."""
+        shape, tile = self.shape(kind)
+        if kind == DISTANCES:
+            self._launch(kernel, _ceil(self.distances, tile.keys), 1, operands, shape, tile)
+        else:
+            longest = self.longest[kind == KEYS]
+            self._launch(
+                kernel,
+                max(_ceil(longest, tile.keys if kind == KEYS else tile.rows), 1),
+                self.sequences + 1,
+                operands,
+                shape,
+                tile,
+            )
 
     def _launch(self, kernel, tiles, blocks, operands, shape, tile) -> None:
         heads, rows = self.query.shape[1:3]
@@ -81,7 +102,7 @@ class _Call:
         """lse with 0 for -inf, and delta, of each row (attention's statistics_kernel)."""
         base, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
         _, heads, rows = lse.shape
-        shape, tile = self.shape(tile_for(self.query, STATISTICS, self.query.shape[3], False))
+        shape, tile = self.shape(STATISTICS)
         if programs := heads * _ceil(rows, tile.rows):
             statistics_kernel[(programs,)](
                 _rows(unit_last_stride(output)), grad_output, lse.contiguous(), grad_lse, base, delta, heads, rows,
@@ -89,14 +110,17 @@ class _Call:
             )  # fmt: skip
         return base, delta
 
-    def shape(self, tile: Tile | None = None) -> tuple[Shape, Tile]:
+    def shape(self, kind: str) -> tuple[Shape, Tile]:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
-        if tile is None and architecture(self.query.device) == "interpreter":
-            tile = Tile(64, 64, 1, 1)
-        elif tile is None:
-            table = TILES[self.query.element_size()]
-            tile = table[min(widest for widest in table if widest >= max(head_dim, value_dim))]
+        widest = max(head_dim, value_dim)
+        if kind == STATISTICS:
+            tile = tile_for(self.query, kind, widest, False)
+        elif architecture(self.query.device) == "interpreter":
+            tile = _INTERPRETER
+        else:
+            table = TILES[self.query.element_size()][kind]
+            tile = table[min(served for served in table if served >= widest)]
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, precision, False)
         return Shape(*map(tl.constexpr, constants)), tile
@@ -117,7 +141,7 @@ def relative_attention_forward(*args):
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     lse_low = torch.empty_like(lse)
     call = _Call(*args)
-    call.run(forward_kernel, call.longest[0], *call.operands, _rows(output), lse, lse_low)
+    call.run(forward_kernel, FORWARD, *call.operands, _rows(output), lse, lse_low)
     return output, lse, lse_low
 
 
@@ -131,10 +155,9 @@ def relative_attention_backward(grad_output, grad_lse, output, lse, lse_low, *ar
     grad_output = _rows(unit_last_stride(grad_output))
     base, delta = call.statistics(output, grad_output, lse, grad_lse)
     operands, statistics = (*call.operands, grad_output), (base, lse_low.contiguous(), delta)
-    rows, keys = call.longest
-    call.run(rows_kernel, rows, *operands, of_query, of_position_query, grad_segments, grad_lse, *statistics)
-    call.run(keys_kernel, keys, *operands, of_key, of_value, *statistics)
-    call.run_distances(distances_kernel, *operands, of_position_key, *statistics)
+    call.run(rows_kernel, ROWS, *operands, of_query, of_position_query, grad_segments, grad_lse, *statistics)
+    call.run(keys_kernel, KEYS, *operands, of_key, of_value, *statistics)
+    call.run(distances_kernel, DISTANCES, *operands, of_position_key, *statistics)
     return *gradients, grad_segments
 
 
@@ -142,7 +165,7 @@ def aot_calls(dtype: torch.dtype):
     """XLNet's two streams, Transformer-XL, and every class of head dim (aot.py)."""
     yield "content stream 64", lambda: _aot_call(dtype, 64, segments=True, ranks=True, include_self=True)
     yield "query stream 64", lambda: _aot_call(dtype, 64, segments=True, ranks=True, positions=True, dropout_p=0.1)
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 128) if dtype == torch.float32 else (64, 128, 256):
         yield f"causal {head_dim}", lambda head_dim=head_dim: _aot_call(dtype, head_dim, is_causal=True)
 
 

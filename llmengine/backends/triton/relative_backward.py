@@ -117,7 +117,7 @@ def _add_distances(dpq, grad, position, first_key, head, option, shape):
     """grad_position_query / scale with what a tile of gradients of scores adds, a block of distances at a time."""
     least, most = distance_span(position, first_key, shape.keys)
     for first in tl.range(least, most + 1, shape.keys):
-        r, _ = load_distances(head, first, option, shape.keys, shape)
+        r = load_distances(head, first, option, shape.keys, shape)[0]
         index = position[:, None] - (first + tl.arange(0, shape.keys))[None, :] - first_key
         inside = (index >= 0) & (index < shape.keys)
         of_distances = tl.where(inside, tl.gather(grad, tl.where(inside, index, 0), 1), 0.0)
@@ -204,7 +204,7 @@ def distances_kernel(
     """A block has shape.keys distances."""
     block, head = tl.program_id(0) % sizes.tiles, tl.program_id(0) // sizes.tiles
     first_distance = block * shape.keys - option.zero_distance
-    r, _ = load_distances(head, first_distance, option, shape.keys, shape)
+    r = load_distances(head, first_distance, option, shape.keys, shape)[0]
     dr = tl.zeros([shape.keys, shape.depth], tl.float32)
     for index in range(0, sizes.sequences):
         _, row0, rows, key0, keys = sequence_of(index, sizes, option)
