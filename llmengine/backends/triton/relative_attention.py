@@ -67,10 +67,13 @@ class _Call:
         self.longest = max_seqlen_q, max_seqlen_k
         self.sequences = cu_seqlens_q.shape[0] - 1
         numbers = (segment_scores, query_segments, key_segments, query_positions, query_ranks, key_ranks)
+        scores, of_rows, of_keys, positions, ranks, ranks_of_keys = (
+            None if x is None else x.contiguous() for x in numbers
+        )
         self.option = Relative(
             cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed if dropout_p else None,
             dropped_below(dropout_p), 1 / (1 - dropout_p), _rows(unit_last_stride(position_key)), self.distances,
-            zero_distance, *(None if x is None else x.contiguous() for x in numbers), tl.constexpr(is_causal),
+            zero_distance, scores, of_rows, of_keys, positions, ranks, ranks_of_keys, tl.constexpr(is_causal),
             tl.constexpr(include_self), scale,
         )  # fmt: skip
 
@@ -81,15 +84,8 @@ class _Call:
         if kind == DISTANCES:
             self._launch(kernel, _ceil(self.distances, tile.keys), 1, operands, shape, tile)
         else:
-            longest = self.longest[kind == KEYS]
-            self._launch(
-                kernel,
-                max(_ceil(longest, tile.keys if kind == KEYS else tile.rows), 1),
-                self.sequences + 1,
-                operands,
-                shape,
-                tile,
-            )
+            longest, size = (self.longest[1], tile.keys) if kind == KEYS else (self.longest[0], tile.rows)
+            self._launch(kernel, max(_ceil(longest, size), 1), self.sequences + 1, operands, shape, tile)
 
     def _launch(self, kernel, tiles, blocks, operands, shape, tile) -> None:
         heads, rows = self.query.shape[1:3]
