@@ -110,13 +110,16 @@ class _Call:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
         widest = max(head_dim, value_dim)
+        place = architecture(self.query.device)
         if kind == STATISTICS:
             tile = tile_for(self.query, kind, widest, False)
-        elif architecture(self.query.device) == "interpreter":
+        elif place == "interpreter":
             tile = _INTERPRETER
         else:
+            cdna = place.startswith("gfx")  # tiles of wider heads there, and four warps, which have more registers
             table = TILES[self.query.element_size()][kind]
-            tile = table[min(served for served in table if served >= widest)]
+            tile = table[min(served for served in table if served >= min(widest * (1 + cdna), WIDEST))]
+            tile = tile._replace(warps=4) if cdna else tile
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, precision, False)
         return Shape(*map(tl.constexpr, constants)), tile
