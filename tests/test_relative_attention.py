@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,3 +217,100 @@ def test_causality_needs_no_distances_below_zero(backend: str):
         expected = relative_attention(**arguments)
         arguments["position_key"] = arguments["position_key"][arguments["zero_distance"] :]
         assert torch.equal(relative_attention(**arguments | {"zero_distance": 0}), expected)
+
+
+@pytest.mark.parametrize("lengths", [((300, 300),), ((40, 90), (5, 5), (130, 200), (1, 1))], ids=["one", "several"])
+def test_thread_counts_change_no_bit(lengths):
+    """The rows of the one sequence are shared out among tasks; the gradients of positions are sums over sequences."""
+    tokens, keys = (sum(x) for x in zip(*lengths, strict=True))
+    segments = {"segment_bias": torch.randn(HEADS, HEAD_DIM), "segment_key": torch.randn(2, HEADS, HEAD_DIM)}
+    numbers = {"query_segments": torch.arange(tokens).int() % 3, "key_segments": torch.arange(keys).int() % 2}
+    arguments = call(lengths, dropout_p=0.1, **segments, **numbers)
+    leaves = [x.requires_grad_() for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    grad, results, threads = torch.randn(tokens, HEADS, HEAD_DIM), [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            torch.manual_seed(7)
+            with llmengine.backend("cpu"):
+                output = relative_attention(**arguments)
+                results.append([output, *torch.autograd.grad(output, leaves, grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_memory_is_linear_in_the_length():
+    """One score matrix of this call would take 1 GiB, its position scores twice that."""
+    script = """
+import resource, torch
+from llmengine.functional import relative_attention
+torch.set_num_threads(2)
+def run(length):
+    q, k, v = (torch.randn(length, 1, 4, requires_grad=True) for _ in range(3))
+    r = torch.randn(2 * length - 1, 1, 4, requires_grad=True)
+    cu = torch.tensor([0, length], dtype=torch.int32)
+    bias = torch.zeros(1, 4, requires_grad=True)
+    output = relative_attention(q, k, v, r, bias, bias, cu, cu, length, length, zero_distance=length - 1)
+    output.sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = run(1024)
+print(run(16384) - small)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(out.stdout) < 64 << 10, f"{out.stdout.strip()} KiB more"
+
+
+@pytest.mark.parametrize("argument", ["query", "key", "value", "position_key"])
+def test_offsets_beyond_2_to_the_31(argument: str):
+    arguments = call(((5, 5),))
+    shape = arguments[argument].shape
+    stride = 2**31 // (shape[0] - 1) + 8
+    storage = torch.empty(stride * (shape[0] - 1) + shape[1] * shape[2])
+    far = storage.as_strided(shape, (stride, shape[2], 1)).copy_(arguments[argument])
+    with llmengine.backend("cpu"):
+        expected = relative_attention(**arguments)
+        torch.testing.assert_close(relative_attention(**arguments | {argument: far}), expected)
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+TOKENS = torch.zeros(14, dtype=torch.int32)
+ERRORS = {
+    "no tensor": ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    "integers": ({"position_key": torch.ones(22, 2, 8).int()}, ValueError, "position_key has dtype int32; allowed"),
+    "two dtypes": ({"value": torch.randn(19, 2, 8).bfloat16()}, ValueError, "value has dtype bfloat16 but query has"),
+    "dimensions": ({"key": torch.randn(1, 19, 2, 8)}, ValueError, r"key has shape \(1, 19, 2, 8\); expected \(tokens"),
+    "heads": ({"key": torch.randn(19, 1, 8)}, ValueError, r"key has shape \(19, 1, 8\); expected \(.., 2, 8\)"),
+    "tokens": ({"value": torch.randn(18, 2, 8)}, ValueError, r"value has shape \(18, 2, 8\); expected \(19, 2"),
+    "bias": ({"content_bias": torch.randn(2, 9)}, ValueError, r"content_bias has shape \(2, 9\); expected \(2, 8\)"),
+    "cover": ({"zero_distance": 7}, ValueError, r"position_key covers the distances -7 to 14 .* need -8 to 13"),
+    "cover above": ({"zero_distance": 9}, ValueError, "position_key covers the distances -9 to 12 .* need -8 to 13"),
+    "positions": (
+        {"query_positions": TOKENS + 14}, ValueError,
+        "position_key covers the distances -8 to 13 .*, but sequence 0 has 1 to 14",
+    ),
+    "positions dtype": ({"query_positions": TOKENS.long()}, ValueError, r"query_positions must be int32 of shape \(14"),
+    "one rank": ({"query_ranks": TOKENS}, ValueError, "query_ranks and key_ranks go together"),
+    "ranks": (
+        {"query_ranks": TOKENS, "key_ranks": TOKENS}, ValueError, r"key_ranks must be int32 of shape \(19,\), got",
+    ),
+    "segments": ({"segment_bias": torch.randn(2, 8)}, ValueError, "go together; segment_key, query_segments, key_"),
+    "boundaries": ({"cu_seqlens_k": ints(0, 14, 20)}, ValueError, "cu_seqlens_k .*20"),
+    "boundaries dtype": ({"cu_seqlens_q": ints(0, 9, 14, dtype=torch.int64)}, ValueError, "cu_seqlens_q must be int32"),
+    "maximum": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
+    "longer": ({"max_seqlen_k": 13}, ValueError, "cu_seqlens_k gives sequence 0 14 tokens, above its maximum 13"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    "scale": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_named(case: str, backend: str):
+    changes, error, message = ERRORS[case]
+    with llmengine.backend(backend), pytest.raises(error, match=f"relative_attention: .*{message}"):
+        relative_attention(**(call() | changes))

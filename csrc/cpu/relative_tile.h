@@ -26,12 +26,13 @@
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 
-inline constexpr int64_t kStripe = 2 * kTileRows;
-inline constexpr int64_t kSpan = 96;  // of the positions in a stripe of more than one row, at most
-inline constexpr int64_t kBand = kKeys + kSpan;
+inline constexpr int64_t kStripe = kTileRows;
+inline constexpr int64_t kSpan = 96;             // of the positions in a stripe of more than one row, at most
+inline constexpr int64_t kBand = kKeys + kSpan;  // distances of a stripe, at most
 
 // The position keys of all distances that any tile of a call meets, as floats: the rows, and transposed. Distances that
-// position_key does not cover (which no row sees) are zero.
+// position_key does not cover (which no row sees) are zero. The transpose is cut into chunks that overlap, so that all
+// distances of a stripe lie in one: in one matrix, each of its rows would lie on a page of its own.
 class PositionKeys {
  public:
   PositionKeys(const ops::RelativeAttentionOptions& p, const std::vector<ops::Sequence>& sequences)
@@ -43,58 +44,64 @@ class PositionKeys {
       all = all.first > all.last ? d : ops::Distances{std::min(all.first, d.first), std::max(all.last, d.last)};
     }
     first_ = all.first - kLanes;  // tiles of keys are filled up to whole vectors
-    count_ = all.first > all.last ? 0 : round_up(all.last - first_ + 1, kLanes) + kTileVectors * kLanes;
+    chunks_ = all.first > all.last ? 0 : count_of(all.last - first_ + 1, kStep);
+    count_ = chunks_ * kStep + kBand;
   }
 
   template <class T>
-  void pack(bool rows_too) {
-    const int64_t heads = p_.heads();
-    transposed_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(heads * depth_ * count_));
-    if (rows_too) rows_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(heads * width_ * count_));
-    const int64_t chunks = count_of(count_, kChunk);
-    parallel_each(heads * chunks, [&](int64_t task) {
-      const int64_t head = task / chunks, begin = task % chunks * kChunk, end = std::min(count_, begin + kChunk);
-      for (int64_t c = begin; c < end; c += kLanes) pack_block<T>(head, c);
+  void pack() {
+    const int64_t heads = p_.heads(), blocks = count_of(count_, kStep);
+    rows_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(heads * count_ * width_));
+    transposed_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(heads * chunks_ * depth_ * kChunk));
+    parallel_each(heads * blocks, [&](int64_t task) {
+      const int64_t block = task % blocks * kStep;
+      pack_rows_of<T>(task / blocks, block, std::min(count_, block + kStep));
     });
+    parallel_each(heads * chunks_, [&](int64_t task) { transpose_chunk(task / chunks_, task % chunks_); });
   }
 
-  // Element (k, distance - this one) at k stride().
+  // Element (k, distance - this one) at k kChunk.
   const float* transposed(int64_t head, int64_t distance) const {
-    return transposed_.get() + head * depth_ * count_ + distance - first_;
+    const int64_t place = distance - first_, chunk = place / kStep;
+    return transposed_.get() + (head * chunks_ + chunk) * depth_ * kChunk + place % kStep;
   }
-  int64_t stride() const { return count_; }
   const float* row(int64_t head, int64_t distance) const {
     return rows_.get() + (head * count_ + distance - first_) * width_;
   }
 
- private:
-  static constexpr int64_t kChunk = 128;
+  static constexpr int64_t kStep = 192, kChunk = kStep + kBand;
 
+ private:
   template <class T>
-  void pack_block(int64_t head, int64_t c) {
+  void pack_rows_of(int64_t head, int64_t begin, int64_t end) {
     const Rows<const T> from(p_.position_key, 0, head, 0);
-    float* to = transposed_.get() + head * depth_ * count_ + c;
-    thread_local Scratch scratch;
-    float* block = rows_ ? rows_.get() + (head * count_ + c) * width_ : scratch.take(kLanes * width_)[0];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t place = first_ + c + i + p_.zero_distance;
+    for (int64_t c = begin; c < end; ++c) {
+      float* to = rows_.get() + (head * count_ + c) * width_;
+      const int64_t place = first_ + c + p_.zero_distance;
       if (place >= 0 && place < p_.distances()) {
-        pack_rows(from.row(place), from.stride, 1, depth_, block + i * width_, width_);
+        pack_rows(from.row(place), from.stride, 1, depth_, to, width_);
       } else {
-        std::fill_n(block + i * width_, width_, 0.0f);
+        std::fill_n(to, width_, 0.0f);
       }
     }
-    for (int64_t k = 0; k < depth_; k += kLanes) {
-      F lines[kLanes];
-      for (int i = 0; i < kLanes; ++i) lines[i] = load(block + i * width_ + k);
-      transpose(lines);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, depth_ - k); ++i) store(to + (k + i) * count_, lines[i]);
+  }
+
+  void transpose_chunk(int64_t head, int64_t chunk) {
+    const float* from = row(head, first_ + chunk * kStep);
+    float* to = transposed_.get() + (head * chunks_ + chunk) * depth_ * kChunk;
+    for (int64_t c = 0; c < kChunk; c += kLanes) {
+      for (int64_t k = 0; k < depth_; k += kLanes) {
+        F lines[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) lines[i] = load(from + (c + i) * width_ + k);
+        transpose(lines);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, depth_ - k); ++i) store(to + (k + i) * kChunk + c, lines[i]);
+      }
     }
   }
 
   const ops::RelativeAttentionOptions& p_;
-  int64_t depth_, width_, first_, count_;
-  std::unique_ptr<float[]> transposed_, rows_;
+  int64_t depth_, width_, first_, chunks_, count_;
+  std::unique_ptr<float[]> rows_, transposed_;
 };
 
 struct SegmentSums {
@@ -142,7 +149,7 @@ class RelativeScores {
     for (const Stripe& stripe : stripes_) {
       multiply<Lies::along, Into::times>(kTileVectors, stripe.rows, count_of(band(at, stripe), kLanes), depth_,
                                          query_ + stripe.row * width_, width_,
-                                         keys_.transposed(head_, first_distance(at, stripe)), keys_.stride(),
+                                         keys_.transposed(head_, first_distance(at, stripe)), PositionKeys::kChunk,
                                          kTileVectors * kLanes, products_ + stripe.row * stride, stride, &scale_);
     }
     for_blocks(at, stride, [&](int64_t r, int64_t c, float* const* products) {

@@ -27,11 +27,11 @@ class Target:
 
         A slow target tries each sample in one of its two dtypes, by the parity of the number's bits: where samples are
         the product of options, that is half of the factorial design in which every two options still meet in each
-        dtype. Of attention's hundred samples, a second each, it tries a third.
+        dtype. Of the samples of attention, a second and more each, it tries a third.
         """
         if not self.slow:
             return True
-        if operator.node == "attention" and sample % 3:
+        if operator.node.endswith("attention") and sample % 3:
             return False
         return dtype == self.dtypes[sample.bit_count() % len(self.dtypes)]
 

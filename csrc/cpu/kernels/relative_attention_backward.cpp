@@ -45,7 +45,7 @@ class Backward {
 
   template <class T>
   void run() {
-    position_keys_.pack<T>(true);
+    position_keys_.pack<T>();
     const SequenceTasks tasks(sequences_, [&](size_t s) { return p_.heads() * accumulators_[s].shares; });
     parallel_each(tasks.size(), [&](int64_t index) { share<T>(tasks[index]); });
     const SequenceTasks keys(sequences_, [&](size_t s) { return p_.heads() * count_of(sequences_[s].keys, kKeys); });

@@ -16,7 +16,7 @@ void relative_attention_forward(const ops::RelativeAttentionForward& p) {
   const SequenceTasks tasks(sequences, [&](size_t s) { return p.heads() * count_of(sequences[s].rows, kRows); });
   PositionKeys keys(p, sequences);
   visit_float(p.query.dtype, [&]<class T>(T type) {
-    keys.pack<T>(false);
+    keys.pack<T>();
     parallel_each(tasks.size(), [&](int64_t index) {
       const auto [sequence, which, number] = tasks[index];
       const int64_t tiles = count_of(sequence.rows, kRows);

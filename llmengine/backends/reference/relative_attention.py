@@ -79,7 +79,7 @@ class _Sequence:
         )
         u = self.q @ self.k.mT + (self.pq @ self.r.mT).gather(2, self.place)
         self.other = None  # segments differ
-        if segment_scores is not None:
+        if segment_scores is not None and o.query_segments is not None and o.key_segments is not None:
             self.other = o.query_segments[rows, None] != o.key_segments[keys]
             same, other = segment_scores[rows].transpose(0, 1).to(u.dtype).split(1, dim=-1)  # (heads, rows, 1) each
             u = u + torch.where(self.other, other, same)
@@ -124,7 +124,7 @@ class _Sequence:
         """Of query, position_query, key, position_key and, where there are segments, the segment scores."""
         grad_u = self.scale * grad_logits
         grad_positions = grad_u.new_zeros(*grad_u.shape[:2], self.r.shape[1]).scatter_add(2, self.place, grad_u)
-        segments = ()
+        segments: tuple[Tensor, ...] = ()
         if self.other is not None:
             parts = (torch.where(self.other, 0.0, grad_u), torch.where(self.other, grad_u, 0.0))
             segments = (torch.stack([part.sum(-1) for part in parts], -1).transpose(0, 1),)

@@ -10,7 +10,15 @@ __all__ = ["KERNELS", "unavailable"]
 KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
-    from llmengine.backends.triton import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
+    from llmengine.backends.triton import (
+        attention,
+        cross_entropy,
+        ffn,
+        linear_cross_entropy,
+        norm,
+        relative_attention,
+        softmax,
+    )
 
-    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax):
+    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, softmax):
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

@@ -16,8 +16,8 @@ def plain(
 ):  # fmt: skip
     """The formula in PyTorch's own operators, sequence by sequence, with score matrices and a gather.
 
-    In less than float64 the peer is the reference: it takes the gradient of a row's scores from output, as kernels must
-    who hold no row of them, where PyTorch's softmax sums over the row's keys and is half as wrong again.
+    In less than float64 the peer is the reference: it takes delta of a row from output, as kernels must which hold no
+    row of scores. PyTorch's softmax, which has the row at hand, errs a little less.
     """
     single = query.dtype != torch.float64 and not torch.is_autocast_enabled("cpu")
     if single or options.get("dropout_p"):  # PyTorch draws other numbers
