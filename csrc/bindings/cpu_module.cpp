@@ -11,6 +11,7 @@
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/norm.h"
+#include "ops/rotary.h"
 #include "ops/softmax.h"
 
 namespace py = pybind11;
@@ -54,6 +55,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
+  bind_cpu<ops::RotaryForward>(module, "rotary_forward");
+  bind_cpu<ops::RotaryBackward>(module, "rotary_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");
   bind_cpu<ops::SoftmaxBackward>(module, "softmax_backward");
 }

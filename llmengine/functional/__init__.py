@@ -7,6 +7,7 @@ from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmengine.functional.rotary import rotary_embedding
 from llmengine.functional.softmax import softmax
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmengine.backends.cpu import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
+from llmengine.backends.cpu import attention, cross_entropy, ffn, linear_cross_entropy, norm, rotary, softmax
 from llmengine.backends.cpu.native import unavailable
 from llmengine.ops.registry import Kernel
 
@@ -14,5 +14,6 @@ KERNELS: dict[str, Kernel] = {
     **ffn.KERNELS,
     **linear_cross_entropy.KERNELS,
     **norm.KERNELS,
+    **rotary.KERNELS,
     **softmax.KERNELS,
 }

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from llmengine.backends.reference import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
+from llmengine.backends.reference import attention, cross_entropy, ffn, linear_cross_entropy, norm, rotary, softmax
 from llmengine.ops.registry import Kernel
 
 KERNELS: dict[str, Kernel] = {
@@ -14,6 +14,7 @@ KERNELS: dict[str, Kernel] = {
     **ffn.KERNELS,
     **linear_cross_entropy.KERNELS,
     **norm.KERNELS,
+    **rotary.KERNELS,
     **softmax.KERNELS,
 }
 

@@ -10,7 +10,7 @@ __all__ = ["KERNELS", "unavailable"]
 KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
-    from llmengine.backends.triton import attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax
+    from llmengine.backends.triton import attention, cross_entropy, ffn, linear_cross_entropy, norm, rotary, softmax
 
-    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, softmax):
+    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, rotary, softmax):
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

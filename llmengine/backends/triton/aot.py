@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from llmengine.backends.triton import device
 
-OPERATORS = ("attention", "cross_entropy", "ffn", "linear_cross_entropy", "norm", "softmax")
+OPERATORS = ("attention", "cross_entropy", "ffn", "linear_cross_entropy", "norm", "rotary", "softmax")
 
 
 @dataclass(frozen=True)
