@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -39,6 +40,20 @@ def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse
     return refuses_tensors(grad_output, grad_lse, output, lse) or _refuses(query, key, value, *options)
 
 
+class _DistanceSums(NamedTuple):
+    """What is yet to be added up of the gradient of a bias by distance, in two parts each."""
+
+    ends: Tensor  # of each row tile, by rows_kernel: (left or right end, sequences, heads, tiles)
+    between: Tensor  # of each sequence, by distance_kernel: (upper or lower, sequences, heads, 2 M - 1)
+
+    def total(self) -> Tensor:
+        entries = self.between.sum((0, 1))
+        left, right = self.ends.sum((1, 3))
+        if entries.shape[1] == 0:  # M is 0: both ends are one
+            return (left + right)[:, None]
+        return torch.cat([left[:, None], entries, right[:, None]], 1)
+
+
 class _Call:
     """The arguments that the kernels of one call share."""
 
@@ -50,12 +65,15 @@ class _Call:
         self.packed = cu_seqlens_q is not None
         self.longest = (max_seqlen_q, max_seqlen_k) if self.packed else (query.shape[2], key.shape[2])
         self.sequences = cu_seqlens_q.shape[0] - 1 if self.packed else query.shape[0]
+        self.farthest = 0 if distance_bias is None else distance_bias.shape[1] // 2
         biased = any(x is not None for x in (mask, alibi_slopes, distance_bias))
         self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and not biased
+        # A bias by distance beside other work on the logits takes the registers of a wider head.
+        self.crowded = distance_bias is not None and (mask is not None or alibi_slopes is not None or softcap > 0)
         self.options = Options(
             None if mask is None else _mask(mask),
             None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
-            None if distance_bias is None else Distances(distance_bias.contiguous(), distance_bias.shape[1] // 2),
+            None if distance_bias is None else Distances(distance_bias.contiguous(), self.farthest),
             cu_seqlens_q.contiguous() if self.packed else None,
             cu_seqlens_k.contiguous() if self.packed else None,
             seed if dropout_p else None,
@@ -81,7 +99,7 @@ class _Call:
         tiles = max(_ceil(longest, tile), int(self.packed))
         programs = tiles * owners * (self.sequences + int(self.packed))
         if kind == DISTANCE:
-            tiles = _ceil(2 * self.options.distances.farthest, launch.keys) + 2
+            tiles = _ceil(2 * self.farthest, launch.keys) + 2
             programs = tiles * heads * self.sequences
         if mask_sizes:
             batch, mask_heads, mask_rows = mask_sizes
@@ -90,13 +108,11 @@ class _Call:
             sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
             kernel[(programs,)](*operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages)
 
-    def distance_sums(self) -> tuple[Tensor, Tensor]:
-        """What rows_kernel and distance_kernel write of the gradient of a bias by distance, yet to be added up: the
-        two ends of each row tile, and the entries between them of each sequence in two parts."""
-        heads, farthest = self.query.shape[1], self.options.distances.farthest
-        tiles = max(_ceil(self.longest[0], self.shape(ROWS)[1].rows), 1)
-        ends = self.query.new_zeros((2, self.sequences, heads, tiles), dtype=torch.float32)
-        return ends, self.query.new_zeros((2, self.sequences, heads, max(2 * farthest - 1, 0)), dtype=torch.float32)
+    def distance_sums(self) -> _DistanceSums:
+        heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)
+        ends = (2, self.sequences, heads, max(tiles, 1))
+        between = (2, self.sequences, heads, max(2 * self.farthest - 1, 0))
+        return _DistanceSums(*(self.query.new_zeros(sizes, dtype=torch.float32) for sizes in (ends, between)))
 
     def statistics(self, output, grad_output, lse, grad_lse):
         """What the backward kernels read of each row beside its operands (statistics_kernel): base and delta."""
@@ -115,7 +131,7 @@ class _Call:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
         plain = self.fold and self.options.seed is None
-        tile = tile_for(self.query, kind, max(head_dim, value_dim), plain)
+        tile = tile_for(self.query, kind, WIDEST if self.crowded else max(head_dim, value_dim), plain)
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
 
@@ -155,8 +171,8 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward", _backward_refuses)
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *options):
-    *options, want_grad_mask, want_grad_distance_bias = options
-    call = _Call(query, key, value, mask, *options)
+    *given, want_grad_mask, want_grad_distance_bias = options
+    call = _Call(query, key, value, mask, *given)
     grad_output = unit_last_stride(grad_output)
     low = lse_low.contiguous() if query.dtype == torch.float32 else None  # float32 alone sees it
     base, delta = call.statistics(output, grad_output, lse, grad_lse)
@@ -164,15 +180,12 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     operands = [_rows(x) for x in (call.query, call.key, call.value, grad_output)]
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
     call.run(keys_kernel, KEYS, *operands, _rows(grad_key), _rows(grad_value), *statistics)
-    ends, between = call.distance_sums() if want_grad_distance_bias else (None, None)
-    call.run(rows_kernel, ROWS, *operands, _rows(grad_query), ends, *statistics)
+    sums = call.distance_sums() if want_grad_distance_bias else None
+    call.run(rows_kernel, ROWS, *operands, _rows(grad_query), sums and sums.ends, *statistics)
     grad_distance_bias = torch.empty(0, dtype=torch.float32, device=query.device)
-    if want_grad_distance_bias:
-        call.run(distance_kernel, DISTANCE, *operands, between, *statistics)
-        grad_distance_bias = torch.nn.functional.pad(between.sum((0, 1)), (1, 1) if between.shape[3] else (1, 0))
-        left, right = ends.sum((1, 3))
-        grad_distance_bias[:, 0] += left
-        grad_distance_bias[:, -1] += right
+    if sums:
+        call.run(distance_kernel, DISTANCE, *operands, sums.between, *statistics)
+        grad_distance_bias = sums.total()
     grad_mask = torch.empty(mask.shape if want_grad_mask else (0,), dtype=torch.float32, device=query.device)
     if not want_grad_mask:
         pass
@@ -206,7 +219,7 @@ def aot_calls(dtype: torch.dtype):
     for head_dim in (64, 128):
         yield (
             f"packed {head_dim}, distances",
-            lambda head_dim=head_dim: _aot_call(dtype, head_dim, packed=True, farthest=128),
+            lambda head_dim=head_dim: _aot_call(dtype, head_dim, packed=True, dropout_p=0.1, farthest=128),
         )
     yield "padding 64", lambda: _aot_call(dtype, 64, mask=(2, 1, 1, 2048), mask_dtype=torch.bool)
 
