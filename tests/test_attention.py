@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = st.sampled_from([layout for name, layout in LAYOUTS.items() if name != "huge stride"])
 DIMS = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 128]))
 LENGTHS = st.one_of(st.integers(1, 20), st.integers(90, 100), st.integers(185, 200))
+# That of a table has few elements, of which each sums errors over rows: the laws' samples are made for it.
+CONSTANTS = ("alibi_slopes", "distance_bias")
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -44,6 +46,9 @@ def options(draw, heads: int) -> dict:
     chosen["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.5]))
     if draw(st.booleans()):
         chosen["alibi_slopes"] = torch.linspace(0.01, 1, heads, dtype=torch.float64)
+    if farthest := draw(st.sampled_from([0, 0, 10, 40, 250])):
+        g = torch.Generator().manual_seed(farthest)
+        chosen["distance_bias"] = randn(g, heads, 2 * farthest + 1)
     return chosen
 
 
@@ -61,7 +66,7 @@ def padded_calls(draw, lengths=LENGTHS) -> Sample:
         infinite = torch.where(torch.rand(mask.shape, generator=g) < 0.2, -torch.inf, mask)
         chosen["attn_mask"] = draw(LAYOUT)(draw(st.sampled_from([mask, mask > -0.5, infinite])))
     operands = [(batch, heads, rows, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, value_dim)]
-    constants = ("alibi_slopes",) if "alibi_slopes" in chosen else ()
+    constants = tuple(name for name in CONSTANTS if name in chosen)
     return Sample("random", tuple(draw(LAYOUT)(randn(g, *shape)) for shape in operands), chosen, constants, constants)
 
 
@@ -75,7 +80,7 @@ def packed_calls(draw, most=5) -> Sample:
     rows, keys = int(cu_q[-1]) + spare, int(cu_k[-1]) + spare
     shapes = [(rows, key_heads * group, dim), (keys, key_heads, dim), (keys, key_heads, value_dim)]
     chosen = draw(options(key_heads * group))
-    constants = ("alibi_slopes",) if "alibi_slopes" in chosen else ()
+    constants = tuple(name for name in CONSTANTS if name in chosen)
     operands = (draw(LAYOUT)(randn(g, *shape)) for shape in shapes)
     longest = (max(q for q, _ in lengths), max(k for _, k in lengths))
     return Sample("random", (*operands, cu_q, cu_k, *longest), chosen, constants, constants)
@@ -151,6 +156,7 @@ def test_packed_equals_padded_bit_by_bit(dtype, dropout_p, is_causal):
     lengths, heads, dim = [100, 7, 193, 64], 4, 32
     longest = max(lengths)
     packed = [torch.randn(sum(lengths), heads, dim).to(dtype).requires_grad_() for _ in range(3)]
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "distance_bias": torch.randn(heads, 41)}
     grad = torch.randn(sum(lengths), heads, dim).to(dtype)
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     seen = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, tokens)
@@ -163,16 +169,61 @@ def test_packed_equals_padded_bit_by_bit(dtype, dropout_p, is_causal):
     padded = [pad(x).requires_grad_() for x in packed]
     with llmengine.backend("cpu"):
         torch.manual_seed(3)
-        ours = varlen_attention(*packed, cu, cu, longest, longest, dropout_p=dropout_p, is_causal=is_causal)
+        ours = varlen_attention(*packed, cu, cu, longest, longest, **options)
         torch.manual_seed(3)
-        theirs = scaled_dot_product_attention(
-            *padded, attn_mask=seen[:, None, None], dropout_p=dropout_p, is_causal=is_causal
-        )
+        theirs = scaled_dot_product_attention(*padded, attn_mask=seen[:, None, None], **options)
         assert torch.equal(ours, theirs.transpose(1, 2)[seen])
         ours = torch.autograd.grad(ours, packed, grad)
         theirs = torch.autograd.grad(theirs, padded, pad(grad))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b.transpose(1, 2)[seen])
+
+
+@pytest.mark.parametrize("farthest", [0, 5, 100, 400])
+@pytest.mark.parametrize("group", [1, 2])
+def test_bias_by_distance_is_a_dense_mask_that_packed_sequences_share(farthest, group):
+    """Against a mask gathered from the table for every sequence, whose gradient PyTorch takes back to the table."""
+    rows, keys, heads, dim = [150, 1, 90, 260], [150, 30, 40, 300], 4, 24
+    table = torch.randn(heads, 2 * farthest + 1, requires_grad=True)
+    shapes = [(sum(rows), heads, dim), *[(sum(keys), heads // group, dim)] * 2]
+    packed = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(sum(rows), heads, dim), torch.randn(heads, sum(rows))
+    cu = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (rows, keys)]
+    options = {"is_causal": True, "window_size": (200, -1), "return_lse": True}
+
+    def one(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (x[c[n] : c[n + 1]].transpose(0, 1) for x, c in zip(packed, (cu[0], cu[1], cu[1]), strict=True))
+        distance = torch.arange(keys[n]) - torch.arange(rows[n])[:, None] - (keys[n] - rows[n])
+        mask = table[:, distance.clamp(-farthest, farthest) + farthest]
+        more = {"causal": "bottom_right", "window_size": (200, -1), "return_lse": True, "enable_gqa": True}
+        return scaled_dot_product_attention(q, k, v, mask, **more)
+
+    with llmengine.backend("cpu"):
+        ours = varlen_attention(*packed, *cu, max(rows), max(keys), distance_bias=table, **options)
+        outputs, logarithms = zip(*map(one, range(len(rows))), strict=True)
+        theirs = torch.cat([x.transpose(0, 1) for x in outputs]), torch.cat(logarithms, dim=1)
+        both = [[*r, *torch.autograd.grad(r, [*packed, table], upstream)] for r in (ours, theirs)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_bias_by_distance_takes_memory_linear_in_the_tokens():
+    """Far more entries than any sequence has distances: each sequence keeps sums of those alone."""
+    script = """
+import resource, torch
+from llmengine.functional import varlen_attention
+q, k, v = (torch.randn(4000, 2, 4, requires_grad=True) for _ in range(3))
+cu = torch.arange(0, 4001, 4, dtype=torch.int32)
+def run(farthest):
+    table = torch.zeros(2, 2 * farthest + 1, requires_grad=True)
+    varlen_attention(q, k, v, cu, cu, 4, 4, distance_bias=table).sum().backward()
+    assert table.grad[:, farthest - 3 : farthest + 4].all() and table.grad.count_nonzero() == 14
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = run(10)
+print(run(100000) - small)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(out.stdout) < 64 << 10, f"{out.stdout.strip()} KiB more"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1000, 64), (2, 3, 300, 40)], ids=str)
@@ -181,14 +232,15 @@ def test_thread_counts_change_no_bit(shape, group):
     """The first shape has one key head: its rows are shared out among tasks, whose sums have a fixed order."""
     batch, heads, rows, dim = shape
     args = [torch.randn(batch, h, rows, dim, requires_grad=True) for h in (heads * group, heads, heads)]
-    bias = torch.randn(1, 1, rows, rows, requires_grad=True)
+    mask = torch.randn(1, 1, rows, rows, requires_grad=True)
+    bias = torch.randn(heads * group, 65, requires_grad=True)
     grad, results, threads = torch.randn(batch, heads * group, rows, dim), [], torch.get_num_threads()
     try:
         for n in (1, 2, 3, 2):
             torch.set_num_threads(n)
             with llmengine.backend("cpu"):
-                output = scaled_dot_product_attention(*args, bias, is_causal=True, enable_gqa=True)
-                results.append([output, *torch.autograd.grad(output, [*args, bias], grad)])
+                output = scaled_dot_product_attention(*args, mask, is_causal=True, enable_gqa=True, distance_bias=bias)
+                results.append([output, *torch.autograd.grad(output, [*args, mask, bias], grad)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -262,6 +314,9 @@ SDPA_ERRORS = {
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and at least 0, got -1.0"),
     "causal": ({"causal": "left"}, ValueError, "causal must be None, 'top_left' or 'bottom_right', got 'left'"),
     "window": ({"window_size": (3,)}, ValueError, r"window_size must be \(left, right\).*got \(3,\)"),
+    "table": ({"distance_bias": torch.ones(4, 6)}, ValueError, r"distance_bias has shape \(4, 6\); expected \(4, 2"),
+    "table heads": ({"distance_bias": torch.ones(2, 5)}, ValueError, r"distance_bias has shape \(2, 5\); expected \(4"),
+    "table dtype": ({"distance_bias": torch.ones(4, 5).half()}, ValueError, "distance_bias has dtype float16; allowed"),
     "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes has shape \(3,\); expected \(4,\)"),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@
 #include "ops/linear_cross_entropy.h"
 #include "ops/norm.h"
 #include "ops/relative_attention.h"
+#include "ops/rotary.h"
 #include "ops/softmax.h"
 
 namespace py = pybind11;
@@ -57,6 +58,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::RelativeAttentionForward>(module, "relative_attention_forward");
   bind_cpu<ops::RelativeAttentionBackward>(module, "relative_attention_backward");
+  bind_cpu<ops::RotaryForward>(module, "rotary_forward");
+  bind_cpu<ops::RotaryBackward>(module, "rotary_backward");
   bind_cpu<ops::SoftmaxForward>(module, "softmax_forward");
   bind_cpu<ops::SoftmaxBackward>(module, "softmax_backward");
 }

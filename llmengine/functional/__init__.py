@@ -8,6 +8,7 @@ from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmengine.functional.relative_attention import relative_attention
+from llmengine.functional.rotary import rotary_embedding
 from llmengine.functional.softmax import softmax
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "relative_attention",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",

@@ -9,6 +9,7 @@ from llmengine.backends.cpu import (
     linear_cross_entropy,
     norm,
     relative_attention,
+    rotary,
     softmax,
 )
 from llmengine.backends.cpu.native import unavailable
@@ -23,5 +24,6 @@ KERNELS: dict[str, Kernel] = {
     **linear_cross_entropy.KERNELS,
     **norm.KERNELS,
     **relative_attention.KERNELS,
+    **rotary.KERNELS,
     **softmax.KERNELS,
 }

@@ -12,6 +12,7 @@ from llmengine.backends.reference import (
     linear_cross_entropy,
     norm,
     relative_attention,
+    rotary,
     softmax,
 )
 from llmengine.ops.registry import Kernel
@@ -23,6 +24,7 @@ KERNELS: dict[str, Kernel] = {
     **linear_cross_entropy.KERNELS,
     **norm.KERNELS,
     **relative_attention.KERNELS,
+    **rotary.KERNELS,
     **softmax.KERNELS,
 }
 

@@ -78,10 +78,9 @@ class _Block:
         if o.alibi_slopes is not None:
             slopes = o.alibi_slopes.to(u.dtype)[stream : stream + batch]
             u = u - slopes[:, :, None, None] * distance.abs()
-        self.entry = None  # of the bias by distance
         if o.distance_bias is not None:
             farthest = o.distance_bias.shape[1] // 2
-            self.entry = distance.clamp(-farthest, farthest) + farthest
+            self.entry = distance.clamp(-farthest, farthest) + farthest  # of its table
             u = u + o.distance_bias.to(u.dtype)[:, self.entry]
         seen = torch.ones_like(distance, dtype=torch.bool)
         if o.window_left >= 0:
@@ -153,7 +152,9 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     q, k, v, do = _wide(query), _wide(key), _wide(value), _wide(grad_output)
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]).zero_() for x in (query, key, value))
     grad_mask = q.new_zeros(o.mask.shape if o.mask is not None and want_grad_mask else (0,))
-    grad_distance_bias = q.new_zeros(o.distance_bias.shape if want_grad_distance_bias else (0,))
+    grad_distance_bias = q.new_zeros(
+        o.distance_bias.shape if o.distance_bias is not None and want_grad_distance_bias else (0,)
+    )
     delta = (do * _wide(output)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
@@ -165,7 +166,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
         grad_logits = p * (grad_p - delta[b, :, rows, None])
         if want_grad_mask:
             grad_mask += grad_logits.sum_to_size(grad_mask.shape)
-        if want_grad_distance_bias:
+        if o.distance_bias is not None and want_grad_distance_bias:
             grad_distance_bias.index_add_(1, block.entry.flatten(), grad_logits.sum(0).flatten(1))
         grad_u = grad_logits if block.slope is None else grad_logits * block.slope
         grad_query[b, :, rows] = (o.scale * (grad_u @ _repeat(k[b, :, keys], group))).to(query.dtype)

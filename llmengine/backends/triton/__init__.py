@@ -17,8 +17,9 @@ if unavailable() is None:
         linear_cross_entropy,
         norm,
         relative_attention,
+        rotary,
         softmax,
     )
 
-    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, softmax):
+    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary, softmax):
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

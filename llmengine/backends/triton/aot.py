@@ -33,7 +33,16 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from llmengine.backends.triton import device
 
-OPERATORS = ("attention", "cross_entropy", "ffn", "linear_cross_entropy", "norm", "relative_attention", "softmax")
+OPERATORS = (
+    "attention",
+    "cross_entropy",
+    "ffn",
+    "linear_cross_entropy",
+    "norm",
+    "relative_attention",
+    "rotary",
+    "softmax",
+)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.backends.triton.attention_backward import keys_kernel, mask_kernel, rows_kernel, statistics_kernel
+from llmengine.backends.triton.attention_distance import distance_kernel
 from llmengine.backends.triton.attention_forward import forward_kernel
-from llmengine.backends.triton.attention_table import FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
-from llmengine.backends.triton.attention_tile import Mask, Options, Rows, Shape, Sizes
+from llmengine.backends.triton.attention_table import DISTANCE, FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
+from llmengine.backends.triton.attention_tile import Distances, Mask, Options, Rows, Shape, Sizes
 from llmengine.backends.triton.device import dropped_below, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.rows import power_of_2
 from llmengine.ops.registry import Kernel, kernel
@@ -37,21 +40,40 @@ def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse
     return refuses_tensors(grad_output, grad_lse, output, lse) or _refuses(query, key, value, *options)
 
 
+class _DistanceSums(NamedTuple):
+    """What is yet to be added up of the gradient of a bias by distance, in two parts each."""
+
+    ends: Tensor  # of each row tile, by rows_kernel: (left or right end, sequences, heads, tiles)
+    between: Tensor  # of each sequence, by distance_kernel: (upper or lower, sequences, heads, 2 M - 1)
+
+    def total(self) -> Tensor:
+        entries = self.between.sum((0, 1))
+        left, right = self.ends.sum((1, 3))
+        if entries.shape[1] == 0:  # M is 0: both ends are one
+            return (left + right)[:, None]
+        return torch.cat([left[:, None], entries, right[:, None]], 1)
+
+
 class _Call:
     """The arguments that the kernels of one call share."""
 
     def __init__(
-        self, query, key, value, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
-        window_left, window_right, bottom_right, scale, softcap, dropout_p,
+        self, query, key, value, mask, alibi_slopes, distance_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, seed, window_left, window_right, bottom_right, scale, softcap, dropout_p,
     ):  # fmt: skip
         self.query, self.key, self.value = (unit_last_stride(x) for x in (query, key, value))
         self.packed = cu_seqlens_q is not None
         self.longest = (max_seqlen_q, max_seqlen_k) if self.packed else (query.shape[2], key.shape[2])
         self.sequences = cu_seqlens_q.shape[0] - 1 if self.packed else query.shape[0]
-        self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and mask is None and alibi_slopes is None
+        self.farthest = 0 if distance_bias is None else distance_bias.shape[1] // 2
+        biased = any(x is not None for x in (mask, alibi_slopes, distance_bias))
+        self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and not biased
+        # A bias by distance beside other work on the logits takes the registers of a wider head.
+        self.crowded = distance_bias is not None and (mask is not None or alibi_slopes is not None or softcap > 0)
         self.options = Options(
             None if mask is None else _mask(mask),
             None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
+            None if distance_bias is None else Distances(distance_bias.contiguous(), self.farthest),
             cu_seqlens_q.contiguous() if self.packed else None,
             cu_seqlens_k.contiguous() if self.packed else None,
             seed if dropout_p else None,
@@ -66,8 +88,8 @@ class _Call:
         )
 
     def run(self, kernel, kind: str, *operands, mask_sizes: tuple[int, ...] | None = None) -> None:
-        """kernel[programs](*operands, sizes, options, shape): programs own tiles of rows, of the keys of key heads, or
-        of a mask that has `mask_sizes`."""
+        """kernel[programs](*operands, sizes, options, shape): programs own tiles of rows, of the keys of key heads, of
+        a mask that has `mask_sizes`, or diagonals of tiles."""
         heads, rows = self.query.shape[1:3]
         key_heads, keys = self.value.shape[1:3]
         shape, launch = self.shape(kind)
@@ -76,12 +98,21 @@ class _Call:
             longest, tile, owners = self.longest[1], launch.keys, key_heads
         tiles = max(_ceil(longest, tile), int(self.packed))
         programs = tiles * owners * (self.sequences + int(self.packed))
+        if kind == DISTANCE:
+            tiles = _ceil(2 * self.farthest, launch.keys) + 2
+            programs = tiles * heads * self.sequences
         if mask_sizes:
             batch, mask_heads, mask_rows = mask_sizes
             programs = batch * mask_heads * _ceil(mask_rows, launch.rows) * _ceil(keys, launch.keys)
         if programs:
             sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
             kernel[(programs,)](*operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages)
+
+    def distance_sums(self) -> _DistanceSums:
+        heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)
+        ends = (2, self.sequences, heads, max(tiles, 1))
+        between = (2, self.sequences, heads, max(2 * self.farthest - 1, 0))
+        return _DistanceSums(*(self.query.new_zeros(sizes, dtype=torch.float32) for sizes in (ends, between)))
 
     def statistics(self, output, grad_output, lse, grad_lse):
         """What the backward kernels read of each row beside its operands (statistics_kernel): base and delta."""
@@ -100,7 +131,7 @@ class _Call:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
         plain = self.fold and self.options.seed is None
-        tile = tile_for(self.query, kind, max(head_dim, value_dim), plain)
+        tile = tile_for(self.query, kind, WIDEST if self.crowded else max(head_dim, value_dim), plain)
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
 
@@ -140,8 +171,8 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward", _backward_refuses)
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *options):
-    want_grad_mask = options[-1]
-    call = _Call(query, key, value, mask, *options[:-1])
+    *given, want_grad_mask, want_grad_distance_bias = options
+    call = _Call(query, key, value, mask, *given)
     grad_output = unit_last_stride(grad_output)
     low = lse_low.contiguous() if query.dtype == torch.float32 else None  # float32 alone sees it
     base, delta = call.statistics(output, grad_output, lse, grad_lse)
@@ -149,7 +180,12 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     operands = [_rows(x) for x in (call.query, call.key, call.value, grad_output)]
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
     call.run(keys_kernel, KEYS, *operands, _rows(grad_key), _rows(grad_value), *statistics)
-    call.run(rows_kernel, ROWS, *operands, _rows(grad_query), *statistics)
+    sums = call.distance_sums() if want_grad_distance_bias else None
+    call.run(rows_kernel, ROWS, *operands, _rows(grad_query), sums and sums.ends, *statistics)
+    grad_distance_bias = torch.empty(0, dtype=torch.float32, device=query.device)
+    if sums:
+        call.run(distance_kernel, DISTANCE, *operands, sums.between, *statistics)
+        grad_distance_bias = sums.total()
     grad_mask = torch.empty(mask.shape if want_grad_mask else (0,), dtype=torch.float32, device=query.device)
     if not want_grad_mask:
         pass
@@ -161,7 +197,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     else:  # a bias that is one for all keys of a row moves lse and nothing else
         seen = grad_lse.masked_fill(lse == -math.inf, 0.0)[..., None]
         grad_mask = seen.sum_to_size(mask.shape).contiguous()
-    return grad_query, grad_key, grad_value, grad_mask
+    return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias
 
 
 def aot_calls(dtype: torch.dtype):
@@ -177,17 +213,22 @@ def aot_calls(dtype: torch.dtype):
             f"everything {head_dim}",
             lambda head_dim=head_dim: _aot_call(
                 dtype, head_dim, mask=(1, 16, 2048, 2048), alibi=True, window_left=512, window_right=0, softcap=30.0,
-                dropout_p=0.1, grad_lse=True,
+                dropout_p=0.1, grad_lse=True, farthest=128,
             ),
         )  # fmt: skip
+    for head_dim in (64, 128):
+        yield (
+            f"packed {head_dim}, distances",
+            lambda head_dim=head_dim: _aot_call(dtype, head_dim, packed=True, dropout_p=0.1, farthest=128),
+        )
     yield "padding 64", lambda: _aot_call(dtype, 64, mask=(2, 1, 1, 2048), mask_dtype=torch.bool)
 
 
 def _aot_call(
     dtype, head_dim, packed=False, mask=None, mask_dtype=None, alibi=False, window_left=-1, window_right=-1,
-    softcap=0.0, dropout_p=0.0, grad_lse=False,
+    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None,
 ):  # fmt: skip
-    """Forward and backward of 16 query heads over 4 key heads; a float mask gets its gradient."""
+    """Forward and backward of 16 query heads over 4 key heads; a float mask and a bias by distance get theirs."""
     batch, heads, key_heads, tokens = 1 if packed else 2, 16, 4, 2048
 
     def meta(*shape, dtype=dtype):
@@ -198,6 +239,7 @@ def _aot_call(
     options = (
         meta(*mask, dtype=mask_dtype or dtype) if mask else None,
         meta(batch, heads, dtype=torch.float32) if alibi else None,
+        meta(heads, 2 * farthest + 1, dtype=torch.float32) if farthest else None,
         meta(5, dtype=torch.int32) if packed else None,
         meta(5, dtype=torch.int32) if packed else None,
         1024, 1024, meta(1, dtype=torch.int64), window_left, window_right, True, head_dim**-0.5, softcap, dropout_p,
@@ -205,4 +247,6 @@ def _aot_call(
     output, lse, lse_low = attention_forward(query, key, value, *options)
     upstream = torch.empty_like(lse) if grad_lse else None
     wanted = bool(mask) and mask_dtype != torch.bool
-    attention_backward(torch.empty_like(output), upstream, query, key, value, output, lse, lse_low, *options, wanted)
+    attention_backward(
+        torch.empty_like(output), upstream, query, key, value, output, lse, lse_low, *options, wanted, bool(farthest)
+    )

@@ -4,7 +4,7 @@
     keys_kernel         a program owns a tile of keys of one key head: grad_key and grad_value in registers, key and
                         value in shared memory; query and grad_output stream by, head after head of the group
     rows_kernel         a program owns a tile of query rows of one head: grad_query in registers; keys and values
-                        stream by
+                        stream by; of a bias by distance it sums the gradients of both ends
     mask_kernel         where it is asked for, a program owns a tile of the mask and goes through all batch entries,
                         heads and rows that share it
 
@@ -169,7 +169,7 @@ def _statistic(pointer, row, rows, other, EDGES: tl.constexpr):
 
 
 @triton.jit
-def rows_kernel(query, key, value, grad_output, grad_query, base, low, delta, sizes, option, shape):
+def rows_kernel(query, key, value, grad_output, grad_query, ends, base, low, delta, sizes, option, shape):
     tile, head, index = place(sizes.tiles, sizes.heads)
     batch, row0, rows, key0, keys = sequence_of(index, sizes, option)
     if option.cu_seqlens_q is not None:
@@ -185,55 +185,68 @@ def rows_kernel(query, key, value, grad_output, grad_query, base, low, delta, si
     keys_at, values_at = address(key, batch, key_head, key0), address(value, batch, key_head, key0)
     statistic = (batch * sizes.heads + head) * sizes.rows + row0
     statistic += first
-    q, g, row_base, row_delta = _open_rows(
+    q, g, row_base, row_delta = open_rows(
         query, grad_output, batch, head, row0 + first, rows - first, base + statistic, delta + statistic, shape
     )
-    row_low = None if low is None else _column(low + statistic, rows - first, 0.0, shape)
+    row_low = None if low is None else column_of(low + statistic, rows - first, 0.0, shape)
     dq = tl.zeros([shape.rows, shape.depth], tl.float32)
+    left, right = 0.0, 0.0
+    if ends is not None:
+        left, right = tl.zeros([shape.rows], tl.float32), tl.zeros([shape.rows], tl.float32)
     phases = key_phases(first, block, option, shape.rows, shape.keys)
     for edges in tl.static_range(2):
-        dq = _add_keys(
-            q, g, row_base, row_low, row_delta, dq, keys_at, key.row, values_at, value.row, first, phases, block,
-            sizes.heads, option, shape, edges == 1,
+        dq, left, right = _add_keys(
+            q, g, row_base, row_low, row_delta, dq, left, right, keys_at, key.row, values_at, value.row, first, phases,
+            block, sizes.heads, option, shape, ends is not None, edges == 1,
         )  # fmt: skip
     store_rows(address(grad_query, batch, head, row0 + first), grad_query.row, rows - first, dq * option.scale,
                shape.head_dim)  # fmt: skip
+    if ends is not None:
+        at, tiles = (tl.cast(index, tl.int64) * sizes.heads + head) * sizes.tiles + tile, sizes.heads * sizes.tiles
+        tl.store(ends + at, tl.sum(left))
+        tl.store(ends + tl.cast(sizes.sequences, tl.int64) * tiles + at, tl.sum(right))
 
 
 @triton.jit
-def _open_rows(query, grad_output, batch, head, row, count, base, delta, shape):
+def open_rows(query, grad_output, batch, head, row, count, base, delta, shape):
     """query, grad_output and the statistics, as columns, of the tile of rows that begins at `row`."""
     query_at, grad_at = address(query, batch, head, row), address(grad_output, batch, head, row)
     q = load_rows(query_at, query.row, count, shape.rows, shape.head_dim, shape.depth, True)
     g = load_rows(grad_at, grad_output.row, count, shape.rows, shape.value_dim, shape.width, True)
     # rows beyond the last: an infinite lse makes their probabilities 0
-    return q, g, _column(base, count, float("inf"), shape), _column(delta, count, 0.0, shape)
+    return q, g, column_of(base, count, float("inf"), shape), column_of(delta, count, 0.0, shape)
 
 
 @triton.jit
-def _column(pointer, count, other, shape):
+def column_of(pointer, count, other, shape):
     row = tl.arange(0, shape.rows)[:, None]
     return tl.load(pointer + row, row < count, other)
 
 
 @triton.jit
 def _add_keys(
-    q, g, base, low, delta, dq, keys_at, key_stride, values_at, value_stride, first_row, phases, block, heads,
-    option, shape, EDGES: tl.constexpr,
+    q, g, base, low, delta, dq, left, right, keys_at, key_stride, values_at, value_stride, first_row, phases, block,
+    heads, option, shape, ENDS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_query / scale with what the full tiles of keys add, or those at the edges."""
+    """grad_query / scale with what the full tiles of keys add, or those at the edges; where ENDS, with the sums of
+    each row's gradients of the logits at distances beyond both ends of the bias by distance."""
     row = (first_row + tl.arange(0, shape.rows))[:, None]
     start, stop = span(phases, EDGES)
     for position in tl.range(start, stop, shape.keys):
         first = skip(position, phases, EDGES)
-        k, grad, _ = _scores(q, g, base, low, delta, keys_at, key_stride, values_at, value_stride, row, first_row,
-                             first, block, heads, option, shape, EDGES)  # fmt: skip
+        k, grad, grad_logits = scores(q, g, base, low, delta, keys_at, key_stride, values_at, value_stride, row,
+                                      first_row, first, block, heads, option, shape, EDGES)  # fmt: skip
         dq = tl.dot(grad.to(k.dtype), k, dq, input_precision=shape.precision)
-    return dq
+        if ENDS:
+            distance = (first + tl.arange(0, shape.keys))[None, :] - (row + block[5])
+            farthest = option.distances.farthest
+            left += tl.sum(tl.where(distance <= -farthest, grad_logits, 0.0), 1)
+            right += tl.sum(tl.where(distance >= tl.maximum(farthest, 1), grad_logits, 0.0), 1)
+    return dq, left, right
 
 
 @triton.jit
-def _scores(
+def scores(
     q, g, base, low, delta, keys_at, key_stride, values_at, value_stride, row, first_row, first, block, heads, option,
     shape, EDGES: tl.constexpr,
 ):  # fmt: skip
@@ -298,12 +311,12 @@ def _mask_tile(
     block = (batch, head, index, rows, keys, shift_of(rows, keys, option))
     key_head = head // (sizes.heads // sizes.key_heads)
     statistic = (batch * sizes.heads + head) * rows + first_row
-    q, g, row_base, row_delta = _open_rows(
+    q, g, row_base, row_delta = open_rows(
         query, grad_output, batch, head, first_row, rows - first_row, base + statistic, delta + statistic, shape
     )
-    row_low = None if low is None else _column(low + statistic, rows - first_row, 0.0, shape)
+    row_low = None if low is None else column_of(low + statistic, rows - first_row, 0.0, shape)
     zero = first_key * 0
-    _, _, grad_logits = _scores(
+    _, _, grad_logits = scores(
         q, g, row_base, row_low, row_delta, address(key, batch, key_head, zero), key.row,
         address(value, batch, key_head, zero), value.row, (first_row + tl.arange(0, shape.rows))[:, None], first_row,
         first_key, block, sizes.heads, option, shape, True,

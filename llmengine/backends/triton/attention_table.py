@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-FORWARD, KEYS, ROWS, MASK, STATISTICS = "forward", "keys", "rows", "mask", "statistics"
+FORWARD, KEYS, ROWS, MASK, STATISTICS, DISTANCE = "forward", "keys", "rows", "mask", "statistics", "distance"
 
 # For each kernel, by the widest head dim that a tile serves: columns of padding cost registers too. "plain": 16-bit
 # operands, logits that are multiples of the products, no dropout. "busy": what else stands between products and
@@ -107,6 +107,8 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
         return _INTERPRETER
     if kernel == STATISTICS:  # rows alone: a small tile, for the product whose diagonal is wanted
         return Tile(16, 16, 2, 1)
+    if kernel == DISTANCE:  # square, for its diagonals
+        return Tile(32, 32, 8, 1) if head_dim <= 128 and x.dtype != torch.float32 else Tile(16, 16, 4, 1)
     operands = "float32" if x.dtype == torch.float32 else "plain" if plain else "busy"
     table = _TABLES.get(place, _AMPERE)[operands]
     return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]

@@ -43,6 +43,13 @@ class Mask(NamedTuple):
     key: int | None
 
 
+class Distances(NamedTuple):
+    """A bias by distance, contiguous (heads, 2 farthest + 1) float32."""
+
+    data: Tensor
+    farthest: int
+
+
 class Shape(NamedTuple):
     """Of a program's tiles, all compile-time constants. depth and width: head_dim and value_dim, padded."""
 
@@ -75,6 +82,7 @@ class Options(NamedTuple):
 
     mask: Mask | None
     slopes: Rows | None
+    distances: Distances | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seed: Tensor | None
@@ -238,6 +246,8 @@ def logits_of(products, row, key, block, option, FOLD: tl.constexpr, EDGES: tl.c
         if option.slopes is not None:
             steepness = tl.load(address(option.slopes, tl.cast(index, tl.int64), head, index * 0))
             logits -= steepness * tl.abs(key - (row + shift)).to(tl.float32)
+        if option.distances is not None:
+            logits = _biased(logits, _by_distance(option.distances, head, key - (row + shift)))
         if option.mask is not None:
             logits = _masked(logits, option.mask, row, key, block)
     if EDGES:
@@ -279,9 +289,21 @@ def _masked(logits, mask, row, key, block):
     if mask.data.dtype.element_ty == tl.int1:
         return tl.where(found, logits, -float("inf"))
     else:
-        # a key whose bias is -inf is not seen, whatever its score: NaN in padding stays there
-        bias = found.to(tl.float32)
-        return tl.where(bias == -float("inf"), bias, logits + bias)
+        return _biased(logits, found.to(tl.float32))
+
+
+@triton.jit
+def _by_distance(distances, head, distance):
+    # Every thread looks its scores up, in a table that stays in the first-level cache.
+    farthest = distances.farthest
+    entry = tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
+    return tl.load(distances.data + tl.cast(head, tl.int64) * (2 * farthest + 1) + entry)
+
+
+@triton.jit
+def _biased(logits, bias):
+    # a key whose bias is -inf is not seen, whatever its score: NaN in padding stays there
+    return tl.where(bias == -float("inf"), bias, logits + bias)
 
 
 @triton.jit

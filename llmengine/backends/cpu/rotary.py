@@ -1,0 +1,33 @@
+"""Rotary position embedding on the CPU: csrc/cpu/kernels/rotary.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def _refuses(x, cos, sin, interleaved):
+    return refuses_tensors(x, cos, sin)
+
+
+@kernel(KERNELS, "rotary_forward", _refuses)
+def rotary_forward(input, cos, sin, interleaved):
+    output = torch.empty(input.shape, dtype=input.dtype)
+    module.rotary_forward(
+        input=unit_last_stride(input), cos=contiguous(cos), sin=contiguous(sin), output=output, interleaved=interleaved
+    )
+    return output
+
+
+@kernel(KERNELS, "rotary_backward", _refuses)
+def rotary_backward(grad_output, cos, sin, interleaved):
+    grad_input = torch.empty(grad_output.shape, dtype=grad_output.dtype)
+    module.rotary_backward(
+        grad_output=unit_last_stride(grad_output), cos=contiguous(cos), sin=contiguous(sin), grad_input=grad_input,
+        interleaved=interleaved,
+    )  # fmt: skip
+    return grad_input
