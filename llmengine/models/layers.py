@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Identity, Linear, Module
 
+from llmengine import functional
 from llmengine.models.config import TransformerConfig
 from llmengine.models.layout import Attending, Scores
-from llmengine.models.positions import sinusoid, turn
+from llmengine.models.positions import sinusoid
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import add_norm, touched
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
@@ -118,7 +119,7 @@ class Attention(Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.angles is not None:
             angles = context.angles[self.windowed]
-            q, k = (turn(x, *angles, self.interleaved) for x in (q, k))
+            q, k = (functional.rotary_embedding(x, *angles, interleaved=self.interleaved) for x in (q, k))
         scores = Scores(self.scale, self.softcap, self.window, context.alibi_slopes, context.distance_bias)
         dropout_p = self.dropout if self.training else 0.0
         return self.out(context.layout.attend(q, k, v, self.layer, dropout_p, scores).flatten(1))

@@ -95,17 +95,6 @@ def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Ten
     return angles.cos() * factor, angles.sin() * factor
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (tokens, heads, d), its first R features turned by the angles of cos and sin (tokens, R/2)."""
-    half = cos.shape[1]
-    cos, sin = cos[:, None], sin[:, None]
-    wide = x[..., : 2 * half].to(torch.promote_types(x.dtype, torch.float32))
-    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    pairs = (a * cos - b * sin, b * cos + a * sin)
-    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
-    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)
-
-
 # ---- biases on scores ------------------------------------------------------------------------------------------------
 
 
