@@ -68,8 +68,9 @@ class _Call:
         self.farthest = 0 if distance_bias is None else distance_bias.shape[1] // 2
         biased = any(x is not None for x in (mask, alibi_slopes, distance_bias))
         self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and not biased
-        # A bias by distance beside other work on the logits takes the registers of a wider head.
-        self.crowded = distance_bias is not None and (mask is not None or alibi_slopes is not None or softcap > 0)
+        # A bias by distance beside other work on the logits, or beside exact products, takes a wider head's registers.
+        others = mask is not None or alibi_slopes is not None or softcap > 0 or query.dtype == torch.float32
+        self.crowded = distance_bias is not None and others
         self.options = Options(
             None if mask is None else _mask(mask),
             None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
@@ -131,7 +132,8 @@ class _Call:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
         plain = self.fold and self.options.seed is None
-        tile = tile_for(self.query, kind, WIDEST if self.crowded else max(head_dim, value_dim), plain)
+        widest = WIDEST if self.crowded and kind != MASK else max(head_dim, value_dim)
+        tile = tile_for(self.query, kind, widest, plain)
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
 
