@@ -163,7 +163,7 @@ def test_only_matrices_decay(tmp_path):
     assert {name for name in others if name.endswith("weight")} == {
         name for name in names.values() if name.endswith("weight") and ("norm" in name or "embeddings" in name)
     }
-    assert "layers.0.attention.qkv.weight" in decayed
+    assert "encoder.layers.0.attention.qkv.weight" in decayed
 
 
 def test_clipping():
