@@ -1,64 +1,83 @@
-"""One whole training step (forward, backward, AdamW) of BERT and GPT-2, beside Hugging Face on PyTorch's kernels.
+"""One whole training step (forward, backward, AdamW) of each family, beside Hugging Face on PyTorch's kernels.
 
 Equal weights, equal batches without padding, dropout off, fused AdamW on both; bf16 is autocast with float32 weights.
+XLNet predicts a sixth of its tokens: Hugging Face's takes the order as a dense mask, ours as ranks.
 """
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import pytest
 import torch
 
 import llmengine
 
-SHAPES = {"mini": (4, 256, 4, 8192), "base": (12, 768, 12, 30522)}  # layers, width, heads, vocabulary
+PRESETS = {
+    "bert": "bert-base", "gpt2": "gpt2", "xlnet": "xlnet-base", "bart": "bart-base", "t5": "t5-base",
+    "modernbert": "modernbert-base", "llama": "smollm2-135m",
+}  # fmt: skip
+SIZES = {"mini": {"n_layers": 4, "d_model": 256, "n_heads": 4, "d_ff": 1024, "vocab_size": 8192}, "base": {}}
+QUIET = ("dropout", "embed_dropout", "attention_dropout", "activation_dropout", "final_dropout")
 BATCH, LENGTH = 4, 256
 
 
-def hugging_face(family: str, layers: int, width: int, heads: int, vocabulary: int) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    if family == "bert":
-        config = transformers.BertConfig(
-            vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        return transformers.BertForPreTraining(config).train()
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).train()
+def config_of(family: str, size: str) -> llmengine.TransformerConfig:
+    config = llmengine.TransformerConfig.preset(PRESETS[family])
+    fields: dict[str, Any] = dict.fromkeys(QUIET, 0.0) | SIZES[size]
+    if size == "mini":
+        tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+        fields |= {token: min(getattr(config, token), 8191) for token in tokens if getattr(config, token) is not None}
+        fields |= {"n_kv_heads": None, "d_head": None} | ({"layer_types": None} if config.layer_types else {})
+        fields |= {"head_scale": 1.0} if family == "t5" else {}
+    return config.replace(**fields)
 
 
-def batch(family: str, vocabulary: int) -> dict[str, torch.Tensor]:
+def batches(family: str, vocabulary: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ours and theirs."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
-    if family == "gpt2":
-        return {"input_ids": ids, "labels": ids}
+    ids = torch.randint(10, vocabulary, (BATCH, LENGTH), generator=generator)
+    if family in ("gpt2", "llama", "bart", "t5"):
+        return ({"input_ids": ids, "labels": ids},) * 2
+    if family == "xlnet":
+        ranks = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(BATCH)]).int()
+        targets = ranks.argsort(1)[:, -LENGTH // 6 :].sort(1).values
+        common = {"input_ids": ids, "labels": ids.gather(1, targets)}
+        mapping = torch.nn.functional.one_hot(targets, LENGTH).float()
+        mask = (ranks[:, None, :] >= ranks[:, :, None]).float()
+        return (
+            common | {"query_ranks": ranks, "key_ranks": ranks, "target_positions": targets},
+            common | {"perm_mask": mask, "target_mapping": mapping},
+        )
     labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.15, ids, -100)
-    return {"input_ids": ids, "labels": labels, "next_sentence_label": torch.arange(BATCH) % 2}
+    batch = {"input_ids": ids, "labels": labels}
+    if family == "bert":
+        batch["next_sentence_label"] = torch.arange(BATCH) % 2
+    return batch, batch
 
 
 @pytest.mark.parametrize("peer", ["llmengine", "torch"])
-@pytest.mark.parametrize("size", list(SHAPES))
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("family", list(PRESETS))
 def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
-    theirs = hugging_face(family, *SHAPES[size])
-    theirs.save_pretrained(tmp_path)
-    inputs = batch(family, SHAPES[size][3])
+    transformers = pytest.importorskip("transformers")
+    config = config_of(family, size)
+    torch.manual_seed(0)
+    model = llmengine.Transformer(config).train()
+    inputs, theirs = batches(family, config.vocab_size)
+    if peer == "torch":
+        model.save_pretrained(tmp_path)
+        (architecture,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
+        model, inputs = getattr(transformers, architecture).from_pretrained(tmp_path).train(), theirs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def run():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def run():
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = model(**inputs).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    model = llmengine.Transformer.from_pretrained(tmp_path).train() if peer == "llmengine" else theirs
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    tokens = BATCH * LENGTH
-    side_by_side(peer, {peer: step(model)}, flops=6 * matrices * tokens)
+    side_by_side(peer, {peer: run}, flops=6 * matrices * BATCH * LENGTH)

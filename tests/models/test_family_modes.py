@@ -195,7 +195,7 @@ def test_sampling_rules():
     assert (never[:, 4:] == 5).all()
     short = model.generate(ids, stopping_criteria=[lambda so_far, s: so_far.shape[1] >= 6], **options)
     assert short.shape[1] == 6
-    with pytest.raises(ValueError, match="min_p is 1.5; it must be in"):
+    with pytest.raises(ValueError, match=r"min_p is 1.5; it must be in"):
         model.generate(ids, do_sample=True, min_p=1.5)
     with pytest.raises(ValueError, match="num_return_sequences 2 needs do_sample=True or as many num_beams"):
         model.generate(ids, num_return_sequences=2)
