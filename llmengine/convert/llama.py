@@ -128,7 +128,7 @@ def _windows(theirs: Mapping[str, Any]) -> dict[str, Any]:
     width, types = theirs.get("sliding_window"), rotary.layer_types(theirs)
     if width is None or (types is not None and "window" not in types):
         return {"window": None, "layer_types": None}
-    return {"window": width - 1, "layer_types": types if types is not None and "full" in types else None}
+    return {"window": width - 1, "layer_types": types}
 
 
 def _write_windows(ours: Mapping[str, Any]) -> dict[str, Any]:

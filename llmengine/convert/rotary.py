@@ -79,14 +79,14 @@ def write(rotary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_types(theirs: Mapping[str, Any]) -> list[str] | None:
-    """Our layer_types; None where all layers are of one type."""
+    """Our layer_types; None where all layers are windowed, or nothing is said."""
     types = theirs.get("layer_types")
     if not types:
         return None
     known = {"full_attention": "full", "sliding_attention": "window"}
     if unknown := sorted(set(types) - known.keys()):
         raise ValueError(f"config.json: layer_types has {', '.join(unknown)}; llmengine computes {', '.join(known)}")
-    return [known[kind] for kind in types]
+    return [known[kind] for kind in types] if "full_attention" in types else None
 
 
 def write_layer_types(ours: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ ENCODERS = [
     ("ElectraForMaskedLM", {}),
     ("ElectraForMaskedLM", {"embedding_size": 32}),
     ("ModernBertForMaskedLM", {}),
+    ("ModernBertForMaskedLM", {"layer_types": ["sliding_attention"] * 4}),
     ("ModernBertForMaskedLM", {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "decoder_bias": False}),
 ]
 DECODERS = [
