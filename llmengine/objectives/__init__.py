@@ -10,16 +10,18 @@ from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.bert import BertExamples
 from llmengine.objectives.clm import ClmExamples
+from llmengine.objectives.denoising import DenoisingExamples
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
 
-__all__ = ["OBJECTIVES", "build"]
+__all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
 
 # Any: each class takes its own Options
 OBJECTIVES: dict[str, Any] = {
     "bert": BertExamples,
     "mlm": MlmExamples,
     "clm": ClmExamples,
+    "denoising": DenoisingExamples,
 }
 
 
@@ -29,13 +31,25 @@ def build(
     """The examples of an objective over documents.
 
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
-    "clm" (next token). sequence_length: the most tokens of an example, special tokens included. options: see
-    `MlmExamples`, `BertExamples`. Raises ValueError naming what was given and what is allowed.
+    "clm" (next token), "denoising" (a text from what noise left of it, Lewis et al. 2019). sequence_length: the most
+    tokens of an example, special tokens included, of an encoder-decoder on either side. options: those of the
+    objective's class, such as `MlmExamples`. Raises ValueError naming what was given and what is allowed.
     """
+    chosen = options_of(name, **options)
+    check_seed(seed)
+    return OBJECTIVES[name](documents, tokenizer, sequence_length, seed, chosen)
+
+
+def options_of(name: str, **options: Any) -> Any:
+    """An objective's options, checked, with defaults where none are given."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective: {name!r} is not one of {', '.join(OBJECTIVES)}")
     allowed = option_names(OBJECTIVES[name].Options)
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"objective {name!r}: no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}")
-    check_seed(seed)
-    return OBJECTIVES[name](documents, tokenizer, sequence_length, seed, OBJECTIVES[name].Options(**options))
+    return OBJECTIVES[name].Options(**options)
+
+
+def decoder_start(name: str, **options: Any) -> str | None:
+    """The role ("bos", "eos", "pad") of the token that an encoder-decoder's target begins with; None: no decoder."""
+    return getattr(options_of(name, **options), "decoder_start", OBJECTIVES[name].decoder_start)

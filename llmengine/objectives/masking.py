@@ -92,9 +92,10 @@ def special_ids(objective: str, tokenizer: Tokenizer, *roles: str) -> list[int]:
     """The ids of the special tokens that an objective needs."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in roles}
     if missing := [role for role in roles if ids[role] is None]:
+        family = {"denoising": "bart", "span_corruption": "t5", "plm": "xlnet"}.get(objective)
+        remedy = f'kind "bpe" and family "{family}"' if family else f'kind "{"bpe" if "eos" in roles else "wordpiece"}"'
         raise ValueError(
-            f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; "
-            f'train one of kind "{"bpe" if "eos" in missing else "wordpiece"}"'
+            f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; train one of {remedy}"
         )
     return list(ids.values())
 

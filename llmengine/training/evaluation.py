@@ -1,4 +1,4 @@
-"""Held-out loss per head, perplexity, and the accuracy of masked tokens and sentence pairs."""
+"""Held-out loss per head, perplexity, and the accuracy of hidden tokens and sentence pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmengine.data.batches import StepBatches
 from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer
 
-COUNTED = {"mlm": "tokens", "clm": "tokens", "nsp": "sequences"}  # what a head's loss is a mean over
+PAIRS = ("nsp", "sop")  # heads whose loss is a mean over sequences; that of the others over tokens
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def evaluate(model: Transformer, batches: StepBatches, device: torch.device, pre
     """One pass over `batches`' first epoch, without dropout; the model's mode is left as it was.
 
     Returns {"loss": sum of the heads', "losses": {head: mean over all labels}, "perplexity": exp of the token head's
-    loss, "accuracy": {"mlm", "nsp"}: those that the model has}.
+    loss, "accuracy": {"mlm", "plm", "nsp", "sop"}: those that the model has}.
     """
     was_training = model.training
     model.eval()
@@ -38,9 +38,10 @@ def evaluate(model: Transformer, batches: StepBatches, device: torch.device, pre
             totals.update({head: float(loss) for head, loss in out.losses.items()})
         items.update(packed.items)
     model.train(was_training)
-    losses = {head: total / max(items[COUNTED[head]], 1) for head, total in totals.items()}
-    tokens = next(loss for head, loss in losses.items() if head != "nsp")
-    accuracy = {head: right[head] / max(items[COUNTED[head]], 1) for head in losses if head != "clm"}
+    counts = {head: max(items["sequences" if head in PAIRS else "tokens"], 1) for head in totals}
+    losses = {head: total / counts[head] for head, total in totals.items()}
+    tokens = next(loss for head, loss in losses.items() if head not in PAIRS)
+    accuracy = {head: right[head] / counts[head] for head in losses if head not in ("clm", "seq2seq")}
     result: dict[str, Any] = {"loss": sum(losses.values()), "losses": losses, "perplexity": math.exp(min(tokens, 700))}
     return result | ({"accuracy": accuracy} if accuracy else {})
 
@@ -51,13 +52,15 @@ def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _right(model: Transformer, batch: dict[str, Any], out: Any) -> dict[str, int]:
-    """How many labels each head but the next-token one guesses. The token head sees labelled tokens only."""
+    """How many labels each head guesses, but those that write a text. The token head sees labelled tokens only."""
     right = {}
-    if "mlm" in out.losses and model.token_head is not None:
+    task = model.config.token_task
+    if task in ("mlm", "plm") and task in out.losses and model.token_head is not None:
         labelled = (batch["labels"] != IGNORED).nonzero().squeeze(1)
         hidden = out.last_hidden_state[labelled]
         guesses = model.token_head(hidden, model.words.weight).argmax(-1)
-        right["mlm"] = int((guesses == batch["labels"][labelled]).sum())
-    if "nsp" in out.losses:
-        right["nsp"] = int((out.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]).sum())
+        right[task] = int((guesses == batch["labels"][labelled]).sum())
+    for head, name in zip(PAIRS, ("next_sentence_label", "sentence_order_label"), strict=True):
+        if head in out.losses:
+            right[head] = int((out.head_logits[head].argmax(-1) == batch[name]).sum())
     return right

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmengine.data.batches import Step, loader
+from llmengine.data.batches import Step, loader, tokens_of
 from llmengine.models import Transformer
 from llmengine.training import checkpoint, metrics
 from llmengine.training.config import RunConfig
@@ -165,7 +165,7 @@ class _Loop:
             group["lr"] = rate
         run.optimizer.step()
         run.optimizer.zero_grad()
-        self.tokens += sum(len(micro_batch["input_ids"]) for micro_batch in batch.micro_batches)
+        self.tokens += sum(map(tokens_of, batch.micro_batches))
         self.flops += training_flops(run.model.config, batch.micro_batches, batch.items["tokens"])
         return {"loss": sum(losses.values()), "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
 

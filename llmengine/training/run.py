@@ -122,7 +122,8 @@ def tokenizer_of(config: RunConfig, documents: Sequence[str], directory: Path) -
     section = config.tokenizer
     if section.path is not None:
         return Tokenizer.load(section.path)
-    return Tokenizer.train(documents, **section.model_dump(exclude_none=True))
+    family = objectives.OBJECTIVES[config.objective].family
+    return Tokenizer.train(documents, **section.model_dump(exclude_none=True), family=family)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from llmengine.files import replace_text
 from llmengine.models import Transformer
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
-from llmengine.training.predict import continuations, fill, follows
+from llmengine.training.predict import continuations, fill, follows, guesses, written
 
 if TYPE_CHECKING:
     from llmengine.training.loop import Result
@@ -35,7 +35,7 @@ SECTION = re.compile(r"^## Step (\d+)", re.M)
 class Samples(Observer):
     def __init__(self) -> None:
         self._sections: dict[int, str] = {}
-        self._writers: list[Pairs | Masks | Prompts] = []
+        self._writers: list[Writer] = []
 
     def started(self, run: Run, step: int, records: Sequence[Record]) -> None:
         path = run.folder.path / FILE
@@ -74,14 +74,18 @@ def _sections(text: str) -> Iterator[tuple[int, str]]:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Pairs | Masks | Prompts]:
+def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Writer]:
     """What is asked of the model in every section; `source` names the texts."""
     if "clm" in examples.heads:
         return [Prompts(list(_prompts(examples, tokenizer)), source)]
     all_of_them = [examples[0, i] for i in _spread(len(examples), 60)]
+    if "seq2seq" in examples.heads:
+        return [Targets(all_of_them[:TEXTS], source)]
+    if "plm" in examples.heads:
+        return [Hidden(all_of_them[:TEXTS], source)]
     running = [e for e in all_of_them if int(e.get("next_sentence_label", 0)) == 0]
     masked = [_masked(e, tokenizer) for e in sorted(running, key=lambda e: -len(e["input_ids"]))[:TEXTS]]
-    writers: list[Pairs | Masks | Prompts] = [Masks(masked, source)]
+    writers: list[Writer] = [Masks(masked, source)]
     if "nsp" in examples.heads:
         random = [e for e in all_of_them if int(e["next_sentence_label"]) == 1]
         both = [*running[: PAIRS // 2], *random[: PAIRS // 2]]
@@ -124,6 +128,12 @@ def _prompts(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 # ---- writers ---------------------------------------------------------------------------------------------------------
+
+
+class Writer(Protocol):
+    """Parts of a section."""
+
+    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,39 @@ class Pairs:
         yield "\n".join(rows)
 
 
+@dataclass(frozen=True)
+class Targets:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"What the encoder reads of {self.source} texts, what is to be written, and what the model writes."
+        for example in self.examples:
+            texts = {"reads": example["input_ids"], "target": example["labels"], "writes": written(model, example)}
+            rows = (
+                f"{name:8}{_line(tokenizer.decode(ids.tolist(), skip_special=False))}" for name, ids in texts.items()
+            )
+            yield "~~~~text\n" + "\n".join(rows) + "\n~~~~"
+
+
+@dataclass(frozen=True)
+class Hidden:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"Hidden tokens of {self.source} texts in the order of prediction: the model's first candidates."
+        for example in self.examples:
+            candidates = guesses(model, example, top=CANDIDATES)
+            order = example["query_ranks"][example["target_positions"]].argsort().tolist()
+            rows = ["| truth | candidates |", "|---|---|"]
+            for i in order[:MASKS]:
+                truth = int(example["labels"][i])
+                cells = (_candidate(tokenizer, token, share, token == truth) for token, share in candidates[i])
+                rows.append(f"| {_code(tokenizer.token(truth))} | {', '.join(cells)} |")
+            yield f"~~~~text\n{_printable(tokenizer.decode(example['input_ids'].tolist()))}\n~~~~\n\n" + "\n".join(rows)
+
+
 def _mask_id(tokenizer: Tokenizer) -> int:
     assert tokenizer.mask_id is not None, "objectives with masks do not begin without one"
     return tokenizer.mask_id
@@ -188,6 +231,11 @@ def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
 def _printable(text: str) -> str:
     """Without the control characters that an untrained byte-level model writes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _line(text: str) -> str:
+    """Text on one line."""
+    return " ".join(_printable(text).split())
 
 
 def _candidate(tokenizer: Tokenizer, token: int, share: float, right: bool) -> str:
