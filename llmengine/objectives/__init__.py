@@ -13,6 +13,7 @@ from llmengine.objectives.clm import ClmExamples
 from llmengine.objectives.denoising import DenoisingExamples
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
+from llmengine.objectives.span_corruption import SpanCorruptionExamples
 
 __all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
 
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, Any] = {
     "mlm": MlmExamples,
     "clm": ClmExamples,
     "denoising": DenoisingExamples,
+    "span_corruption": SpanCorruptionExamples,
 }
 
 
@@ -31,9 +33,10 @@ def build(
     """The examples of an objective over documents.
 
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
-    "clm" (next token), "denoising" (a text from what noise left of it, Lewis et al. 2019). sequence_length: the most
-    tokens of an example, special tokens included, of an encoder-decoder on either side. options: those of the
-    objective's class, such as `MlmExamples`. Raises ValueError naming what was given and what is allowed.
+    "clm" (next token), "denoising" (a text from what noise left of it, Lewis et al. 2019), "span_corruption" (the spans
+    that are missing, Raffel et al. 2020). sequence_length: the most tokens of an example, special tokens included, of
+    an encoder-decoder on either side. options: those of the objective's class, such as `MlmExamples`. Raises ValueError
+    naming what was given and what is allowed.
     """
     chosen = options_of(name, **options)
     check_seed(seed)
@@ -52,4 +55,5 @@ def options_of(name: str, **options: Any) -> Any:
 
 def decoder_start(name: str, **options: Any) -> str | None:
     """The role ("bos", "eos", "pad") of the token that an encoder-decoder's target begins with; None: no decoder."""
-    return getattr(options_of(name, **options), "decoder_start", OBJECTIVES[name].decoder_start)
+    start = OBJECTIVES[name].decoder_start
+    return start and getattr(options_of(name, **options), "decoder_start", start)

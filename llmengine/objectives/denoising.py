@@ -75,4 +75,5 @@ class DenoisingExamples(Examples):
         begins = words[span] if self._options.whole_word and words is not None else np.ones(len(text), bool)
         draws = Draws(self._seed, epoch, Purpose.NOISE, index)
         noised = add_noise(text, begins, self._stops[text], self._options, self._mask, self._vocab_size, draws)
-        return source_and_target(*(np.concatenate([[self._bos], x, [self._eos]]) for x in (noised, text)), self._start)
+        source, target = (np.concatenate([[self._bos], x, [self._eos]]) for x in (noised, text))
+        return source_and_target(source, target, self._start)

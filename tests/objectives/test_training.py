@@ -20,9 +20,12 @@ SHAPE = {
 }  # fmt: skip
 MODELS = {
     "denoising": {"architecture": "encoder_decoder", "embed_norm": True, "norm_place": "post", "final_norm": False},
-}
-HEADS = {"denoising": {"seq2seq"}}
-TOKENIZERS = {"denoising": "bart_bpe"}
+    "span_corruption": {
+        "architecture": "encoder_decoder", "positions": "buckets", "norm": "rms", "gated": True, "max_positions": None,
+    },
+}  # fmt: skip
+HEADS = {"denoising": {"seq2seq"}, "span_corruption": {"seq2seq"}}
+TOKENIZERS = {"denoising": "bart_bpe", "span_corruption": "t5_bpe"}
 each = pytest.mark.parametrize("objective", MODELS)
 
 
