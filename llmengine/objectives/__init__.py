@@ -13,6 +13,7 @@ from llmengine.objectives.clm import ClmExamples
 from llmengine.objectives.denoising import DenoisingExamples
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
+from llmengine.objectives.plm import PlmExamples
 from llmengine.objectives.span_corruption import SpanCorruptionExamples
 
 __all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Any] = {
     "clm": ClmExamples,
     "denoising": DenoisingExamples,
     "span_corruption": SpanCorruptionExamples,
+    "plm": PlmExamples,
 }
 
 
@@ -33,10 +35,13 @@ def build(
     """The examples of an objective over documents.
 
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
-    "clm" (next token), "denoising" (a text from what noise left of it, Lewis et al. 2019), "span_corruption" (the spans
-    that are missing, Raffel et al. 2020). sequence_length: the most tokens of an example, special tokens included, of
-    an encoder-decoder on either side. options: those of the objective's class, such as `MlmExamples`. Raises ValueError
-    naming what was given and what is allowed.
+    "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what
+    noise left of it, Lewis et al. 2019), "span_corruption" (the spans that are missing, Raffel et al. 2020), "plm"
+    (tokens in a random order, Yang et al. 2019).
+    sequence_length: the most tokens of an example, special tokens included; of an encoder-decoder on either side.
+    options: those of the objective's class, such as `MlmExamples`.
+
+    Raises ValueError naming what was given and what is allowed.
     """
     chosen = options_of(name, **options)
     check_seed(seed)

@@ -14,7 +14,7 @@ from llmengine.objectives import OBJECTIVES, decoder_start
 from llmengine.training import config_file
 from llmengine.training.config_errors import hint, sentences
 
-Objective = Literal["bert", "mlm", "clm", "denoising", "span_corruption"]
+Objective = Literal["bert", "mlm", "clm", "denoising", "span_corruption", "plm"]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llmengine.data import Tokenizer
 
@@ -18,3 +19,12 @@ def t5_bpe(novels):
 @pytest.fixture(scope="session")
 def xlnet_bpe(novels):
     return Tokenizer.train(novels, "bpe", 1000, family="xlnet")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small are all barriers with two threads on a machine that has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -23,9 +23,10 @@ MODELS = {
     "span_corruption": {
         "architecture": "encoder_decoder", "positions": "buckets", "norm": "rms", "gated": True, "max_positions": None,
     },
+    "plm": {"architecture": "encoder", "positions": "relative", "norm_place": "post", "final_norm": False},
 }  # fmt: skip
-HEADS = {"denoising": {"seq2seq"}, "span_corruption": {"seq2seq"}}
-TOKENIZERS = {"denoising": "bart_bpe", "span_corruption": "t5_bpe"}
+HEADS = {"denoising": {"seq2seq"}, "span_corruption": {"seq2seq"}, "plm": {"plm"}}
+TOKENIZERS = {"denoising": "bart_bpe", "span_corruption": "t5_bpe", "plm": "xlnet_bpe"}
 each = pytest.mark.parametrize("objective", MODELS)
 
 
