@@ -14,6 +14,7 @@ from llmengine.objectives.denoising import DenoisingExamples
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
 from llmengine.objectives.plm import PlmExamples
+from llmengine.objectives.sop import SopExamples
 from llmengine.objectives.span_corruption import SpanCorruptionExamples
 
 __all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
@@ -22,6 +23,7 @@ __all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
 OBJECTIVES: dict[str, Any] = {
     "bert": BertExamples,
     "mlm": MlmExamples,
+    "sop": SopExamples,
     "clm": ClmExamples,
     "denoising": DenoisingExamples,
     "span_corruption": SpanCorruptionExamples,

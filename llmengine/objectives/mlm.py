@@ -31,7 +31,7 @@ class MlmExamples(Examples):
         self._cls, self._sep, self._mask = special_ids("mlm", tokenizer, "cls", "sep", "mask")
         if sequence_length < 3:
             raise ValueError(f"objective 'mlm': sequence_length must be 3 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.whole_word)
+        self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.by_words)
         if not len(self._tokens.ids):
             raise ValueError("objective 'mlm': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)

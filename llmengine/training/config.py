@@ -14,7 +14,7 @@ from llmengine.objectives import OBJECTIVES, decoder_start
 from llmengine.training import config_file
 from llmengine.training.config_errors import hint, sentences
 
-Objective = Literal["bert", "mlm", "clm", "denoising", "span_corruption", "plm"]
+Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm"]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -23,7 +23,7 @@ Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) 
 
 _WORDPIECE = {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True}
 _BPE = {"kind": "bpe", "vocab_size": 8192, "lowercase": False}
-_TOKENIZERS = {"bert": _WORDPIECE, "mlm": _WORDPIECE}  # those of the others: _BPE
+_TOKENIZERS = {"bert": _WORDPIECE, "mlm": _WORDPIECE, "sop": _WORDPIECE}  # those of the others: _BPE
 _FILLED_IN = {
     "objectives": "objective",
     "vocab_size": "tokenizer",
@@ -112,8 +112,8 @@ class RunConfig(Section):
     """A training run. Strict (no conversions), frozen, unknown fields are errors. `examples/` has runs to copy.
 
     `model` holds TransformerConfig's fields, or a preset and fields that differ from it; vocab_size, special token ids
-    and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for "bert" and "mlm",
-    byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is not given.
+    and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for masked tokens
+    ("bert", "mlm", "sop"), byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is not given.
     """
 
     corpus: str | list[str]
@@ -162,9 +162,10 @@ class RunConfig(Section):
                 f"data.sequence_length ({self.data.sequence_length}) must be at most "
                 f"model.max_positions ({model.max_positions})"
             )
-        if self.objective == "bert" and model.type_vocab_size < 2:
+        if self.objective in ("bert", "sop") and model.type_vocab_size < 2:
             raise ValueError(
-                f'model.type_vocab_size is {model.type_vocab_size}; objective "bert" has two segments and needs 2'
+                f'model.type_vocab_size is {model.type_vocab_size}; objective "{self.objective}" has two segments and '
+                "needs 2"
             )
         return self
 

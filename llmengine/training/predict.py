@@ -69,7 +69,8 @@ def follows(model: Transformer, input_ids: Tensor, token_type_ids: Tensor) -> fl
     """The probability that the second segment of a pair (tokens,) follows the first (label 0)."""
     with evaluating(model) as device:
         out = model(input_ids[None].to(device), token_type_ids=token_type_ids[None].to(device))
-    return float(out.seq_relationship_logits[0].float().softmax(-1)[0])
+    (logits,) = (out.head_logits[head] for head in ("nsp", "sop") if head in out.head_logits)
+    return float(logits[0].float().softmax(-1)[0])
 
 
 def written(model: Transformer, example: dict[str, Tensor]) -> Tensor:

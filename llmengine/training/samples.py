@@ -83,11 +83,11 @@ def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Writer
         return [Targets(all_of_them[:TEXTS], source)]
     if "plm" in examples.heads:
         return [Hidden(all_of_them[:TEXTS], source)]
-    running = [e for e in all_of_them if int(e.get("next_sentence_label", 0)) == 0]
+    running = [e for e in all_of_them if pair_label(e) == 0]
     masked = [_masked(e, tokenizer) for e in sorted(running, key=lambda e: -len(e["input_ids"]))[:TEXTS]]
     writers: list[Writer] = [Masks(masked, source)]
-    if "nsp" in examples.heads:
-        random = [e for e in all_of_them if int(e["next_sentence_label"]) == 1]
+    if {"nsp", "sop"} & set(examples.heads):
+        random = [e for e in all_of_them if pair_label(e) == 1]
         both = [*running[: PAIRS // 2], *random[: PAIRS // 2]]
         writers.append(Pairs([_unmasked(e) for e in both], source))
     return writers
@@ -97,6 +97,11 @@ def _spread(length: int, most: int) -> list[int]:
     """Up to `most` numbers below `length`, evenly spread."""
     count = min(length, most)
     return [length * i // count for i in range(count)]
+
+
+def pair_label(example: dict[str, Tensor]) -> int:
+    """Of a pair: 0 where the second segment follows the first; of other examples 0."""
+    return int(example.get("next_sentence_label", example.get("sentence_order_label", 0)))
 
 
 def _unmasked(example: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +183,8 @@ class Pairs:
         for example in self.examples:
             ids, types = example["input_ids"], example["token_type_ids"]
             first, second = (_text(tokenizer, ids[types == kind]) for kind in (0, 1))
-            truth = "random" if int(example["next_sentence_label"]) else "follows"
+            other = "random" if "next_sentence_label" in example else "precedes"
+            truth = other if pair_label(example) else "follows"
             share = follows(model, ids, types)
             rows.append(f"| … {_cell(first[-70:])} | {_cell(second[:70])} … | {truth} | {100 * share:.0f} % |")
         yield "\n".join(rows)
