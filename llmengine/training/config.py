@@ -195,9 +195,8 @@ class RunConfig(Section):
         if start is not None:
             tokens["decoder_start_token_id"] = tokens[f"{start}_token_id"]
         heads = list(OBJECTIVES[self.objective].heads)
-        unpooled = (
-            {} if {"nsp", "sop"} & set(heads) else {"pooler": "none"}
-        )  # a pooler that no head reads would never be trained
+        # a pooler that no head reads would never be trained
+        unpooled = {} if {"nsp", "sop"} & set(heads) else {"pooler": "none"}
         given = {**self.model, **tokens, **unpooled, "objectives": heads, "vocab_size": vocab_size}
         try:
             return TransformerConfig.from_dict(given)

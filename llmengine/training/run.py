@@ -13,11 +13,11 @@ import numpy
 import torch
 
 import llmengine
-from llmengine import objectives
+from llmengine import convert, objectives
 from llmengine.data.batches import StepBatches
 from llmengine.data.corpus import read_documents, split_documents
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.models import Transformer
+from llmengine.models import Transformer, TransformerConfig
 from llmengine.training.config import RunConfig
 from llmengine.training.optimizer import adamw
 
@@ -84,6 +84,7 @@ class Run:
         shape = config.transformer(
             tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
         )
+        _check_can_be_saved(shape)
         reseed(config.seed, INITIAL_WEIGHTS)
         model = Transformer(shape).to(device)  # drawn on the CPU: the same weights on every device
         return cls(
@@ -97,6 +98,12 @@ class Run:
             held_out=_batches(config, held_out, tokenizer, shuffle=False) if held_out else None,
             corpus_digest=digest,
         )
+
+
+def _check_can_be_saved(shape: TransformerConfig) -> None:
+    """That the model's family has files for what the config asks: else the run would fail when it is done."""
+    if (family := convert.FAMILIES.get(shape.family)) is not None:
+        family.write_config(shape.to_dict(), TransformerConfig.defaults())
 
 
 def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, *, shuffle: bool) -> StepBatches:
