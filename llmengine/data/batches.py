@@ -30,8 +30,8 @@ class Step:
         max_seqlen int, and where the objective has them token_type_ids (tokens,), next_sentence_label (sequences,),
         decoder_input_ids with its decoder_cu_seqlens and decoder_max_seqlen, target_positions in the packed tokens.
     items: what the step's losses are divided by, the model's num_items_in_batch: {"tokens": labelled tokens (for
-        next-token prediction after the shift), "sequences": pairs} ("sequences" only where pairs are judged); each is
-        1 at least.
+        next-token prediction after the shift), "sequences": pairs, "read": all tokens} (only where pairs, or all
+        tokens, are judged); each is 1 at least.
     epoch: which epoch the step belongs to, from 0. progress: epochs done when the step is done.
     """
 
@@ -122,6 +122,8 @@ class StepBatches(Dataset):
         items = {"tokens": int(labelled.sum())}
         if {"nsp", "sop"} & set(self.examples.heads):
             items["sequences"] = len(micro_batch["cu_seqlens"]) - 1
+        if "rtd" in self.examples.heads:
+            items["read"] = len(micro_batch["input_ids"])
         return items
 
 

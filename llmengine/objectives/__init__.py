@@ -11,6 +11,7 @@ from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.bert import BertExamples
 from llmengine.objectives.clm import ClmExamples
 from llmengine.objectives.denoising import DenoisingExamples
+from llmengine.objectives.electra import ElectraExamples
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
 from llmengine.objectives.plm import PlmExamples
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, Any] = {
     "denoising": DenoisingExamples,
     "span_corruption": SpanCorruptionExamples,
     "plm": PlmExamples,
+    "electra": ElectraExamples,
 }
 
 
@@ -39,7 +41,8 @@ def build(
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
     "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what
     noise left of it, Lewis et al. 2019), "span_corruption" (the spans that are missing, Raffel et al. 2020), "plm"
-    (tokens in a random order, Yang et al. 2019).
+    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020; for the two models of
+    `llmengine.objectives.electra.Electra`).
     sequence_length: the most tokens of an example, special tokens included; of an encoder-decoder on either side.
     options: those of the objective's class, such as `MlmExamples`.
 
