@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from llmengine import Transformer, TransformerConfig, objectives
-from llmengine.data import Examples, StepBatches, loader
-from llmengine.data.batches import tokens_of
+from llmengine.data import Examples, StepBatches, Tokenizer, loader
+from llmengine.data.batches import pack, tokens_of
 from llmengine.training import RunConfig, train
+from llmengine.training.evaluation import evaluate
 from llmengine.training.samples import Samples
 from tests.training.runs import corpus
 
@@ -41,6 +43,12 @@ def tiny(directory, objective: str, **fields) -> RunConfig:
     )  # fmt: skip
 
 
+def model_of(objective: str, examples: Examples, tokenizer: Tokenizer) -> Transformer:
+    torch.manual_seed(0)
+    fields = {"objectives": list(examples.heads), "vocab_size": tokenizer.vocab_size}
+    return Transformer(TransformerConfig.from_dict(SHAPE | MODELS[objective] | fields))
+
+
 class First(Examples):
     """The first few examples of others."""
 
@@ -66,6 +74,37 @@ def test_the_loss_falls(objective, tmp_path):
     assert samples.count("## Step ") == 3 and "~~~~text" in samples
     saved = Transformer.from_pretrained(tmp_path / "run" / "model")
     assert saved.config.architecture == MODELS[objective]["architecture"]
+
+
+@each
+def test_evaluation_is_the_mean_over_all_labels(objective, novels, request):
+    """Losses and accuracies of packed batches, from every example's logits alone."""
+    tokenizer = request.getfixturevalue(TOKENIZERS[objective])
+    examples = First(objectives.build(objective, novels, tokenizer, sequence_length=32, seed=5), 12)
+    model = model_of(objective, examples, tokenizer)
+    batches = StepBatches(examples, batch_tokens=150, seed=5, shuffle=False)
+    result = evaluate(model, batches, torch.device("cpu"), "fp32")
+    assert result["losses"].keys() == HEADS[objective] and result["loss"] == pytest.approx(
+        sum(result["losses"].values())
+    )
+    losses, right, count = 0.0, 0, 0
+    with torch.no_grad():
+        for i in range(12):
+            batch = pack([examples[0, i]])
+            labels = batch.pop("labels")
+            pair = batch.pop("sentence_order_label", None)
+            logits = model.eval()(**batch).logits[labels != -100]
+            labels = labels[labels != -100]
+            losses += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+            assert pair is None or len(pair) == 1
+    task = model.config.token_task
+    assert result["losses"][task] == pytest.approx(losses / count, rel=1e-4)
+    assert math.log(result["perplexity"]) == pytest.approx(losses / count, rel=1e-4)
+    accuracy = result.get("accuracy", {})
+    assert accuracy.keys() == HEADS[objective] - {"seq2seq"}
+    assert accuracy.get(task, right / count) == pytest.approx(right / count)
 
 
 @each
@@ -102,10 +141,7 @@ def test_accumulation_changes_nothing(objective, novels, request):
     """The gradient of a step is that of its examples one by one."""
     tokenizer = request.getfixturevalue(TOKENIZERS[objective])
     examples = objectives.build(objective, novels, tokenizer, sequence_length=24, seed=5)
-    heads = {"objectives": list(examples.heads), "vocab_size": tokenizer.vocab_size}
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig.from_dict(SHAPE | MODELS[objective] | heads))
-    gradients = []
+    model, gradients = model_of(objective, examples, tokenizer), []
     for batch_tokens, accumulation in ((4096, 1), (256, 16)):
         step = StepBatches(
             First(examples, 12), batch_tokens=batch_tokens, accumulation=accumulation, seed=1, shuffle=False
