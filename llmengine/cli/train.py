@@ -141,12 +141,12 @@ def summary(config: RunConfig, result: Result) -> str:
 
 
 def _next_commands(config: RunConfig, result: Result) -> list[str]:
-    from llmengine.objectives import OBJECTIVES
+    from llmengine.objectives import model_heads
 
     run = result.output
     commands = [f"llmengine train --resume {run}"] if result.interrupted else []
     if config.objective == "clm":
         commands.append(f'llmengine generate {run} --prompt "It was"')
-    elif "mlm" in OBJECTIVES[config.objective].heads:
+    elif "mlm" in model_heads(config.objective):
         commands.append(f'llmengine fill {run} "She was [MASK] happy."')
     return [*commands, f"llmengine evaluate {run}"]

@@ -17,7 +17,9 @@ class Examples(ABC):
     """Training examples of unlimited epochs; each is a function of (seed, epoch, index) alone."""
 
     heads: tuple[str, ...]
-    """The model's `objectives`: which heads these examples train."""
+    """Which heads these examples train: the model's `objectives`."""
+    model_heads: tuple[str, ...] | None = None
+    """The objectives of the model that a config describes, where others are trained with it; None: heads."""
     architecture: str = "encoder"
     """Of the models that these examples are for."""
     family: str = "gpt2"

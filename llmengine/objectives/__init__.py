@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from llmengine.data.draws import check_seed
 from llmengine.data.examples import Examples
 from llmengine.data.tokenizer import Tokenizer
+from llmengine.models import Transformer, TransformerConfig
 from llmengine.objectives.bert import BertExamples
 from llmengine.objectives.clm import ClmExamples
 from llmengine.objectives.denoising import DenoisingExamples
-from llmengine.objectives.electra import ElectraExamples
+from llmengine.objectives.electra import Electra, ElectraExamples, smaller
 from llmengine.objectives.masking import option_names
 from llmengine.objectives.mlm import MlmExamples
 from llmengine.objectives.plm import PlmExamples
 from llmengine.objectives.sop import SopExamples
 from llmengine.objectives.span_corruption import SpanCorruptionExamples
 
-__all__ = ["OBJECTIVES", "build", "decoder_start", "options_of"]
+__all__ = ["OBJECTIVES", "build", "decoder_start", "load_model", "make_model", "model_heads", "options_of"]
 
 # Any: each class takes its own Options
 OBJECTIVES: dict[str, Any] = {
@@ -41,8 +43,7 @@ def build(
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
     "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what
     noise left of it, Lewis et al. 2019), "span_corruption" (the spans that are missing, Raffel et al. 2020), "plm"
-    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020; for the two models of
-    `llmengine.objectives.electra.Electra`).
+    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020).
     sequence_length: the most tokens of an example, special tokens included; of an encoder-decoder on either side.
     options: those of the objective's class, such as `MlmExamples`.
 
@@ -61,6 +62,26 @@ def options_of(name: str, **options: Any) -> Any:
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"objective {name!r}: no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}")
     return OBJECTIVES[name].Options(**options)
+
+
+def model_heads(name: str) -> tuple[str, ...]:
+    """The `objectives` of the model that a run's config describes."""
+    return OBJECTIVES[name].model_heads or OBJECTIVES[name].heads
+
+
+def make_model(name: str, config: TransformerConfig, **options: Any) -> Transformer | Electra:
+    """A new model for an objective's examples: a Transformer, or, for "electra", two of them."""
+    if name != "electra":
+        return Transformer(config)
+    chosen = options_of(name, **options)
+    return Electra(config, smaller(config, chosen.generator_part), rtd_weight=chosen.rtd_weight)
+
+
+def load_model(name: str, directory: str | os.PathLike, **options: Any) -> Transformer | Electra:
+    """What such a model's save_pretrained wrote."""
+    if name != "electra":
+        return Transformer.from_pretrained(directory)
+    return Electra.from_pretrained(directory, rtd_weight=options_of(name, **options).rtd_weight)
 
 
 def decoder_start(name: str, **options: Any) -> str | None:

@@ -8,13 +8,15 @@ gradient. Both share their embeddings. loss = mlm + 50 rtd.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer, TransformerConfig
@@ -22,13 +24,27 @@ from llmengine.models.output import TransformerOutput
 from llmengine.objectives.masking import Masking
 from llmengine.objectives.mlm import MlmExamples
 
+GENERATOR = "generator"
+EMBEDDINGS, SHARED = "encoder.embeddings.", ("word", "position", "token_type", "norm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ElectraOptions(Masking):
-    """Options of masking; 15 % of the predicted tokens stay as they are, and none becomes a random one."""
+    """Options of masking: 15 % of the predicted tokens stay as they are, and none becomes a random one.
+
+    generator_part: the generator has 1 / generator_part of the discriminator's features and heads.
+    rtd_weight: what the discriminator's loss counts; the generator's counts 1.
+    """
 
     mask_share: float = 0.85
     random_share: float = 0.0
+    generator_part: int = 4
+    rtd_weight: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generator_part < 1:
+            raise ValueError(f"objective: generator_part must be 1 or more, got {self.generator_part}")
 
 
 class ElectraExamples(MlmExamples):
@@ -36,6 +52,7 @@ class ElectraExamples(MlmExamples):
 
     name = "electra"
     heads = ("mlm", "rtd")
+    model_heads = ("rtd",)
     Options = ElectraOptions
 
 
@@ -43,13 +60,9 @@ class Electra(Module):
     """Generator and discriminator, trained together. The discriminator is what remains: `electra.discriminator`."""
 
     def __init__(
-        self, discriminator: TransformerConfig, generator: TransformerConfig | None = None, *,
-        loss_weights: Mapping[str, float] | None = None,
-    ) -> None:  # fmt: skip
-        """Makes both. generator: default, the discriminator with a quarter of its features and heads.
-
-        loss_weights: of {"mlm", "rtd"}; default 1 and 50.
-        """
+        self, discriminator: TransformerConfig, generator: TransformerConfig | None = None, *, rtd_weight: float = 50.0
+    ) -> None:
+        """Makes both. generator: default, the discriminator with a quarter of its features and heads."""
         super().__init__()
         if discriminator.architecture != "encoder":
             raise ValueError(f"Electra: discriminator must be an encoder, got {discriminator.architecture!r}")
@@ -63,10 +76,32 @@ class Electra(Module):
                 )
         self.discriminator = Transformer(_with_head(discriminator, "rtd"))
         self.generator = Transformer(_with_head(generator, "mlm"))
-        self.loss_weights = {"mlm": 1.0, "rtd": 50.0, **(loss_weights or {})}
+        self.config = self.discriminator.config.replace(loss_weights={"rtd": rtd_weight})
         ours, theirs = (model.stack.embeddings for model in (self.generator, self.discriminator))
-        for name in ("word", "position", "token_type", "norm"):
+        for name in SHARED:
             setattr(ours, name, getattr(theirs, name, None))
+        # files hold what is shared once
+        self.register_state_dict_post_hook(lambda _, state, prefix, __: _drop_shared(state, prefix))
+        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: _add_shared(state, prefix))
+
+    @property
+    def words(self) -> Embedding:
+        return self.discriminator.words
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes the discriminator to the directory, and the generator to its folder "generator"."""
+        self.discriminator.save_pretrained(directory)
+        self.generator.save_pretrained(Path(directory) / GENERATOR)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, *, rtd_weight: float = 50.0) -> Electra:
+        """From what `save_pretrained` wrote."""
+        both = {"discriminator": directory, "generator": Path(directory) / GENERATOR}
+        parts = {name: Transformer.from_pretrained(path) for name, path in both.items()}
+        electra = cls(parts["discriminator"].config, parts["generator"].config, rtd_weight=rtd_weight)
+        for name, part in parts.items():
+            getattr(electra, name).load_state_dict(part.state_dict())
+        return electra.eval()
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, *, num_items_in_batch: Mapping[str, Any] | None = None, **others: Any
@@ -83,17 +118,20 @@ class Electra(Module):
         if num_items_in_batch is not None:
             items = [num_items_in_batch["tokens"], num_items_in_batch["read"]]
         filled = self.generator(input_ids, labels=labels, num_items_in_batch=items[0], **others)
-        replaced, is_replaced = self._replace(input_ids, labels, filled.last_hidden_state)
+        replaced, is_replaced = self.replace(input_ids, labels, filled.last_hidden_state)
         if (mask := others.get("attention_mask")) is not None:
             is_replaced = is_replaced.masked_fill(mask == 0, IGNORED)
         found = self.discriminator(replaced, labels=is_replaced, num_items_in_batch=items[1], **others)
         losses = {**filled.losses, **found.losses}
-        loss = sum(self.loss_weights[name] * value for name, value in losses.items())
+        loss = losses["mlm"] + self.config.loss_weights["rtd"] * losses["rtd"]
         return TransformerOutput({"loss": loss, "logits": found.logits}, {"losses": losses})
 
     @torch.no_grad()
-    def _replace(self, input_ids: Tensor, labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The text with samples in the predicted places, and for each token 1 where it is not the original."""
+    def replace(self, input_ids: Tensor, labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The text with samples in the predicted places, and for each token 1 where it is not the original.
+
+        hidden: the generator's last hidden states.
+        """
         predicted = labels != IGNORED
         head = self.generator.token_head
         assert head is not None
@@ -101,6 +139,18 @@ class Electra(Module):
         original = torch.where(predicted, labels, input_ids)
         replaced = original.masked_scatter(predicted, samples.to(original.dtype))
         return replaced, (replaced != original).long()
+
+
+def _drop_shared(state: dict[str, Tensor], prefix: str) -> None:
+    for name in list(state):
+        if name.startswith(tuple(f"{prefix}generator.{EMBEDDINGS}{part}." for part in SHARED)):
+            del state[name]
+
+
+def _add_shared(state: dict[str, Tensor], prefix: str) -> None:
+    for name in list(state):
+        if name.startswith(tuple(f"{prefix}discriminator.{EMBEDDINGS}{part}." for part in SHARED)):
+            state[f"{prefix}generator." + name.removeprefix(f"{prefix}discriminator.")] = state[name]
 
 
 def sample(logits: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from llmengine.models.config import PRETRAINING, TransformerConfig
 from llmengine.models.presets import PRESETS
-from llmengine.objectives import OBJECTIVES, decoder_start
+from llmengine.objectives import OBJECTIVES, decoder_start, model_heads
 from llmengine.training import config_file
 from llmengine.training.config_errors import hint, sentences
 
-Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm"]
+Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm", "electra"]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -23,7 +23,12 @@ Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) 
 
 _WORDPIECE = {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True}
 _BPE = {"kind": "bpe", "vocab_size": 8192, "lowercase": False}
-_TOKENIZERS = {"bert": _WORDPIECE, "mlm": _WORDPIECE, "sop": _WORDPIECE}  # those of the others: _BPE
+_TOKENIZERS = {
+    "bert": _WORDPIECE,
+    "mlm": _WORDPIECE,
+    "sop": _WORDPIECE,
+    "electra": _WORDPIECE,
+}  # those of the others: _BPE
 _FILLED_IN = {
     "objectives": "objective",
     "vocab_size": "tokenizer",
@@ -113,7 +118,8 @@ class RunConfig(Section):
 
     `model` holds TransformerConfig's fields, or a preset and fields that differ from it; vocab_size, special token ids
     and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for masked tokens
-    ("bert", "mlm", "sop"), byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is not given.
+    ("bert", "mlm", "sop", "electra"), byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is
+    not given. "electra": `model` is the discriminator.
     """
 
     corpus: str | list[str]
@@ -194,7 +200,7 @@ class RunConfig(Section):
         start = decoder_start(self.objective, **self.data.options)
         if start is not None:
             tokens["decoder_start_token_id"] = tokens[f"{start}_token_id"]
-        heads = list(OBJECTIVES[self.objective].heads)
+        heads = list(model_heads(self.objective))
         # a pooler that no head reads would never be trained
         unpooled = {} if {"nsp", "sop"} & set(heads) else {"pooler": "none"}
         given = {**self.model, **tokens, **unpooled, "objectives": heads, "vocab_size": vocab_size}

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from llmengine.models import Transformer
 from llmengine.models.config import TransformerConfig
+from llmengine.objectives.electra import Electra
 
 
 def forward_flops(
@@ -55,6 +57,12 @@ def training_flops(config: TransformerConfig, micro_batches: Iterable[Mapping[st
             parts |= {"query_stream": len(batch["target_positions"]), "seen": _seen(batch)}
         total += forward_flops(config, lengths, 0, **parts)
     return 3 * total
+
+
+def model_flops(model: Transformer | Electra, micro_batches: Sequence[Mapping[str, Any]], labelled: int) -> int:
+    """`training_flops` of a model, or of both that are trained together."""
+    parts = [model] if isinstance(model, Transformer) else [model.generator, model.discriminator]
+    return sum(training_flops(part.config, micro_batches, labelled if part.config.token_task else 0) for part in parts)
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int, pairs: int) -> int:

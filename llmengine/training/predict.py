@@ -13,6 +13,7 @@ from torch import Tensor
 from llmengine.data.batches import pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
+from llmengine.objectives.electra import Electra
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Filling:
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[torch.device]:
+def evaluating(model: Transformer | Electra) -> Iterator[torch.device]:
     """No dropout and no gradients within; gives the model's device."""
     was_training = model.training
     model.eval()
@@ -89,6 +90,16 @@ def guesses(model: Transformer, example: dict[str, Tensor], top: int = 5) -> lis
         logits = model(**arguments, max_seqlen=len(example["input_ids"])).logits
     probabilities, tokens = logits.view(len(labels), -1).float().softmax(-1).topk(min(top, logits.shape[-1]))
     return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)]
+
+
+def suspicions(model: Electra, example: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(tokens,) the text with the generator's samples, always the same; and how probable each is not the original."""
+    with evaluating(model) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        ids, labels = (example[name][None].to(device) for name in ("input_ids", "labels"))
+        replaced, _ = model.replace(ids, labels, model.generator(ids).last_hidden_state)
+        logits = model.discriminator(replaced).logits
+    return replaced[0].cpu(), logits[0].float().sigmoid().cpu()
 
 
 def continuations(

@@ -18,6 +18,7 @@ from llmengine.data.batches import StepBatches
 from llmengine.data.corpus import read_documents, split_documents
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.objectives.electra import Electra
 from llmengine.training.config import RunConfig
 from llmengine.training.optimizer import adamw
 
@@ -61,7 +62,7 @@ class Run:
     folder: Folder
     device: torch.device
     tokenizer: Tokenizer
-    model: Transformer
+    model: Transformer | Electra
     optimizer: torch.optim.AdamW
     batches: StepBatches
     held_out: StepBatches | None
@@ -86,7 +87,9 @@ class Run:
         )
         _check_can_be_saved(shape)
         reseed(config.seed, INITIAL_WEIGHTS)
-        model = Transformer(shape).to(device)  # drawn on the CPU: the same weights on every device
+        model = objectives.make_model(config.objective, shape, **config.data.options).to(
+            device
+        )  # drawn on the CPU: the same weights on every device
         return cls(
             config=config,
             folder=folder,

@@ -17,9 +17,10 @@ from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.files import replace_text
 from llmengine.models import Transformer
+from llmengine.objectives.electra import Electra
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
-from llmengine.training.predict import continuations, fill, follows, guesses, written
+from llmengine.training.predict import continuations, fill, follows, guesses, suspicions, written
 
 if TYPE_CHECKING:
     from llmengine.training.loop import Result
@@ -81,6 +82,8 @@ def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Writer
     all_of_them = [examples[0, i] for i in _spread(len(examples), 60)]
     if "seq2seq" in examples.heads:
         return [Targets(all_of_them[:TEXTS], source)]
+    if "rtd" in examples.heads:
+        return [Replaced(all_of_them[:TEXTS], source)]
     if "plm" in examples.heads:
         return [Hidden(all_of_them[:TEXTS], source)]
     running = [e for e in all_of_them if pair_label(e) == 0]
@@ -138,7 +141,7 @@ def _prompts(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
 class Writer(Protocol):
     """Parts of a section."""
 
-    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]: ...
+    def write(self, model: Any, tokenizer: Tokenizer) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,23 @@ class Targets:
                 f"{name:8}{_line(tokenizer.decode(ids.tolist(), skip_special=False))}" for name, ids in texts.items()
             )
             yield "~~~~text\n" + "\n".join(rows) + "\n~~~~"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Electra, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"Tokens of {self.source} texts that the generator replaced: what the discriminator thinks of them."
+        for example in self.examples:
+            replaced, suspicion = suspicions(model, example)
+            truth = _unmasked(example)["input_ids"]
+            rows = ["| truth | in its place | model: it was replaced |", "|---|---|---|"]
+            for i in (replaced != truth).nonzero().flatten().tolist()[:MASKS]:
+                old, new = (_code(tokenizer.token(int(ids[i]))) for ids in (truth, replaced))
+                rows.append(f"| {old} | {new} | {100 * float(suspicion[i]):.0f} % |")
+            yield f"~~~~text\n{_text(tokenizer, replaced)}\n~~~~\n\n" + "\n".join(rows)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 
 from llmengine import Transformer, TransformerConfig, objectives
 from llmengine.data import StepBatches
 from llmengine.objectives.electra import Electra, sample, smaller
+from llmengine.training import RunConfig, train
+from llmengine.training.flops import model_flops, training_flops
+from llmengine.training.samples import Samples
+from tests.cli.conftest import succeed
+from tests.training.runs import corpus
 
 from .distributions import binomial, chi_square
 from .numbered import numbered
@@ -78,7 +86,7 @@ def test_the_loss_is_the_weighted_sum_of_both_models_losses(novels, wordpiece):
     torch.testing.assert_close(out.loss, out.losses["mlm"] + 50 * out.losses["rtd"])
     expected = model.generator(**micro).loss
     torch.testing.assert_close(out.losses["mlm"], expected)
-    assert 0.3 < float(out.losses["rtd"]) < 1.5
+    assert 0.3 < out.losses["rtd"].item() < 1.5
 
 
 def test_samples_carry_no_gradient(novels, wordpiece):
@@ -141,6 +149,52 @@ def test_both_models_are_ordinary_ones(novels, wordpiece, tmp_path):
         one.save_pretrained(tmp_path / name)
         batch = {k: v for k, v in micro.items() if k != "labels"}
         torch.testing.assert_close(Transformer.from_pretrained(tmp_path / name)(**batch).logits, one(**batch).logits)
+
+
+def run_config(directory, **fields) -> RunConfig:
+    model = {name: value for name, value in SHAPE.items() if name != "architecture"}
+    return RunConfig.from_dict(
+        {
+            "corpus": str(corpus(directory)), "objective": "electra", "model": {"architecture": "encoder", **model},
+            "steps": 30, "tokenizer": {"vocab_size": 200}, "optimizer": {"lr": 0.01},
+            "data": {"sequence_length": 32, "batch_tokens": 512, "held_out": 0.1},
+            "schedule": {"kind": "constant", "warmup": 0}, "every": {"evaluate": 15, "save": 10},
+        } | fields
+    )  # fmt: skip
+
+
+def test_a_run(tmp_path):
+    result = train(run_config(tmp_path), tmp_path / "run", observers=[Samples()])
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record for record in records if record["kind"] == "train"]
+    assert all(each["loss"] == pytest.approx(each["losses"]["mlm"] + 50 * each["losses"]["rtd"]) for each in losses)
+    assert losses[-1]["losses"]["mlm"] < 0.8 * losses[0]["losses"]["mlm"]
+    last = result.evaluation
+    assert last["losses"].keys() == {"mlm", "rtd"} and "accuracy" not in last
+    assert math.log(last["perplexity"]) == pytest.approx(last["losses"]["mlm"])
+    assert "it was replaced" in (tmp_path / "run" / "samples.md").read_text()
+    again = json.loads(succeed("evaluate", tmp_path / "run", "--json"))
+    assert again["losses"] == pytest.approx(last["losses"], rel=1e-5), "samples of an evaluation are always the same"
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    unfinished = json.loads(succeed("evaluate", tmp_path / "run", "--json"))
+    assert unfinished["losses"] == pytest.approx(last["losses"], rel=1e-5)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    whole, half = (run_config(tmp_path, steps=steps, every={"evaluate": 5, "save": 5}) for steps in (10, 5))
+    train(whole, tmp_path / "whole")
+    train(half, tmp_path / "halves")
+    train(whole, tmp_path / "halves", resume=True)
+    models = [Electra.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "halves")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not any(name.startswith("generator.encoder.embeddings.word") for name in models[0]), "shared ones once"
+
+
+def test_flops_count_both_models():
+    model = electra(100)
+    batch = {"cu_seqlens": torch.tensor([0, 12, 30])}
+    own = training_flops(model.generator.config, [batch], 5) + training_flops(model.discriminator.config, [batch], 0)
+    assert model_flops(model, [batch], 5) == own > training_flops(model.discriminator.config, [batch], 0)
 
 
 def test_the_generator():

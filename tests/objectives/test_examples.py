@@ -16,8 +16,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CLASSES = {
     "bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel",
     "albert": "AlbertForPreTraining", "bert": "BertForPreTraining", "gpt": "GPT2LMHeadModel",
+    "electra": "ElectraForPreTraining",
 }  # fmt: skip
-NEW = ("bart", "t5", "xlnet", "albert")
+NEW = ("bart", "t5", "xlnet", "albert", "electra")
 
 
 def test_every_example_is_a_run():
