@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmengine.cli import batch_view
 from llmengine.cli.common import Debug, Overrides, reported
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from llmengine.data import Step, Tokenizer
+    from llmengine.data import Step
     from llmengine.training import RunConfig
 
 EXAMPLES = """\
@@ -36,7 +36,8 @@ def command(
 ) -> None:
     """Show a batch as the model sees it.
 
-    Tokens, what is masked and how, pairs, packing, lengths. Only the tokenizer is trained, and nothing is written.
+    Tokens, what is hidden and how, what is predicted, pairs, packing, lengths. Only the tokenizer is trained,
+    and nothing is written.
     """
     from llmengine.training import RunConfig
     from llmengine.training.run import Folder
@@ -68,12 +69,13 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
     yield f"corpus      {len(documents):,} documents to train on, {_size(documents)}; held out {_size(held_out)}"
     yield f"tokenizer   {tokenizer.vocab_size:,} tokens"
     yield f"epoch       {len(examples):,} sequences, {batches.steps_per_epoch:,} steps, of the run's {config.steps:,}"
-    yield from ("", f"sequence lengths of an epoch ({config.data.sequence_length} at most)")
+    sides = " on each side; both are counted together" if "seq2seq" in examples.heads else ""
+    yield from ("", f"sequence lengths of an epoch ({config.data.sequence_length} at most{sides})")
     yield from histogram(examples.lengths(0))
     batch = batches[step]
     yield from ("", *_packing(batch, step, data.batch_tokens))
-    yield from _counts(batch, tokenizer)
-    yield from _sequences(batch, tokenizer, sequences)
+    yield from batch_view.counts(batch, tokenizer)
+    yield from batch_view.sequences(batch, tokenizer, sequences)
 
 
 def _size(documents: Sequence[str]) -> str:
@@ -99,87 +101,19 @@ def histogram(lengths: ndarray) -> list[str]:
 
 
 def _packing(batch: Step, step: int, batch_tokens: int) -> Iterator[str]:
+    from llmengine.data.batches import tokens_of
+
     yield f"step {step} (epoch {batch.epoch}): {len(batch.micro_batches)} micro-batches, no padding"
     for i, micro in enumerate(batch.micro_batches):
-        tokens, count = len(micro["input_ids"]), len(micro["cu_seqlens"]) - 1
+        tokens, count = tokens_of(micro), len(micro["cu_seqlens"]) - 1
         filled = 100 * tokens / batch_tokens
         yield (
             f"  micro-batch {i}: {tokens:,} tokens ({filled:.1f} % of batch_tokens) in {count} sequences, "
-            f"longest {micro['max_seqlen']}"
+            f"longest {micro['max_seqlen']}{_target(micro)}"
         )
     items = ", ".join(f"{count:,} {name}" for name, count in batch.items.items())
     yield f"  losses are divided by: {items}"
 
 
-def _counts(batch: Step, tokenizer: Tokenizer) -> Iterator[str]:
-    """How many tokens are predicted and what stands in their places; how many pairs are of which kind."""
-    first = batch.micro_batches[0]
-    tokens = sum(len(micro["input_ids"]) for micro in batch.micro_batches)
-    if not _next_token(first):
-        kinds: Counter[str] = Counter()
-        for micro in batch.micro_batches:
-            kinds.update(_kinds(micro["input_ids"].tolist(), micro["labels"].tolist(), tokenizer.mask_id))
-        predicted = sum(kinds[kind] for kind in ("masked", "random", "kept"))
-        shares = ", ".join(
-            f"{kinds[kind]:,} {kind} ({100 * kinds[kind] / max(predicted, 1):.1f} %)"
-            for kind in ("masked", "random", "kept")
-        )
-        yield f"  predicted: {predicted:,} of {tokens:,} tokens ({100 * predicted / tokens:.1f} %): {shares}"
-    else:
-        yield f"  predicted: every token but the first of each sequence, {batch.items['tokens']:,} of {tokens:,}"
-    if "next_sentence_label" in first:
-        labels = [label for micro in batch.micro_batches for label in micro["next_sentence_label"].tolist()]
-        yield f"  pairs: {labels.count(0)} follow (label 0), {labels.count(1)} random (label 1)"
-
-
-def _next_token(micro: dict[str, Any]) -> bool:
-    return bool((micro["labels"] == micro["input_ids"]).all())
-
-
-def _kinds(ids: Sequence[int], labels: Sequence[int], mask_id: int | None) -> Iterator[str]:
-    """For each token: "" (not predicted), or what stands in its place: the mask, a random token, itself."""
-    from llmengine.data.examples import IGNORED
-
-    for token, label in zip(ids, labels, strict=True):
-        if label == IGNORED:
-            yield ""
-        else:
-            yield "masked" if token == mask_id else "kept" if token == label else "random"
-
-
-def _sequences(batch: Step, tokenizer: Tokenizer, most: int) -> Iterator[str]:
-    micro = batch.micro_batches[0]
-    bounds = micro["cu_seqlens"].tolist()
-    if most and not _next_token(micro):
-        yield "  below: truth→[MASK], truth→random token, =kept (predicted, but left as it is)"
-    for i, (start, end) in enumerate(islice(pairwise(bounds), most)):
-        kind = ""
-        if "next_sentence_label" in micro:
-            kind = ", the second segment " + ("is random", "follows")[micro["next_sentence_label"][i] == 0]
-        yield f"\nsequence {i}: {end - start} tokens{kind}"
-        yield from _lines(list(_tokens(micro, start, end, tokenizer)))
-
-
-def _tokens(micro: dict[str, Any], start: int, end: int, tokenizer: Tokenizer) -> Iterator[str]:
-    ids, labels = micro["input_ids"][start:end].tolist(), micro["labels"][start:end].tolist()
-    if _next_token(micro):
-        yield from map(tokenizer.token, ids)
-        return
-    for token, label, kind in zip(ids, labels, _kinds(ids, labels, tokenizer.mask_id), strict=True):
-        written = tokenizer.token(token)
-        if kind == "":
-            yield written
-        elif kind == "kept":
-            yield f"={written}"
-        else:
-            yield f"{tokenizer.token(label)}→{written}"
-
-
-def _lines(words: list[str], width: int = 110) -> Iterator[str]:
-    line = " "
-    for word in words:
-        if len(line) + 1 + len(word) > width:
-            yield line
-            line = " "
-        line += f" {word}"
-    yield line
+def _target(micro: dict[str, Any]) -> str:
+    return f", longest target {micro['decoder_max_seqlen']}" if "decoder_max_seqlen" in micro else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmengine.data import Tokenizer
@@ -38,17 +38,24 @@ def load(path: Path, device: str = "auto") -> Trained:
     if config is not None and not (directory / "model.safetensors").is_file():
         trained = _unfinished(folder, config)
     else:
-        trained = Trained(Transformer.from_pretrained(directory), Tokenizer.load(directory), config, directory)
+        model: Any = Transformer.from_pretrained(directory) if config is None else _finished(directory, config)
+        trained = Trained(model, Tokenizer.load(directory), config, directory)
     trained.model.to(pick_device(device)).eval()
     return trained
+
+
+def _finished(directory: Path, config: RunConfig) -> Any:
+    from llmengine import objectives
+
+    return objectives.load_model(config.objective, directory, **config.data.options)
 
 
 def _unfinished(folder, config: RunConfig) -> Trained:
     """From the newest checkpoint of a run that did not end."""
     import typer
 
+    from llmengine import objectives
     from llmengine.data import Tokenizer
-    from llmengine.models import Transformer
     from llmengine.training import checkpoint
 
     saved = checkpoint.newest(folder.checkpoints, lambda sentence: typer.echo(sentence, err=True))
@@ -57,10 +64,9 @@ def _unfinished(folder, config: RunConfig) -> Trained:
             f"{folder.path} has no checkpoint yet; wait for one, or go on with: llmengine train --resume {folder.path}"
         )
     tokenizer = Tokenizer.load(folder.model)
-    model = Transformer(
-        config.transformer(
-            tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-        )
+    shape = config.transformer(
+        tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
+    model: Any = objectives.make_model(config.objective, shape, **config.data.options)
     model.load_state_dict(saved.tensors("model"))
     return Trained(model, tokenizer, config, saved.path)

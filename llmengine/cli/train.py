@@ -34,7 +34,7 @@ def command(
         list[str] | None,
         typer.Option(help='A text or JSON-lines file, a folder of such, or "austen". May be repeated.'),
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="bert, mlm or clm.")] = None,
+    objective: Annotated[str | None, typer.Option(help="What to learn: bert, mlm, clm, denoising, …")] = None,
     preset: Annotated[str | None, typer.Option(help="The model: gpt-mini, bert-base, …")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     overrides: Overrides = None,
@@ -141,10 +141,12 @@ def summary(config: RunConfig, result: Result) -> str:
 
 
 def _next_commands(config: RunConfig, result: Result) -> list[str]:
+    from llmengine.objectives import model_heads
+
     run = result.output
     commands = [f"llmengine train --resume {run}"] if result.interrupted else []
     if config.objective == "clm":
         commands.append(f'llmengine generate {run} --prompt "It was"')
-    else:
+    elif "mlm" in model_heads(config.objective):
         commands.append(f'llmengine fill {run} "She was [MASK] happy."')
     return [*commands, f"llmengine evaluate {run}"]

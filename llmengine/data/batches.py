@@ -27,9 +27,11 @@ class Step:
     """What one optimizer step trains on.
 
     micro_batches: arguments of the model's call: input_ids, labels (tokens,) int64, cu_seqlens (sequences + 1,) int32,
-        max_seqlen int, and where the objective has them token_type_ids (tokens,), next_sentence_label (sequences,).
+        max_seqlen int, and where the objective has them token_type_ids (tokens,), next_sentence_label (sequences,),
+        decoder_input_ids with its decoder_cu_seqlens and decoder_max_seqlen, target_positions in the packed tokens.
     items: what the step's losses are divided by, the model's num_items_in_batch: {"tokens": labelled tokens (for
-        next-token prediction after the shift), "sequences": pairs} ("sequences" only where nsp is trained); 1 at least.
+        next-token prediction after the shift), "sequences": pairs, "read": all tokens} (only where pairs, or all
+        tokens, are judged); each is 1 at least.
     epoch: which epoch the step belongs to, from 0. progress: epochs done when the step is done.
     """
 
@@ -118,8 +120,10 @@ class StepBatches(Dataset):
             # the first token of a sequence is predicted by none
             labelled[micro_batch["cu_seqlens"][:-1].long()] = False
         items = {"tokens": int(labelled.sum())}
-        if "nsp" in self.examples.heads:
-            items["sequences"] = len(micro_batch["next_sentence_label"])
+        if {"nsp", "sop"} & set(self.examples.heads):
+            items["sequences"] = len(micro_batch["cu_seqlens"]) - 1
+        if "rtd" in self.examples.heads:
+            items["read"] = len(micro_batch["input_ids"])
         return items
 
 
@@ -157,14 +161,24 @@ def _next_fit(ends: np.ndarray, limit: int, most: int) -> list[int]:
 
 def pack(examples: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Examples one after another, as the model's arguments; numbers (0-d) become (sequences,)."""
-    lengths = torch.tensor([0] + [len(example["input_ids"]) for example in examples])
     packed: dict[str, Any] = {
         name: (torch.cat if examples[0][name].dim() else torch.stack)([example[name] for example in examples])
         for name in examples[0]
     }
-    packed["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
-    packed["max_seqlen"] = int(lengths.max())
+    for side in ("", "decoder_"):
+        if f"{side}input_ids" in packed:
+            lengths = torch.tensor([0] + [len(example[f"{side}input_ids"]) for example in examples])
+            packed[f"{side}cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
+            packed[f"{side}max_seqlen"] = int(lengths.max())
+    if "target_positions" in packed:
+        counts = torch.tensor([len(example["target_positions"]) for example in examples])
+        packed["target_positions"] += packed["cu_seqlens"][:-1].long().repeat_interleave(counts)
     return packed
+
+
+def tokens_of(micro_batch: dict[str, Any]) -> int:
+    """The tokens that a model reads, those of both sides."""
+    return sum(len(micro_batch[name]) for name in ("input_ids", "decoder_input_ids") if name in micro_batch)
 
 
 def loader(batches: StepBatches, first: int, last: int, workers: int = 0) -> Iterator[Step]:

@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     PAIR = 3  # which segments make a pair
     TRUNCATE = 4  # which end of a pair's segment is cut off
     MASK = 5  # which tokens are masked, and by what
+    NOISE = 6  # what is done to a text that is to be restored
+    RANK = 7  # the order in which tokens are predicted
 
 
 class Draws:

@@ -17,7 +17,15 @@ class Examples(ABC):
     """Training examples of unlimited epochs; each is a function of (seed, epoch, index) alone."""
 
     heads: tuple[str, ...]
-    """The model's `objectives`: which heads these examples train."""
+    """Which heads these examples train: the model's `objectives`."""
+    model_heads: tuple[str, ...] | None = None
+    """The objectives of the model that a config describes, where others are trained with it; None: heads."""
+    architecture: str = "encoder"
+    """Of the models that these examples are for."""
+    family: str = "gpt2"
+    """Whose special tokens a byte-level BPE vocabulary trained for these examples has."""
+    decoder_start: str | None = None
+    """The role of the token that an encoder-decoder's target begins with."""
 
     def __len__(self) -> int:
         """Examples in epoch 0. Others may differ by a few where pairs are drawn anew: lengths(epoch) is the truth."""
@@ -25,11 +33,18 @@ class Examples(ABC):
 
     @abstractmethod
     def lengths(self, epoch: int) -> np.ndarray:
-        """(examples,) int64: the tokens of each example of an epoch."""
+        """(examples,) int64: the tokens of each example of an epoch, an encoder-decoder's of both sides together.
+
+        Where chance decides how many they are, the most that they can be.
+        """
 
     @abstractmethod
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
-        """(epoch, index) -> int64 tensors: input_ids and labels (tokens,), and what else the model takes with them."""
+        """(epoch, index) -> int64 tensors: input_ids and labels (tokens,), and what else the model takes with them.
+
+        decoder_input_ids (target tokens,), labels like them. target_positions (targets,): places in input_ids, labels
+        like them. Numbers (0-d): one per sequence.
+        """
 
 
 class Latest(Generic[T]):

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ WORDPIECE = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
 BPE = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+# special tokens of byte-level BPE vocabularies by family, in the order of their ids, and what is put around a text
+FAMILIES = {
+    "gpt2": BPE,
+    "bart": {
+        "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
+        "cls_token": "<s>", "sep_token": "</s>",
+    },
+    "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "xlnet": {
+        "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "cls_token": "<cls>", "sep_token": "<sep>",
+        "pad_token": "<pad>", "mask_token": "<mask>",
+    },
+}  # fmt: skip
+AROUND = {"bart": "<s> $A </s>", "t5": "$A </s>", "xlnet": "$A <sep> <cls>"}
+SENTINEL, SENTINELS = "<extra_id_{}>", 100  # T5's stand for spans; the first is the last of the vocabulary
 ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 COVERED = 0.999  # of a corpus's characters must be in a WordPiece vocabulary; the rest may become [UNK]
 
@@ -42,20 +58,24 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, documents: Sequence[str], kind: str = "wordpiece", vocab_size: int = 8000, lowercase: bool = True
-    ) -> Tokenizer:
+        cls, documents: Sequence[str], kind: str = "wordpiece", vocab_size: int = 8000, lowercase: bool = True,
+        *, family: str = "gpt2",
+    ) -> Tokenizer:  # fmt: skip
         """A tokenizer learnt from documents; the same documents always give the same one.
 
         kind: "wordpiece" (Devlin et al. 2019) with [PAD] [UNK] [CLS] [SEP] [MASK]; "bpe" (byte-level, Radford et al.
         2019) with <|endoftext|>. vocab_size: the most tokens; a small text may not have as many. lowercase (which
-        strips accents too) is for wordpiece only: byte-level BPE gives every text back as it was.
+        strips accents too) is for wordpiece only: byte-level BPE gives every text back as it was. family: whose special
+        tokens "bpe" has: "gpt2", "bart", "t5" (with 100 sentinels at the end), "xlnet".
         """
         if kind not in ("wordpiece", "bpe"):
             raise ValueError(f'Tokenizer.train: kind must be "wordpiece" or "bpe", got {kind!r}')
+        if family not in FAMILIES:
+            raise ValueError(f"Tokenizer.train: family {family!r} is not one of {', '.join(FAMILIES)}")
         if not any(document.strip() for document in documents):
             raise ValueError("Tokenizer.train: documents hold no text")
         if kind == "bpe":
-            return cls(_train_bpe(documents, vocab_size), dict(BPE))
+            return cls(_train_bpe(documents, vocab_size, family), dict(FAMILIES[family]))
         # what transformers is to return for a text or a pair
         config = {"do_lower_case": lowercase, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
         return cls(_train_wordpiece(documents, vocab_size, lowercase), dict(WORDPIECE), config)
@@ -127,6 +147,12 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         return self._id("eos_token")
 
+    @property
+    def sentinel_ids(self) -> list[int]:
+        """T5's sentinels, in the order in which they stand for the spans of a text."""
+        ids = (self.backend.token_to_id(SENTINEL.format(i)) for i in count())
+        return list(takewhile(lambda i: i is not None, ids))  # type: ignore[arg-type]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
         self.backend.encode_special_tokens = False
@@ -159,21 +185,29 @@ class Tokenizer:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def _train_bpe(documents: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(documents: Sequence[str], vocab_size: int, family: str) -> tokenizers.Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
+    specials = list(dict.fromkeys(FAMILIES[family].values()))  # a token may have two roles
+    sentinels = [SENTINEL.format(i) for i in reversed(range(SENTINELS))] if family == "t5" else []
+    fixed = len(alphabet) + len(specials) + len(sentinels)
+    if vocab_size <= fixed:
         raise ValueError(
             f"Tokenizer.train: vocab_size {vocab_size} is too small; byte-level BPE needs {len(alphabet)} bytes, "
-            f"<|endoftext|> and some merges: {2 * len(alphabet)} or more"
+            f"{', '.join(specials)}{f', {len(sentinels)} sentinels' if sentinels else ''} and some merges: "
+            f"{fixed + len(alphabet) - 1} or more"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BPE["eos_token"]], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - len(sentinels), special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer, length=len(documents))
+    backend.add_special_tokens(sentinels)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    if around := AROUND.get(family):
+        ids = [(token, backend.token_to_id(token)) for token in around.split() if token != "$A"]
+        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
     return backend
 
 

@@ -23,6 +23,7 @@ class ClmExamples(Examples):
     """
 
     heads = ("clm",)
+    architecture = "decoder"
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -20,6 +20,9 @@ class Masking:
         vocabulary; the rest stays as it is.
     max_predictions: the most predicted tokens of a sequence; None: no other limit.
     whole_word: tokens are predicted by whole words; a word that would exceed the number is passed over.
+    spans: tokens are predicted by spans (Joshi et al. 2020): from the beginning of the word of a random token, n words,
+        n from 1 to longest_span with probability proportional to (1 - span_p) ** n, within a segment; what exceeds the
+        number is cut off. Of a span all tokens are replaced alike.
     """
 
     mask_fraction: float = 0.15
@@ -27,6 +30,9 @@ class Masking:
     random_share: float = 0.1
     max_predictions: int | None = None
     whole_word: bool = False
+    spans: bool = False
+    span_p: float = 0.2
+    longest_span: int = 10
 
     def __post_init__(self) -> None:
         check_share("mask_fraction", self.mask_fraction)
@@ -38,6 +44,17 @@ class Masking:
             )
         if self.max_predictions is not None and self.max_predictions < 1:
             raise ValueError(f"objective: max_predictions must be 1 or more, or none, got {self.max_predictions}")
+        if self.whole_word and self.spans:
+            raise ValueError("objective: spans are of whole words: give whole_word or spans, not both")
+        if not 0 < self.span_p < 1:
+            raise ValueError(f"objective: span_p must be in (0, 1), got {self.span_p}")
+        if self.longest_span < 1:
+            raise ValueError(f"objective: longest_span must be 1 or more, got {self.longest_span}")
+
+    @property
+    def by_words(self) -> bool:
+        """Whether it matters where words begin."""
+        return self.whole_word or self.spans
 
 
 def mask(
@@ -47,19 +64,23 @@ def mask(
     """(input_ids, labels) of a sequence: labels are the original ids where tokens are predicted, IGNORED elsewhere.
 
     ids (tokens,) int64. special (tokens,) bool: never predicted. words (tokens,) bool: where words begin, for
-    whole_word. Masks as create_pretraining_data of Devlin et al. (2019) does.
+    whole_word and spans. Masks as create_pretraining_data of Devlin et al. (2019) does.
     """
     count = max(1, round(len(ids) * options.mask_fraction))
     count = min(count, options.max_predictions or count)
     candidates = np.flatnonzero(~special)
-    if words is None:
+    if words is None or not options.by_words:
         chosen = candidates[draws.order(len(candidates))[:count]]
+    elif options.spans:
+        chosen, span = _spans(candidates, words, count, options, draws)
     else:
         chosen = _whole_words(candidates, words, count, draws)
     labels = np.full_like(ids, IGNORED)
     labels[chosen] = ids[chosen]
     masked = ids.copy()
     fate = draws.uniform(len(chosen))
+    if options.spans and words is not None:
+        fate = fate[span]
     masked[chosen[fate < options.mask_share]] = mask_id
     drawn = (draws.uniform(len(chosen)) * vocab_size).astype(ids.dtype)
     at_random = (fate >= options.mask_share) & (fate < options.mask_share + options.random_share)
@@ -83,6 +104,35 @@ def _whole_words(candidates: np.ndarray, words: np.ndarray, count: int, draws: D
     return np.array(chosen, np.int64)
 
 
+def _spans(
+    candidates: np.ndarray, words: np.ndarray, count: int, options: Masking, draws: Draws
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places of spans of words, min(count, all) tokens in the order of choice, and the number of each one's span."""
+    # runs of candidates without a special token between: no span leaves its segment
+    part = np.cumsum(np.diff(candidates, prepend=candidates[:1]) > 1)
+    begins = words[candidates] | (np.diff(part, prepend=-1) > 0)
+    starts = np.flatnonzero(begins)
+    edges = np.append(starts, len(candidates))
+    lengths = np.cumsum((1 - options.span_p) ** np.arange(1, options.longest_span + 1))
+    chosen: list[int] = []
+    owner: list[int] = []
+    taken = np.zeros(len(candidates), bool)
+    count = min(count, len(candidates))
+    spans = 0
+    while len(chosen) < count:
+        size, anchor = draws.uniform(2)
+        free = np.flatnonzero(~taken)
+        word = int(starts.searchsorted(free[int(anchor * len(free))], "right")) - 1
+        last = min(word + 1 + int((lengths / lengths[-1]).searchsorted(size, "right")), len(starts))
+        span = np.arange(edges[word], edges[last])
+        span = span[(part[span] == part[span[0]]) & ~taken[span]][: count - len(chosen)]
+        taken[span] = True
+        chosen += candidates[span].tolist()
+        owner += [spans] * len(span)
+        spans += 1
+    return np.array(chosen, np.int64), np.array(owner, np.int64)
+
+
 def check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"objective: {name} must be in [0, 1], got {value}")
@@ -92,9 +142,10 @@ def special_ids(objective: str, tokenizer: Tokenizer, *roles: str) -> list[int]:
     """The ids of the special tokens that an objective needs."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in roles}
     if missing := [role for role in roles if ids[role] is None]:
+        family = {"denoising": "bart", "span_corruption": "t5", "plm": "xlnet"}.get(objective)
+        remedy = f'kind "bpe" and family "{family}"' if family else f'kind "{"bpe" if "eos" in roles else "wordpiece"}"'
         raise ValueError(
-            f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; "
-            f'train one of kind "{"bpe" if "eos" in missing else "wordpiece"}"'
+            f"objective {objective!r}: the tokenizer has no {', '.join(missing)} token; train one of {remedy}"
         )
     return list(ids.values())
 

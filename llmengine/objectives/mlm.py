@@ -22,18 +22,19 @@ class MlmExamples(Examples):
     Every token of the corpus is in exactly one sequence of an epoch. Options: those of `Masking`.
     """
 
-    heads = ("mlm",)
+    name = "mlm"
+    heads: tuple[str, ...] = ("mlm",)
     Options = Masking
 
     def __init__(
         self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: Masking
     ) -> None:
-        self._cls, self._sep, self._mask = special_ids("mlm", tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, self._mask = special_ids(self.name, tokenizer, "cls", "sep", "mask")
         if sequence_length < 3:
-            raise ValueError(f"objective 'mlm': sequence_length must be 3 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.whole_word)
+            raise ValueError(f"objective {self.name!r}: sequence_length must be 3 or more, got {sequence_length}")
+        self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.by_words)
         if not len(self._tokens.ids):
-            raise ValueError("objective 'mlm': the documents hold no token; give more text")
+            raise ValueError(f"objective {self.name!r}: the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)
         self._seed, self._options = seed, options
         self._vocab_size = tokenizer.vocab_size

@@ -8,30 +8,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from llmengine.models.config import TransformerConfig
+from llmengine.models.config import PRETRAINING, TransformerConfig
 from llmengine.models.presets import PRESETS
-from llmengine.objectives import OBJECTIVES
+from llmengine.objectives import OBJECTIVES, decoder_start, model_heads
 from llmengine.training import config_file
 from llmengine.training.config_errors import hint, sentences
 
-Objective = Literal["bert", "mlm", "clm"]
+Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm", "electra"]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # JSON, YAML and TOML have lists only; strictness is meant for the elements
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
+_WORDPIECE = {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True}
+_BPE = {"kind": "bpe", "vocab_size": 8192, "lowercase": False}
 _TOKENIZERS = {
-    "bert": {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True},
-    "mlm": {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True},
-    "clm": {"kind": "bpe", "vocab_size": 8192, "lowercase": False},
-}
+    "bert": _WORDPIECE,
+    "mlm": _WORDPIECE,
+    "sop": _WORDPIECE,
+    "electra": _WORDPIECE,
+}  # those of the others: _BPE
 _FILLED_IN = {
     "objectives": "objective",
     "vocab_size": "tokenizer",
     "pad_token_id": "tokenizer",
     "bos_token_id": "tokenizer",
     "eos_token_id": "tokenizer",
+    "decoder_start_token_id": "objective",
 }
 # A resumed run may change these: they do not touch what is computed.
 FREE = ("device", "keep", "data.workers", "every.log", "every.evaluate", "every.save")
@@ -113,8 +117,9 @@ class RunConfig(Section):
     """A training run. Strict (no conversions), frozen, unknown fields are errors. `examples/` has runs to copy.
 
     `model` holds TransformerConfig's fields, or a preset and fields that differ from it; vocab_size, special token ids
-    and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for encoders, byte-level
-    BPE for decoders. schedule.warmup is a tenth of the steps where it is not given.
+    and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for masked tokens
+    ("bert", "mlm", "sop", "electra"), byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is
+    not given. "electra": `model` is the discriminator.
     """
 
     corpus: str | list[str]
@@ -144,7 +149,7 @@ class RunConfig(Section):
         fields = dict(fields)
         tokenizer, schedule = fields.get("tokenizer", {}), fields.get("schedule", {})
         if isinstance(tokenizer, Mapping):
-            trained = {} if tokenizer.get("path") else _TOKENIZERS.get(fields.get("objective"), {})
+            trained = {} if tokenizer.get("path") else _TOKENIZERS.get(fields.get("objective"), _BPE)
             fields["tokenizer"] = {**trained, **tokenizer}
         if isinstance(schedule, Mapping):
             steps = fields.get("steps")
@@ -163,9 +168,10 @@ class RunConfig(Section):
                 f"data.sequence_length ({self.data.sequence_length}) must be at most "
                 f"model.max_positions ({model.max_positions})"
             )
-        if self.objective == "bert" and model.type_vocab_size < 2:
+        if self.objective in ("bert", "sop") and model.type_vocab_size < 2:
             raise ValueError(
-                f'model.type_vocab_size is {model.type_vocab_size}; objective "bert" has two segments and needs 2'
+                f'model.type_vocab_size is {model.type_vocab_size}; objective "{self.objective}" has two segments and '
+                "needs 2"
             )
         return self
 
@@ -181,8 +187,8 @@ class RunConfig(Section):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"model.preset: {preset!r} is not a preset{hint(preset, PRESETS)}; {', '.join(PRESETS)}")
         architecture = self.model.get("architecture", PRESETS[preset]["architecture"] if preset else None)
-        needed = "decoder" if self.objective == "clm" else "encoder"
-        if architecture in ("encoder", "decoder") and architecture != needed:
+        needed = OBJECTIVES[self.objective].architecture
+        if architecture in PRETRAINING and architecture != needed:
             raise ValueError(f'objective: "{self.objective}" needs the architecture {needed}; model is {architecture}')
         return self.transformer(self.tokenizer.vocab_size or 2**20, pad_id=0, bos_id=0, eos_id=0)
 
@@ -191,8 +197,12 @@ class RunConfig(Section):
     ) -> TransformerConfig:
         """The model's config for a tokenizer of this size and with these special tokens (None: it has none)."""
         tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
-        heads = list(OBJECTIVES[self.objective].heads)
-        unpooled = {} if "nsp" in heads else {"pooler": "none"}  # a pooler that no head reads would never be trained
+        start = decoder_start(self.objective, **self.data.options)
+        if start is not None:
+            tokens["decoder_start_token_id"] = tokens[f"{start}_token_id"]
+        heads = list(model_heads(self.objective))
+        # a pooler that no head reads would never be trained
+        unpooled = {} if {"nsp", "sop"} & set(heads) else {"pooler": "none"}
         given = {**self.model, **tokens, **unpooled, "objectives": heads, "vocab_size": vocab_size}
         try:
             return TransformerConfig.from_dict(given)

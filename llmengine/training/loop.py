@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from llmengine.data.batches import Step, loader
+from llmengine.data.batches import Step, loader, tokens_of
 from llmengine.models import Transformer
+from llmengine.objectives.electra import Electra
 from llmengine.training import checkpoint, metrics
 from llmengine.training.config import RunConfig
-from llmengine.training.evaluation import evaluate, on
+from llmengine.training.evaluation import evaluate, on, weighted
 from llmengine.training.files import exclusive
-from llmengine.training.flops import training_flops
+from llmengine.training.flops import model_flops
 from llmengine.training.interrupt import StopRequest
 from llmengine.training.metrics import Metrics, Record
 from llmengine.training.observer import Observer, Observers
@@ -102,7 +103,7 @@ def _check_unchanged(config: RunConfig, before: RunConfig, path: Path) -> None:
         raise ValueError(f"cannot resume {path} with another config: {differences}; restore it, or start a new run")
 
 
-def accumulate(model: Transformer, batch: Step, device: torch.device, precision: str) -> dict[str, float]:
+def accumulate(model: Transformer | Electra, batch: Step, device: torch.device, precision: str) -> dict[str, float]:
     """Adds a step's gradients to the parameters'; returns each head's loss: the mean over all labels of the step.
 
     The sums of the micro-batches are divided by the step's counts, so that how it is cut into them changes nothing.
@@ -165,9 +166,15 @@ class _Loop:
             group["lr"] = rate
         run.optimizer.step()
         run.optimizer.zero_grad()
-        self.tokens += sum(len(micro_batch["input_ids"]) for micro_batch in batch.micro_batches)
-        self.flops += training_flops(run.model.config, batch.micro_batches, batch.items["tokens"])
-        return {"loss": sum(losses.values()), "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
+        self.tokens += sum(map(tokens_of, batch.micro_batches))
+        self.flops += model_flops(run.model, batch.micro_batches, batch.items["tokens"])
+        return {
+            "loss": weighted(run.model, losses),
+            "losses": losses,
+            "lr": rate,
+            "grad_norm": norm,
+            "epoch": batch.progress,
+        }
 
     def _check_finite(self, step: int, **numbers: float) -> None:
         if all(map(math.isfinite, numbers.values())):

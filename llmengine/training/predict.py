@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmengine.data.batches import pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
+from llmengine.objectives.electra import Electra
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Filling:
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[torch.device]:
+def evaluating(model: Transformer | Electra) -> Iterator[torch.device]:
     """No dropout and no gradients within; gives the model's device."""
     was_training = model.training
     model.eval()
@@ -68,7 +70,36 @@ def follows(model: Transformer, input_ids: Tensor, token_type_ids: Tensor) -> fl
     """The probability that the second segment of a pair (tokens,) follows the first (label 0)."""
     with evaluating(model) as device:
         out = model(input_ids[None].to(device), token_type_ids=token_type_ids[None].to(device))
-    return float(out.seq_relationship_logits[0].float().softmax(-1)[0])
+    (logits,) = (out.head_logits[head] for head in ("nsp", "sop") if head in out.head_logits)
+    return float(logits[0].float().softmax(-1)[0])
+
+
+def written(model: Transformer, example: dict[str, Tensor]) -> Tensor:
+    """What an encoder-decoder writes for a packed example's input_ids, greedily, as long as its target at most."""
+    longest = min(len(example["labels"]), _longest(model) - 1)
+    with evaluating(model) as device:
+        tokens = model.generate(example["input_ids"][None].to(device), max_new_tokens=longest)
+    return tokens[0, 1:].cpu()
+
+
+def guesses(model: Transformer, example: dict[str, Tensor], top: int = 5) -> list[list[tuple[int, float]]]:
+    """(token id, probability), best first, of each target of a packed permutation example."""
+    with evaluating(model) as device:
+        arguments = {name: value.to(device) for name, value in pack([example]).items() if isinstance(value, Tensor)}
+        labels = arguments.pop("labels")
+        logits = model(**arguments, max_seqlen=len(example["input_ids"])).logits
+    probabilities, tokens = logits.view(len(labels), -1).float().softmax(-1).topk(min(top, logits.shape[-1]))
+    return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)]
+
+
+def suspicions(model: Electra, example: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(tokens,) the text with the generator's samples, always the same; and how probable each is not the original."""
+    with evaluating(model) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        ids, labels = (example[name][None].to(device) for name in ("input_ids", "labels"))
+        replaced, _ = model.replace(ids, labels, model.generator(ids).last_hidden_state)
+        logits = model.discriminator(replaced).logits
+    return replaced[0].cpu(), logits[0].float().sigmoid().cpu()
 
 
 def continuations(
@@ -87,10 +118,9 @@ def continuations(
     if not all(rows):
         raise ValueError("generate: the prompt is empty; give the beginning of a text")
     longest = max(map(len, rows))
-    most = model.config.max_positions
-    room = 100 if most is None else most - longest
-    if most is not None and room < 1:
-        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {most - 1}")
+    room = _longest(model) - longest
+    if room < 1:
+        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {_longest(model) - 1}")
     pad = next((t for t in (tokenizer.pad_id, tokenizer.eos_id) if t is not None), 0)
     with evaluating(model) as device:
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
@@ -106,6 +136,10 @@ def _until(end: int | None, ids: list[int]) -> list[int]:
 
 
 def _check_length(name: str, length: int, model: Transformer) -> None:
-    most = model.config.max_positions
-    if most is not None and length > most:
-        raise ValueError(f"{name}: the text has {length} tokens; the model reads {most} at most")
+    if length > _longest(model):
+        raise ValueError(f"{name}: the text has {length} tokens; the model reads {_longest(model)} at most")
+
+
+def _longest(model: Transformer) -> int:
+    """The longest sequence that a model reads."""
+    return 2**31 if model.config.max_positions is None else model.config.max_positions

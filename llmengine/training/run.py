@@ -13,11 +13,12 @@ import numpy
 import torch
 
 import llmengine
-from llmengine import objectives
+from llmengine import convert, objectives
 from llmengine.data.batches import StepBatches
 from llmengine.data.corpus import read_documents, split_documents
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.models import Transformer
+from llmengine.models import Transformer, TransformerConfig
+from llmengine.objectives.electra import Electra
 from llmengine.training.config import RunConfig
 from llmengine.training.optimizer import adamw
 
@@ -61,7 +62,7 @@ class Run:
     folder: Folder
     device: torch.device
     tokenizer: Tokenizer
-    model: Transformer
+    model: Transformer | Electra
     optimizer: torch.optim.AdamW
     batches: StepBatches
     held_out: StepBatches | None
@@ -84,8 +85,11 @@ class Run:
         shape = config.transformer(
             tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
         )
+        _check_can_be_saved(shape)
         reseed(config.seed, INITIAL_WEIGHTS)
-        model = Transformer(shape).to(device)  # drawn on the CPU: the same weights on every device
+        model = objectives.make_model(config.objective, shape, **config.data.options).to(
+            device
+        )  # drawn on the CPU: the same weights on every device
         return cls(
             config=config,
             folder=folder,
@@ -97,6 +101,12 @@ class Run:
             held_out=_batches(config, held_out, tokenizer, shuffle=False) if held_out else None,
             corpus_digest=digest,
         )
+
+
+def _check_can_be_saved(shape: TransformerConfig) -> None:
+    """That the model's family has files for what the config asks: else the run would fail when it is done."""
+    if (family := convert.FAMILIES.get(shape.family)) is not None:
+        family.write_config(shape.to_dict(), TransformerConfig.defaults())
 
 
 def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, *, shuffle: bool) -> StepBatches:
@@ -122,7 +132,8 @@ def tokenizer_of(config: RunConfig, documents: Sequence[str], directory: Path) -
     section = config.tokenizer
     if section.path is not None:
         return Tokenizer.load(section.path)
-    return Tokenizer.train(documents, **section.model_dump(exclude_none=True))
+    family = objectives.OBJECTIVES[config.objective].family
+    return Tokenizer.train(documents, **section.model_dump(exclude_none=True), family=family)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -17,9 +17,10 @@ from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.files import replace_text
 from llmengine.models import Transformer
+from llmengine.objectives.electra import Electra
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
-from llmengine.training.predict import continuations, fill, follows
+from llmengine.training.predict import continuations, fill, follows, guesses, suspicions, written
 
 if TYPE_CHECKING:
     from llmengine.training.loop import Result
@@ -35,7 +36,7 @@ SECTION = re.compile(r"^## Step (\d+)", re.M)
 class Samples(Observer):
     def __init__(self) -> None:
         self._sections: dict[int, str] = {}
-        self._writers: list[Pairs | Masks | Prompts] = []
+        self._writers: list[Writer] = []
 
     def started(self, run: Run, step: int, records: Sequence[Record]) -> None:
         path = run.folder.path / FILE
@@ -74,16 +75,22 @@ def _sections(text: str) -> Iterator[tuple[int, str]]:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Pairs | Masks | Prompts]:
+def choose(examples: Examples, tokenizer: Tokenizer, source: str) -> list[Writer]:
     """What is asked of the model in every section; `source` names the texts."""
     if "clm" in examples.heads:
         return [Prompts(list(_prompts(examples, tokenizer)), source)]
     all_of_them = [examples[0, i] for i in _spread(len(examples), 60)]
-    running = [e for e in all_of_them if int(e.get("next_sentence_label", 0)) == 0]
+    if "seq2seq" in examples.heads:
+        return [Targets(all_of_them[:TEXTS], source)]
+    if "rtd" in examples.heads:
+        return [Replaced(all_of_them[:TEXTS], source)]
+    if "plm" in examples.heads:
+        return [Hidden(all_of_them[:TEXTS], source)]
+    running = [e for e in all_of_them if pair_label(e) == 0]
     masked = [_masked(e, tokenizer) for e in sorted(running, key=lambda e: -len(e["input_ids"]))[:TEXTS]]
-    writers: list[Pairs | Masks | Prompts] = [Masks(masked, source)]
-    if "nsp" in examples.heads:
-        random = [e for e in all_of_them if int(e["next_sentence_label"]) == 1]
+    writers: list[Writer] = [Masks(masked, source)]
+    if {"nsp", "sop"} & set(examples.heads):
+        random = [e for e in all_of_them if pair_label(e) == 1]
         both = [*running[: PAIRS // 2], *random[: PAIRS // 2]]
         writers.append(Pairs([_unmasked(e) for e in both], source))
     return writers
@@ -93,6 +100,11 @@ def _spread(length: int, most: int) -> list[int]:
     """Up to `most` numbers below `length`, evenly spread."""
     count = min(length, most)
     return [length * i // count for i in range(count)]
+
+
+def pair_label(example: dict[str, Tensor]) -> int:
+    """Of a pair: 0 where the second segment follows the first; of other examples 0."""
+    return int(example.get("next_sentence_label", example.get("sentence_order_label", 0)))
 
 
 def _unmasked(example: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,6 +136,12 @@ def _prompts(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 # ---- writers ---------------------------------------------------------------------------------------------------------
+
+
+class Writer(Protocol):
+    """Parts of a section."""
+
+    def write(self, model: Any, tokenizer: Tokenizer) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -168,10 +186,61 @@ class Pairs:
         for example in self.examples:
             ids, types = example["input_ids"], example["token_type_ids"]
             first, second = (_text(tokenizer, ids[types == kind]) for kind in (0, 1))
-            truth = "random" if int(example["next_sentence_label"]) else "follows"
+            other = "random" if "next_sentence_label" in example else "precedes"
+            truth = other if pair_label(example) else "follows"
             share = follows(model, ids, types)
             rows.append(f"| … {_cell(first[-70:])} | {_cell(second[:70])} … | {truth} | {100 * share:.0f} % |")
         yield "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Targets:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"What the encoder reads of {self.source} texts, what is to be written, and what the model writes."
+        for example in self.examples:
+            texts = {"reads": example["input_ids"], "target": example["labels"], "writes": written(model, example)}
+            rows = (
+                f"{name:8}{_line(tokenizer.decode(ids.tolist(), skip_special=False))}" for name, ids in texts.items()
+            )
+            yield "~~~~text\n" + "\n".join(rows) + "\n~~~~"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Electra, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"Tokens of {self.source} texts that the generator replaced: what the discriminator thinks of them."
+        for example in self.examples:
+            replaced, suspicion = suspicions(model, example)
+            truth = _unmasked(example)["input_ids"]
+            rows = ["| truth | in its place | model: it was replaced |", "|---|---|---|"]
+            for i in (replaced != truth).nonzero().flatten().tolist()[:MASKS]:
+                old, new = (_code(tokenizer.token(int(ids[i]))) for ids in (truth, replaced))
+                rows.append(f"| {old} | {new} | {100 * float(suspicion[i]):.0f} % |")
+            yield f"~~~~text\n{_text(tokenizer, replaced)}\n~~~~\n\n" + "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    examples: list[dict[str, Tensor]]
+    source: str
+
+    def write(self, model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
+        yield f"Hidden tokens of {self.source} texts in the order of prediction: the model's first candidates."
+        for example in self.examples:
+            candidates = guesses(model, example, top=CANDIDATES)
+            order = example["query_ranks"][example["target_positions"]].argsort().tolist()
+            rows = ["| truth | candidates |", "|---|---|"]
+            for i in order[:MASKS]:
+                truth = int(example["labels"][i])
+                cells = (_candidate(tokenizer, token, share, token == truth) for token, share in candidates[i])
+                rows.append(f"| {_code(tokenizer.token(truth))} | {', '.join(cells)} |")
+            yield f"~~~~text\n{_printable(tokenizer.decode(example['input_ids'].tolist()))}\n~~~~\n\n" + "\n".join(rows)
 
 
 def _mask_id(tokenizer: Tokenizer) -> int:
@@ -188,6 +257,11 @@ def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
 def _printable(text: str) -> str:
     """Without the control characters that an untrained byte-level model writes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _line(text: str) -> str:
+    """Text on one line."""
+    return " ".join(_printable(text).split())
 
 
 def _candidate(tokenizer: Tokenizer, token: int, share: float, right: bool) -> str:

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import llmengine
 from llmengine.data import Tokenizer
 from llmengine.testing import poison
 from llmengine.training.predict import continuations
-from tests.cli.conftest import call, succeed
+from tests.cli.conftest import MODEL, call, succeed
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
@@ -134,6 +135,52 @@ def test_inspect_takes_a_run_folder_and_writes_nothing(runs):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert "400 tokens" in succeed("inspect", run, "--step", 3, "--set", "data.accumulation=2")
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+MODELS = {
+    "denoising": {"architecture": "encoder_decoder"},
+    "span_corruption": {"architecture": "encoder_decoder"},
+    "plm": {"architecture": "encoder", "positions": "relative", "norm_place": "post", "final_norm": False},
+    "sop": {"architecture": "encoder", "type_vocab_size": 2, "pooler": "cls_tanh"},
+}
+
+
+def shown(objective: str, corpus: Path, tmp_path: Path) -> str:
+    fields = {
+        "corpus": str(corpus), "objective": objective, "steps": 4, "tokenizer": {"vocab_size": 500},
+        "model": {**MODEL, **MODELS[objective]}, "data": {"sequence_length": 32, "batch_tokens": 256, "held_out": 0.2},
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return succeed("inspect", path, "--sequences", 1)
+
+
+@pytest.mark.parametrize("objective", ["denoising", "span_corruption"])
+def test_inspect_shows_both_sides(objective, corpus, tmp_path):
+    printed = shown(objective, corpus, tmp_path)
+    assert re.search(r"predicted: every token of the targets, \d+; the sources have \d+", printed)
+    head, *sides = re.split(r"\n the encoder reads\n| the decoder reads\n| and is to write\n", printed)
+    source, shifted, target = (side.split() for side in sides)
+    assert shifted[1:] == target[:-1] and target[-1] == source[-1] == "</s>"
+    counts = re.search(r"sequence 0: (\d+) tokens and (\d+) of the target", head)
+    assert (len(source), len(target)) == tuple(map(int, counts.groups()))
+    mark = "<mask>" if objective == "denoising" else "<extra_id_0>"
+    assert mark in source and (mark in target) == (objective == "span_corruption")
+
+
+def test_inspect_shows_the_order(corpus, tmp_path):
+    printed = shown("plm", corpus, tmp_path)
+    predicted = int(re.search(r"predicted: (\d+) of \d+ tokens", printed)[1])
+    words = printed.split("tokens\n")[-1].split()
+    numbers = [int(n) for n in re.findall(r"(?:^|\s)\(?(\d+)(?:→|\))", " ".join(words))]
+    assert sorted(numbers) == list(range(1, len(numbers) + 1)) and 3 <= len(numbers) <= predicted
+    assert re.fullmatch(r"\(\d+\)<cls>", words[-1]) and re.fullmatch(r"\(\d+\)<sep>", words[-2])
+
+
+def test_inspect_shows_swapped_pairs(corpus, tmp_path):
+    printed = shown("sop", corpus, tmp_path)
+    assert re.search(r"pairs: \d+ follow \(label 0\), \d+ swapped \(label 1\)", printed)
+    assert re.search(r"sequence 0: \d+ tokens, the second segment (follows|precedes the first)", printed)
 
 
 def test_histogram_counts_every_sequence():

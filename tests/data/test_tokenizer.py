@@ -134,11 +134,45 @@ def test_transformers_loads_it(kind, tokenizer, tmp_path, beside_model):
 
 
 @pytest.mark.parametrize(
+    ("family", "around", "first"),
+    [
+        ("bart", ("<s>", "</s>"), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]),
+        ("t5", ("", "</s>"), ["<pad>", "</s>", "<unk>"]),
+        ("xlnet", ("", "<sep> <cls>"), ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]),
+    ],
+)
+def test_families(family, around, first, novels, tmp_path):
+    """Special tokens come first, sentinels last; transformers puts the family's tokens around a text."""
+    tokenizer = Tokenizer.train(novels, "bpe", 700, family=family)
+    assert tokenizer.vocab_size == 700 and [tokenizer.token(i) for i in range(len(first))] == first
+    assert tokenizer.sentinel_ids == (list(range(699, 599, -1)) if family == "t5" else [])
+    special = {token: role for role, token in tokenizer.roles.items()}
+    assert set(special) == set(first)
+    for text in TEXTS:
+        (ids,) = tokenizer.encode_many([text])
+        assert tokenizer.decode(ids) == text and not {tokenizer.token(i) for i in ids} & set(first)
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.roles == tokenizer.roles and loaded.sentinel_ids == tokenizer.sentinel_ids
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs("She ran.")["input_ids"]
+    before, after = (part.split() for part in around)
+    assert theirs.convert_ids_to_tokens(ids) == [*before, *map(tokenizer.token, tokenizer.encode("She ran.")), *after]
+    again = Tokenizer.train(novels, "bpe", 700, family=family)
+    assert again.encode_many(TEXTS) == tokenizer.encode_many(TEXTS)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"kind": "unigram"}, 'kind must be "wordpiece" or "bpe", got \'unigram\''),
         ({"vocab_size": 30}, r"vocab_size 30 is too small: .* alone are \d+; give \d+ or more"),
         ({"kind": "bpe", "vocab_size": 256}, "vocab_size 256 is too small; byte-level BPE needs 256 bytes"),
+        ({"kind": "bpe", "family": "bert"}, "family 'bert' is not one of gpt2, bart, t5, xlnet"),
+        (
+            {"kind": "bpe", "family": "t5", "vocab_size": 300},
+            "BPE needs 256 bytes, <pad>, </s>, <unk>, 100 sentinels and some merges",
+        ),
         ({"documents": [" ", ""]}, "documents hold no text"),
         ({"documents": []}, "documents hold no text"),
     ],

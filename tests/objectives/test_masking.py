@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmengine.data.draws import Draws, Purpose
+from llmengine.data.examples import IGNORED
 from llmengine.objectives.masking import Masking, mask
+
+from .distributions import binomial, chi_square
 
 VOCABULARY, MASK = 50, 4
 
@@ -23,11 +26,6 @@ def masked(length, epochs, options, *, words=None, special=()):
     ]
     inputs, labels = (np.stack(part) for part in zip(*both, strict=True))
     return np.broadcast_to(ids, inputs.shape), inputs, labels
-
-
-def binomial(count, n, p):
-    """Within five standard deviations: a wrong rate is seen, and one right test in two million fails."""
-    assert abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p)), f"{count} of {n}; expected {n * p:.0f}"
 
 
 def test_counts_and_labels_are_exact():
@@ -110,19 +108,84 @@ def test_a_word_does_not_reach_across_a_special_token():
     assert {tuple(np.flatnonzero(row != -100)) for row in labels} == {(1, 2), (4, 5)}
 
 
+SPANS = Masking(spans=True)
+
+
+def test_spans_have_spanberts_lengths():
+    """n words with probability proportional to 0.8 ** n, up to 10. A count of 10 leaves the first span whole."""
+    words = np.ones(5000, bool)
+    found = []
+    for epoch in range(4000):
+        draws = Draws(0, epoch, Purpose.MASK)
+        options = Masking(spans=True, mask_fraction=0.002, mask_share=1.0, random_share=0.0)
+        labels = mask(np.arange(5000) + 5, np.zeros(5000, bool), words, options, MASK, 6000, draws)[1]
+        first = int(draws_first(epoch) * 5000)  # the anchor, a word of one token
+        chosen = labels != IGNORED
+        assert chosen.sum() == 10 and chosen[first]
+        rest = np.flatnonzero(~np.append(chosen[first:], False))
+        found.append(int(rest[0]))
+    shares = 0.8 ** np.arange(1, 11)
+    # spans that touch are seldom, and 5000 tokens' end is met seldom
+    chi_square(np.bincount(found, minlength=11)[1:], shares / shares.sum())
+
+
+def draws_first(epoch):
+    return Draws(0, epoch, Purpose.MASK).uniform(2)[1]
+
+
+def test_spans_are_whole_words_of_one_fate():
+    """Words of three tokens in two segments: all but the last span are whole, none crosses the special token."""
+    length = 3 * 80 + 3
+    special = np.zeros(length, bool)
+    special[[0, 121, length - 1]] = True
+    words = np.zeros(length, bool)
+    words[special] = True
+    words[1:121:3] = words[122:-1:3] = True
+    ids = np.arange(length) + 5
+    fates = 0
+    n_masked = n = 0
+    for epoch in range(600):
+        inputs, labels = mask(ids, special, words, SPANS, MASK, 10**6, Draws(2, epoch, Purpose.MASK))
+        chosen = labels != IGNORED
+        assert chosen.sum() == round(0.15 * length) and not (chosen & special).any()
+        of_word = np.concatenate([chosen[1:121], chosen[122:-1]]).reshape(80, 3)
+        assert (of_word.any(1) & ~of_word.all(1)).sum() <= 1, "only the last span is cut"
+        kind = np.where(inputs == MASK, 1, np.where(inputs == ids, 2, 3))
+        both = np.concatenate([kind[1:121], kind[122:-1]]).reshape(80, 3)[of_word.all(1)]
+        assert (both == both[:, :1]).all(), "a span's tokens share their fate"
+        fates += len(both)
+        n_masked += (both[:, 0] == 1).sum()
+        n += len(both)
+    assert fates > 600 * 9
+    assert abs(n_masked / n - 0.8) < 0.02
+
+
+def test_spans_choose_every_place_alike_but_near_the_ends():
+    special = np.zeros(100, bool)
+    counts = np.zeros(100)
+    for epoch in range(3000):
+        counts += (
+            mask(np.arange(100) + 5, special, ~special, SPANS, MASK, 200, Draws(3, epoch, Purpose.MASK))[1] != IGNORED
+        )
+    assert counts.sum() == 3000 * 15
+    middle = counts[12:]
+    assert middle.max() < 1.25 * middle.min()
+
+
 @given(st.integers(1, 60), st.data())
 def test_any_sequence(length, data):
     special = np.array(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
     words = np.array(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
     fraction = data.draw(st.floats(0, 1))
-    for begins in (None, words):
-        options = Masking(mask_fraction=fraction, whole_word=begins is not None)
+    for kind in ("tokens", "words", "spans"):
+        begins = None if kind == "tokens" else words
+        options = Masking(mask_fraction=fraction, whole_word=kind == "words", spans=kind == "spans")
         ids = np.arange(length) + 5
         inputs, labels = mask(ids, special, begins, options, MASK, 100, Draws(1, 0, Purpose.MASK))
         chosen = labels != -100
         assert chosen.sum() <= max(1, round(length * fraction)) and not (chosen & special).any()
         assert (labels[chosen] == ids[chosen]).all() and (inputs[~chosen] == ids[~chosen]).all()
-        if begins is None:
+        if kind != "words":
             assert chosen.sum() == min(max(1, round(length * fraction)), (~special).sum())
 
 
@@ -132,6 +195,9 @@ def test_any_sequence(length, data):
         ({"mask_fraction": 1.5}, r"mask_fraction must be in \[0, 1\], got 1.5"),
         ({"mask_share": -0.1}, r"mask_share must be in \[0, 1\], got -0.1"),
         ({"mask_share": 0.9, "random_share": 0.2}, r"mask_share \(0.9\) and random_share \(0.2\) exceed 1 together"),
+        ({"whole_word": True, "spans": True}, "give whole_word or spans, not both"),
+        ({"span_p": 1.0}, r"span_p must be in \(0, 1\), got 1.0"),
+        ({"longest_span": 0}, "longest_span must be 1 or more, got 0"),
         ({"max_predictions": 0}, "max_predictions must be 1 or more, or none, got 0"),
     ],
 )

@@ -121,7 +121,7 @@ def test_odd_corpora(bpe, wordpiece, documents, length):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "nsp"}, "'nsp' is not one of bert, mlm, clm"),
+        ({"name": "nsp"}, "'nsp' is not one of bert, mlm, sop, clm, "),
         ({"name": "clm", "whole_word": True}, "'clm': no option whole_word; options: none"),
         ({"name": "mlm", "whole_words": True}, "'mlm': no option whole_words; options: mask_fraction, mask_share, "),
         ({"name": "clm"}, "'clm': the tokenizer has no eos token; train one of kind \"bpe\""),
