@@ -17,8 +17,10 @@ def adamw(model: Module, config: OptimizerSection) -> torch.optim.AdamW:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     decayed: list[Tensor] = []
     others: list[Tensor] = []
-    for parameter in model.parameters():
-        (decayed if parameter.dim() > 1 and id(parameter) not in embeddings else others).append(parameter)
+    for name, parameter in model.named_parameters():
+        # XLNet's biases of the scores have two dimensions
+        matrix = parameter.dim() > 1 and not name.endswith("bias") and id(parameter) not in embeddings
+        (decayed if matrix else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

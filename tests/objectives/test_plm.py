@@ -14,6 +14,8 @@ from llmengine import Transformer, TransformerConfig, objectives
 from llmengine.data.batches import pack
 from llmengine.data.draws import Draws, Purpose
 from llmengine.objectives.plm import PlmOptions, choose, ranks
+from llmengine.training.config import OptimizerSection
+from llmengine.training.optimizer import adamw
 
 from .distributions import binomial, chi_square
 from .numbered import document_of, numbered
@@ -193,3 +195,14 @@ def test_bad_arguments(options, message, xlnet_bpe):
 def test_a_tokenizer_without_its_special_tokens(bpe):
     with pytest.raises(ValueError, match='no sep, cls token; train one of kind "bpe" and family "xlnet"'):
         objectives.build("plm", ["Some text."], bpe, sequence_length=16, seed=0)
+
+
+def test_biases_of_the_scores_do_not_decay():
+    model = model_of(50)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = (
+        {names[id(p)] for p in group["params"]} for group in adamw(model, OptimizerSection()).param_groups
+    )
+    assert "encoder.layers.0.attention.q.weight" in decayed
+    assert {name for name in names.values() if name.endswith("bias")} <= others
+    assert "encoder.layers.0.attention.position_bias" in others
