@@ -56,7 +56,7 @@ def test_every_command_has_help_with_an_example():
         (["train", "CONFIG", "--set", "optimizer.rate=1"], ["optimizer.rate"]),
         (["train", "CONFIG", "--set", "optimizer.lr=-1.0"], ["optimizer.lr", "-1.0"]),
         (["train", "CONFIG", "--preset", "gpt-9"], ["'gpt-9' is not a preset", "gpt-mini"]),
-        (["train", "CONFIG", "--objective", "plm"], ["objective", "'bert'"]),
+        (["train", "CONFIG", "--objective", "nsp"], ["objective", "'bert'"]),
         (["train", "CONFIG", "--corpus", "nothere"], ["corpus: nothere does not exist", "*.txt"]),
         (["train", "CONFIG", "--set", "device=tpu9"], ["device", "'tpu9'", "auto, cpu"]),
         (["train", "CONFIG", "--output", "RUN"], ["not empty", "resume"]),
