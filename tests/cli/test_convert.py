@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llmengine import Transformer, TransformerConfig
 from tests.cli.conftest import call, succeed
+from tests.models.translators import Fairseq
 
 SMALL = {"vocab_size": 61, "n_layers": 3, "n_heads": 2, "d_model": 16, "d_ff": 24, "max_positions": 20}
 
@@ -67,6 +68,17 @@ def test_convert_takes_a_run_with_its_tokenizer(runs, tmp_path):
     ]
     assert all(text.startswith("It was") for text in texts)
     assert {p.dtype for p in Transformer.from_pretrained(tmp_path / "model").parameters()} == {torch.bfloat16}
+
+
+def test_convert_takes_a_file_of_fairseq(tmp_path):
+    theirs = Fairseq()
+    torch.save({"args": theirs.options(), "model": theirs.state()}, tmp_path / "model.pt")
+    printed = succeed("convert", tmp_path / "model.pt", tmp_path / "ours")
+    assert "custom, encoder_decoder" in printed and "heads seq2seq" in printed and "tokenizer" not in printed
+    assert "The same within 0." in succeed("verify", tmp_path / "model.pt", tmp_path / "ours", "--tolerance", 0)
+    result = call("convert", tmp_path / "model.pt", tmp_path / "theirs", "--family", "bart")
+    assert result.exit_code == 2 and 'family "bart" cannot express' in result.stderr
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_convert_replaces_only_by_force(tmp_path):
