@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmengine.convert import fairseq, files, opennmt
+from llmengine.convert import fairseq, files, gguf, opennmt
 from llmengine.convert.bart import BART, MARIAN, MBART
 from llmengine.convert.bert import ALBERT, BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from llmengine.convert.family import Family
@@ -83,12 +83,16 @@ class Checkpoint:
 
 def read_file(path: Path) -> Foreign:
     """A checkpoint that is one file of another toolkit; ValueError where it is none that llmengine reads."""
+    if gguf.recognises(path):
+        return gguf.read(path)
     content = unpickle(path)
     if opennmt.recognises(content):
         return opennmt.read(content)
     if fairseq.recognises(content):
         return fairseq.read(path, content)
-    raise ValueError(f"{path} is no checkpoint of Fairseq or OpenNMT-py; give a directory for Hugging Face's or ours")
+    raise ValueError(
+        f"{path} is no checkpoint of Fairseq, OpenNMT-py or llama.cpp (GGUF); Hugging Face's and ours are directories"
+    )
 
 
 def save(
