@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,13 @@ def test_other_files(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt (is neither|is no checkpoint of)"):
         Transformer.from_pretrained(tmp_path / "x.pt")
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00")
+    with pytest.raises(ModuleNotFoundError, match=r"x\.gguf is a GGUF file; to read it: pip install gguf"):
+        Transformer.from_pretrained(tmp_path / "x.gguf")
 
 
 def with_options(content: dict, key: str, **options) -> dict:
