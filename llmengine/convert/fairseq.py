@@ -81,8 +81,7 @@ def read(path: Path, content: Mapping[str, Any]) -> Foreign:
     if {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} <= tensors.keys():
         return _transformer(options, renamed(tensors, _TRANSFORMER, _NO_PARAMETER))
     raise ValueError(
-        f"{path}: a Fairseq checkpoint of {options.get('arch')!r}; llmengine reads TransformerModel, BART, mBART and "
-        "RoBERTa"
+        f"{path}: a Fairseq checkpoint of {_name(options)!r}; llmengine reads TransformerModel, BART, mBART and RoBERTa"
     )
 
 
@@ -99,6 +98,11 @@ def _options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values, dict):
             options |= {f"{section}_{key}": value for key, value in values.items()}
     return options
+
+
+def _name(options: Mapping[str, Any]) -> str | None:
+    """Of the architecture, in files of either age."""
+    return options.get("arch") or options.get("_name")
 
 
 def _divided(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,7 +184,7 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
         **_positions(options, tensors, learned=has("embed_positions")),
     }
     family = BART
-    if options.get("arch", "").startswith(("bart", "mbart")) and fields["embed_norm"] and has("embed_positions"):
+    if str(_name(options)).startswith(("bart", "mbart")) and fields["embed_norm"] and has("embed_positions"):
         # as Hugging Face has them: padding on the right, and a bias on the logits that begins at zero
         family = MBART if pre else BART
         fields |= {"family": family.name, "position_of": "column", "head_bias": True}

@@ -108,8 +108,9 @@ def test_fairseq_names_of_the_first_versions(tmp_path):
 def fairseq_bart(theirs: transformers.PreTrainedModel, arch: str) -> dict:
     """Hugging Face's BART or mBART, in Fairseq's layout."""
     state = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
-    del state["shared.weight"], state["final_logits_bias"]
-    state["decoder.output_projection.weight"] = state.pop("lm_head.weight")
+    for name in ("shared.weight", "final_logits_bias", "lm_head.weight"):
+        state.pop(name, None)
+    state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
     pre = arch.startswith("mbart")
     options = argparse.Namespace(
         arch=arch, encoder_attention_heads=4, decoder_attention_heads=4, activation_fn="gelu", dropout=0.1,
@@ -138,6 +139,25 @@ def test_fairseq_bart_is_hugging_faces(name, arch, age, tmp_path):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def test_fairseq_bart_that_classifies(tmp_path):
+    theirs = hf_model("BartForSequenceClassification", pad_token_id=1, bos_token_id=0, num_labels=3)
+    content = fairseq_bart(theirs, "bart_base")
+    for name in list(content["model"]):
+        if name.startswith("classification_head."):
+            content["model"][name.replace("_head.", "_heads.mnli.")] = content["model"].pop(name)
+    torch.save(content, tmp_path / "model.pt")
+    assert Transformer.from_pretrained(tmp_path / "model.pt").config.objectives == ("seq2seq", "classification")
+    ours = Transformer.from_pretrained(tmp_path / "model.pt", objectives=["classification"])
+    ids = random_ids(2, 7)
+    ids[:, -1] = 2  # theirs reads the state of the last </s>
+    assert_near(ours(ids).logits, theirs(ids).logits, 1e-5)
+    content["model"] |= {
+        f"classification_heads.other.{part}.weight": torch.ones(3, 32) for part in ("dense", "out_proj")
+    }
+    with pytest.raises(ValueError, match="classification heads mnli, other; llmengine reads one"):
+        of_file(tmp_path / "model.pt", content)
 
 
 ROBERTA = (
