@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from llmengine.models import Transformer
     from llmengine.training import RunConfig
 
+READABLE = "A model directory (Hugging Face's or ours), a run folder, or a file of Fairseq, OpenNMT-py or GGUF."
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -70,3 +73,34 @@ def _unfinished(folder, config: RunConfig) -> Trained:
     model: Any = objectives.make_model(config.objective, shape, **config.data.options)
     model.load_state_dict(saved.tensors("model"))
     return Trained(model, tokenizer, config, saved.path)
+
+
+# ---- weights alone ---------------------------------------------------------------------------------------------------
+
+
+def weights_of(path: Path) -> Path:
+    """The model directory of a run folder; any other path as it is."""
+    from llmengine.training.run import Folder
+
+    folder = Folder(path)
+    return folder.model if folder.config.is_file() else path
+
+
+def read(path: Path, dtype: str | None = None) -> Transformer:
+    """A model from a directory or file, on the CPU; dtype None: as stored."""
+    import torch
+
+    from llmengine.models import Transformer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return Transformer.from_pretrained(path, dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def describe(model: Transformer) -> str:
+    """Family, size, number format and heads in a line."""
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+    heads = f"heads {', '.join(config.objectives)}" if config.objectives else "no heads"
+    return f"{config.family}, {config.architecture}, {count:,} parameters, {dtypes}, {heads}"

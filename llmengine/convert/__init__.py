@@ -1,21 +1,23 @@
 """Checkpoints of other toolkits, in and out: a table per family (bert.py, gpt.py, …), and our own layout.
 
-A new family is one file with a `Family` and one word in FAMILIES.
+A new family is one file with a `Family` and one word in FAMILIES. Single files of other toolkits (fairseq.py, …) are
+read only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llmengine.convert import files
+from llmengine.convert import fairseq, files, gguf, opennmt
 from llmengine.convert.bart import BART, MARIAN, MBART
 from llmengine.convert.bert import ALBERT, BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from llmengine.convert.family import Family
+from llmengine.convert.foreign import Foreign, unpickle
 from llmengine.convert.gpt import GPT, GPT2, GPT_NEO, GPT_NEOX
 from llmengine.convert.llama import GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
 from llmengine.convert.modernbert import MODERNBERT
@@ -35,17 +37,32 @@ __all__ = ["FAMILIES", "Checkpoint", "Family", "save"]
 
 
 class Checkpoint:
-    """A directory opened for reading: `fields` for TransformerConfig, `tensors` for its model."""
+    """A directory, or another toolkit's file, opened for reading: `fields` for TransformerConfig, `tensors` for its
+    model."""
 
-    def __init__(self, directory: str | os.PathLike) -> None:
-        self.directory = Path(directory)
-        config = files.read_config(self.directory)
+    family: Family | None
+    fields: Mapping[str, Any]
+    files: Mapping[str, Any]
+    """A place for each tensor's name, from which `_get` reads it."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        if self.path.is_file():
+            foreign = read_file(self.path)
+            self.family, self.fields, self.files = foreign.family, foreign.fields, foreign.tensors
+            self._get: Callable[[str], Tensor] = foreign.tensors.__getitem__
+        else:
+            self._open_directory()
+
+    def _open_directory(self) -> None:
+        config = files.read_config(self.path)
         model_type = config.get("model_type")
         if model_type != OWN and model_type not in FAMILIES:
             known = ", ".join([*FAMILIES, OWN])
-            raise ValueError(f"from_pretrained: model_type {model_type!r} in {directory} is not one of {known}")
+            raise ValueError(f"from_pretrained: model_type {model_type!r} in {self.path} is not one of {known}")
         self.family = FAMILIES.get(model_type)
-        self.files = {name: (path, name) for name, path in files.tensor_files(self.directory).items()}
+        self._get = lambda name: files.read_tensor(*self.files[name])
+        self.files = {name: (path, name) for name, path in files.tensor_files(self.path).items()}
         if self.family is None:
             self.fields = config["config"]
             return
@@ -60,11 +77,22 @@ class Checkpoint:
             return self.family.read_tensors(self.files, self._get, wanted, fields)
         wanted = set(wanted)
         if missing := sorted(wanted - self.files.keys()):
-            raise ValueError(f"from_pretrained: {self.directory} lacks {', '.join(missing)}")
+            raise ValueError(f"from_pretrained: {self.path} lacks {', '.join(missing)}")
         return {name: self._get(name) for name in wanted}
 
-    def _get(self, name: str) -> Tensor:
-        return files.read_tensor(*self.files[name])
+
+def read_file(path: Path) -> Foreign:
+    """A checkpoint that is one file of another toolkit; ValueError where it is none that llmengine reads."""
+    if gguf.recognises(path):
+        return gguf.read(path)
+    content = unpickle(path)
+    if opennmt.recognises(content):
+        return opennmt.read(content)
+    if fairseq.recognises(content):
+        return fairseq.read(path, content)
+    raise ValueError(
+        f"{path} is no checkpoint of Fairseq, OpenNMT-py or llama.cpp (GGUF); Hugging Face's and ours are directories"
+    )
 
 
 def save(

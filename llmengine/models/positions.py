@@ -84,15 +84,17 @@ class Angles:
             self.windowed = rotary_frequencies(config.rotary, config.head_dim, windowed=True)
         self.same = self.full[1] == self.windowed[1] and torch.equal(self.full[0], self.windowed[0])
 
-    def __call__(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """positions (tokens,) -> (cos, sin) of full layers and of windowed ones, (tokens, R/2) float32 each."""
-        full = _cos_sin(positions, *self.full)
-        return full, full if self.same else _cos_sin(positions, *self.windowed)
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """positions (tokens,) -> (cos, sin) of full layers and of windowed ones, (tokens, R/2) each; made in float32,
+        and of float64 where the hidden states' dtype is."""
+        wide = torch.promote_types(dtype, torch.float32)
+        full = _cos_sin(positions, *self.full, wide)
+        return full, full if self.same else _cos_sin(positions, *self.windowed, wide)
 
 
-def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angles = positions.float()[:, None] * frequencies.to(positions.device, non_blocking=True)
-    return angles.cos() * factor, angles.sin() * factor
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 # ---- biases on scores ------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Stack(Module):
         """
         config, dropout_p = self.config, self.config.dropout if self.training else 0.0
         x, residual = self.embeddings(input_ids, position_ids, token_type_ids, word), None
-        context = self._context(layout, position_ids, memory)
+        context = self._context(layout, position_ids, memory, x.dtype)
         kept = [x]
         for i in range(self.depth):
             if self._skipped():
@@ -87,10 +87,10 @@ class Stack(Module):
         kept[-1] = x
         return x, kept if keep else None
 
-    def _context(self, layout: Attending, position_ids: Tensor, memory: Tensor | None) -> Context:
+    def _context(self, layout: Attending, position_ids: Tensor, memory: Tensor | None, dtype: torch.dtype) -> Context:
         context = Context(layout, memory=memory)
         if self.angles is not None:
-            context = replace(context, angles=self.angles(position_ids))
+            context = replace(context, angles=self.angles(position_ids, dtype))
         if self.slopes is not None:
             context = replace(context, alibi_slopes=torch.tensor(self.slopes, device=position_ids.device))
         if self.distance_buckets is not None:

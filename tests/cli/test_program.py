@@ -12,7 +12,7 @@ import llmengine
 from llmengine.cli import app
 from tests.cli.conftest import call, succeed
 
-COMMANDS = ["train", "evaluate", "generate", "fill", "inspect", "info"]
+COMMANDS = ["train", "evaluate", "generate", "fill", "inspect", "convert", "verify", "info"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -78,6 +78,13 @@ def test_every_command_has_help_with_an_example():
         (["evaluate", "RUN/model"], ["give its run folder"]),
         (["evaluate", "RUN", "--corpus", "TESTS/cli/conftest.py"], ["conftest.py is not a kind of file"]),
         (["inspect", "TESTS"], ["is no run folder"]),
+        (["convert", "nowhere", "RUN"], ["exists already", "--force"]),
+        (["convert", "nowhere", "new"], ["nowhere is not a directory"]),
+        (["convert", "RUN", "new", "--dtype", "int8"], ["--dtype 'int8' is not one of float32, bfloat16"]),
+        (["convert", "RUN", "new", "--family", "gpt9"], ["family", "'gpt9'"]),
+        (["convert", "RUN", "new", "--family", "llama"], ['family "llama" cannot express', 'set family to "custom"']),
+        (["verify", "RUN", "BERT"], ["architecture is 'decoder' in the first model and 'encoder' in the second"]),
+        (["verify", "RUN", "RUN", "--text", ""], ["--text gives no tokens"]),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )

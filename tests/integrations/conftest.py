@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+
+collect_ignore = [] if importlib.util.find_spec("peft") else ["test_peft.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -220,3 +220,12 @@ def test_round_trips(name, fields, tmp_path):
     a, b = theirs.eval()(**inputs), again.eval()(**inputs)
     assert_near(b[0], a[0], 1e-6)
     assert_near(ours(**inputs)[0], a[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "ModernBertForMaskedLM", "GPTNeoXForCausalLM"])
+def test_rotary_positions_in_float64(name, tmp_path):
+    """Angles are float32 in both toolkits, and made by different products: hence the tolerance."""
+    theirs = hf_model(name).double()
+    ours = ours_of(theirs, tmp_path, torch.float64)
+    ids = random_ids(2, LENGTH)
+    assert_near(ours(ids).logits, theirs(ids).logits, 1e-6)

@@ -1,0 +1,134 @@
+"""OpenNMT-py's checkpoints (Klein et al. 2017): the Transformer for translation.
+
+Its layers are pre-LN, its positions sines and cosines in turns. Renamed, its tensors are read by the table of Hugging
+Face's BART.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmengine.convert.bart import BART
+from llmengine.convert.foreign import Foreign, demand, depth, of_both, one_vocabulary, renamed
+
+ROLES = {"pad_token_id": "<blank>", "bos_token_id": "<s>", "eos_token_id": "</s>"}
+POSITIONS = 5000  # rows of its table
+DEMANDED: dict[str, tuple] = {
+    "model_task": ("seq2seq",),
+    "encoder_type": ("transformer",),
+    "decoder_type": ("transformer",),
+    "position_encoding": (True,),
+    "position_encoding_type": ("SinusoidalInterleaved", None),
+    "max_relative_positions": (0,),
+    "self_attn_type": ("scaled-dot", "scaled-dot-flash"),
+    "pos_ffn_activation_fn": ("relu", "gelu"),
+    "layer_norm": ("standard",),
+    "parallel_residual": (False,),
+    "num_kv": (0,),
+    "sliding_window": (0,),
+    "num_experts": (0,),
+    "copy_attn": (False,),
+}
+_NO_PARAMETER = r"\.pe$|\.mask$"
+_NAMES = (
+    (r"^(encoder|decoder)\.embeddings\.make_embedding\.emb_luts\.0\.weight$", r"model.\1.embed_tokens.weight"),
+    (r"^encoder\.transformer\.", "model.encoder.layers."),
+    (r"^decoder\.transformer_layers\.", "model.decoder.layers."),
+    (r"^(encoder|decoder)\.layer_norm\.", r"model.\1.layer_norm."),
+    (r"\.feed_forward\.layer_norm\.", ".final_layer_norm."),
+    (r"\.feed_forward\.w_([12])\.", r".fc\1."),
+    (r"(\.layers\.\d+)\.layer_norm(_1)?\.", r"\1.self_attn_layer_norm."),
+    (r"\.layer_norm_2\.", ".encoder_attn_layer_norm."),
+    (r"\.context_attn\.", ".encoder_attn."),
+    (r"\.linear_query\.", ".q_proj."),
+    (r"\.linear_keys\.", ".k_proj."),
+    (r"\.linear_values\.", ".v_proj."),
+    (r"\.final_linear\.", ".out_proj."),
+    (r"_norm\.a_2$", "_norm.weight"),  # of the first versions
+    (r"_norm\.b_2$", "_norm.bias"),
+)
+_GENERATOR = ((r"^(0\.)?weight$", "lm_head.weight"), (r"^(0\.)?bias$", "final_logits_bias"))
+
+
+def recognises(content: Any) -> bool:
+    return isinstance(content, dict) and {"model", "generator", "opt"} <= content.keys()
+
+
+def read(content: Mapping[str, Any]) -> Foreign:
+    """ValueError where the model is no Transformer, or has options that llmengine does not compute."""
+    options = vars(content["opt"]) if isinstance(content["opt"], argparse.Namespace) else dict(content["opt"])
+    demand("OpenNMT-py", options, DEMANDED)
+    tensors = renamed(content["model"], _NAMES, _NO_PARAMETER) | renamed(content["generator"], _GENERATOR, "$^")
+    for needed in ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"):
+        if needed not in tensors:
+            raise ValueError(f"OpenNMT-py checkpoint: it lacks {needed}, by the name that llmengine gives it")
+    words = one_vocabulary("OpenNMT-py", *(tensors[f"model.{s}.embed_tokens.weight"] for s in ("encoder", "decoder")))
+    tensors["model.shared.weight"] = words
+    if "final_logits_bias" in tensors:
+        tensors["final_logits_bias"] = tensors["final_logits_bias"][None]
+    layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in ("encoder", "decoder"))
+    first = "model.encoder.layers.0."
+    fields = {
+        "family": "custom",
+        "architecture": "encoder_decoder",
+        "objectives": ["seq2seq"],
+        "vocab_size": words.shape[0],
+        "d_model": words.shape[1],
+        "n_layers": layers,
+        "n_decoder_layers": None if layers == decoder_layers else decoder_layers,
+        "n_heads": options.get("heads", 8),
+        "d_ff": of_both("OpenNMT-py", "transformer_ff", *_widths(tensors)),
+        "activation": options.get("pos_ffn_activation_fn", "relu"),
+        "positions": "sinusoid",
+        "max_positions": POSITIONS,
+        "embed_scale": True,
+        "norm_eps": float(options.get("norm_eps", 1e-6)),
+        "norm_place": "pre",
+        "final_norm": True,
+        "qkv_bias": f"{first}self_attn.q_proj.bias" in tensors,
+        "attention_bias": f"{first}self_attn.out_proj.bias" in tensors,
+        "feed_forward_bias": f"{first}fc1.bias" in tensors,
+        "head_bias": "final_logits_bias" in tensors,
+        "tie_embeddings": torch.equal(tensors["lm_head.weight"], words),
+        **_dropouts(options),
+        **_tokens(content.get("vocab")),
+    }
+    return Foreign(BART, fields, tensors)
+
+
+def _widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    encoder, decoder = (len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in ("encoder", "decoder"))
+    return encoder, decoder
+
+
+def _dropouts(options: Mapping[str, Any]) -> dict[str, float]:
+    """Lists hold what was in force after so many steps; a model goes on with the last."""
+
+    def last(name: str, default: float) -> float:
+        value = options.get(name, default)
+        return float(value[-1] if isinstance(value, list) else value)
+
+    dropout = last("dropout", 0.1)
+    attention = last("attention_dropout", 0.1)
+    return {
+        "dropout": dropout, "embed_dropout": dropout, "activation_dropout": dropout, "attention_dropout": attention,
+    }  # fmt: skip
+
+
+def _tokens(vocabulary: Any) -> dict[str, Any]:
+    """Ids of the special tokens, where the file has the list of the target's words."""
+    words = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
+    if not isinstance(words, list):
+        return {}
+    ids = {field: words.index(token) for field, token in ROLES.items() if token in words}
+    start = vocabulary.get("decoder_start_token", ROLES["bos_token_id"])
+    return {
+        **ids,
+        "decoder_start_token_id": words.index(start) if start in words else None,
+        "freeze_padding_row": "pad_token_id" in ids,
+    }
