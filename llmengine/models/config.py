@@ -184,6 +184,8 @@ class TransformerConfig(BaseModel):
     classifier: Literal["linear", "pooled", "dense_tanh", "dense_gelu", "dense_norm"] = "linear"
     """What comes before the last linear map of "classification": nothing, the pooler, or a dense layer."""
     classifier_bias: bool = True
+    crf: bool = False
+    """tagging: tags of a sequence are a linear-chain conditional random field (Lafferty et al. 2001)."""
     loss_weights: dict[str, float] = Field(default_factory=dict)
     """What each objective's loss counts in the sum; 1 where none is given."""
 
@@ -382,6 +384,8 @@ def _check_objectives(c: TransformerConfig) -> None:
         raise ValueError('objectives: "nsp" and "sop" read the pooled token; set pooler to "cls_tanh"')
     if c.classifier == "pooled" and c.pooler == "none" and {"classification", "choice"} & set(c.objectives):
         raise ValueError('classifier "pooled" reads the pooled token; set pooler to "cls_tanh"')
+    if c.crf and "tagging" not in c.objectives:
+        raise ValueError('crf is for objective "tagging"')
     if unknown := sorted(c.loss_weights.keys() - set(c.objectives)):
         raise ValueError(f"loss_weights names {unknown}, which are not among objectives {list(c.objectives)}")
     if len({"mlm", "plm"} & set(c.objectives)) > 1:

@@ -11,6 +11,7 @@ from torch.nn import Linear, Module, ModuleDict, Parameter
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
+from llmengine.models.crf import ChainField, in_rows
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import IGNORED, Layout
 from llmengine.nn.feed_forward import ACTIVATIONS
@@ -179,7 +180,11 @@ class Choices(Classifier):
 
 
 class Tagger(Module):
-    """A class for each token; after a dense layer, activation and norm where classifier is "dense_norm"."""
+    """A class for each token; after a dense layer, activation and norm where classifier is "dense_norm".
+
+    With a conditional random field the tags of a sequence's labelled tokens, in their order, are one outcome: -100
+    (what is no word's first piece, padding) is left out of the chain. The loss is then -log p(tags) per labelled token.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -187,6 +192,7 @@ class Tagger(Module):
         self.dense = Linear(d, d, bias=config.head_transform_bias) if transform else None
         self.norm = make_norm(config, d) if transform else None
         self.out = Linear(d, config.n_labels)
+        self.chain = ChainField(config.n_labels) if config.crf else None
         self.activation = config.activation
         self.dropout = config.classifier_dropout
 
@@ -196,7 +202,34 @@ class Tagger(Module):
         return layout.leave(self.out(_torch.dropout(x, self.dropout, self.training and self.dropout > 0)))
 
     def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
-        return class_loss(layout.enter(logits), layout.labels(labels), items)
+        if self.chain is None:
+            return class_loss(layout.enter(logits), layout.labels(labels), items)
+        labels = layout.labels(labels)
+        emissions, tags = layout.enter(logits), labels.long()
+        if items is None:
+            items = (tags != IGNORED).sum().clamp(min=1)
+        rows = (tags != IGNORED).nonzero().squeeze(1)
+        sequence = layout.sequence(rows)
+        chained, lengths = in_rows(emissions.index_select(0, rows), sequence, layout.sequences)
+        return divide(self.chain.loss(chained, in_rows(tags[rows], sequence, layout.sequences)[0], lengths), items)
+
+    def tags(self, layout: Layout, logits: Tensor, among: Tensor | None) -> Tensor:
+        """The most probable tags, like input_ids; -1 at padding and where `among` (like input_ids, 1 or 0) is 0: with a
+        conditional random field those tokens are no part of the chain."""
+        emissions = layout.enter(logits)
+        chosen = torch.ones(len(emissions), dtype=torch.bool, device=logits.device)
+        if among is not None:
+            chosen = layout.enter(among).bool()
+        rows = chosen.nonzero().squeeze(1)
+        if self.chain is None:
+            found = emissions.index_select(0, rows).argmax(-1)
+        else:
+            sequence = layout.sequence(rows)
+            chained, lengths = in_rows(emissions.index_select(0, rows), sequence, layout.sequences)
+            best = self.chain.best(chained, lengths)
+            found = best[best >= 0]
+        tags = torch.full((len(emissions),), -1, device=logits.device).index_copy(0, rows, found)
+        return layout.leave(tags[:, None], padding=-1).squeeze(-1)
 
 
 class SpanHead(Linear):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Linear
 
+from llmengine.models.crf import ChainField
 from llmengine.models.heads import TokenHead
 from llmengine.models.layers import Layer
 from llmengine.models.relative import RelativeAttention, RelativeEmbeddings, RelativeStack
@@ -36,7 +37,7 @@ def initialise(model: Transformer, only: tuple[str, ...] = ()) -> None:
             module.reset_parameters()
         elif isinstance(module, TokenHead) and module.weight is not None:
             module.weight.normal_(0.0, config.init_std)
-        elif isinstance(module, RelativeAttention | RelativeEmbeddings):
+        elif isinstance(module, RelativeAttention | RelativeEmbeddings | ChainField):
             for parameter in module.parameters(recurse=False):
                 parameter.normal_(0.0, config.init_std)
         bias = getattr(module, "bias", None)

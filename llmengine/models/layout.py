@@ -150,6 +150,7 @@ class Padded:
         self.real = attention_mask.bool()
         self.causal = causal
         self.sequences = self.shape[0]
+        """Number of rows."""
         self.memory: Padded | None = None
 
     def enter(self, x: Tensor) -> Tensor:
@@ -162,6 +163,9 @@ class Padded:
         if of_tokens:
             return (self.real.long().cumsum(1) - 1).clamp(min=0).flatten()
         return torch.arange(self.shape[1], device=self.real.device).repeat(self.shape[0])
+
+    def sequence(self, tokens: Tensor) -> Tensor:
+        return tokens // self.shape[1]
 
     def labels(self, labels: Tensor) -> Tensor:
         return torch.where(self.real, labels, IGNORED).flatten()

@@ -14,7 +14,7 @@ from torch.nn import Embedding
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
 from llmengine.models.generation import Generation
-from llmengine.models.heads import Head, Pooler, TokenHead, make_heads
+from llmengine.models.heads import Head, Pooler, Tagger, TokenHead, make_heads
 from llmengine.models.initial import initialise
 from llmengine.models.inputs import (
     Tokens,
@@ -321,6 +321,20 @@ class Transformer(Generation):
         if "hidden_states" in others:
             keyed["hidden_states"] = others.pop("hidden_states")
         return TransformerOutput(keyed, others)
+
+    @torch.no_grad()
+    def tags(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, among: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """The most probable tag of every token, like input_ids; -1 at padding, and where `among` (like input_ids, 1 at
+        each word's first piece, say) is 0. With config.crf the best sequence of tags, by Viterbi's algorithm."""
+        if "tagging" not in self.heads:
+            raise ValueError(f'tags: needs objective "tagging"; this model has {list(self.config.objectives)}')
+        check_like("among", among, input_ids, 2, "0 or 1")
+        logits = self(input_ids, attention_mask, **inputs).head_logits["tagging"]
+        tokens = Tokens(input_ids, attention_mask, inputs.get("cu_seqlens"), inputs.get("max_seqlen"))
+        layout = tokens.layout(self.config, causal=self.config.causal)
+        return cast("Tagger", self.heads["tagging"]).tags(layout, logits, among)
 
     # ---- labels and losses -------------------------------------------------------------------------------------------
 
