@@ -46,6 +46,7 @@ class Order:
 class Rows:
     """Where one stream's rows stand, as relative_attention wants it."""
 
+    count: int
     cu_seqlens: Tensor
     longest: int
     segments: Tensor | None
@@ -94,7 +95,7 @@ class RelativeAttention(Module):
         r = self.r(context.encoding.to(x.dtype)).unflatten(1, (self.heads, self.head_dim))
         attended, first = [], 0
         for rows in context.streams:
-            count = int(rows.cu_seqlens[-1]) if len(context.streams) > 1 else len(x)
+            count = rows.count
             options: dict[str, Any] = {}
             if rows.segments is not None:
                 options |= {
@@ -231,12 +232,15 @@ class RelativeStack(Module):
         ranks = key_ranks = None
         if order is not None:
             ranks, key_ranks = order.query_ranks, _behind_each(order.key_ranks, past, layout.sequences, -1)
-        streams = [Rows(layout.cu_seqlens, layout.max_seqlen, segments, ranks, include_self=ranks is not None)]
+        streams = [
+            Rows(layout.tokens, layout.cu_seqlens, layout.max_seqlen, segments, ranks, include_self=ranks is not None)
+        ]
         if order is not None and order.targets is not None and order.target_layout is not None:
             at, predicted = order.targets, order.target_layout
             positions = (at - layout.cu_seqlens[:-1].long()[layout.sequence(at)] + past).int()
             streams.append(
                 Rows(
+                    len(at),
                     predicted.cu_seqlens,
                     predicted.max_seqlen,
                     None if segments is None else segments[at],

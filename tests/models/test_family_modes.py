@@ -199,3 +199,41 @@ def test_sampling_rules():
         model.generate(ids, do_sample=True, min_p=1.5)
     with pytest.raises(ValueError, match="num_return_sequences 2 needs do_sample=True or as many num_beams"):
         model.generate(ids, num_return_sequences=2)
+
+
+class Logits(torch.nn.Module):
+    """Tensors in, one tensor out, as torch.export wants it."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        target = {"decoder_input_ids": input_ids} if self.model.config.architecture == "encoder_decoder" else {}
+        return self.model(input_ids, **target).logits
+
+
+@pytest.mark.parametrize("name", ["modernbert", "gemma", "bart", "t5"])
+def test_exports(name):
+    module, ids = Logits(model_of(name).eval()), random_ids(2, 7)
+    program = torch.export.export(module, (ids,))
+    other = random_ids(2, 7, seed=1)
+    assert_near(program.module()(other), module(other), 1e-5)
+
+
+@models
+def test_initialised_after_meta(name):
+    """Made on meta, given memory, initialised: the weights of a model that is initialised where it is made."""
+    config = model_of(name).config
+    with torch.device("meta"):
+        late = Transformer(config)
+    assert all(parameter.is_meta for parameter in late.parameters())
+    late.to_empty(device="cpu")
+    early = Transformer(config)
+    for model in (late, early):
+        torch.manual_seed(3)
+        model.reset_parameters()
+    for (key, a), (_, b) in zip(late.named_parameters(), early.named_parameters(), strict=True):
+        assert torch.equal(a, b), key
+    ids = random_ids(1, 5)
+    assert torch.equal(Logits(late.eval())(ids), Logits(early.eval())(ids))
