@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -79,11 +79,11 @@ class Generation(Module):
         repetition_penalty, no_repeat_ngram_size, min_new_tokens and logits_processor change logits before the choice;
         a processor is called with (ids so far, float32 logits), as Hugging Face's are.
         """
-        config, decoder = self.config, self.decoder
-        if self.token_head is None or decoder is None:
+        config = self.config
+        if config.token_task not in ("clm", "seq2seq", "plm"):
             raise ValueError(
-                f"generate: needs a decoder with objective 'clm' or 'seq2seq'; this is {config.architecture!r} with "
-                f"{list(config.objectives)}"
+                f"generate: needs a decoder with objective 'clm' or 'seq2seq', or XLNet's 'plm'; this is "
+                f"{config.architecture!r} with {list(config.objectives)}"
             )
         ends = _ends(config.eos_token_id if eos_token_id is None else eos_token_id)
         pad = next((t for t in (pad_token_id, config.pad_token_id, *ends) if t is not None), 0)
@@ -97,7 +97,12 @@ class Generation(Module):
         self.eval()
         try:
             source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
-            run = _Run(self, source, prompts, max_new_tokens, ends, pad, stopping_criteria)
+            reader: Reader = (
+                Rereading(self, prompts)
+                if config.token_task == "plm"
+                else Cached(self, source, prompts, max_new_tokens)
+            )
+            run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
             run.processors = [
                 *processors_of(repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends),
                 *logits_processor,
@@ -118,9 +123,8 @@ class Generation(Module):
     ) -> tuple[Source | None, Tokens]:
         """What the encoder made of input_ids, if there is one; and the decoder's prompts."""
         tokens = Tokens(input_ids, attention_mask)
-        if self.encoder is None:
+        if self.encoder is None or isinstance(self.encoder, RelativeStack):
             return None, tokens
-        assert not isinstance(self.encoder, RelativeStack)  # which has no decoder
         packed = _packed(tokens, self.config, causal=False)
         memory, _ = self.encoder(packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token"))
         if decoder_input_ids is None:
@@ -136,13 +140,22 @@ class Generation(Module):
         return Source(packed, memory), Tokens(decoder_input_ids, side="decoder_")
 
 
-class _Run:
-    """One call of generate: the cache, the ids so far, and the loops."""
+class Reader(Protocol):
+    """Reads sequences, and gives the logits after each one's last token, (rows, vocab_size) float32."""
 
-    def __init__(
-        self, model: Generation, source: Source | None, prompts: Tokens, steps: int, ends: list[int], pad: int,
-        stops: Sequence[Stop],
-    ) -> None:  # fmt: skip
+    scores: Tensor
+
+    def step(self, tokens: Tensor) -> None:
+        """One more token (rows,) of each sequence."""
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was: repeats prompts for beams, reorders beams."""
+
+
+class Cached:
+    """A decoder, over a cache of keys and values."""
+
+    def __init__(self, model: Generation, source: Source | None, prompts: Tokens, steps: int) -> None:
         config = model.config
         packed = _packed(prompts, config, causal=True)
         longest = int(packed.cu_seqlens.diff().max())
@@ -151,9 +164,7 @@ class _Run:
                 f"generate: {longest} prompt tokens and max_new_tokens {steps} exceed max_positions "
                 f"{config.max_positions}"
             )
-        self.model, self.source, self.steps, self.ends, self.pad, self.stops = model, source, steps, ends, pad, stops
-        self.processors: list[Processor] = []
-        self.ids = prompts.input_ids.long()
+        self.model, self.source = model, source
         weight = model.words.weight
         like = weight.new_empty(0, dtype=_compute_dtype(weight))
         self.cache = Cache(
@@ -162,8 +173,14 @@ class _Run:
         layout = Prompt(packed, self.cache, source)
         self.scores = self._scores(layout, packed.enter(prompts.input_ids), layout.slots)
 
+    def step(self, tokens: Tensor) -> None:
+        layout = Step(self.cache, self.source)
+        self.scores = self._scores(layout, tokens, layout.slots)
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+
     def _scores(self, layout: Prompt | Step, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits after each sequence's last token, (rows, vocab_size) float32."""
         model, source = self.model, self.source
         assert model.decoder is not None and model.token_head is not None  # generate has checked
         if source is None:
@@ -172,10 +189,48 @@ class _Run:
             x, _ = model.decoder(layout, tokens, positions, word=model.words, memory=source.memory)
         return model.token_head(layout.last(x), model.words.weight).float()
 
+
+class Rereading:
+    """XLNet: the next token is what a query stream predicts behind all that has been, which sees each other but not it.
+
+    Every step reads the whole sequence again: what stands before changes with what follows, so that nothing is kept.
+    """
+
+    def __init__(self, model: Generation, prompts: Tokens) -> None:
+        _packed(prompts, model.config, causal=False)  # checks
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        order = mask.argsort(dim=1, stable=True)  # padding to the left: new tokens follow the last real one
+        self.model = model
+        self.ids, self.mask = ids.gather(1, order), mask.gather(1, order)
+        self.scores = self._scores()
+
     def step(self, tokens: Tensor) -> None:
-        """One more token (rows,) of each sequence; its logits become `scores`."""
-        layout = Step(self.cache, self.source)
-        self.scores = self._scores(layout, tokens, layout.slots)
+        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.dtype)], 1)
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        self.scores = self._scores()
+
+    def select(self, rows: Tensor) -> None:
+        self.ids, self.mask = self.ids.index_select(0, rows), self.mask.index_select(0, rows)
+
+    def _scores(self) -> Tensor:
+        ids, mask = (torch.nn.functional.pad(x, (0, 1), value=value) for x, value in ((self.ids, 0), (self.mask, 1)))
+        query_ranks = torch.zeros_like(ids)
+        key_ranks = query_ranks - 1
+        key_ranks[:, -1] = 0
+        last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+        out = self.model(ids, mask, query_ranks=query_ranks, key_ranks=key_ranks, target_positions=last)
+        return out.logits[:, 0].float()
+
+
+class _Run:
+    """One call of generate: what has been, what may come next, and the loops."""
+
+    def __init__(
+        self, reader: Reader, ids: Tensor, steps: int, ends: list[int], pad: int, stops: Sequence[Stop]
+    ) -> None:  # fmt: skip
+        self.reader, self.ids, self.steps, self.ends, self.pad, self.stops = reader, ids, steps, ends, pad, stops
+        self.processors: list[Processor] = []
 
     def processed(self, scores: Tensor, ids: Tensor) -> Tensor:
         for processor in self.processors:
@@ -186,8 +241,8 @@ class _Run:
         """Each prompt so often, next to each other."""
         if times > 1:
             rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
-            self.cache.select(rows)
-            self.ids, self.scores = self.ids.index_select(0, rows), self.scores.index_select(0, rows)
+            self.reader.select(rows)
+            self.ids, self.reader.scores = (x.index_select(0, rows) for x in (self.ids, self.reader.scores))
 
     def ended(self, tokens: Tensor) -> Tensor:
         """Which of these tokens are ends."""
@@ -196,15 +251,15 @@ class _Run:
     def one_by_one(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
         prompt, done = self.ids.shape[1], torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         for step in range(self.steps):
-            token = torch.where(done, self.pad, choose(self.processed(self.scores, self.ids)))
+            token = torch.where(done, self.pad, choose(self.processed(self.reader.scores, self.ids)))
             self.ids = torch.cat([self.ids, token[:, None]], 1)
             done = done | self.ended(token)
             for stop in self.stops:
-                done = done | stop(self.ids, self.scores)
+                done = done | stop(self.ids, self.reader.scores)
             if done.all():
                 break
             if step + 1 < self.steps:
-                self.step(token)
+                self.reader.step(token)
         return self.ids[:, prompt:]
 
     def beams(self, beams: int, length_penalty: float, early_stopping: bool, wanted: int) -> Tensor:
@@ -212,8 +267,8 @@ class _Run:
 
         2 * beams candidates are looked at in each step, so that beams that do not end always remain.
         """
-        batch, vocab = self.scores.shape
-        device = self.scores.device
+        batch, vocab = self.reader.scores.shape
+        device = self.reader.scores.device
         prompts = self.ids.repeat_interleave(beams, 0)
         self.repeat(beams)
         first = torch.arange(batch, device=device)[:, None] * beams
@@ -224,7 +279,7 @@ class _Run:
         finished = [Hypotheses(beams, length_penalty, early_stopping) for _ in range(batch)]
         for step in range(self.steps):
             so_far = torch.cat([prompts, tokens.flatten(0, 1)], 1)
-            logs = self.processed(self.scores.log_softmax(-1), so_far)
+            logs = self.processed(self.reader.scores.log_softmax(-1), so_far)
             candidates = total[:, :, None] + logs.view(batch, beams, vocab)
             best, places = candidates.flatten(1).topk(min(2 * beams, beams * vocab), dim=1)
             beam, token = places // vocab, places % vocab
@@ -232,7 +287,7 @@ class _Run:
             if self.stops:
                 longer = torch.cat([so_far[(first + beam).flatten()], token.view(-1, 1)], 1)
                 for stop in self.stops:
-                    stopped = torch.as_tensor(stop(longer, self.scores), device=device).expand(len(longer))
+                    stopped = torch.as_tensor(stop(longer, self.reader.scores), device=device).expand(len(longer))
                     ends = ends | stopped.view(ends.shape)
             for b, rank in ends[:, :beams].nonzero().tolist():
                 finished[b].add(best[b, rank].item(), [*tokens[b, beam[b, rank]].tolist(), int(token[b, rank])])
@@ -244,8 +299,8 @@ class _Run:
                 hypotheses.close_if_complete(total[b, 0].item(), step + 1)
             if step + 1 == self.steps or all(hypotheses.closed for hypotheses in finished):
                 break
-            self.cache.select((first + beam).flatten())
-            self.step(token.flatten())
+            self.reader.select((first + beam).flatten())
+            self.reader.step(token.flatten())
         rows = []
         for b, hypotheses in enumerate(finished):
             for rank in range(beams):

@@ -158,6 +158,25 @@ def test_a_long_text_in_segments(tmp_path):
     assert_near(torch.cat(parts, 1), whole, 1e-5)
 
 
+def test_generates_as_hugging_face(tmp_path):
+    theirs = hf_model("XLNetLMHeadModel", seed=3)
+    with torch.no_grad():
+        theirs.transformer.word_embedding.weight *= 2.0  # no two tokens tie
+    ours = ours_of(theirs, tmp_path)
+    ids = random_ids(2, 6, seed=2)
+    for beams in (1, 3):
+        options = {"max_new_tokens": 7, "num_beams": beams, "pad_token_id": 1, "eos_token_id": 60}
+        expected = theirs.generate(ids, do_sample=False, use_mems=False, **options)
+        assert torch.equal(ours.generate(ids, **options), expected), f"{beams} beams"
+    alone = ours.generate(ids[1:, 2:], max_new_tokens=7, eos_token_id=())
+    for side in ("left", "right"):
+        mask = padding_mask(side, [6, 4], 6)
+        short = ids.clone()
+        short[1] = torch.cat([ids[1, :2], ids[1, 2:]] if side == "left" else [ids[1, 2:], ids[1, :2]])
+        together = ours.generate(short, mask, max_new_tokens=7, eos_token_id=())
+        assert torch.equal(together[1, 6:], alone[0, 4:]), side
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
