@@ -107,8 +107,16 @@ def test_encoders(name, fields, side, tmp_path):
     compare_gradients(ours, theirs)
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
-@named(DECODERS)
+# Hugging Face's GPT counts no columns under a mask on the left
+@pytest.mark.parametrize(
+    ("name", "fields", "side"),
+    [
+        pytest.param(name, fields, side, id="-".join([name, *map(str, fields.values()), side])[:70])
+        for name, fields in DECODERS
+        for side in ("none", "right", "left")
+        if (name, side) != ("OpenAIGPTLMHeadModel", "left")
+    ],
+)
 def test_decoders(name, fields, side, tmp_path):
     theirs = hf_model(name, **fields)
     ours = ours_of(theirs, tmp_path)
@@ -123,8 +131,6 @@ def test_decoders(name, fields, side, tmp_path):
         batch["attention_mask"] = mask
     if side == "left":  # Hugging Face lets the last padding token predict the first real one; we do not
         labels[torch.arange(4), mask.argmax(1)] = -100
-    if "OpenAIGPT" in name and side == "left":
-        pytest.skip("Hugging Face's GPT counts no columns under a mask on the left")
     expected, got = theirs(**batch), ours(**batch)
     assert_near(got.logits[real], expected.logits[real], 1e-5, "logits")
     loss = torch.nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
