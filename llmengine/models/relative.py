@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Embedding, Linear, Module, ModuleList, Parameter
+from torch.utils import checkpoint as checkpointing
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
@@ -191,11 +192,13 @@ class RelativeStack(Module):
         *,
         keep: bool = False,
         remember: bool = False,
+        checkpoint: bool = False,
     ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
         """input_ids, segments (tokens,) of the packed batch -> the last hidden states, all of h's if they are to be
         kept, and each layer's memory for the next segment.
 
-        memory: for each layer (length, sequences, d_model), of sequences that are all equally long.
+        memory: for each layer (length, sequences, d_model), of sequences that are all equally long. checkpoint: a
+        layer's inner results are computed again in the backward instead of kept.
         """
         config, drop = self.config, self.config.embed_dropout
         x = _torch.dropout(self.embeddings.word(input_ids), drop, self.training)
@@ -209,7 +212,11 @@ class RelativeStack(Module):
             past = None if memory is None else memory[i]
             if remember:
                 remembered.append(self._remember(x[:tokens], past, layout.sequences))
-            x = layer(x, _behind(past, x[:tokens], layout.sequences), context)
+            keys = _behind(past, x[:tokens], layout.sequences)
+            if checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpointing.checkpoint(layer, x, keys, context, use_reentrant=False)
+            else:
+                x = layer(x, keys, context)
             kept.append(x[:tokens])
         result = x if len(x) == tokens else x[tokens:]
         if self.training and config.final_dropout > 0:

@@ -277,8 +277,9 @@ class Transformer(Generation):
         segments = None if segments is None else layout.enter(segments)
         memory = None if mems is None else list(mems)
         x, hidden, remembered = self.encoder(  # type: ignore[misc]
-            layout, layout.enter(input_ids), segments, order, memory, keep=keep, remember=use_mems
-        )
+            layout, layout.enter(input_ids), segments, order, memory, keep=keep, remember=use_mems,
+            checkpoint=self.gradient_checkpointing,
+        )  # fmt: skip
         return x, layout if predicted is None else predicted, hidden, remembered
 
     def _decode(
@@ -341,6 +342,8 @@ class Transformer(Generation):
     def _labels(self, labels, next_sentence_label, sentence_order_label, start, end) -> dict[str, Tensor]:
         """Every objective's labels."""
         config = self.config
+        if (start is None) != (end is None):
+            raise ValueError("Transformer: start_positions and end_positions go together, but only one was given")
         given: dict[str, Tensor] = dict(labels) if isinstance(labels, dict) else {}
         if isinstance(labels, Tensor) or (labels is not None and not isinstance(labels, dict)):
             named_elsewhere = ("nsp", "sop", "qa")

@@ -219,6 +219,12 @@ def test_wrong_labels_are_named(objective, labels, message):
         Transformer(config)(random_ids(2, 5), labels=labels)
 
 
+def test_an_answer_has_two_ends():
+    model = Transformer(TransformerConfig.preset("bert-tiny", vocab_size=61, objectives=["qa"]))
+    with pytest.raises(ValueError, match="start_positions and end_positions go together"):
+        model(random_ids(2, 5), start_positions=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize("problem", ["single", "multi", "regression"])
 def test_accumulation_equals_one_batch(problem):
     """Each sequence alone, divided by the whole batch's count: the gradients of one batch."""

@@ -158,6 +158,25 @@ def test_a_long_text_in_segments(tmp_path):
     assert_near(torch.cat(parts, 1), whole, 1e-5)
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    ours = ours_of(hf_model("XLNetLMHeadModel", dropout=0.0), tmp_path).train()
+    ids, (query_ranks, key_ranks, targets) = random_ids(BATCH, LENGTH), order(3)
+    found = []
+    for checkpoint in (False, True):
+        ours.gradient_checkpointing = checkpoint
+        ours.zero_grad()
+        ours(
+            ids, query_ranks=query_ranks, key_ranks=key_ranks, target_positions=targets, mems=memory(ours),
+            labels=ids.gather(1, targets),
+        ).loss.backward()  # fmt: skip
+        found.append(
+            {name: parameter.grad.clone() for name, parameter in ours.named_parameters() if parameter.grad is not None}
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert_near(found[1][name], gradient, 1e-6, name)
+
+
 def test_generates_as_hugging_face(tmp_path):
     theirs = hf_model("XLNetLMHeadModel", seed=3)
     with torch.no_grad():
