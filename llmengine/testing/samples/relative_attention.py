@@ -167,7 +167,7 @@ def _samples() -> list[Sample]:
     # positions in no order, and several rows at one place
     m.add("any positions", [70, 9], [130, 20], 4, 24, query_positions=m.integers(20, 79), return_lse=True)
     far = torch.cat([m.integers(300, 100), m.integers(9, 4)])
-    m.add("far positions", [100, 4], [300, 9], 4, 24, query_positions=far, is_causal=True, segments=True)
+    m.add("far positions", [100, 4], [300, 9], 8, 24, query_positions=far, is_causal=True, segments=True)
     m.add("ranks", [40, 33], [60, 40], 4, 24, **m.ranks(73, 100))
     m.add("ranks and self", [40, 33], [60, 40], 4, 24, **m.ranks(73, 100, include_self=True, return_lse=True))
     unseen = torch.zeros(60, dtype=torch.int32)
