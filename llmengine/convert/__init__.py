@@ -106,7 +106,7 @@ def save(
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     else:
         config = family.write_config(fields, defaults)
-        tensors = family.write_tensors(tensors, fields) | family.extra(fields)
+        tensors = family.write_tensors(tensors, fields)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(dtypes) == 1 and family is not None:
         config["dtype"] = dtypes.pop()

@@ -162,8 +162,6 @@ class Family:
     """Our fields that are no plain copies of theirs."""
     write_back: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda ours: {}
     """The inverse of `translate`."""
-    extra: Callable[[Mapping[str, Any]], dict[str, Tensor]] = lambda ours: {}
-    """Tensors that their files have and that follow from our fields alone."""
 
     def rules(self, fields: Mapping[str, Any]) -> Iterator[Rule]:
         depths = {"{i}": fields["n_layers"], "{j}": fields["n_decoder_layers"]}

@@ -62,7 +62,30 @@ def boundaries(op: str, argument: str, cu_seqlens: Tensor, total: int, longest: 
     return pairs
 
 
-class _Block:
+class Softmax:
+    """Of `logits`, with `keep` on the probabilities where there is dropout."""
+
+    logits: Tensor
+    keep: Tensor | None
+
+    def lse(self) -> tuple[Tensor, Tensor]:
+        """lse, and what rounding took from it."""
+        if self.logits.shape[-1] == 0:
+            high = self.logits.new_full(self.logits.shape[:-1], -torch.inf)
+        else:
+            high = self.logits.logsumexp(-1)
+        low = self.probabilities(high, torch.zeros_like(high)).sum(-1).log()
+        return high, torch.where(high.isinf(), 0.0, low)
+
+    def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
+        """Zero in rows that see no key."""
+        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
+
+    def dropped(self, p: Tensor) -> Tensor:
+        return p if self.keep is None else p * self.keep
+
+
+class _Block(Softmax):
     """Scores, probabilities and dropout of a batch of equally long sequences."""
 
     def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, o: _Options, stream: int):
@@ -98,22 +121,6 @@ class _Block:
             self.keep = keep_multiplier(
                 o.seed, o.dropout_p, streams, torch.arange(rows, device=query.device), keys, u.dtype
             )
-
-    def lse(self) -> tuple[Tensor, Tensor]:
-        """lse, and what rounding took from it."""
-        if self.logits.shape[-1] == 0:
-            high = self.logits.new_full(self.logits.shape[:-1], -torch.inf)
-        else:
-            high = self.logits.logsumexp(-1)
-        low = self.probabilities(high, torch.zeros_like(high)).sum(-1).log()
-        return high, torch.where(high.isinf(), 0.0, low)
-
-    def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
-        """Zero in rows that see no key."""
-        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
-
-    def dropped(self, p: Tensor) -> Tensor:
-        return p if self.keep is None else p * self.keep
 
 
 def _group(query: Tensor, key: Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.reference.attention import boundaries
+from llmengine.backends.reference.attention import Softmax, boundaries
 from llmengine.backends.reference.philox import keep_multiplier
 from llmengine.ops.registry import Kernel, kernel
 
@@ -63,7 +63,7 @@ class _Options:
         return seen & (distance >= 0) if self.is_causal else seen
 
 
-class _Sequence:
+class _Sequence(Softmax):
     """Scores, probabilities and dropout of the heads of one sequence."""
 
     def __init__(self, o: _Options, index: int, rows: slice, keys: slice, operands: tuple):
@@ -103,22 +103,6 @@ class _Sequence:
                 f"{last}"
             )
         return wanted + o.zero_distance
-
-    def lse(self) -> tuple[Tensor, Tensor]:
-        """lse, and what rounding took from it."""
-        if self.logits.shape[-1] == 0:
-            high = self.logits.new_full(self.logits.shape[:-1], -torch.inf)
-        else:
-            high = self.logits.logsumexp(-1)
-        low = self.probabilities(high, torch.zeros_like(high)).sum(-1).log()
-        return high, torch.where(high.isinf(), 0.0, low)
-
-    def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
-        """Zero in rows that see no key."""
-        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
-
-    def dropped(self, p: Tensor) -> Tensor:
-        return p if self.keep is None else p * self.keep
 
     def gradients(self, grad_logits: Tensor) -> tuple[Tensor, ...]:
         """Of query, position_query, key, position_key and, where there are segments, the segment scores."""
