@@ -101,7 +101,7 @@ def histogram(lengths: ndarray) -> list[str]:
 
 
 def _packing(batch: Step, step: int, batch_tokens: int) -> Iterator[str]:
-    from llmengine.data.batches import tokens_of
+    from llmengine.data.examples import tokens_of
 
     yield f"step {step} (epoch {batch.epoch}): {len(batch.micro_batches)} micro-batches, no padding"
     for i, micro in enumerate(batch.micro_batches):

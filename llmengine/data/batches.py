@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llmengine.data.draws import Draws, Purpose, check_seed
-from llmengine.data.examples import IGNORED, Examples, Latest
+from llmengine.data.examples import Examples, Latest
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ class StepBatches(Dataset):
         micro_batches = []
         for i in range(first, last):
             begin = plan.ends[i - 1] if i else 0
-            micro_batches.append(pack([self.examples[epoch, int(j)] for j in plan.order[begin : plan.ends[i]]]))
-        items = [self._items(micro_batch) for micro_batch in micro_batches]
+            examples = [self.examples[epoch, int(j)] for j in plan.order[begin : plan.ends[i]]]
+            micro_batches.append(self.examples.collate(examples))
+        items = [self.examples.items(micro_batch) for micro_batch in micro_batches]
         # where nothing has a label the loss is 0, not 0 / 0
         total = {name: max(1, sum(each[name] for each in items)) for name in items[0]}
         return Step(micro_batches, total, epoch, epoch + (within + 1) / plan.steps)
@@ -113,18 +113,6 @@ class StepBatches(Dataset):
         order = order.astype(np.int32 if n < 2**31 else np.int64)
         ends, steps = fill(lengths[order], self.batch_tokens, self.accumulation)
         return _Plan(order, ends, steps)
-
-    def _items(self, micro_batch: dict[str, Any]) -> dict[str, int]:
-        labelled = micro_batch["labels"] != IGNORED
-        if "clm" in self.examples.heads:
-            # the first token of a sequence is predicted by none
-            labelled[micro_batch["cu_seqlens"][:-1].long()] = False
-        items = {"tokens": int(labelled.sum())}
-        if {"nsp", "sop"} & set(self.examples.heads):
-            items["sequences"] = len(micro_batch["cu_seqlens"]) - 1
-        if "rtd" in self.examples.heads:
-            items["read"] = len(micro_batch["input_ids"])
-        return items
 
 
 def fill(lengths: np.ndarray, limit: int, accumulation: int) -> tuple[np.ndarray, int]:
@@ -157,28 +145,6 @@ def _next_fit(ends: np.ndarray, limit: int, most: int) -> list[int]:
         if len(packs) > most:
             return []
     return packs
-
-
-def pack(examples: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Examples one after another, as the model's arguments; numbers (0-d) become (sequences,)."""
-    packed: dict[str, Any] = {
-        name: (torch.cat if examples[0][name].dim() else torch.stack)([example[name] for example in examples])
-        for name in examples[0]
-    }
-    for side in ("", "decoder_"):
-        if f"{side}input_ids" in packed:
-            lengths = torch.tensor([0] + [len(example[f"{side}input_ids"]) for example in examples])
-            packed[f"{side}cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
-            packed[f"{side}max_seqlen"] = int(lengths.max())
-    if "target_positions" in packed:
-        counts = torch.tensor([len(example["target_positions"]) for example in examples])
-        packed["target_positions"] += packed["cu_seqlens"][:-1].long().repeat_interleave(counts)
-    return packed
-
-
-def tokens_of(micro_batch: dict[str, Any]) -> int:
-    """The tokens that a model reads, those of both sides."""
-    return sum(len(micro_batch[name]) for name in ("input_ids", "decoder_input_ids") if name in micro_batch)
 
 
 def loader(batches: StepBatches, first: int, last: int, workers: int = 0) -> Iterator[Step]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -45,6 +46,45 @@ class Examples(ABC):
         decoder_input_ids (target tokens,), labels like them. target_positions (targets,): places in input_ids, labels
         like them. Numbers (0-d): one per sequence.
         """
+
+    def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Examples as the arguments of one call of the model: packed, unless an objective knows better."""
+        return pack(examples)
+
+    def items(self, micro_batch: dict[str, Any]) -> dict[str, int]:
+        """How many labels of each kind a micro-batch has: what the model's num_items_in_batch counts."""
+        labelled = micro_batch["labels"] != IGNORED
+        if "clm" in self.heads:
+            # the first token of a sequence is predicted by none
+            labelled[micro_batch["cu_seqlens"][:-1].long()] = False
+        items = {"tokens": int(labelled.sum())}
+        if {"nsp", "sop"} & set(self.heads):
+            items["sequences"] = len(micro_batch["cu_seqlens"]) - 1
+        if "rtd" in self.heads:
+            items["read"] = len(micro_batch["input_ids"])
+        return items
+
+
+def pack(examples: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Examples one after another, as the model's arguments; numbers (0-d) become (sequences,)."""
+    packed: dict[str, Any] = {
+        name: (torch.cat if examples[0][name].dim() else torch.stack)([example[name] for example in examples])
+        for name in examples[0]
+    }
+    for side in ("", "decoder_"):
+        if f"{side}input_ids" in packed:
+            lengths = torch.tensor([0] + [len(example[f"{side}input_ids"]) for example in examples])
+            packed[f"{side}cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
+            packed[f"{side}max_seqlen"] = int(lengths.max())
+    if "target_positions" in packed:
+        counts = torch.tensor([len(example["target_positions"]) for example in examples])
+        packed["target_positions"] += packed["cu_seqlens"][:-1].long().repeat_interleave(counts)
+    return packed
+
+
+def tokens_of(batch: dict[str, Any]) -> int:
+    """The tokens that a model reads of an example or a batch, those of both sides, padding included."""
+    return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
 
 
 class Latest(Generic[T]):

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from llmengine.data.batches import Step, loader, tokens_of
+from llmengine.data.batches import Step, loader
+from llmengine.data.examples import tokens_of
 from llmengine.models import Transformer
 from llmengine.objectives.electra import Electra
 from llmengine.training import checkpoint, metrics

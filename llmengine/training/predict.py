@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmengine.data.batches import pack
+from llmengine.data.examples import pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
 from llmengine.objectives.electra import Electra

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmengine import Transformer, TransformerConfig, objectives
-from llmengine.data.batches import pack
 from llmengine.data.draws import Draws, Purpose
+from llmengine.data.examples import pack
 from llmengine.objectives.plm import PlmOptions, choose, ranks
 from llmengine.training.config import OptimizerSection
 from llmengine.training.optimizer import adamw

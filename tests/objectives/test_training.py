@@ -10,7 +10,7 @@ import torch
 
 from llmengine import Transformer, TransformerConfig, objectives
 from llmengine.data import Examples, StepBatches, Tokenizer, loader
-from llmengine.data.batches import pack, tokens_of
+from llmengine.data.examples import pack, tokens_of
 from llmengine.training import RunConfig, train
 from llmengine.training.evaluation import evaluate
 from llmengine.training.samples import Samples
