@@ -25,6 +25,9 @@ class Score:
     high: float
 
 
+UNKNOWN = Score(float("nan"), float("nan"), float("nan"))  # of no rows
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of a report: text as it is, numbers with four digits."""
@@ -66,7 +69,7 @@ def bootstrap(
     kinds = np.asarray(kinds, np.int64)
     rows = len(kinds)
     if rows == 0:
-        return {name: Score(float("nan"), float("nan"), float("nan")) for name in metrics(np.zeros((1, 0)))}
+        return dict.fromkeys(metrics(np.zeros((1, 0))), UNKNOWN)
     number = int(kinds.max()) + 1
     values = metrics(np.bincount(kinds, minlength=number).astype(np.float64)[None])
     generator = np.random.default_rng(seed)
@@ -95,7 +98,7 @@ def intervals(
     """`interval` of several metrics, by name, of the same sums."""
     table = np.asarray(counts, np.float64)
     if len(table) == 0:
-        return {name: Score(float("nan"), float("nan"), float("nan")) for name in metrics}
+        return dict.fromkeys(metrics, UNKNOWN)
 
     def values(weights: np.ndarray) -> dict[str, np.ndarray]:
         sums = weights @ table
