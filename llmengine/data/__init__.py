@@ -14,7 +14,9 @@ __all__ = [
     "StepBatches",
     "Tokenizer",
     "iterate_documents",
+    "iterate_rows",
     "loader",
     "read_documents",
+    "read_rows",
     "split_documents",
 ]

@@ -48,7 +48,9 @@ def test_json_comes_back(scratch, rows, ascii_only, as_list):
 def test_tables_come_back(scratch, cells, kind, line_end, bom):
     delimiter = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
     file = io.StringIO(newline="")
-    csv.writer(file, delimiter=delimiter, lineterminator=line_end).writerows([["a", "b c"], *cells])
+    # a writer of lines that end in \n alone leaves a carriage return without marks: nobody can tell it from \r\n
+    style = csv.QUOTE_MINIMAL if line_end == "\r\n" else csv.QUOTE_ALL
+    csv.writer(file, delimiter=delimiter, lineterminator=line_end, quoting=style).writerows([["a", "b c"], *cells])
     path = scratch / f"a.{'tsv' if kind == 'tsv' else 'csv'}"
     path.write_bytes(("\ufeff" * bom + file.getvalue()).encode())
     options = {"delimiter": ";"} if kind == "semicolon" else {}
@@ -59,9 +61,10 @@ def test_tables_come_back(scratch, cells, kind, line_end, bom):
 def test_lines_come_back(scratch, texts):
     texts = [text for text in texts if text.strip()] or ["x"]
     (scratch / "a.txt").write_bytes("".join(text + "\r\n" for text in texts).encode())
-    rows = list(iterate_rows(scratch / "a.txt"))
+    rows = list(iterate_rows(scratch / "a.txt", notice=lambda _: None))
     # a byte-order mark at the beginning is none of the text
-    assert [row["text"] for row in rows] == [texts[0].removeprefix("\ufeff"), *texts[1:]][-len(rows) :]
+    wanted = [texts[0].removeprefix("\ufeff"), *texts[1:]]
+    assert [row["text"] for row in rows] == [text for text in wanted if text.strip()]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -83,9 +86,7 @@ def test_tables_without_header_or_quotation_marks(tmp_path):
     assert read_rows(path, quoting=False, header=False, columns={"text": 0, "label": 1}) == [
         {"text": 'the 5" pipe', "label": "1"}, {"text": '"so', "label": "0"},
     ]  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r"lines 2 to 2|a\.tsv, line 2: a quotation mark is not closed; .* quoting=False"
-    ):
+    with pytest.raises(ValueError, match=r"a\.tsv, line 2: a quotation mark is not closed; .* quoting=False"):
         read_rows(path)
 
 
@@ -135,7 +136,7 @@ def test_squad(tmp_path, kind):
     rows = read_rows(write(tmp_path / "a.json", json.dumps(data)), kind=kind)
     shared = {"title": "Ada", "context": CONTEXT}
     assert rows == [
-        {"id": "1", "question": "Who?", "answers": {"text": ["Ada", "27"], "answer_start": [0, 49]}, **shared},
+        {"id": "1", "question": "Who?", "answers": {"text": ["Ada", "27"], "answer_start": [0, 48]}, **shared},
         {"id": "2", "question": "Why?", "answers": {"text": [], "answer_start": []}, **shared},
         {"id": "3", "question": "When?", **shared},
     ]
@@ -146,8 +147,8 @@ def test_squad(tmp_path, kind):
     [
         # the place counted in UTF-16 units, or in bytes
         (
-            squad(answers=[{"text": "27", "answer_start": 50}]),
-            r"a\.json, data\[0\]\.paragraphs\[0\]\.qas\[0\] has the answer '27' at character 50 .* but it is at 49",
+            squad(answers=[{"text": "27", "answer_start": 49}]),
+            r"a\.json, data\[0\]\.paragraphs\[0\]\.qas\[0\] has the answer '27' at character 49 .* but it is at 48",
         ),
         (squad(answers=[{"text": "Bob", "answer_start": 0}]), "it is nowhere in the context"),
         (squad(answers=[{"text": "27", "answer_start": -3}]), "at character -3"),
@@ -257,9 +258,7 @@ def test_the_first_skipped_rows_are_told(tmp_path):
     told: list[str] = []
     assert read_rows(path, bad="skip", notice=told.append) == [{}]
     assert told[0].splitlines()[0] == "data: 1,005 bad rows are skipped:"
-    assert [line.split(" is not")[0][-7:] for line in told[0].splitlines()[1:]] == [", line 1", ", line 2", ", line 3"][
-        :0
-    ] + [line.split(" is not")[0][-7:] for line in told[0].splitlines()[1:]]
+    assert all(f"a.jsonl, line {i} is not JSON" in told[0].splitlines()[i] for i in (1, 2, 3))
     assert told[0].splitlines()[-1] == "  and 1,002 more"
     with pytest.warns(UserWarning, match="1,005 bad rows are skipped"):
         read_rows(path, bad="skip")

@@ -115,21 +115,23 @@ class TagError(ValueError):
 
 
 def find_scheme(sentences: Iterator[Sequence[str]]) -> str:
-    """The scheme that explains all tags: "bio", "iob1", "bioes"; "none" where no tag begins with B- or I-.
+    """The scheme that explains all tags: "bio", "iob1", "bioes"; "none" where they do not mark spans.
 
-    BIO and IOB1 differ in how a span begins that does not follow one of its kind: where both ways occur it is "bio",
-    which then has errors.
+    They do where one begins with B- or I-, or where all but O begin as BIOES has it. BIO and IOB1 differ in how a span
+    begins that does not follow one of its kind: where both ways occur it is "bio", which then has errors.
     """
-    prefixes, begins = set(), set()
+    prefixes, begins, others = set(), set(), False
     for tags in sentences:
         before = OUTSIDE
         for tag in tags:
-            if match := TAG.fullmatch(tag):
+            match = TAG.fullmatch(tag)
+            if match:
                 prefixes.add(match[1])
                 if before[2:] != match[2]:
                     begins.add(match[1])
+            others = others or not (match or tag == OUTSIDE)
             before = tag if match else OUTSIDE
-    if not prefixes & {"B", "I"}:
+    if not prefixes & {"B", "I"} and (others or not prefixes):
         return "none"
     if prefixes - {"B", "I"}:
         return "bioes"
