@@ -1,22 +1,22 @@
-"""Corpora: what a `source` names becomes a list of documents, and a part of them is held out."""
+"""Corpora: what a `source` names becomes documents, one by one or in a list of which a part is held out."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from llmengine.data.draws import Draws, Purpose
+from llmengine.data.textfiles import decode, numbered_lines, opened, parse_json
+
+T = TypeVar("T")
 
 BUILT_IN = {"austen": Path(__file__).parent / "corpora" / "austen"}
+UNITS = ("file", "paragraph", "line")
 TEXT, LINES = (".txt", ".txt.xz", ".txt.gz"), (".jsonl", ".jsonl.xz", ".jsonl.gz")
 PARAGRAPH_END, LINE_END, SPACE = re.compile(r"\n(?:[ \t]*\n)+"), re.compile(r"\n"), re.compile(r"\s")
-SURROGATE = re.compile("[\ud800-\udfff]")
 SMALL = 1 / 5  # of the held-out part: documents up to this size are held out whole
 
 
@@ -27,11 +27,31 @@ def read_documents(source: str | Path | Sequence[str | Path]) -> list[str]:
     line, under the key "text"); either may be compressed (.gz, .xz); a folder of such files, sorted by path; or a
     sequence of these. Raises FileNotFoundError, or ValueError naming file, place and remedy.
     """
+    return list(iterate_documents(source))
+
+
+def iterate_documents(source: str | Path | Sequence[str | Path], *, unit: str = "file") -> Iterator[str]:
+    """What `read_documents` gives, one document at a time: for corpora larger than memory.
+
+    unit: what a document of a .txt file is: "file" (all of it), "paragraph" (lines up to a blank one), "line". Files
+    are looked for at once, and read when their documents are asked for.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"corpus: unit must be one of {', '.join(UNITS)}, got {unit!r}")
     sources = [source] if isinstance(source, str | Path) else list(source)
-    documents = [text for each in sources for path in _files(each) for text in _read(path) if text.strip()]
-    if not documents:
-        raise ValueError(f"corpus: {', '.join(map(str, sources)) or 'no source'}: holds no text; give files with text")
-    return documents
+    names = ", ".join(map(str, sources)) or "no source"
+    return _documents([path for each in sources for path in _files(each)], unit, names)
+
+
+def _documents(paths: Sequence[Path], unit: str, names: str) -> Iterator[str]:
+    empty = True
+    for path in paths:
+        for text in _read(path, unit):
+            if text.strip():
+                empty = False
+                yield text
+    if empty:
+        raise ValueError(f"corpus: {names}: holds no text; give files with text")
 
 
 def split_documents(documents: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
@@ -111,58 +131,46 @@ def _names() -> str:
     return " ".join(f"*{suffix}" for suffix in TEXT + LINES)
 
 
-def _read(path: Path) -> Iterator[str]:
+def _read(path: Path, unit: str) -> Iterator[str]:
     """The documents of one file."""
+    with opened(path, "corpus") as file:
+        if path.name.endswith(LINES):
+            for place, text in _text_lines(path, file):
+                if text.strip():
+                    yield _lines(_text_of(place, _named(place, parse_json, text)))
+        elif unit == "file":
+            yield _lines(_named(path, decode, file.read(), 0))
+        else:
+            texts = (text for _, text in _text_lines(path, file))
+            yield from texts if unit == "line" else _paragraphs(texts)
+
+
+def _text_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """(place, text with \n at its end) of each line."""
+    for number, offset, line in numbered_lines(file):
+        place = f"{path}, line {number}"
+        yield place, _lines(_named(place, decode, line, offset))
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    for is_blank, group in groupby(lines, lambda line: not line.strip()):
+        if not is_blank:
+            yield "".join(group)
+
+
+def _named(place: Path | str, function: Callable[..., T], *arguments: Any) -> T:
+    """A function's result; its error goes on after the place."""
     try:
-        with _open(path) as file:
-            if path.name.endswith(LINES):
-                yield from _records(path, file)
-            else:
-                yield _text(path, file.read(), 0)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"corpus: {path} cannot be uncompressed: {error}") from None
-    except OSError as error:
-        raise type(error)(f"corpus: {path} cannot be read: {error.strerror or error}") from None
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"corpus: {place} {error}") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    return opener(path, "rb")  # type: ignore[operator, return-value]
-
-
-def _records(path: Path, file: BinaryIO) -> Iterator[str]:
-    """The texts of a .jsonl file; blank lines are skipped."""
-    offset = 0
-    for number, line in enumerate(file, 1):
-        text = _text(path, line, offset)
-        offset += len(line)
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"corpus: {path}, line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            given = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(f'corpus: {path}, line {number} has {given}; expected an object with a string "text"')
-        if SURROGATE.search(record["text"]):
-            raise ValueError(f'corpus: {path}, line {number}: "text" has half a surrogate pair, which is no character')
-        yield _lines(record["text"])
-
-
-def _text(path: Path, data: bytes, offset: int) -> str:
-    """UTF-8 to text; `offset`: where in the (uncompressed) file the data begin."""
-    zero = data.find(b"\0")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"corpus: {path} is not UTF-8 text: byte {offset + error.start} is 0x{data[error.start]:02x}; "
-            "convert it first, as with: iconv -f LATIN1 -t UTF-8"
-        ) from None
-    if zero >= 0:
-        raise ValueError(f"corpus: {path} is not text: byte {offset + zero} is zero; give UTF-8 text files")
-    return _lines(text.removeprefix("\ufeff") if offset == 0 else text)
+def _text_of(place: str, record: Any) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        given = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise ValueError(f'corpus: {place} has {given}; expected an object with a string "text"')
+    return record["text"]
 
 
 def _lines(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmengine.data import read_documents, split_documents
+from llmengine.data import iterate_documents, read_documents, split_documents
 
 PROSE = "Anne walked home.\n\nShe said nothing.\n"
 
@@ -67,12 +67,12 @@ def test_line_ends_and_byte_order_mark(tmp_path):
         ("a.txt.xz", b"caf\xe9 au lait", r"a\.txt\.xz is not UTF-8 text: byte 3 is 0xe9"),
         ("a.txt", "text".encode("utf-16"), r"byte 0 is 0xff"),
         ("a.txt", b"abc\0def", r"a\.txt is not text: byte 3 is zero"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl is not UTF-8 text: byte 24 is 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8 text: byte 24 is 0xff"),
         ("a.jsonl", '{"text": "a"}\n\n{"txt": "b"}', r"a\.jsonl, line 3 has keys \['txt'\]; expected .* \"text\""),
         ("a.jsonl", '{"text": 3}', r"line 1 has keys \['text'\]; expected an object with a string"),
         ("a.jsonl", '["text"]', r"line 1 has a list"),
         ("a.jsonl", '{"text": "a"', r"a\.jsonl, line 1 is not JSON"),
-        ("a.jsonl", r'{"text": "a\ud800"}', r"line 1: \"text\" has half a surrogate pair"),
+        ("a.jsonl", r'{"text": "a\ud800"}', r"line 1 has half a surrogate pair"),
         ("a.txt", " \n\t\n", r"a\.txt: holds no text"),
         ("a.jsonl", "", r"holds no text"),
         ("a.pdf", "text", r"a\.pdf is not a kind of file that is read; allowed: \*\.txt"),
@@ -161,3 +161,34 @@ def test_splitting_loses_nothing(documents, fraction):
         return
     assert all(part.strip() for part in train + held_out)
     assert sorted("".join("".join(train + held_out).split())) == sorted("".join("".join(documents).split()))
+
+
+# ---- one by one ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unit", "documents"),
+    [
+        ("file", ["One.\nTwo.\n \n\nThree."]),
+        ("paragraph", ["One.\nTwo.\n", "Three."]),
+        ("line", ["One.\n", "Two.\n", "Three."]),
+    ],
+)
+def test_what_a_document_of_a_text_file_is(tmp_path, unit, documents):
+    write(tmp_path / "a.txt", "\ufeffOne.\r\nTwo.\n \n\nThree.")
+    write(tmp_path / "b.jsonl.gz", '{"text": "Four.\\n\\nFive."}\n')
+    assert list(iterate_documents(tmp_path, unit=unit)) == [*documents, "Four.\n\nFive."]
+
+
+def test_documents_are_read_when_they_are_asked_for(tmp_path):
+    write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two"}\nno JSON')
+    documents = iterate_documents(tmp_path)
+    assert [next(documents), next(documents)] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3 is not JSON"):
+        next(documents)
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        iterate_documents([tmp_path, "nothing"])
+    with pytest.raises(ValueError, match="unit must be one of file, paragraph, line, got 'page'"):
+        iterate_documents(tmp_path, unit="page")
+    with pytest.raises(ValueError, match=r"b\.txt, line 2 is not UTF-8 text: byte 4 is 0xff"):
+        list(iterate_documents(write(tmp_path / "b.txt", b"one\n\xff\n"), unit="line"))
