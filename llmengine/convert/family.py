@@ -34,7 +34,9 @@ ACTIVATIONS = {
 
 
 # Fields of ours that no checkpoint of theirs holds: they belong to a training run, or follow from the tensors.
-OF_A_RUN = frozenset("objectives pooler n_labels problem loss_weights init classifier_dropout layer_dropout".split())
+OF_A_RUN = frozenset(
+    "objectives pooler n_labels labels problem loss_weights init classifier_dropout layer_dropout".split()
+)
 OF_CLASSIFIERS = frozenset("classifier classifier_bias summary".split())
 
 
@@ -192,7 +194,7 @@ class Family:
                     f"config.json of family {self.name}: {name} is {theirs[name]!r}; llmengine computes only "
                     + " or ".join(map(repr, allowed))
                 )
-        theirs = {**self.defaults, **theirs}
+        given, theirs = theirs, {**self.defaults, **theirs}
         for name, derive in self.derived.items():
             theirs[name] = derive(theirs) if theirs.get(name) is None else theirs[name]
         ours = {"family": self.name, **self.constants}
@@ -211,7 +213,7 @@ class Family:
             objectives = (objective for objective, tensor in self.evidence.items() if tensor in names)
         ours["objectives"] = list(objectives)
         if {"classification", "tagging"} & set(ours["objectives"]):
-            ours |= _labels(theirs)
+            ours |= _labels(given, self.defaults.get("num_labels", 2))
         return ours
 
     def write_config(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,10 +243,15 @@ class Family:
             if ours[name] != again[name]:
                 raise self._inexpressible(name, ours[name], f"it has {again[name]!r}")
         if {"classification", "tagging"} & set(ours["objectives"]):
-            theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(ours["n_labels"])}
-            theirs["label2id"] = {f"LABEL_{i}": i for i in range(ours["n_labels"])}
+            names = ours["labels"] or _default_names(ours["n_labels"])
+            theirs["id2label"] = {str(i): name for i, name in enumerate(names)}
+            theirs["label2id"] = {name: i for i, name in enumerate(names)}
             theirs["problem_type"] = {ours_: theirs_ for theirs_, ours_ in PROBLEMS.items()}[ours["problem"]]
         return theirs
+
+    def fields_of_heads(self, objectives: Iterable[str]) -> dict[str, Any]:
+        """Our fields that their models with these heads have, and others of the family may not."""
+        return dict(self.class_fields.get(self._class_of({"objectives": objectives}) or "", {}))
 
     def _class_of(self, ours: Mapping[str, Any]) -> str | None:
         """The first of their classes with these objectives."""
@@ -324,14 +331,28 @@ class Family:
 PROBLEMS = {"single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression"}
 
 
-def _labels(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of classes, and what is asked of them; Hugging Face's default is two classes."""
-    labels = theirs.get("id2label")
-    count = len(labels) if labels else theirs.get("num_labels", 2)
+def _labels(theirs: Mapping[str, Any], usual: int) -> dict[str, Any]:
+    """Number and names of the classes, and what is asked of them. usual: how many where a file does not say."""
+    names = {int(i): str(name) for i, name in (theirs.get("id2label") or {}).items()}
+    count = len(names) or theirs.get("num_labels", usual)
+    if sorted(names) not in ([], list(range(count))):
+        raise ValueError(f"config.json: id2label names the classes {sorted(names)}; expected 0 to {count - 1}")
+    if theirs.get("num_labels", count) != count:
+        raise ValueError(f"config.json: num_labels is {theirs['num_labels']}, but id2label has {count} names")
     problem = theirs.get("problem_type")
     if problem is not None and problem not in PROBLEMS:
         raise ValueError(f"config.json: problem_type is {problem!r}; known: {', '.join(PROBLEMS)}")
-    return {"n_labels": count, "problem": PROBLEMS[problem] if problem else "regression" if count == 1 else "single"}
+    ordered = [names[i] for i in range(len(names))]
+    return {
+        "n_labels": count,
+        "labels": None if ordered in ([], _default_names(count)) else ordered,
+        "problem": PROBLEMS[problem] if problem else "regression" if count == 1 else "single",
+    }
+
+
+def _default_names(count: int) -> list[str]:
+    """What Hugging Face calls classes that have no names."""
+    return [f"LABEL_{i}" for i in range(count)]
 
 
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:

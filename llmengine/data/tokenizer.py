@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from llmengine.data.template import Template
 from llmengine.files import read_json, replace_text
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -34,7 +35,12 @@ FAMILIES = {
         "pad_token": "<pad>", "mask_token": "<mask>",
     },
 }  # fmt: skip
-AROUND = {"bart": "<s> $A </s>", "t5": "$A </s>", "xlnet": "$A <sep> <cls>"}
+# around a text, and around a pair, as Hugging Face's tokenizers of the family put them; a number is a token type
+AROUND = {
+    "bart": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "t5": ("$A </s>", "$A </s> $B </s>"),
+    "xlnet": ("$A <sep> <cls>:2", "$A <sep> $B:1 <sep>:1 <cls>:2"),
+}
 SENTINEL, SENTINELS = "<extra_id_{}>", 100  # T5's stand for spans; the first is the last of the vocabulary
 ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 COVERED = 0.999  # of a corpus's characters must be in a WordPiece vocabulary; the rest may become [UNK]
@@ -106,7 +112,11 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # the general class reads tokenizer.json as it is; a family's own class would build another from its parts
-        config = {**self._config, **self.roles, "tokenizer_class": "PreTrainedTokenizerFast"}
+        types = ["token_type_ids"] if self.token_types else []
+        config = {
+            "model_input_names": ["input_ids", *types, "attention_mask"], **self._config, **self.roles,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }  # fmt: skip
         replace_text(directory / FILE, self.backend.to_str(pretty=True))
         replace_text(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -153,6 +163,14 @@ class Tokenizer:
         ids = (self.backend.token_to_id(SENTINEL.format(i)) for i in count())
         return list(takewhile(lambda i: i is not None, ids))  # type: ignore[arg-type]
 
+    @property
+    def token_types(self) -> bool:
+        """Whether models of this vocabulary's family read token types (segments), as far as its files tell: in BERT's
+        and XLNet's they count from 0 in the first text of a pair, in GPT's, T5's and RoBERTa's there are none."""
+        if "model_input_names" in self._config:
+            return "token_type_ids" in self._config["model_input_names"]
+        return self.cls_id is not None and any(part.type for part in self.template(2).parts)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
         self.backend.encode_special_tokens = False
@@ -170,6 +188,16 @@ class Tokenizer:
         # a token that belongs to no word counts as one
         words = [np.array([-1 if word is None else word for word in e.word_ids], np.int64) for e in encodings]
         return [(e.ids, np.diff(w, prepend=-2) != 0) for e, w in zip(encodings, words, strict=True)]
+
+    def encodings(self, texts: Sequence[Any], *, words: bool = False) -> list[tokenizers.Encoding]:
+        """Each text (words=True: list of words) with offsets and words of its tokens, none added. A special token
+        written out in it is that token."""
+        self.backend.encode_special_tokens = False
+        return self.backend.encode_batch(list(texts), is_pretokenized=words, add_special_tokens=False)
+
+    def template(self, texts: int) -> Template:
+        """What models of this tokenizer's family read around one text, or around a pair of texts."""
+        return Template.of(self.backend.encode(*["a"] * texts))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -205,9 +233,12 @@ def _train_bpe(documents: Sequence[str], vocab_size: int, family: str) -> tokeni
     backend.train_from_iterator(documents, trainer, length=len(documents))
     backend.add_special_tokens(sentinels)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if around := AROUND.get(family):
-        ids = [(token, backend.token_to_id(token)) for token in around.split() if token != "$A"]
-        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    if family in AROUND:
+        single, pair = AROUND[family]
+        around = {part.split(":")[0] for part in pair.split() if not part.startswith("$")}
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in sorted(around)]
+        )
     return backend
 
 

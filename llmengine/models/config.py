@@ -27,6 +27,7 @@ TokenId = Annotated[int, Field(ge=0)] | None
 _AsTuple = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 Objectives = Annotated[tuple[Objective, ...], _AsTuple]
 LayerTypes = Annotated[tuple[Literal["full", "window"], ...], _AsTuple]
+Names = Annotated[tuple[str, ...], _AsTuple]
 
 # The heads of each architecture; those for fine-tuning go with all.
 TASKS = ("classification", "tagging", "qa", "choice")
@@ -177,6 +178,8 @@ class TransformerConfig(BaseModel):
     """The token head's weight is the word embedding."""
     n_labels: Positive = 2
     """Classes of "classification" and "tagging"."""
+    labels: Names | None = None
+    """Their names, in the order of the head's outputs."""
     problem: Literal["single", "multi", "regression"] = "single"
     """classification: one class per sequence (cross-entropy), several (binary cross-entropy), numbers (square)."""
     summary: Literal["first", "last", "mean"] = "first"
@@ -384,6 +387,12 @@ def _check_objectives(c: TransformerConfig) -> None:
         raise ValueError('objectives: "nsp" and "sop" read the pooled token; set pooler to "cls_tanh"')
     if c.classifier == "pooled" and c.pooler == "none" and {"classification", "choice"} & set(c.objectives):
         raise ValueError('classifier "pooled" reads the pooled token; set pooler to "cls_tanh"')
+    if c.architecture == "decoder" and c.summary == "first" and {"classification", "choice"} & set(c.objectives):
+        raise ValueError('summary "first" is a token that sees no other in a decoder; set summary to "last" or "mean"')
+    if c.labels is not None and len(c.labels) != c.n_labels:
+        raise ValueError(f"labels has {len(c.labels)} names for n_labels {c.n_labels}")
+    if c.labels is not None and len(set(c.labels)) != len(c.labels):
+        raise ValueError(f"labels {list(c.labels)} names one twice")
     if c.crf and "tagging" not in c.objectives:
         raise ValueError('crf is for objective "tagging"')
     if unknown := sorted(c.loss_weights.keys() - set(c.objectives)):

@@ -69,12 +69,12 @@ class ChainField(Module):
         return torch.where(torch.arange(found.shape[1], device=found.device) < lengths[:, None], found, -1)
 
 
-def in_rows(x: Tensor, sequence: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-    """x (n, ...) whose rows belong to `sequence` (n,), rising, as (sequences, longest, ...) with zeros behind, and the
-    lengths (sequences,)."""
+def in_rows(x: Tensor, sequence: Tensor, sequences: int, padding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x (n, ...) whose rows belong to `sequence` (n,), rising, as (sequences, longest, ...) with `padding` behind, and
+    the lengths (sequences,)."""
     lengths = torch.bincount(sequence, minlength=sequences)
     longest = max(int(lengths.max()) if len(lengths) else 0, 1)
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
     place = sequence * longest + torch.arange(len(x), device=x.device) - starts[sequence]
-    rows = x.new_zeros(sequences * longest, *x.shape[1:]).index_copy(0, place, x)
+    rows = x.new_full((sequences * longest, *x.shape[1:]), padding).index_copy(0, place, x)
     return rows.unflatten(0, (sequences, longest)), lengths

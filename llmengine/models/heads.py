@@ -239,15 +239,33 @@ class SpanHead(Linear):
         super().__init__(config.d_model, 2)
 
     def logits(self, layout: Layout, x: Tensor, pooled: Tensor | None) -> Tensor:
-        """(batch, length, 2); padding is as unlikely as can be."""
-        return layout.leave(self(x), padding=torch.finfo(x.dtype).min)
+        """Like input_ids, and 2; padding is as unlikely as can be."""
+        logits = self(x)
+        return layout.leave(logits, padding=torch.finfo(logits.dtype).min)
 
     def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
-        """labels (batch, 2): first and last place of the answer; outside of the text (or IGNORED): no loss."""
+        """labels (sequences, 2): first and last place of the answer, columns of the batch or, in a packed one, places
+        in the sequence; outside of the text (or IGNORED): no loss."""
+        if logits.dim() == 2 or len(logits) != layout.sequences:  # a packed batch: a row for each sequence
+            flat = layout.enter(logits)
+            sequence = layout.sequence(torch.arange(len(flat), device=flat.device))
+            logits, lengths = in_rows(flat, sequence, layout.sequences, padding=torch.finfo(flat.dtype).min)
+            labels = torch.where(labels >= lengths[:, None], IGNORED, labels)
         length = logits.shape[1]
         labels = torch.where((labels < 0) | (labels >= length), IGNORED, labels)
         ends = [class_loss(logits[..., i], labels[:, i], items) for i in (0, 1)]
         return (ends[0] + ends[1]) / 2
+
+
+def by_question(scores: Tensor, questions: int, choices: Tensor | None) -> Tensor:
+    """A batch's scores (sequences, 1) as (questions, most choices); where a question has fewer, as unlikely as can be.
+
+    choices: (questions,) how many each question has; None: equally many.
+    """
+    if choices is None:
+        return scores.view(questions, -1)
+    question = torch.arange(len(choices), device=scores.device).repeat_interleave(choices)
+    return in_rows(scores.squeeze(1), question, len(choices), padding=torch.finfo(scores.dtype).min)[0]
 
 
 def make_heads(config: TransformerConfig) -> ModuleDict:

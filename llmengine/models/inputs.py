@@ -164,9 +164,37 @@ def check_labels(
     else:
         classes = config.n_labels if objective == "classification" else 2
         if objective == "choice":
-            sequences, classes = labels.numel(), sequences // max(labels.numel(), 1)
+            sequences, classes = labels.numel(), sequences  # check_choices knows how many each question has
         labels = _sequence_labels(name, labels, sequences, classes)
     return labels
+
+
+def check_choices(choices: Tensor | None, labels: object, questions: int, sequences: int) -> None:
+    """That a batch's sequences are the questions' choices, and that each label is one of its question's."""
+    if choices is None:
+        if sequences % max(questions, 1):
+            raise ValueError(
+                f"Transformer: {sequences} sequences are not equally many choices of {questions} questions; give choices"
+            )
+        counts = [sequences // max(questions, 1)] * questions
+    else:
+        _integers("choices", choices)
+        if choices.dim() != 1:
+            raise ValueError(f"Transformer: choices has shape {tuple(choices.shape)}; expected (questions,)")
+        if not readable(choices):
+            return
+        counts = choices.tolist()
+        if sum(counts) != sequences or min(counts, default=0) < 1:
+            raise ValueError(
+                f"Transformer: choices are {counts}; expected 1 or more each, {sequences} together, the batch's sequences"
+            )
+    if not isinstance(labels, Tensor) or not readable(labels):
+        return
+    if labels.numel() != questions:
+        raise ValueError(f"Transformer: labels has shape {tuple(labels.shape)}; expected ({questions},), one per question")
+    for question, (label, count) in enumerate(zip(labels.flatten().tolist(), counts, strict=True)):
+        if label >= count:
+            raise ValueError(f"Transformer: labels holds {label} for question {question}, which has {count} choices")
 
 
 def _sequence_labels(name: str, x: Tensor, sequences: int, classes: int) -> Tensor:
@@ -206,6 +234,14 @@ def check_memory(config: TransformerConfig, layout: Packed, mems: Sequence[Tenso
                 f"Transformer: mems[{i}] has shape {tuple(past.shape)}; expected (length, {layout.sequences}, "
                 f"{config.d_model}), all of one length"
             )
+
+
+def shift_right_packed(tokens: Tensor, config: TransformerConfig, cu_seqlens: Tensor) -> Tensor:
+    """`shift_right` of whole sequences, one after another, like input_ids."""
+    starts, last = cu_seqlens[:-1].long(), tokens.flatten()[cu_seqlens[1:].long() - 1]
+    start = config.decoder_start_token_id
+    first = last if start is None else torch.full_like(last, start)
+    return tokens.flatten().roll(1).index_copy(0, starts, first).view(tokens.shape)
 
 
 def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tensor | None = None) -> Tensor:

@@ -13,17 +13,20 @@ from torch.nn import Embedding
 
 from llmengine import convert
 from llmengine.models.config import TransformerConfig
+from llmengine.models.fine_tuning import with_heads
 from llmengine.models.generation import Generation
-from llmengine.models.heads import Head, Pooler, Tagger, TokenHead, make_heads
+from llmengine.models.heads import Head, Pooler, Tagger, TokenHead, by_question, make_heads
 from llmengine.models.initial import initialise
 from llmengine.models.inputs import (
     Tokens,
+    check_choices,
     check_labels,
     check_like,
     check_memory,
     denominators,
     layouts_of,
     shift_right,
+    shift_right_packed,
 )
 from llmengine.models.layout import Layout, Packed
 from llmengine.models.output import TransformerOutput, in_this_mode
@@ -115,19 +118,18 @@ class Transformer(Generation):
         a file of Fairseq, OpenNMT-py or llama.cpp (GGUF, Llama models; needs the package gguf).
 
         objectives: keep only these heads of the file (None: all that it has); a fine-tuning head that the file lacks is
-        made fresh. fields: other fields of the config to replace (n_labels, dropout, …). dtype None: as stored. Raises
-        FileNotFoundError, or ValueError naming fields and tensors that llmengine does not know or that are missing.
+        made fresh, as the file's family has it. fields: other fields of the config to replace (n_labels, dropout, …).
+        dtype None: as stored. Raises FileNotFoundError, or ValueError naming fields and tensors that llmengine does not
+        know or that are missing.
         """
         checkpoint = convert.Checkpoint(directory)
-        given = {**checkpoint.fields, **fields}
-        if objectives is not None:
-            given["objectives"] = list(objectives)
+        given, fresh = with_heads(checkpoint, objectives, fields)
         config = TransformerConfig.from_dict(given)
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        fresh = _heads_not_in(checkpoint, config)
-        state = checkpoint.tensors([name for name in shapes if not name.startswith(fresh)], config.to_dict())
+        made = tuple(f"{module}." for module in fresh)
+        state = checkpoint.tensors([name for name in shapes if not name.startswith(made)], config.to_dict())
         for name, tensor in state.items():
             if tensor.shape != shapes[name]:
                 raise ValueError(
@@ -135,10 +137,10 @@ class Transformer(Generation):
                     f"its config.json says {tuple(shapes[name])}"
                 )
         model.load_state_dict(state, assign=True, strict=False)
+        for name in fresh:
+            model.get_submodule(name).to_empty(device="cpu").to(model.words.weight.dtype)
         if fresh:
-            model.heads.to_empty(device="cpu")
-            model.heads.to(model.words.weight.dtype)
-            initialise(model, only=fresh)
+            initialise(model, only=made)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -168,6 +170,7 @@ class Transformer(Generation):
         sentence_order_label: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        choices: Tensor | None = None,
         query_ranks: Tensor | None = None,
         key_ranks: Tensor | None = None,
         target_positions: Tensor | None = None,
@@ -182,7 +185,7 @@ class Transformer(Generation):
 
         input_ids (batch, length) int64 or int32, with attention_mask (batch, length) of 1 and 0 (padding, on any
             side); or a packed batch: (tokens,) or (1, tokens) with cu_seqlens int32 (sequences + 1,) and max_seqlen.
-            Multiple choice: (batch, choices, length).
+            Multiple choice: (batch, choices, length), or the choices of all questions as sequences of either batch.
         token_type_ids, position_ids: like input_ids; default zeros, and what config.position_of says (in a packed
             batch the place in the sequence).
         decoder_input_ids, decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen: the same of an
@@ -192,9 +195,11 @@ class Transformer(Generation):
             padding never has one. For next-token prediction they are input_ids themselves: the shift happens here,
             never across sequences. Without a token head, of the only other head: "rtd" and "tagging" like input_ids,
             "classification" (sequences,), or (sequences, n_labels) where config.problem is "multi" or "regression",
-            "choice" (batch,). A dict {objective: labels} where the model has several.
+            "choice" (questions,). A dict {objective: labels} where the model has several.
         next_sentence_label, sentence_order_label: (sequences,), 0 where the second segment follows the first.
-        start_positions, end_positions: (batch,), the answer's first and last token; outside of the text: no loss.
+        start_positions, end_positions: (sequences,), the answer's first and last token, columns of the batch or places
+            in a packed batch's sequence; outside of the text: no loss.
+        choices: (questions,) int, how many of the batch's sequences are each question's; None: equally many.
         XLNet: query_ranks and key_ranks, like input_ids, are the order of prediction: a token sees the keys whose rank
             is lower than its own query rank (rank -1: all see it), and itself unless it is predicted.
             target_positions (batch, targets): the columns that are predicted, -1 for none; logits and labels are then
@@ -207,7 +212,7 @@ class Transformer(Generation):
             (under torch.compile: not at all). True: at once. False: only at access.
         """
         given = self._labels(labels, next_sentence_label, sentence_order_label, start_positions, end_positions)
-        questions = len(given.get("choice", [0]))
+        questions = len(given.get("choice", [0]) if choices is None else choices)
         if isinstance(input_ids, Tensor) and input_ids.dim() == 3 and "choice" in self.config.objectives:
             questions = input_ids.shape[0]
             input_ids = input_ids.flatten(0, 1)
@@ -224,6 +229,10 @@ class Transformer(Generation):
             raise ValueError(f"Transformer: decoder_input_ids given to architecture {self.config.architecture!r}")
         layouts = layouts_of(self.config, *sides)
         layout, ids = layouts[-1], sides[-1].input_ids
+        if "choice" in self.config.objectives:
+            check_choices(choices, given.get("choice"), questions, layout.sequences)
+        elif choices is not None:
+            raise ValueError(f"Transformer: choices given, but objectives {list(self.config.objectives)} lack 'choice'")
         x: Tensor
         others: dict[str, Any] = {}
         xlnet = (query_ranks, key_ranks, perm_mask, target_positions, target_mapping)
@@ -247,7 +256,7 @@ class Transformer(Generation):
         if hidden is not None:
             of_all = layouts[-1]
             others["hidden_states"] = tuple(of_all.leave(state) for state in hidden)
-        return self._output(layout, ids, x, questions, given, num_items_in_batch, return_logits, others)
+        return self._output(layout, ids, x, (questions, choices), given, num_items_in_batch, return_logits, others)
 
     def _encode(
         self, layout: Layout, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, keep: bool
@@ -293,13 +302,13 @@ class Transformer(Generation):
         )  # fmt: skip
 
     def _output(
-        self, layout: Layout, input_ids: Tensor, x: Tensor, questions: int, given: dict[str, Tensor],
+        self, layout: Layout, input_ids: Tensor, x: Tensor, asked: tuple[int, Tensor | None], given: dict[str, Tensor],
         num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None, others: dict[str, Any],
     ) -> TransformerOutput:  # fmt: skip
         pooled = None if self.pooler is None else self.pooler(layout.first(x))
         head_logits = {name: head.logits(layout, x, pooled) for name, head in self.each_head()}
         if "choice" in head_logits:
-            head_logits["choice"] = head_logits["choice"].view(questions, -1)
+            head_logits["choice"] = by_question(head_logits["choice"], *asked)
         losses = self._losses(layout, input_ids, x, head_logits, given, num_items_in_batch)
         weights = self.config.loss_weights
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) if losses else None
@@ -387,9 +396,12 @@ class Transformer(Generation):
     def _target(self, source: Tokens, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tokens:
         """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
         labels = given.get("seq2seq")
-        if labels is None and self.token_head is None and source.cu_seqlens is None:
-            return Tokens(shift_right(source.input_ids, self.config, source.attention_mask), source.attention_mask,
-                          side="decoder_")  # fmt: skip
+        if labels is None and self.token_head is None:
+            ids, mask, bounds = source.input_ids, source.attention_mask, source.cu_seqlens
+            if bounds is not None:
+                ids = shift_right_packed(ids, self.config, bounds)
+                return Tokens(ids, None, bounds, source.max_seqlen, "decoder_")
+            return Tokens(shift_right(ids, self.config, mask), mask, side="decoder_")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise ValueError("Transformer: an encoder-decoder needs decoder_input_ids, or labels (batch, length)")
         return Tokens(shift_right(labels, self.config), attention_mask, side="decoder_")
@@ -430,13 +442,3 @@ class Transformer(Generation):
                     why = touched(norm=norm)
                     lines.append(f"{name}.{leaf}: {'fused' if why is None else f'leaf by leaf ({why})'}")
         return "\n".join(lines)
-
-
-def _heads_not_in(checkpoint: convert.Checkpoint, config: TransformerConfig) -> tuple[str, ...]:
-    """The fine-tuning heads that the config asks for beyond those of the file, as prefixes of parameter names."""
-    return tuple(
-        f"heads.{objective}."
-        for objective in config.objectives
-        if objective not in checkpoint.fields["objectives"]
-        and objective in ("classification", "tagging", "qa", "choice")
-    )
