@@ -169,7 +169,7 @@ class Tokenizer:
         and XLNet's they count from 0 in the first text of a pair, in GPT's, T5's and RoBERTa's there are none."""
         if "model_input_names" in self._config:
             return "token_type_ids" in self._config["model_input_names"]
-        return self.cls_id is not None and any(part.type for part in self.template(2).parts)
+        return self.cls_id is not None and any(part.type for part in self.template(pair=True).parts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
@@ -195,9 +195,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = False
         return self.backend.encode_batch(list(texts), is_pretokenized=words, add_special_tokens=False)
 
-    def template(self, texts: int) -> Template:
-        """What models of this tokenizer's family read around one text, or around a pair of texts."""
-        return Template.of(self.backend.encode(*["a"] * texts))
+    def template(self, pair: bool = False) -> Template:
+        """What models of this tokenizer's family read around a text, or around a pair of texts."""
+        return Template.of(self.backend.encode("a", "a" if pair else None))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)

@@ -174,7 +174,8 @@ def check_choices(choices: Tensor | None, labels: object, questions: int, sequen
     if choices is None:
         if sequences % max(questions, 1):
             raise ValueError(
-                f"Transformer: {sequences} sequences are not equally many choices of {questions} questions; give choices"
+                f"Transformer: {sequences} sequences are not equally many choices for {questions} questions; give "
+                "choices"
             )
         counts = [sequences // max(questions, 1)] * questions
     else:
@@ -186,12 +187,14 @@ def check_choices(choices: Tensor | None, labels: object, questions: int, sequen
         counts = choices.tolist()
         if sum(counts) != sequences or min(counts, default=0) < 1:
             raise ValueError(
-                f"Transformer: choices are {counts}; expected 1 or more each, {sequences} together, the batch's sequences"
+                f"Transformer: choices are {counts}; expected 1 or more each, together {sequences}, the sequences"
             )
     if not isinstance(labels, Tensor) or not readable(labels):
         return
     if labels.numel() != questions:
-        raise ValueError(f"Transformer: labels has shape {tuple(labels.shape)}; expected ({questions},), one per question")
+        raise ValueError(
+            f"Transformer: labels has shape {tuple(labels.shape)}; expected ({questions},), one per question"
+        )
     for question, (label, count) in enumerate(zip(labels.flatten().tolist(), counts, strict=True)):
         if label >= count:
             raise ValueError(f"Transformer: labels holds {label} for question {question}, which has {count} choices")

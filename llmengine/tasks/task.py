@@ -26,7 +26,9 @@ Row = Mapping[str, Any]
 Answer = dict[str, Any]
 FILE = "task.json"  # beside a model's weights: what its answers mean
 # name: where its class is; the name is also the name of the file
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "classification": "Classification",
+}
 
 
 class Task(ABC):

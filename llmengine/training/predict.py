@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from llmengine.data.examples import pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
+from llmengine.models.modes import evaluating
 from llmengine.objectives.electra import Electra
 
 
@@ -22,18 +22,6 @@ class Filling:
 
     ids: list[int]
     candidates: list[list[tuple[int, float]]]
-
-
-@contextmanager
-def evaluating(model: Transformer | Electra) -> Iterator[torch.device]:
-    """No dropout and no gradients within; gives the model's device."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model.words.weight.device
-    finally:
-        model.train(was_training)
 
 
 def fill(

@@ -1,0 +1,179 @@
+"""A class of a text or of a pair of texts, several classes, or numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from llmengine import metrics
+from llmengine.data.template import longest_first
+from llmengine.metrics import Judgement
+from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks, text_of, value_of, wrong
+from llmengine.tasks.task import Answer, Row
+
+NUMBER = "value"  # the name of a regression's only output; several are value_0, value_1, …
+
+
+@dataclass(frozen=True)
+class ClassificationOptions:
+    problem: Literal["single", "multi", "regression"] = "single"
+    """single: one class per row, label is its name; multi: none or several, label is a list of names; regression: label
+    is a number, or a list of as many numbers in each row."""
+    threshold: float = 0.5
+    """multi: the probability from which on a class is answered."""
+
+    def __post_init__(self) -> None:
+        if self.problem not in ("single", "multi", "regression"):
+            raise ValueError(f"task 'classification': problem {self.problem!r} is not one of single, multi, regression")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"task 'classification': threshold must be between 0 and 1, got {self.threshold}")
+
+
+class Classification(Reading):
+    """Where a pair is longer than max_length, the longer text loses its last tokens until both are equally long, then
+    both do; a single text loses its last tokens. `truncated` of the examples counts such rows."""
+
+    name = "classification"
+    objective = "classification"
+    columns: ClassVar[dict[str, str]] = {
+        "text": "the text",
+        "text_pair": "a second text that belongs to it; may be missing",
+        "label": "a class; a list of classes where problem is multi; a number, or several, where it is regression",
+    }
+    asked = ("text", "text_pair")
+    Options = ClassificationOptions
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Row], options: ClassificationOptions) -> tuple[str, ...]:
+        """The classes of the rows, sorted, numbers by their value; of a regression the names of its numbers."""
+        if options.problem == "regression":
+            count = len(_numbers(rows[0], 0)) if rows else 1
+            return (NUMBER,) if count == 1 else tuple(f"{NUMBER}_{i}" for i in range(count))
+        names: set[str] = set()
+        for number, row in enumerate(rows):
+            names.update([_class(row, number)] if options.problem == "single" else _classes(row, number))
+        least = 2 if options.problem == "single" else 1
+        if len(names) < least:
+            raise ValueError(
+                f"task 'classification': label of the {len(rows)} rows has {len(names)} classes, "
+                f"{', '.join(map(repr, names)) or 'none'}; expected {least} or more"
+            )
+        in_numbers = all(name.isdecimal() for name in names)
+        return tuple(sorted(names, key=lambda name: (int(name), name) if in_numbers else (0, name)))
+
+    def model_fields(self) -> dict[str, Any]:
+        return {"n_labels": len(self.labels), "labels": self.labels, "problem": self.options.problem}
+
+    def examples(self, rows: Sequence[Row], *, seed: int = 0) -> SequenceExamples:
+        made, truncated = self._read(list(enumerate(rows)))
+        for number, (row, example) in enumerate(zip(rows, made, strict=True)):
+            example["labels"] = self._target(row, number)
+        self.tell(truncated, len(rows))
+        return SequenceExamples(made, self, truncated)
+
+    def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
+        self.wrap(model)
+        truncated = 0
+        for block in blocks(rows):
+            made, cut = self._read(block)
+            truncated += cut
+            yield from map(self._answer, self.outputs(model, made, _logits, batch_tokens))
+        self.tell(truncated, len(rows))
+
+    def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
+        numbered = list(enumerate(rows))
+        if self.options.problem == "regression":
+            gold = [x for i, row in numbered for x in self._values(row, i)]
+            return metrics.regression(gold, [x for answer in answers for x in _several(answer["value"])])
+        if self.options.problem == "multi":
+            sets = [_classes(row, i) for i, row in numbered]
+            known = self._with(name for names in sets for name in names)
+            return metrics.multi_label(sets, [answer["labels"] for answer in answers], known)
+        names = [_class(row, i) for i, row in numbered]
+        return metrics.classification(names, [answer["label"] for answer in answers], self._with(names))
+
+    def _with(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The task's classes, and behind them others that rows have: there no answer is ever right."""
+        return (*self.labels, *sorted(set(names) - set(self.labels)))
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _read(self, block: Sequence[tuple[int, Row]]) -> tuple[list[Example], int]:
+        """Inputs of numbered rows, and how many of them were cut."""
+        first = [text_of(self.name, row, i, "text") for i, row in block]
+        paired = [row.get("text_pair") is not None for _, row in block]
+        second = [text_of(self.name, row, i, "text_pair") for (i, row), pair in zip(block, paired, strict=True) if pair]
+        encoded = (encoding.ids for encoding in self.tokenizer.encodings(second))
+        made, truncated = [], 0
+        for encoding, pair in zip(self.tokenizer.encodings(first), paired, strict=True):
+            a, b = encoding.ids, next(encoded) if pair else []
+            of_a, of_b = longest_first(len(a), len(b), self.max_length - self.templates[pair].added)
+            truncated += (of_a, of_b) != (len(a), len(b))
+            made.append(self.example(self.inputs(a[:of_a], b[:of_b]) if pair else self.inputs(a[:of_a])))
+        return made, truncated
+
+    def _target(self, row: Row, number: int) -> Tensor:
+        """A row's label as the model takes it."""
+        if self.options.problem == "regression":
+            return torch.tensor([self._values(row, number)])
+        names = [_class(row, number)] if self.options.problem == "single" else _classes(row, number)
+        if unknown := [name for name in names if name not in self.labels]:
+            raise wrong(self.name, number, "label", unknown[0], f"one of {', '.join(self.labels)}")
+        places = torch.tensor([self.labels.index(name) for name in names], dtype=torch.int64)
+        if self.options.problem == "single":
+            return places[0]
+        return torch.zeros(1, len(self.labels)).index_fill(1, places, 1.0)
+
+    def _values(self, row: Row, number: int) -> list[float]:
+        values = _numbers(row, number)
+        if len(values) != len(self.labels):
+            raise wrong(self.name, number, "label", row["label"], f"as many numbers as the others, {len(self.labels)}")
+        return values
+
+    def _answer(self, logits: Tensor) -> Answer:
+        problem = self.options.problem
+        if problem == "regression":
+            return {"value": logits.tolist() if len(logits) > 1 else float(logits)}
+        probabilities = logits.softmax(0) if problem == "single" else logits.sigmoid()
+        scores = dict(zip(self.labels, probabilities.tolist(), strict=True))
+        if problem == "single":
+            return {"label": self.labels[int(logits.argmax())], "scores": scores}
+        return {"labels": [name for name, score in scores.items() if score >= self.options.threshold], "scores": scores}
+
+
+def _several(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+
+
+def _logits(out: Any, batch: dict[str, Any]) -> list[Tensor]:
+    return list(out.head_logits["classification"].float().cpu())
+
+
+def _class(row: Row, number: int) -> str:
+    name = value_of("classification", row, number, "label")
+    if not isinstance(name, str | int):
+        raise wrong("classification", number, "label", name, "the name of a class")
+    return str(name)
+
+
+def _classes(row: Row, number: int) -> list[str]:
+    names = value_of("classification", row, number, "label")
+    if isinstance(names, Sequence) and not isinstance(names, str):
+        return [_class({"label": name}, number) for name in names]
+    raise wrong("classification", number, "label", names, "a list of names of classes")
+
+
+def _numbers(row: Row, number: int) -> list[float]:
+    values = value_of("classification", row, number, "label")
+    try:
+        numbers = [float(value) for value in _several(values)]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise wrong("classification", number, "label", values, "a finite number, or several")
+    return numbers

@@ -1,0 +1,182 @@
+"""Tasks whose answers are read off a text: what they ask of rows, how texts become inputs, a model's outputs for many.
+
+A text is tokenised and put together as transformers' tokenizers of the same files do it, token types included.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmengine.data.batches import fill
+from llmengine.data.examples import IGNORED, pack, tokens_of
+from llmengine.data.template import Inputs
+from llmengine.data.tokenizer import Tokenizer
+from llmengine.models.modes import evaluating
+from llmengine.tasks.task import Row, Task, TaskExamples
+
+ROWS = 1024  # that are read before the first of their answers is given
+Example = dict[str, Tensor]
+
+
+class Reading(Task):
+    """A task whose examples are texts in the tokenizer's template."""
+
+    pairs: ClassVar[bool] = True
+    """Whether an example may have two texts."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, labels: Sequence[str], options: Any) -> None:
+        super().__init__(tokenizer, max_length, labels, options)
+        self.templates = (tokenizer.template(), tokenizer.template(pair=True))
+        self.reads_types = tokenizer.token_types
+        """Whether examples have token types: those of a tokenizer that knows them, for a model that has them."""
+        least = self.templates[self.pairs].added + 1 + self.pairs
+        if max_length < least:
+            raise ValueError(
+                f"task {self.name!r}: max_length must be {least} or more (special tokens and a token of each text), "
+                f"got {max_length}"
+            )
+
+    def wrap(self, model: Any) -> Any:
+        self.check(model)
+        config = model.config
+        self.reads_types = self.tokenizer.token_types and (config.type_vocab_size > 1 or config.positions == "relative")
+        return model
+
+    def check(self, model: Any) -> None:
+        """That the model has this task's head."""
+        config = model.config
+        if self.objective not in config.objectives:
+            raise ValueError(
+                f"task {self.name!r}: the model lacks objective {self.objective!r}; it has {list(config.objectives)}"
+            )
+        for name, wanted in self.model_fields().items():
+            if name != "labels" and getattr(config, name) != wanted:
+                raise ValueError(
+                    f"task {self.name!r}: the model's {name} is {getattr(config, name)!r}, the task's {wanted!r}"
+                )
+
+    def inputs(self, *texts: Sequence[int]) -> Inputs:
+        """Ids of one text or two in their template. Where nothing is left of a text, and the template adds nothing, a
+        token that ends or begins texts stands for it."""
+        made = self.templates[len(texts) - 1].around(*texts)
+        if made.ids:
+            return made
+        tokenizer = self.tokenizer
+        for token in (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id):
+            if token is not None:
+                return Inputs([token], [0], made.starts)
+        raise ValueError(f"task {self.name!r}: a text gives no token, and the tokenizer has no special token for it")
+
+    def example(self, inputs: Inputs, **labels: Tensor) -> Example:
+        """Inputs, with their labels if there are any, as tensors."""
+        types = {"token_type_ids": torch.tensor(inputs.types)} if self.tokenizer.token_types else {}
+        return {"input_ids": torch.tensor(inputs.ids), **types, **labels}
+
+    def collate(self, examples: list[Example]) -> dict[str, Any]:
+        """A packed batch."""
+        if not self.reads_types:
+            examples = [{name: x for name, x in each.items() if name != "token_type_ids"} for each in examples]
+        return pack(examples)
+
+    def tell(self, truncated: int, rows: int) -> None:
+        """That texts were cut."""
+        if truncated:
+            warnings.warn(
+                f"task {self.name!r}: {truncated} of {rows} rows are longer than max_length {self.max_length} and were "
+                "cut at their end",
+                stacklevel=3,
+            )
+
+    def outputs(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        read: Callable[[Any, dict[str, Any]], Sequence],
+        batch_tokens: int,
+    ) -> list[Any]:
+        """What `read` makes of the model's output for a batch, a value for each example, in their order.
+
+        Examples of similar lengths share a batch of at most batch_tokens tokens (a longer one has its own). No dropout,
+        no gradients; the model's mode is left as it was.
+        """
+        if batch_tokens < 1:
+            raise ValueError(f"task {self.name!r}: batch_tokens must be 1 or more, got {batch_tokens}")
+        found: list[Any] = [None] * len(examples)
+        if not examples:
+            return found
+        lengths = np.array([tokens_of(example) for example in examples])
+        order = np.argsort(lengths, kind="stable")
+        ends, _ = fill(lengths[order], max(batch_tokens, int(lengths.max())), 1)
+        with evaluating(model) as device:
+            for begin, end in pairwise([0, *ends.tolist()]):
+                batch = self.collate([examples[i] for i in order[begin:end]])
+                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                for i, value in zip(order[begin:end], read(model(**batch), batch), strict=True):
+                    found[i] = value
+        return found
+
+
+class ReadingExamples(TaskExamples):
+    """Packed batches of a task's examples. truncated: how many rows were cut."""
+
+    def __init__(self, made: Sequence[Example], task: Reading, truncated: int = 0) -> None:
+        super().__init__(made, task)
+        self.task, self.truncated = task, truncated
+
+    def collate(self, examples: list[Example]) -> dict[str, Any]:
+        return self.task.collate(examples)
+
+
+class SequenceExamples(ReadingExamples):
+    """Examples whose losses are means over sequences."""
+
+    def items(self, micro_batch: dict[str, Any]) -> dict[str, int]:
+        labels = micro_batch["labels"]
+        if labels.dim() > 1:  # several numbers of each sequence
+            return {"sequences": len(labels)}
+        return {"sequences": int((labels != IGNORED).sum())}
+
+
+def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[int, Row]]]:
+    """Rows with their numbers, some at a time."""
+    for begin in range(0, len(rows), ROWS):
+        yield list(enumerate(rows[begin : begin + ROWS], begin))
+
+
+# ---- what rows hold; number: the row's, from 0 -----------------------------------------------------------------------
+
+
+def value_of(task: str, row: Row, number: int, column: str) -> Any:
+    """A row's column."""
+    if column not in row:
+        raise ValueError(f"task {task!r}: row {number + 1} has no {column!r}; its columns: {', '.join(map(str, row))}")
+    return row[column]
+
+
+def text_of(task: str, row: Row, number: int, column: str) -> str:
+    """A row's column, which must be a text."""
+    text = value_of(task, row, number, column)
+    if not isinstance(text, str):
+        raise wrong(task, number, column, text, "a text")
+    return text
+
+
+def texts_of(task: str, row: Row, number: int, column: str) -> list[str]:
+    """A row's column, which must be a list of texts."""
+    texts = value_of(task, row, number, column)
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise wrong(task, number, column, texts, "a list of texts")
+    return list(texts)
+
+
+def wrong(task: str, number: int, column: str, given: Any, expected: str) -> ValueError:
+    """The error of a row that holds something else."""
+    return ValueError(f"task {task!r}: row {number + 1}: {column} is {reprlib.repr(given)}; expected {expected}")
