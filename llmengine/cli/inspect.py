@@ -53,7 +53,7 @@ def command(
 def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) -> Iterator[str]:
     from llmengine import objectives
     from llmengine.data import StepBatches, read_documents, split_documents
-    from llmengine.training.run import tokenizer_of
+    from llmengine.training.pretraining import tokenizer_of
 
     documents, data = read_documents(config.corpus), config.data
     held_out: Sequence[str] = ()

@@ -7,6 +7,7 @@ that needs no more steps than batch_tokens does: steps of an epoch are about equ
 
 from __future__ import annotations
 
+import math
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -74,6 +75,16 @@ class StepBatches(Dataset):
     def steps_per_epoch(self) -> int:
         """Steps of epoch 0. Others may differ by a few: a shuffled epoch fills its packs differently."""
         return self._plan(0).steps
+
+    def steps_of(self, epochs: float) -> int:
+        """Steps of so many epochs, the last one perhaps in part: 1 at least."""
+        whole = int(epochs)
+        while len(self._ends) <= whole:
+            self._ends.append(self._ends[-1] + self._plan(len(self._ends) - 1).steps)
+        steps = self._ends[whole]
+        if epochs > whole:
+            steps += math.ceil((epochs - whole) * self._plan(whole).steps)
+        return steps
 
     def __getitem__(self, step: int) -> Step:
         if step < 0:

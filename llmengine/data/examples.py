@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -85,6 +85,15 @@ def pack(examples: list[dict[str, Tensor]]) -> dict[str, Any]:
 def tokens_of(batch: dict[str, Any]) -> int:
     """The tokens that a model reads of an example or a batch, those of both sides, padding included."""
     return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+
+
+def lengths_of(batch: Mapping[str, Any], side: str = "") -> list[int]:
+    """The tokens of each sequence of a micro-batch; side "decoder_": of the targets."""
+    if (bounds := batch.get(f"{side}cu_seqlens")) is not None:
+        return bounds.diff().tolist()
+    ids, mask = batch[f"{side}input_ids"], batch.get(f"{side}attention_mask")
+    rows = ids.reshape(-1, ids.shape[-1])
+    return [rows.shape[1]] * len(rows) if mask is None else mask.reshape(rows.shape).sum(1).tolist()
 
 
 class Latest(Generic[T]):

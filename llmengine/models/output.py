@@ -66,6 +66,10 @@ class TransformerOutput:
             store[name] = store[name]()
         return store.get(name)
 
+    def with_loss(self, loss: Tensor, losses: dict[str, Tensor]) -> TransformerOutput:
+        """The same with another loss."""
+        return TransformerOutput({**self._keyed, "loss": loss}, {**self._others, "losses": losses})
+
     def keys(self) -> list[str]:
         both = "seq_relationship_logits" in self._keyed or "sop_logits" in self._keyed
         return ["prediction_logits" if both and name == "logits" else name for name in self._keyed]

@@ -55,7 +55,7 @@ def save(directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]],
     """
     directory.mkdir(parents=True, exist_ok=True)
     _sweep(directory)
-    place = directory / f"step-{step:06d}"
+    destination = place(directory, step)
     partial = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=directory))
     try:
         files = {}
@@ -66,20 +66,30 @@ def save(directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]],
         manifest = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files}
         manifest["sha256"] = _digest(manifest)
         replace_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        if place.exists():
-            place.rename(directory / f"{_HIDDEN}replaced-{place.name}")
-        partial.rename(place)
+        if destination.exists():
+            destination.rename(directory / f"{_HIDDEN}replaced-{destination.name}")
+        partial.rename(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync(directory)
     _sweep(directory)
-    return place
+    return destination
+
+
+def place(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The inverse of `place`."""
+    return int(path.name.removeprefix("step-"))
 
 
 def paths(directory: Path) -> list[Path]:
     """Checkpoints, whole or not, oldest first."""
     found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def read(path: Path) -> Checkpoint:
@@ -94,7 +104,7 @@ def read(path: Path) -> Checkpoint:
     if manifest["format"] != FORMAT:
         raise Unreadable(f"{path} has format {manifest['format']}; this llmengine reads {FORMAT}")
     step = manifest["step"]
-    if path.name != f"step-{step:06d}":
+    if path != place(path.parent, step):
         raise Unreadable(f"{path / MANIFEST} says step {step}")
     for name, fact in manifest["files"].items():
         file = path / name

@@ -1,25 +1,28 @@
-"""RunConfig: what decides a training run, from YAML or TOML, and the sentences that say what is wrong with it."""
+"""RunConfig: what decides a pretraining run, from YAML or TOML, and the sentences that say what is wrong with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from llmengine.models.config import PRETRAINING, TransformerConfig
 from llmengine.models.presets import PRESETS
 from llmengine.objectives import OBJECTIVES, decoder_start, model_heads
-from llmengine.training import config_file
-from llmengine.training.config_errors import hint, sentences
+from llmengine.training.config_errors import hint
+from llmengine.training.sections import (
+    Config,
+    EverySection,
+    Natural,
+    OptimizerSection,
+    Positive,
+    Precision,
+    ScheduleSection,
+    Section,
+)
 
 Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm", "electra"]
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-# JSON, YAML and TOML have lists only; strictness is meant for the elements
-Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 _WORDPIECE = {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True}
 _BPE = {"kind": "bpe", "vocab_size": 8192, "lowercase": False}
@@ -37,12 +40,6 @@ _FILLED_IN = {
     "eos_token_id": "tokenizer",
     "decoder_start_token_id": "objective",
 }
-# A resumed run may change these: they do not touch what is computed.
-FREE = ("device", "keep", "data.workers", "every.log", "every.evaluate", "every.save")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TokenizerSection(Section):
@@ -73,7 +70,7 @@ class DataSection(Section):
     """Fraction of the corpus that is evaluated on and never trained on."""
     workers: Natural = 0
     """Processes that make batches ahead; 0: in the loop's own process."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Options of the objective."""
 
     @model_validator(mode="after")
@@ -86,35 +83,8 @@ class DataSection(Section):
         return self
 
 
-class OptimizerSection(Section):
-    """AdamW (Loshchilov & Hutter 2019). Weight decay is for matrices: not for embeddings, biases and norms."""
-
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    betas: Betas = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this norm where they exceed it; null: never."""
-
-
-class ScheduleSection(Section):
-    """The learning rate: up linearly over `warmup` steps, then down to `final` times lr (constant: not down)."""
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Natural = 0
-    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-
-
-class EverySection(Section):
-    """Each so many steps, and at the last one."""
-
-    log: Positive = 1
-    evaluate: Positive = 100
-    save: Positive = 100
-
-
-class RunConfig(Section):
-    """A training run. Strict (no conversions), frozen, unknown fields are errors. `examples/` has runs to copy.
+class RunConfig(Config):
+    """A pretraining run. Strict (no conversions), frozen, unknown fields are errors. `examples/` has runs to copy.
 
     `model` holds TransformerConfig's fields, or a preset and fields that differ from it; vocab_size, special token ids
     and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for masked tokens
@@ -122,13 +92,15 @@ class RunConfig(Section):
     not given. "electra": `model` is the discriminator.
     """
 
+    FREE: ClassVar[tuple[str, ...]] = ("device", "keep", "data.workers", "every.log", "every.evaluate", "every.save")
+
     corpus: str | list[str]
     """ "austen", a text or JSON-lines file, a folder of such, or several of them."""
     objective: Objective
     model: dict[str, Any]
     steps: Positive
     seed: Natural = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16: autocast; weights, gradients and optimizer state stay float32."""
     device: str = "auto"
     """ "auto": the first CUDA GPU if there is one, else the CPU."""
@@ -209,46 +181,5 @@ class RunConfig(Section):
         except ValueError as error:
             raise ValueError("model: " + str(error).removeprefix("TransformerConfig: ")) from None
 
-    # ---- from and to files -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-        """From nested plain values. overrides: "section.field=value" each, the value in YAML.
-
-        Raises ValueError with one line per wrong field: its path, what was given, what is allowed.
-        """
-        fields = config_file.overridden(fields, overrides)
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            raise ValueError("\n".join(sentences(error, cls))) from None
-
-    @classmethod
-    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """From a .yaml, .yml or .toml file. Raises FileNotFoundError, or ValueError as `from_dict`, naming the file."""
-        fields = config_file.read(Path(path))
-        try:
-            return cls.from_dict(fields, overrides)
-        except ValueError as error:
-            raise ValueError(f"{path}:\n{error}") from None
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON and YAML hold them; `from_dict` gives an equal config."""
-        fields = self.model_dump(mode="json")
-        fields["tokenizer"] = self.tokenizer.model_dump(exclude_none=True)
-        return fields
-
-    def flat(self) -> dict[str, Any]:
-        """{"data.workers": 0, …}."""
-        return config_file.flat(self.to_dict())
-
-    def to_file(self, path: str | Path) -> None:
-        """Writes YAML."""
-        config_file.write(Path(path), self.to_dict())
-
-    def changed(self, other: RunConfig) -> list[str]:
-        """Names of the fields that differ from `other`'s and change what is computed, so that a run cannot go on."""
-        ours, theirs = self.flat(), other.flat()
-        differ = {name for name in ours.keys() | theirs.keys() if ours.get(name, ...) != theirs.get(name, ...)}
-        constant = self.schedule.kind == other.schedule.kind == "constant"  # then more steps continue the same curve
-        return sorted(differ - set(FREE) - ({"steps"} if constant else set()))
+        return super().to_dict() | {"tokenizer": self.tokenizer.model_dump(exclude_none=True)}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from llmengine.data.batches import StepBatches
 from llmengine.data.examples import IGNORED
@@ -18,7 +20,6 @@ from llmengine.objectives.electra import Electra
 PAIRS = ("nsp", "sop")  # heads whose loss is a mean over sequences
 
 
-@torch.no_grad()
 def evaluate(
     model: Transformer | Electra, batches: StepBatches, device: torch.device, precision: str
 ) -> dict[str, Any]:
@@ -27,12 +28,8 @@ def evaluate(
     Returns {"loss": the heads' weighted sum, "losses": {head: mean over all labels}, "perplexity": exp of the token
     head's loss, "accuracy": {"mlm", "plm", "nsp", "sop"}: those that the model has}.
     """
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)  # a model may draw samples: the same ones in every evaluation
+    with without_dropout(model, device):
         totals, items, right = _pass(model, batches, device, precision)
-    model.train(was_training)
     counts = {head: max(items[_counted(head)], 1) for head in totals}
     losses = {head: total / counts[head] for head, total in totals.items()}
     tokens = next(loss for head, loss in losses.items() if head not in (*PAIRS, "rtd"))
@@ -40,6 +37,35 @@ def evaluate(
     result: dict[str, Any] = {"loss": weighted(model, losses), "losses": losses}
     result["perplexity"] = math.exp(min(tokens, 700))
     return result | ({"accuracy": accuracy} if accuracy else {})
+
+
+@contextmanager
+def without_dropout(model: Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """While entered the model does not train; what it draws is the same each time. bf16: under autocast."""
+    was_training = model.training
+    model.eval()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    try:
+        with torch.no_grad(), autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            yield
+    finally:
+        model.train(was_training)
+
+
+def mean_losses(model: Module, batches: StepBatches, device: torch.device) -> tuple[float, dict[str, float]]:
+    """The loss and its parts over `batches`' first epoch: means over all labels, whatever each loss counts."""
+    micro_batches = [batch for i in range(batches.steps_per_epoch) for batch in batches[i].micro_batches]
+    counted: Counter[str] = Counter()
+    for batch in micro_batches:
+        counted.update(batches.examples.items(batch))
+    items = {name: max(1, count) for name, count in counted.items()}
+    total, losses = 0.0, Counter[str]()
+    for batch in micro_batches:
+        out = model(**on(device, batch), num_items_in_batch=items)
+        total += float(out.loss)
+        losses.update({head: float(loss) for head, loss in out.losses.items()})
+    return total, dict(losses)
 
 
 def weighted(model: Transformer | Electra, losses: Mapping[str, float]) -> float:

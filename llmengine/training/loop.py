@@ -14,24 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llmengine.data.batches import Step, loader
 from llmengine.data.examples import tokens_of
-from llmengine.models import Transformer
-from llmengine.objectives.electra import Electra
 from llmengine.training import checkpoint, metrics
 from llmengine.training.config import RunConfig
-from llmengine.training.evaluation import evaluate, on, weighted
 from llmengine.training.files import exclusive
-from llmengine.training.flops import model_flops
+from llmengine.training.finetune_config import FinetuneConfig
+from llmengine.training.finetuning import Finetuning
 from llmengine.training.interrupt import StopRequest
 from llmengine.training.metrics import Metrics, Record
 from llmengine.training.observer import Observer, Observers
-from llmengine.training.optimizer import clip, learning_rate, load_state_tensors, state_tensors
-from llmengine.training.run import TRAINING_STEP, Folder, Run, pick_device, reseed, surroundings
+from llmengine.training.optimizer import clip, load_state_tensors, state_tensors
+from llmengine.training.pretraining import Pretraining
+from llmengine.training.run import Folder, Run, pick_device, surroundings
+from llmengine.training.sections import Config
+from llmengine.training.selection import Best
+from llmengine.training.streams import TRAINING_STEP, reseed
 
 
 class Diverged(RuntimeError):
@@ -42,23 +43,30 @@ class Diverged(RuntimeError):
 class Result:
     output: Path
     step: int
-    """Steps done, of config.steps."""
+    """Steps done."""
     interrupted: str | None
     """The signal that ended the run early."""
     evaluation: Record | None
     """The last one."""
     checkpoint: Path | None
     """The newest one."""
+    best: Best | None = None
+    """The evaluation whose weights remain, where the run selects by a score."""
+    test: Record | None = None
+    """How the model does on the rows that it is tested with."""
 
 
-def train(config: RunConfig, output: str | Path, *, resume: bool = False, observers: Sequence[Observer] = ()) -> Result:
-    """Trains a model as `config` says, in the folder `output`, which must be empty or not there.
+def train(
+    config: RunConfig | FinetuneConfig, output: str | Path, *, resume: bool = False, observers: Sequence[Observer] = ()
+) -> Result:
+    """Pretrains or fine-tunes a model as `config` says, in the folder `output`, which must be empty or not there.
 
     resume: go on at the newest whole checkpoint of `output`. `config` may differ from the one the run began with in
     fields that change nothing that is computed; another difference is an error. Losses, weights and optimizer state
     are then those of a run that was never interrupted, bit by bit, on the same machine with as many threads.
 
-    SIGINT and SIGTERM: the step is finished and saved, and the result says so. Raises FileExistsError,
+    SIGINT and SIGTERM: the step is finished and saved, and the result says so. Fine-tuning also ends before its last
+    step where it has waited in vain for a better evaluation. Raises FileExistsError,
     FileNotFoundError, ValueError (config, corpus, checkpoints), Diverged, OSError.
     """
     folder, watchers, device = Folder(Path(output)), Observers(observers), pick_device(config.device)
@@ -66,7 +74,11 @@ def train(config: RunConfig, output: str | Path, *, resume: bool = False, observ
     gpus = [device] if device.type == "cuda" else []
     with _full_disk_explained(folder), exclusive(folder.lock), torch.random.fork_rng(gpus), StopRequest() as stop:
         saved = _saved(config, folder, watchers) if resume else None
-        run = Run.prepare(config, folder, device)
+        run: Run
+        if isinstance(config, FinetuneConfig):
+            run = Finetuning.prepare(config, folder, device, watchers.noticed)
+        else:
+            run = Pretraining.prepare(config, folder, device)
         run.begin()
         try:
             return _Loop(run, watchers, stop, saved).go()
@@ -86,37 +98,22 @@ def _check(folder: Folder, resume: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _saved(config: RunConfig, folder: Folder, watchers: Observer) -> checkpoint.Checkpoint | None:
+def _saved(config: Config, folder: Folder, watchers: Observer) -> checkpoint.Checkpoint | None:
     """Where to go on; None: at the start."""
     saved = checkpoint.newest(folder.checkpoints, watchers.noticed)
     if saved is None:
         watchers.noticed(f"{folder.path} has no checkpoint yet: the run begins anew")
     else:
-        _check_unchanged(config, RunConfig.from_dict(saved.facts["config"]), folder.path)
+        _check_unchanged(config, type(config).from_dict(saved.facts["config"]), folder.path)
     return saved
 
 
-def _check_unchanged(config: RunConfig, before: RunConfig, path: Path) -> None:
+def _check_unchanged(config: Config, before: Config, path: Path) -> None:
     changes = config.changed(before)
     if changes:
         ours, theirs = config.flat(), before.flat()
         differences = "; ".join(f"{n} is {ours.get(n)!r}, was {theirs.get(n)!r}" for n in changes)
         raise ValueError(f"cannot resume {path} with another config: {differences}; restore it, or start a new run")
-
-
-def accumulate(model: Transformer | Electra, batch: Step, device: torch.device, precision: str) -> dict[str, float]:
-    """Adds a step's gradients to the parameters'; returns each head's loss: the mean over all labels of the step.
-
-    The sums of the micro-batches are divided by the step's counts, so that how it is cut into them changes nothing.
-    """
-    losses: dict[str, Any] = {}
-    for micro_batch in batch.micro_batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            out = model(**on(device, micro_batch), num_items_in_batch=batch.items)
-        out.loss.backward()
-        for head, loss in out.losses.items():
-            losses[head] = losses.get(head, 0) + loss.detach()
-    return {head: float(loss) for head, loss in losses.items()}
 
 
 class _Loop:
@@ -137,18 +134,25 @@ class _Loop:
         self._since = (self.tokens, 0, self.seconds)  # tokens, FLOPs, seconds at the last record
         self.flops = 0
 
+    @property
+    def done(self) -> bool:
+        """Whether the run is at its end, or has waited for a better evaluation as long as it may."""
+        selection = self.run.selection
+        return self.step == self.run.steps or (selection is not None and selection.over)
+
     def go(self) -> Result:
-        config = self.config
-        self.watchers.started(self.run, self.step, self.records)
-        self.run.model.train()
+        run = self.run
+        self.watchers.started(run, self.step, self.records)
+        run.model.train()
         try:
             clock = time.perf_counter()
-            for batch in loader(self.run.batches, self.step, config.steps, config.data.workers):
+            last = self.step if self.done else run.steps
+            for batch in loader(run.batches, self.step, last, self.config.data.workers):
                 record = self._train_step(batch)
                 self.step += 1
                 self.seconds += time.perf_counter() - clock
                 self._after_step(record)
-                if self.stop.name is not None:
+                if self.stop.name is not None or self.done:
                     break
                 clock = time.perf_counter()
         finally:
@@ -159,23 +163,19 @@ class _Loop:
         """One optimizer step; what it was like."""
         run, config = self.run, self.config
         reseed(config.seed, TRAINING_STEP, self.step)
-        losses = accumulate(run.model, batch, run.device, config.precision)
+        loss, losses = run.gradients(batch, self.step)
         norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
         self._check_finite(self.step + 1, **losses, gradient_norm=norm)
-        rate = learning_rate(config, self.step)
+        rate = run.rate(self.step)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         run.optimizer.step()
         run.optimizer.zero_grad()
+        if run.average is not None:
+            run.average.update(self.step + 1)
         self.tokens += sum(map(tokens_of, batch.micro_batches))
-        self.flops += model_flops(run.model, batch.micro_batches, batch.items["tokens"])
-        return {
-            "loss": weighted(run.model, losses),
-            "losses": losses,
-            "lr": rate,
-            "grad_norm": norm,
-            "epoch": batch.progress,
-        }
+        self.flops += run.flops(batch)
+        return {"loss": loss, "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
 
     def _check_finite(self, step: int, **numbers: float) -> None:
         if all(map(math.isfinite, numbers.values())):
@@ -188,12 +188,13 @@ class _Loop:
         )
 
     def _after_step(self, record: Record) -> None:
-        every, last = self.config.every, self.step == self.config.steps
-        if self.step % every.log == 0 or last or self.stop.name:
+        every, last, stop = self.config.every, self.step == self.run.steps, self.stop.name
+        if self.step % every.log == 0 or last or stop:
             self._record({"kind": "train", "step": self.step, **record, **self._speed()})
-        if self.step % every.evaluate == 0 or last:
+        epoch_ends = record["epoch"] == int(record["epoch"])
+        if last or (epoch_ends if every.evaluate == "epoch" else self.step % every.evaluate == 0):
             self._evaluate()
-        if self.step % every.save == 0 or last or self.stop.name:
+        if self.step % every.save == 0 or self.done or stop:
             self._save()
 
     def _speed(self) -> Record:
@@ -209,11 +210,16 @@ class _Loop:
 
     def _evaluate(self) -> None:
         run = self.run
-        if run.held_out is None:
-            return
-        result = evaluate(run.model, run.held_out, run.device, self.config.precision)
-        self._check_finite(self.step, **{f"held-out {head}": loss for head, loss in result["losses"].items()})
-        self.evaluation = {"kind": "evaluation", "step": self.step, **result}
+        with run.averaged():
+            result = run.evaluate()
+            if result is None:
+                return
+            self._check_finite(self.step, **{f"held-out {head}": loss for head, loss in result["losses"].items()})
+            self.evaluation = {"kind": "evaluation", "step": self.step, **result}
+            if run.selection is not None:
+                self.evaluation["best"] = run.selection.seen(self.evaluation)
+                if self.evaluation["best"]:
+                    run.selection.keep(run.state())
         self._record(self.evaluation)
 
     def _record(self, record: Record) -> None:
@@ -225,40 +231,56 @@ class _Loop:
     def _save(self) -> None:
         run = self.run
         self.metrics.sync()
-        groups = {"model": run.model.state_dict(), "optimizer": state_tensors(run.optimizer, run.model)}
+        groups = {"model": run.state(), "optimizer": state_tensors(run.optimizer, run.model)}
         facts = {
             "tokens": self.tokens,
             "seconds": self.seconds,
             "evaluation": self.evaluation,
             "config": self.config.to_dict(),
-            "corpus": run.corpus_digest,
+            "corpus": run.digest,
             "surroundings": surroundings(run.device),
         }
+        if run.average is not None:
+            groups["average"] = run.average.state()
+        if run.selection is not None:
+            facts["selection"] = run.selection.facts()
         self.checkpoint = checkpoint.save(run.folder.checkpoints, self.step, groups, facts)
         checkpoint.prune(run.folder.checkpoints, self.config.keep)
+        if run.selection is not None:
+            run.selection.prune(checkpoint.step_of(checkpoint.paths(run.folder.checkpoints)[0]))
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         run, facts = self.run, saved.facts
-        if facts["corpus"] != run.corpus_digest:
+        if facts["corpus"] != run.digest:
             raise ValueError(
-                f"cannot resume {run.folder.path}: the texts of corpus {self.config.corpus!r} are no longer those that "
-                "the run began with; restore them, or start a new run"
+                f"cannot resume {run.folder.path}: {run.source} are no longer those that the run began with; "
+                "restore them, or start a new run"
             )
         now = surroundings(run.device)
         if changes := [f"{k} is {now[k]}, was {v}" for k, v in facts["surroundings"].items() if now.get(k) != v]:
             self.watchers.noticed(f"results may differ in their last bits from here on: {'; '.join(changes)}")
-        run.model.load_state_dict(saved.tensors("model"))
+        run.load_state(saved.tensors("model"))
         load_state_tensors(run.optimizer, run.model, saved.tensors("optimizer"))
+        if run.average is not None:
+            run.average.load_state(saved.tensors("average"))
+        if run.selection is not None:
+            run.selection.restore(facts["selection"], saved.step)
         self.step, self.tokens, self.seconds = saved.step, facts["tokens"], facts["seconds"]
         self.evaluation, self.checkpoint = facts["evaluation"], saved.path
 
     def _finish(self) -> Result:
-        run, done = self.run, self.step == self.config.steps
-        run.model.save_pretrained(run.folder.model)
-        interrupted = None if done else self.stop.name
-        result = Result(run.folder.path, self.step, interrupted, self.evaluation, self.checkpoint)
+        run, interrupted = self.run, None if self.done else self.stop.name
+        best = None if run.selection is None else run.selection.weights()
+        with run.averaged():
+            if best is not None:
+                run.load_state(best)
+            test = run.finish(whole=self.done)
+        result = Result(run.folder.path, self.step, interrupted, self.evaluation, self.checkpoint,
+                        None if run.selection is None else run.selection.best, test)  # fmt: skip
         if interrupted:
             self.watchers.noticed(f"{interrupted} after step {self.step}: saved in {self.checkpoint}; resume to go on")
+        elif self.step < run.steps and run.selection is not None:
+            self.watchers.noticed(f"step {self.step} is the last: {run.selection.waited} evaluations were no better")
         self.watchers.finished(run, result)
         return result
 

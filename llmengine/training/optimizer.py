@@ -9,30 +9,39 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module
 
-from llmengine.training.config import OptimizerSection, RunConfig
+from llmengine.training.layer_rates import shares
+from llmengine.training.sections import OptimizerSection, ScheduleSection
 
 
-def adamw(model: Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW over two groups: matrices decay; embeddings, biases and norms do not."""
+def adamw(model: Module, config: OptimizerSection, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """Fused AdamW over all parameters that are trained: matrices decay; embeddings, biases and norms do not.
+
+    layer_decay: see `layer_rates`. A group's "share" is what its learning rate is of that of the step.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    decayed: list[Tensor] = []
-    others: list[Tensor] = []
+    share_of = shares(model, layer_decay)
+    groups: dict[tuple[float, float], list[Tensor]] = {(1.0, config.weight_decay): [], (1.0, 0.0): []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         # XLNet's biases of the scores have two dimensions
         matrix = parameter.dim() > 1 and not name.endswith("bias") and id(parameter) not in embeddings
-        (decayed if matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        groups.setdefault((share_of(parameter), config.weight_decay if matrix else 0.0), []).append(parameter)
+    described = [
+        {"params": parameters, "share": share, "weight_decay": decay}
+        for (share, decay), parameters in groups.items()
+        if parameters
+    ]
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Of the 0-based step, a function of nothing else: up linearly to lr, then down to final * lr at the last step."""
-    peak, schedule = config.optimizer.lr, config.schedule
+def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int) -> float:
+    """Of the 0-based step, a function of nothing else: up linearly to `peak`, then down to final * peak at the last."""
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup
     if schedule.kind == "constant":
         return peak
-    way = (step - schedule.warmup) / max(config.steps - 1 - schedule.warmup, 1)
+    way = (step - schedule.warmup) / max(steps - 1 - schedule.warmup, 1)
     left = 0.5 * (1 + math.cos(math.pi * way)) if schedule.kind == "cosine" else 1 - way
     return peak * (schedule.final + (1 - schedule.final) * left)
 

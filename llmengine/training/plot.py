@@ -39,7 +39,8 @@ class LossPlot(Observer):
 
 
 def draw(records: Sequence[Record], path: Path, title: str = "") -> None:
-    """Train loss (each record, and smoothed) and held-out loss, a panel per head; below them the learning rate.
+    """Train loss (each record, and smoothed) and held-out loss, a panel per head; below them the score that selects
+    weights, where one does, and the learning rate.
 
     The file is replaced whole or not at all. Without train records nothing is drawn.
     """
@@ -51,13 +52,15 @@ def draw(records: Sequence[Record], path: Path, title: str = "") -> None:
         return
     held_out = [record for record in records if record["kind"] == "evaluation"]
     heads = list(train[0]["losses"])
-    figure = Figure(figsize=(9, 3.2 * len(heads) + 1.8), layout="constrained")
+    scored = [record for record in held_out if record.get("select") in record.get("scores", {})]
+    large = len(heads) + bool(scored)
+    figure = Figure(figsize=(9, 3.2 * large + 1.8), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(
-        len(heads) + 1, 1, sharex=True, squeeze=False, height_ratios=[*[3.0] * len(heads), 1.2]
-    ).ravel()
+    panels = figure.subplots(large + 1, 1, sharex=True, squeeze=False, height_ratios=[*[3.0] * large, 1.2]).ravel()
     for panel, head in zip(panels, heads, strict=False):
         _loss(panel, head, train, held_out)
+    if scored:
+        _score(panels[-2], scored)
     rate = panels[-1]
     rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:green")
     rate.set_ylabel("learning rate")
@@ -74,14 +77,28 @@ def _loss(panel: Any, head: str, train: Sequence[Record], held_out: Sequence[Rec
     steps, losses = [r["step"] for r in train], [r["losses"][head] for r in train]
     panel.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train")
     panel.plot(steps, smoothed(losses), color="tab:blue", label="train, smoothed")
-    if held_out:
-        panel.plot(
-            [r["step"] for r in held_out], [r["losses"][head] for r in held_out],
-            color="tab:orange", marker="o", markersize=4, label="held out",
-        )  # fmt: skip
+    measured = [(r["step"], r["losses"][head]) for r in held_out if head in r["losses"]]
+    if measured:
+        panel.plot(*zip(*measured, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
     panel.set_ylabel(f"loss: {NAMES.get(head, head)}")
     panel.grid(alpha=0.3)
     panel.legend(loc="upper right")
+
+
+def _score(panel: Any, scored: Sequence[Record]) -> None:
+    """The score that selects weights; a ring around the best."""
+    name = scored[-1]["select"]
+    points = [(r["step"], r["scores"][name], r.get("best")) for r in scored if r["scores"][name] is not None]
+    panel.plot(
+        [p[0] for p in points], [p[1] for p in points], color="tab:orange", marker="o", markersize=4, label="held out"
+    )
+    best = [(step, value) for step, value, is_best in points if is_best][-1:]
+    panel.plot(
+        [b[0] for b in best], [b[1] for b in best], "o", markersize=10, fillstyle="none", color="tab:red", label="best"
+    )
+    panel.set_ylabel(name)
+    panel.grid(alpha=0.3)
+    panel.legend(loc="lower right")
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -28,10 +28,12 @@ class ProgressLine(Observer):
         self._printed = 0.0
 
     def started(self, run: Run, step: int, records: Sequence[Record]) -> None:
-        parameters = sum(p.numel() for p in run.model.parameters())
+        total = sum(p.numel() for p in run.model.parameters())
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        parameters = f"{total:,} parameters" + (f", {trained:,} trained," if trained < total else "")
         self.console.print(
-            f"{run.config.objective}: {parameters:,} parameters on {run.device}, {run.config.precision}, "
-            f"steps {step + 1} to {run.config.steps}, about {run.batches.steps_per_epoch:,} steps an epoch",
+            f"{run.title}: {parameters} on {run.device}, {run.config.precision}, "
+            f"steps {step + 1} to {run.steps}, about {run.batches.steps_per_epoch:,} steps an epoch",
             highlight=False,
         )
         for record in records:
@@ -40,7 +42,7 @@ class ProgressLine(Observer):
         if self.console.is_terminal:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
-            self._task = self._bar.add_task("starting", total=run.config.steps, completed=step)
+            self._task = self._bar.add_task("starting", total=run.steps, completed=step)
             self._bar.start()
 
     def recorded(self, run: Run, record: Record) -> None:
@@ -48,10 +50,10 @@ class ProgressLine(Observer):
             self.console.print(evaluation_line(record), highlight=False, soft_wrap=True)
             return
         self._smooth(record["loss"])
-        line = training_line(record, self._sum / self._weight, run.config.steps)
+        line = training_line(record, self._sum / self._weight, run.steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=line)
-        elif self._due(record["step"] == run.config.steps):
+        elif self._due(record["step"] == run.steps):
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def noticed(self, sentence: str) -> None:
@@ -83,13 +85,23 @@ def training_line(record: Record, loss: float, steps: int) -> str:
 
 
 def evaluation_line(record: Record) -> str:
-    """ "step 120  held out: loss 5.1 (mlm 4.5, nsp 0.6), perplexity 90.0, accuracy mlm 21.0 %, nsp 70.1 %"."""
+    """ "step 120  held out: loss 5.1 (mlm 4.5, nsp 0.6), perplexity 90.0, accuracy mlm 21.0 %, nsp 70.1 %"; of
+    fine-tuning "step 120  held out: loss 0.310 (classification 0.310), accuracy 0.8710, the best so far"."""
     heads = ", ".join(f"{head} {loss:.3f}" for head, loss in record["losses"].items())
-    line = (
-        f"step {record['step']}  held out: loss {record['loss']:.3f} ({heads}), perplexity {record['perplexity']:.1f}"
-    )
-    accuracy = ", ".join(f"{head} {100 * share:.1f} %" for head, share in record.get("accuracy", {}).items())
-    return line + (f", accuracy {accuracy}" if accuracy else "")
+    parts = [f"loss {record['loss']:.3f} ({heads})"]
+    if "perplexity" in record:
+        parts.append(f"perplexity {record['perplexity']:.1f}")
+    if accuracy := ", ".join(f"{head} {100 * share:.1f} %" for head, share in record.get("accuracy", {}).items()):
+        parts.append(f"accuracy {accuracy}")
+    parts += [f"{name} {score(value)}" for name, value in record.get("scores", {}).items()]
+    if record.get("best"):
+        parts.append("the best so far")
+    return f"step {record['step']}  held out: {', '.join(parts)}"
+
+
+def score(value: float | None) -> str:
+    """Four digits; None: not defined for these rows."""
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def with_prefix(value: float) -> str:

@@ -1,28 +1,29 @@
-"""A run's parts, made from its config alone: corpus, tokenizer, examples, model, optimizer; and its folder."""
+"""A run: what the loop trains, evaluates and writes, whatever kind of training it is; and its folder."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 import llmengine
-from llmengine import convert, objectives
-from llmengine.data.batches import StepBatches
-from llmengine.data.corpus import read_documents, split_documents
+from llmengine.data.batches import Step, StepBatches
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.models import Transformer, TransformerConfig
-from llmengine.objectives.electra import Electra
-from llmengine.training.config import RunConfig
-from llmengine.training.optimizer import adamw
-
-INITIAL_WEIGHTS, TRAINING_STEP = 0, 1  # what a stream of random numbers is for
+from llmengine.training.gradients import accumulate
+from llmengine.training.metrics import Record
+from llmengine.training.optimizer import learning_rate
+from llmengine.training.regularisers import Ema, Fgm, Neftune
+from llmengine.training.regularisers.neftune import NoiseStream
+from llmengine.training.sections import Config, ScheduleSection
+from llmengine.training.selection import Selection
+from llmengine.training.streams import ADVERSARIAL_NOISE, EMBEDDING_NOISE
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Folder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The weights that were the best so far, of runs that select by a score."""
+        return self.path / "best"
+
+    @property
+    def adapter(self) -> Path:
+        """Of a run with adapters: a directory of the package peft."""
+        return self.path / "adapter"
+
+    @property
     def lock(self) -> Path:
         return self.path / ".lock"
 
@@ -57,83 +68,88 @@ class Folder:
 
 
 @dataclass
-class Run:
-    config: RunConfig
+class Run(ABC):
+    """What the loop knows of a run. A kind of run says how it is prepared, evaluated and what it leaves."""
+
+    config: Config
+    title: str
+    """What is learnt."""
+    steps: int
+    schedule: ScheduleSection
     folder: Folder
     device: torch.device
     tokenizer: Tokenizer
-    model: Transformer | Electra
+    model: Module
+    """What is trained: its call takes a micro-batch and num_items_in_batch and gives .loss and .losses."""
     optimizer: torch.optim.AdamW
     batches: StepBatches
     held_out: StepBatches | None
-    corpus_digest: str
+    """What is evaluated on and never trained on."""
+    digest: str
+    """Of the data: a run goes on with those that it began with."""
+    source: str
+    """What the data are called in a sentence."""
+    selection: Selection | None = None
+    """Which weights remain; None: the last."""
+    noise: Neftune | None = None
+    adversary: Fgm | None = None
+    average: Ema | None = None
 
     def begin(self) -> None:
         """Writes what a run's folder holds from the start."""
         self.config.to_file(self.folder.config)
         self.tokenizer.save(self.folder.model)
 
-    @classmethod
-    def prepare(cls, config: RunConfig, folder: Folder, device: torch.device) -> Run:
-        """Reads and makes everything; writes nothing."""
-        documents = read_documents(config.corpus)
-        held_out: Sequence[str] = ()
-        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-        if config.data.held_out:
-            documents, held_out = split_documents(documents, config.data.held_out, config.seed)
-        tokenizer = tokenizer_of(config, documents, folder.model)
-        shape = config.transformer(
-            tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-        )
-        _check_can_be_saved(shape)
-        reseed(config.seed, INITIAL_WEIGHTS)
-        model = objectives.make_model(config.objective, shape, **config.data.options).to(
-            device
-        )  # drawn on the CPU: the same weights on every device
-        return cls(
-            config=config,
-            folder=folder,
-            device=device,
-            tokenizer=tokenizer,
-            model=model,
-            optimizer=adamw(model, config.optimizer),
-            batches=_batches(config, documents, tokenizer, shuffle=True),
-            held_out=_batches(config, held_out, tokenizer, shuffle=False) if held_out else None,
-            corpus_digest=digest,
-        )
+    def rate(self, step: int) -> float:
+        """The learning rate of the 0-based step."""
+        return learning_rate(self.config.optimizer.lr, self.schedule, step, self.steps)
+
+    def gradients(self, batch: Step, step: int) -> tuple[float, dict[str, float]]:
+        """Adds a step's gradients to the parameters'; returns the loss and its parts."""
+        given = (self.model, batch, self.device, self.config.precision)
+        loss, losses = accumulate(*given, self._noise(EMBEDDING_NOISE, step))
+        if self.adversary is not None:
+            with self.adversary.perturbed():
+                losses["fgm"] = accumulate(*given, self._noise(ADVERSARIAL_NOISE, step))[0]
+            loss += losses["fgm"]
+        return loss, losses
+
+    def _noise(self, stream: int, step: int) -> NoiseStream | None:
+        return None if self.noise is None else self.noise.stream(self.config.seed, stream, step)
+
+    def averaged(self) -> AbstractContextManager:
+        """While entered the model has the weights that are evaluated and saved."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    @abstractmethod
+    def flops(self, batch: Step) -> int:
+        """What a step's mathematics needs."""
+
+    @abstractmethod
+    def evaluate(self) -> Record | None:
+        """Held-out "loss" and "losses", and what else is measured; None where nothing is held out."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint holds."""
+        return self.model.state_dict()
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.model.load_state_dict(tensors)
+
+    @abstractmethod
+    def finish(self, whole: bool) -> Record | None:
+        """Writes the model; returns how the test went, if there is one. whole: the run is not interrupted."""
 
 
-def _check_can_be_saved(shape: TransformerConfig) -> None:
-    """That the model's family has files for what the config asks: else the run would fail when it is done."""
-    if (family := convert.FAMILIES.get(shape.family)) is not None:
-        family.write_config(shape.to_dict(), TransformerConfig.defaults())
-
-
-def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, *, shuffle: bool) -> StepBatches:
-    data = config.data
-    examples = objectives.build(
-        config.objective,
-        documents,
-        tokenizer,
-        sequence_length=data.sequence_length,
-        seed=config.seed,
-        **data.options,
-    )
-    accumulation = data.accumulation if shuffle else 1
-    return StepBatches(
-        examples, batch_tokens=data.batch_tokens, accumulation=accumulation, seed=config.seed, shuffle=shuffle
-    )
-
-
-def tokenizer_of(config: RunConfig, documents: Sequence[str], directory: Path) -> Tokenizer:
-    """The run's tokenizer: as saved in `directory`, or, the first time, read or trained as the config says."""
-    if (directory / "tokenizer.json").is_file():
-        return Tokenizer.load(directory)
-    section = config.tokenizer
-    if section.path is not None:
-        return Tokenizer.load(section.path)
-    family = objectives.OBJECTIVES[config.objective].family
-    return Tokenizer.train(documents, **section.model_dump(exclude_none=True), family=family)
+def model_directory(path: str | Path) -> Path:
+    """The model of a run folder; any other path as it is. Raises FileNotFoundError where the run did not end yet."""
+    folder = Folder(Path(path))
+    if not folder.config.is_file():
+        return folder.path
+    if not (folder.model / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is a run that has no model yet: it was neither finished nor interrupted")
+    return folder.model
 
 
 def pick_device(name: str) -> torch.device:
@@ -146,11 +162,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} is asked for, but PyTorch sees no CUDA GPU; allowed here: auto, cpu")
     return device
-
-
-def reseed(seed: int, *stream: int) -> None:
-    """Seeds PyTorch's generators, which dropout draws from, by numbers alone: a step replays its draws anywhere."""
-    torch.manual_seed(int(numpy.random.SeedSequence((seed, *stream)).generate_state(1, numpy.uint64)[0]))
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Samples(Observer):
             self._write(run, result.step)
 
     def _write(self, run: Run, step: int) -> None:
-        title = f"## Step {step} of {run.config.steps}" + (" (before training)" if step == 0 else "")
+        title = f"## Step {step} of {run.steps}" + (" (before training)" if step == 0 else "")
         parts = [title, *(part for writer in self._writers for part in writer.write(run.model, run.tokenizer))]
         self._sections[step] = "\n\n".join(parts)
         text = "\n\n".join(["# Samples", *(self._sections[at] for at in sorted(self._sections))])

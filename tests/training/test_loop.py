@@ -13,16 +13,17 @@ import llmengine
 from llmengine.data.batches import Step
 from llmengine.training import Diverged, Observer, RunConfig, train
 from llmengine.training.evaluation import evaluate
-from llmengine.training.loop import accumulate
+from llmengine.training.gradients import accumulate
 from llmengine.training.optimizer import adamw, clip, learning_rate
-from llmengine.training.run import Folder, Run
+from llmengine.training.pretraining import Pretraining
+from llmengine.training.run import Folder
 from tests.training.runs import At, Crash, crash, run, tiny
 
 CPU = torch.device("cpu")
 
 
-def prepared(tmp_path, objective: str, *overrides: str) -> Run:
-    return Run.prepare(tiny(tmp_path, objective, *overrides), Folder(tmp_path / "run"), CPU)
+def prepared(tmp_path, objective: str, *overrides: str) -> Pretraining:
+    return Pretraining.prepare(tiny(tmp_path, objective, *overrides), Folder(tmp_path / "run"), CPU)
 
 
 @pytest.mark.parametrize("objective, least", [("clm", 2.0), ("mlm", 1.0), ("bert", 1.0)])
@@ -138,7 +139,7 @@ def test_schedules():
         fields = {"corpus": "austen", "objective": "clm", "model": {"preset": "gpt-tiny"}, "steps": steps}
         schedule = {"kind": kind, "warmup": warmup, "final": 0.25}
         config = RunConfig.from_dict({**fields, "optimizer": {"lr": 2.0}, "schedule": schedule})
-        return [learning_rate(config, step) for step in range(steps)]
+        return [learning_rate(config.optimizer.lr, config.schedule, step, steps) for step in range(steps)]
 
     rise = [0.5, 1.0, 1.5, 2.0]
     assert rates("constant") == [*rise, *[2.0] * 7]

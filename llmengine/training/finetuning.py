@@ -1,0 +1,195 @@
+"""Fine-tuning as a run: rows, task, model, what it is trained with, and how it is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmengine.data.batches import Step, StepBatches
+from llmengine.files import replace_text
+from llmengine.metrics import Judgement
+from llmengine.models import Transformer
+from llmengine.objectives.distillation import Distilled
+from llmengine.tasks import Row, Task
+from llmengine.training import lora, starting
+from llmengine.training.evaluation import mean_losses, without_dropout
+from llmengine.training.finetune_config import FinetuneConfig
+from llmengine.training.finetune_data import TrainingRows, read_source
+from llmengine.training.flops import training_flops
+from llmengine.training.metrics import Record
+from llmengine.training.optimizer import adamw
+from llmengine.training.regularisers import Ema, Fgm, Neftune, RDrop
+from llmengine.training.run import Folder, Run
+from llmengine.training.selection import Selection
+from llmengine.training.streams import INITIAL_WEIGHTS, reseed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+TEST = "test.json"
+
+
+@dataclass(kw_only=True)
+class Finetuning(Run):
+    config: FinetuneConfig
+    task: Task
+    transformer: Transformer
+    """Who answers."""
+    measured: Module
+    """The transformer, as the task wraps it: whose held-out loss is measured."""
+    rows: TrainingRows
+    adapters: PeftModel | None
+
+    @classmethod
+    def prepare(
+        cls, config: FinetuneConfig, folder: Folder, device: torch.device, notice: Callable[[str], None]
+    ) -> Finetuning:
+        """Reads and makes everything; writes nothing."""
+        rows = TrainingRows.read(config, notice)
+        reseed(config.seed, INITIAL_WEIGHTS)
+        start = starting.make(config, rows.train + rows.held_out)
+        task, transformer = start.task, start.transformer
+        adapters = None if config.lora is None else lora.adapt(transformer, config.lora)
+        measured = task.wrap(transformer).to(device)
+        model = measured
+        if start.teacher is not None:
+            teacher, distill = start.teacher.to(device), config.distill
+            model = Distilled(measured, transformer, teacher, order=start.order, **distill.model_dump())
+        if config.r_drop:
+            model = RDrop(model, transformer, config.r_drop)
+        batches = _batches(config, task, rows.train, shuffle=True)
+        steps = batches.steps_of(config.epochs) if config.steps is None else config.steps  # type: ignore[arg-type]
+        selection = None
+        if rows.held_out:
+            selection = Selection(folder.best, patience=config.patience, min_delta=config.min_delta)
+        run = cls(
+            config=config,
+            title=config.task,
+            steps=steps,
+            schedule=config.schedule.over(steps),
+            folder=folder,
+            device=device,
+            tokenizer=task.tokenizer,
+            model=model,
+            optimizer=adamw(model, config.optimizer, config.optimizer.layer_decay),
+            batches=batches,
+            digest=rows.digest(config),
+            source="the rows (or the weights that it builds on)",
+            selection=selection,
+            noise=Neftune(transformer, config.neftune) if config.neftune else None,
+            adversary=Fgm(transformer.words, config.fgm) if config.fgm else None,
+            average=None if config.ema is None else Ema(model, config.ema.decay, warmup=config.ema.warmup),
+            task=task,
+            transformer=transformer,
+            measured=measured,
+            rows=rows,
+            held_out=_batches(config, task, rows.held_out, shuffle=False) if rows.held_out else None,
+            adapters=adapters,
+        )
+        run._check_select()
+        return run
+
+    def begin(self) -> None:
+        super().begin()
+        self.task.save(self.folder.model)
+
+    # ---- while training ----------------------------------------------------------------------------------------------
+
+    def flops(self, batch: Step) -> int:
+        """Of one pass: R-Drop's second one, an adversary's and a teacher's come on top."""
+        return training_flops(self.transformer.config, batch.micro_batches, batch.items.get("tokens", 0))
+
+    def evaluate(self) -> Record | None:
+        if self.held_out is None:
+            return None
+        with self._measuring():
+            loss, losses = mean_losses(self.measured, self.held_out, self.device)
+        judgement = self.judge(self.rows.held_out)
+        name, lower = self._selected(judgement)
+        record = {"loss": loss, "losses": losses, "scores": _values(judgement), "select": name}
+        if (head := self.transformer.config.token_task) in losses:
+            record["perplexity"] = math.exp(min(losses[head], 700))
+        return {**record, "lower_is_better": lower}
+
+    def judge(self, rows: list[Row]) -> Judgement:
+        """The model's answers beside the rows' own."""
+        with self._measuring():
+            answers = self.task.answers(self.transformer, rows, batch_tokens=self.config.data.batch_tokens)
+            return self.task.judge(rows, list(answers))
+
+    def _measuring(self) -> AbstractContextManager:
+        return without_dropout(self.model, self.device, self.config.precision)
+
+    def _selected(self, judgement: Judgement) -> tuple[str, bool]:
+        """The score that selects, and whether less of it is better."""
+        select = self.config.select
+        if select is None or select == judgement.main:
+            return judgement.main, judgement.lower_is_better
+        name = select.removeprefix("-")
+        if name != "loss" and name not in judgement.scores:
+            raise ValueError(f"select: {select!r} is not a score of task {self.task.name!r}; "
+                             f"scores: loss, {', '.join(judgement.scores)}")  # fmt: skip
+        return name, name == "loss" or select.startswith("-")
+
+    def _check_select(self) -> None:
+        """Before any training: which scores a task has is known when it has judged something."""
+        if self.config.select not in (None, "loss", "-loss"):
+            self._selected(self.judge(self.rows.held_out[:2]))
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """With adapters only what is trained: the rest is in the model's own directory."""
+        state = super().state()
+        if self.adapters is None:
+            return state
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        missing, unexpected = self.model.load_state_dict(tensors, strict=False)
+        missing = [] if self.adapters is not None else missing
+        if missing or unexpected:
+            raise ValueError(f"the checkpoint is of another model: {', '.join([*missing, *unexpected][:3])}, …")
+
+    def finish(self, whole: bool) -> Record | None:
+        directory = self.folder.model
+        if self.adapters is not None:
+            self.adapters.save_pretrained(str(self.folder.adapter), save_embedding_layers=False)
+            self.transformer = self.adapters.merge_and_unload()
+        self.transformer.eval().save_pretrained(directory)
+        self.task.save(directory)
+        if self.config.test is None or not whole:
+            return None
+        judgement = self.judge(read_source(self.config, self.config.test))
+        scores = {
+            name: {key: _finite(x) for key, x in asdict(score).items()} for name, score in judgement.scores.items()
+        }
+        record = {"rows": judgement.rows, "main": judgement.main, "scores": scores}
+        replace_text(self.folder.path / TEST, json.dumps(record, indent=2) + "\n")
+        return record
+
+
+def _batches(config: FinetuneConfig, task: Task, rows: list[Row], *, shuffle: bool) -> StepBatches:
+    data = config.data
+    return StepBatches(
+        task.examples(rows, seed=config.seed), batch_tokens=data.batch_tokens,
+        accumulation=data.accumulation if shuffle else 1, seed=config.seed, shuffle=shuffle,
+    )  # fmt: skip
+
+
+def _values(judgement: Judgement) -> dict[str, float | None]:
+    return {name: _finite(score.value) for name, score in judgement.scores.items()}
+
+
+def _finite(value: float) -> float | None:
+    """None: a score of these rows is not defined. JSON has no NaN."""
+    return value if math.isfinite(value) else None
