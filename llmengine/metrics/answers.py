@@ -28,7 +28,7 @@ def answers(gold: Sequence[Sequence[str]], predicted: Sequence[str]) -> Judgemen
     check_paired("answers", gold=gold, predicted=predicted)
     if (text := next((row for row in gold if isinstance(row, str)), None)) is not None:
         raise ValueError(f"answers: gold answers are a list for each question, got the string {text!r}")
-    rows = [_judged(texts, text) for texts, text in zip(gold, predicted, strict=True)]
+    rows = [exact_and_f1(texts, text) for texts, text in zip(gold, predicted, strict=True)]
     counts = np.array([[exact, f1, 1.0] for exact, f1, _ in rows]).reshape(-1, 3)
     scores = intervals(
         counts,
@@ -47,8 +47,8 @@ def _by_kind(counts: np.ndarray, answerable: np.ndarray) -> Table:
     return Table("Questions", ("question", "F1", "exact match", "rows"), tuple(rows))
 
 
-def _judged(gold: Sequence[str], predicted: str) -> tuple[float, float, bool]:
-    """exact match, F1, and whether the question has an answer."""
+def exact_and_f1(gold: Sequence[str], predicted: str) -> tuple[float, float, bool]:
+    """Of one question: exact match, F1, and whether it has an answer."""
     in_characters = any(CJK.search(text) for text in (*gold, predicted))
     right = [found for text in gold if (found := tokens(text, in_characters))]
     given = tokens(predicted, in_characters)

@@ -60,6 +60,11 @@ def _among(text: str, references: Sequence[str]) -> bool:
 # ---- chrF ------------------------------------------------------------------------------------------------------------
 
 
+def chrf(text: str, references: Sequence[str]) -> float:
+    """Of one row."""
+    return float(_chrf(_chrf_counts(text, references)))
+
+
 def _chrf_counts(text: str, references: Sequence[str]) -> np.ndarray:
     """(18,): n-grams of the text, of the reference and of both, for n = 1 … 6; of the reference with the best chrF."""
     given = _character_ngrams(text)

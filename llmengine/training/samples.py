@@ -18,6 +18,7 @@ from llmengine.data.tokenizer import Tokenizer
 from llmengine.files import replace_text
 from llmengine.models import Transformer
 from llmengine.objectives.electra import Electra
+from llmengine.training.markdown import cell, printable
 from llmengine.training.metrics import Record
 from llmengine.training.observer import Observer
 from llmengine.training.predict import continuations, fill, follows, guesses, suspicions, written
@@ -153,7 +154,7 @@ class Prompts:
         yield f"Beginnings of {self.source} sentences, and how the model goes on."
         texts = continuations(model, tokenizer, self.prompts, **SAMPLING)
         for prompt, text in zip(self.prompts, texts, strict=True):
-            yield f"**{prompt}** …\n\n~~~~text\n{_printable(text)}\n~~~~"
+            yield f"**{prompt}** …\n\n~~~~text\n{printable(text)}\n~~~~"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Pairs:
             other = "random" if "next_sentence_label" in example else "precedes"
             truth = other if pair_label(example) else "follows"
             share = follows(model, ids, types)
-            rows.append(f"| … {_cell(first[-70:])} | {_cell(second[:70])} … | {truth} | {100 * share:.0f} % |")
+            rows.append(f"| … {cell(first[-70:])} | {cell(second[:70])} … | {truth} | {100 * share:.0f} % |")
         yield "\n".join(rows)
 
 
@@ -240,7 +241,7 @@ class Hidden:
                 truth = int(example["labels"][i])
                 cells = (_candidate(tokenizer, token, share, token == truth) for token, share in candidates[i])
                 rows.append(f"| {_code(tokenizer.token(truth))} | {', '.join(cells)} |")
-            yield f"~~~~text\n{_printable(tokenizer.decode(example['input_ids'].tolist()))}\n~~~~\n\n" + "\n".join(rows)
+            yield f"~~~~text\n{printable(tokenizer.decode(example['input_ids'].tolist()))}\n~~~~\n\n" + "\n".join(rows)
 
 
 def _mask_id(tokenizer: Tokenizer) -> int:
@@ -254,14 +255,9 @@ def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
     return tokenizer.decode([i for i in ids.tolist() if i not in hidden], skip_special=False)
 
 
-def _printable(text: str) -> str:
-    """Without the control characters that an untrained byte-level model writes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _line(text: str) -> str:
     """Text on one line."""
-    return " ".join(_printable(text).split())
+    return " ".join(printable(text).split())
 
 
 def _candidate(tokenizer: Tokenizer, token: int, share: float, right: bool) -> str:
@@ -270,9 +266,4 @@ def _candidate(tokenizer: Tokenizer, token: int, share: float, right: bool) -> s
 
 
 def _code(token: str) -> str:
-    return "` " + _cell(token) + " `" if "`" in token else f"`{_cell(token)}`"
-
-
-def _cell(text: str) -> str:
-    """Text for a table's cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    return "` " + cell(token) + " `" if "`" in token else f"`{cell(token)}`"
