@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmengine.cli.common import Debug, Overrides, reported
+from llmengine.cli.common import (
+    SIGNALS,
+    ConfigPath,
+    Debug,
+    Overrides,
+    Resume,
+    as_overrides,
+    one_or_several,
+    reported,
+    resumed,
+)
 
 if TYPE_CHECKING:
     from llmengine.training import Result, RunConfig
@@ -21,12 +30,11 @@ EXAMPLES = """\
 
 # what flags alone leave open
 PRESETS, STEPS = {"clm": "gpt-mini", "bert": "bert-mini", "mlm": "bert-mini"}, 1000
-SIGNALS = {"SIGINT": 2, "SIGTERM": 15}
 
 
 @reported
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .toml file.")] = None,
+    config: ConfigPath = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run folder; default runs/ and the config's name.")
     ] = None,
@@ -38,7 +46,7 @@ def command(
     preset: Annotated[str | None, typer.Option(help="The model: gpt-mini, bert-base, …")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run folder.")] = None,
+    resume: Resume = None,
     debug: Debug = False,
 ) -> None:
     """Pretrain a model.
@@ -46,13 +54,13 @@ def command(
     Leaves a run folder: config, metrics, loss curve, samples, checkpoints, and the model as a Hugging Face directory.
     Ctrl-C saves and stops; --resume goes on.
     """
-    from llmengine.training import ProgressLine, train
+    from llmengine.training import ProgressLine, RunConfig, train
     from llmengine.training.plot import LossPlot
     from llmengine.training.samples import Samples
 
     flags = _flags(corpus, objective, preset, steps)
     if resume is not None:
-        run_config, output = _resumed(config, output, resume, [*flags, *(overrides or [])]), resume
+        run_config, output = resumed(RunConfig, config, output, resume, [*flags, *(overrides or [])]), resume
     else:
         run_config = _config(config, flags, overrides or [])
         output = output or Path("runs") / (config.stem if config is not None else run_config.objective)
@@ -68,13 +76,12 @@ def command(
 def _flags(corpus: list[str] | None, objective: str | None, preset: str | None, steps: int | None) -> list[str]:
     """Flags as overrides."""
     given: dict[str, Any] = {
-        "corpus": corpus[0] if corpus and len(corpus) == 1 else corpus,
+        "corpus": one_or_several(corpus),
         "objective": objective,
         "model.preset": preset,
         "steps": steps,
     }
-    # JSON is YAML: quoted, no text means anything else
-    return [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    return as_overrides(given)
 
 
 def _config(path: Path | None, flags: list[str], overrides: list[str]) -> RunConfig:
@@ -95,19 +102,6 @@ def _config(path: Path | None, flags: list[str], overrides: list[str]) -> RunCon
     if not model and fields["objective"] in PRESETS:
         fields["model"] = {"preset": PRESETS[fields["objective"]]}
     return RunConfig.from_dict(fields)
-
-
-def _resumed(config: Path | None, output: Path | None, run: Path, overrides: list[str]) -> RunConfig:
-    from llmengine.training import RunConfig
-    from llmengine.training.run import Folder
-
-    for name, given in (("a config file", config), ("--output", output)):
-        if given is not None:
-            raise ValueError(f"--resume {run} goes on with that folder's own config.yaml: leave out {name} ({given})")
-    path = Folder(run).config
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {run} is no run folder: it has no {path.name}")
-    return RunConfig.from_file(path, overrides)
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.models.crf import in_rows
 from llmengine.models.inputs import Tokens
 from llmengine.models.output import TransformerOutput
 from llmengine.models.transformer import COUNTED
 
 _torch = torch.nn.functional
+_IMPOSSIBLE = -1e4  # a logarithm of 0 that can be subtracted
 Kind = Literal["classes", "yes or no", "number"]
 
 
@@ -43,7 +45,8 @@ class Judged:
             rows = sum(_torch.logsigmoid(s * p).exp() * (_torch.logsigmoid(s * p) - _torch.logsigmoid(s * q))
                        for s in (1, -1)).mean(1)  # type: ignore[union-attr]  # fmt: skip
         else:
-            p, q = p.log_softmax(1), q.log_softmax(1)
+            # what is impossible to one, as padding is, may be minus infinity to both
+            p, q = (logits.log_softmax(1).clamp(min=_IMPOSSIBLE) for logits in (p, q))
             rows = (p.exp() * (p - q)).sum(1)
         count = max(self.labels, 1) if items is None else items[self.counted] if isinstance(items, Mapping) else items
         return rows.sum() * self.share / count
@@ -100,7 +103,13 @@ def _spans(out: TransformerOutput, batch: Mapping[str, Any], counted: str) -> Ju
     logits, labels = [], 0
     for name in ("start", "end"):
         scores, places = getattr(out, f"{name}_logits"), batch[f"{name}_positions"].flatten()
-        inside = ((places >= 0) & (places < scores.shape[1])).nonzero().squeeze(1)
+        lengths = scores.new_full((len(places),), scores.shape[-1])
+        if (bounds := batch.get("cu_seqlens")) is not None:  # a row for each sequence
+            tokens = torch.arange(scores.numel(), device=scores.device)
+            sequence = torch.bucketize(tokens, bounds[1:], right=True)
+            padding = torch.finfo(scores.dtype).min
+            scores, lengths = in_rows(scores.flatten(), sequence, len(places), padding=padding)
+        inside = ((places >= 0) & (places < lengths)).nonzero().squeeze(1)
         logits.append(scores.index_select(0, inside))
         labels = len(inside)
     return Judged(torch.cat(logits), "classes", counted, labels, share=0.5)

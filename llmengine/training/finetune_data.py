@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmengine.data.draws import Draws, Purpose
+from llmengine.data.rows import read_rows
 from llmengine.tasks import Row
 from llmengine.training.files import sha256
 from llmengine.training.finetune_config import FinetuneConfig, Source
@@ -41,8 +42,6 @@ class TrainingRows:
 
 
 def read_source(config: FinetuneConfig, source: Source, notice: Callable[[str], None] = lambda _: None) -> list[Row]:
-    from llmengine.data.rows import read_rows
-
     return list(read_rows(source, columns=config.columns or None, bad=config.bad, notice=notice))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmengine.data.batches import Step, StepBatches
-from llmengine.files import replace_text
 from llmengine.metrics import Judgement
 from llmengine.models import Transformer
 from llmengine.objectives.distillation import Distilled
-from llmengine.tasks import Row, Task
-from llmengine.training import lora, starting
+from llmengine.tasks import Answer, Row, Task
+from llmengine.training import lora, report, starting
 from llmengine.training.evaluation import mean_losses, without_dropout
 from llmengine.training.finetune_config import FinetuneConfig
 from llmengine.training.finetune_data import TrainingRows, read_source
@@ -33,8 +31,6 @@ from llmengine.training.streams import INITIAL_WEIGHTS, reseed
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-TEST = "test.json"
 
 
 @dataclass(kw_only=True)
@@ -121,9 +117,11 @@ class Finetuning(Run):
 
     def judge(self, rows: list[Row]) -> Judgement:
         """The model's answers beside the rows' own."""
+        return self.task.judge(rows, self._answers(rows))
+
+    def _answers(self, rows: list[Row]) -> list[Answer]:
         with self._measuring():
-            answers = self.task.answers(self.transformer, rows, batch_tokens=self.config.data.batch_tokens)
-            return self.task.judge(rows, list(answers))
+            return list(self.task.answers(self.transformer, rows, batch_tokens=self.config.data.batch_tokens))
 
     def _measuring(self) -> AbstractContextManager:
         return without_dropout(self.model, self.device, self.config.precision)
@@ -160,7 +158,7 @@ class Finetuning(Run):
         if missing or unexpected:
             raise ValueError(f"the checkpoint is of another model: {', '.join([*missing, *unexpected][:3])}, …")
 
-    def finish(self, whole: bool) -> Record | None:
+    def finish(self, whole: bool) -> Judgement | None:
         directory = self.folder.model
         if self.adapters is not None:
             self.adapters.save_pretrained(str(self.folder.adapter), save_embedding_layers=False)
@@ -169,13 +167,12 @@ class Finetuning(Run):
         self.task.save(directory)
         if self.config.test is None or not whole:
             return None
-        judgement = self.judge(read_source(self.config, self.config.test))
-        scores = {
-            name: {key: _finite(x) for key, x in asdict(score).items()} for name, score in judgement.scores.items()
-        }
-        record = {"rows": judgement.rows, "main": judgement.main, "scores": scores}
-        replace_text(self.folder.path / TEST, json.dumps(record, indent=2) + "\n")
-        return record
+        rows = read_source(self.config, self.config.test)
+        answers = self._answers(rows)
+        judgement = self.task.judge(rows, answers)
+        facts = {"model": self.folder.path.name, "task": self.task.name, "data": self.config.test}
+        report.write(self.folder.evaluation, judgement, rows, answers, asked=self.task.asked, facts=facts)
+        return judgement
 
 
 def _batches(config: FinetuneConfig, task: Task, rows: list[Row], *, shuffle: bool) -> StepBatches:
@@ -187,9 +184,6 @@ def _batches(config: FinetuneConfig, task: Task, rows: list[Row], *, shuffle: bo
 
 
 def _values(judgement: Judgement) -> dict[str, float | None]:
-    return {name: _finite(score.value) for name, score in judgement.scores.items()}
-
-
-def _finite(value: float) -> float | None:
     """None: a score of these rows is not defined. JSON has no NaN."""
-    return value if math.isfinite(value) else None
+    values = {name: score.value for name, score in judgement.scores.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

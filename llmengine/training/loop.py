@@ -19,6 +19,7 @@ import torch
 
 from llmengine.data.batches import Step, loader
 from llmengine.data.examples import tokens_of
+from llmengine.metrics import Judgement
 from llmengine.training import checkpoint, metrics
 from llmengine.training.config import RunConfig
 from llmengine.training.files import exclusive
@@ -52,7 +53,7 @@ class Result:
     """The newest one."""
     best: Best | None = None
     """The evaluation whose weights remain, where the run selects by a score."""
-    test: Record | None = None
+    test: Judgement | None = None
     """How the model does on the rows that it is tested with."""
 
 

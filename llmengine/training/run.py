@@ -16,6 +16,7 @@ from torch.nn import Module
 import llmengine
 from llmengine.data.batches import Step, StepBatches
 from llmengine.data.tokenizer import Tokenizer
+from llmengine.metrics import Judgement
 from llmengine.training.gradients import accumulate
 from llmengine.training.metrics import Record
 from llmengine.training.optimizer import learning_rate
@@ -58,6 +59,11 @@ class Folder:
     def adapter(self) -> Path:
         """Of a run with adapters: a directory of the package peft."""
         return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        """The report of a fine-tuned model."""
+        return self.path / "evaluation"
 
     @property
     def lock(self) -> Path:
@@ -138,7 +144,7 @@ class Run(ABC):
         self.model.load_state_dict(tensors)
 
     @abstractmethod
-    def finish(self, whole: bool) -> Record | None:
+    def finish(self, whole: bool) -> Judgement | None:
         """Writes the model; returns how the test went, if there is one. whole: the run is not interrupted."""
 
 

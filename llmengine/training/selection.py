@@ -20,6 +20,7 @@ class Best:
     name: str
     """Of the score."""
     value: float
+    loss: float
 
 
 class Selection:
@@ -41,7 +42,8 @@ class Selection:
         return self.patience is not None and self.waited >= self.patience
 
     def seen(self, record: Record) -> bool:
-        """Whether this evaluation is the best so far. A score that is not known is never the best."""
+        """Whether this evaluation is the best so far; of equal scores the one with the lower loss is. A score that is
+        not known is never the best."""
         name = record["select"]
         value = record["loss"] if name == "loss" else record["scores"][name]
         sign = -1 if record["lower_is_better"] else 1
@@ -52,9 +54,10 @@ class Selection:
             self._mark, self.waited = value, 0
         else:
             self.waited += 1
-        better = self.best is None or sign * (value - self.best.value) > 0
+        loss, best = record["loss"], self.best
+        better = best is None or (sign * value, -loss) > (sign * best.value, -best.loss)
         if better:
-            self.best = Best(record["step"], name, value)
+            self.best = Best(record["step"], name, value, loss)
         return better
 
     # ---- weights -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from llmengine.training import Observer, Result, RunConfig, train
+import torch
+
+from llmengine.data.batches import Step
+from llmengine.training import FinetuneConfig, Observer, Result, RunConfig, train
 from llmengine.training import checkpoint as checkpoints
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "flops_per_second")  # what two equal runs differ in
@@ -74,7 +77,9 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)  # os.kill's may reach another thread first, and two of them count as one
 
 
-def run(config: RunConfig, output: Path, step: int = -1, do=lambda: None, *, resume: bool = False) -> Result:
+def run(
+    config: RunConfig | FinetuneConfig, output: Path, step: int = -1, do=lambda: None, *, resume: bool = False
+) -> Result:
     return train(config, output, resume=resume, observers=[At(step, do)])
 
 
@@ -85,3 +90,13 @@ def outcome(output: Path) -> dict[str, Any]:
     files = json.loads((last / checkpoints.MANIFEST).read_text())["files"]
     untimed = [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in records]
     return {"records": untimed, "checkpoint": last.name, "files": files}
+
+
+def merged(step: Step) -> Step:
+    """The same sequences in one micro-batch."""
+    tensors = step.micro_batches[0].keys() - {"cu_seqlens", "max_seqlen"}
+    together: dict = {name: torch.cat([batch[name] for batch in step.micro_batches]) for name in tensors}
+    lengths = torch.cat([batch["cu_seqlens"].diff() for batch in step.micro_batches])
+    together["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    together["max_seqlen"] = int(lengths.max())
+    return Step([together], step.items, step.epoch, step.progress)

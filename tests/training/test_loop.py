@@ -10,14 +10,13 @@ import torch
 import transformers
 
 import llmengine
-from llmengine.data.batches import Step
 from llmengine.training import Diverged, Observer, RunConfig, train
 from llmengine.training.evaluation import evaluate
 from llmengine.training.gradients import accumulate
 from llmengine.training.optimizer import adamw, clip, learning_rate
 from llmengine.training.pretraining import Pretraining
 from llmengine.training.run import Folder
-from tests.training.runs import At, Crash, crash, run, tiny
+from tests.training.runs import At, Crash, crash, merged, run, tiny
 
 CPU = torch.device("cpu")
 
@@ -42,16 +41,6 @@ def test_the_model_folder_is_hugging_faces(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     ids = tokenizer("The cat chases", return_tensors="pt").input_ids
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def merged(step: Step) -> Step:
-    """The same sequences in one micro-batch."""
-    tensors = step.micro_batches[0].keys() - {"cu_seqlens", "max_seqlen"}
-    together: dict = {name: torch.cat([batch[name] for batch in step.micro_batches]) for name in tensors}
-    lengths = torch.cat([batch["cu_seqlens"].diff() for batch in step.micro_batches])
-    together["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    together["max_seqlen"] = int(lengths.max())
-    return Step([together], step.items, step.epoch, step.progress)
 
 
 def unequal(micro_batches: list[dict]) -> bool:

@@ -1,0 +1,125 @@
+"""A fine-tuning run that was stopped, in whatever way, and resumed ends as one that was not: bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmengine.training import checkpoint as checkpoints
+from llmengine.training import train
+from tests.training.finetunes import pretrained, tiny
+from tests.training.runs import At, Crash, crash, interrupt, outcome, run
+
+EVERYTHING = ("r_drop=0.5", "fgm=0.3", "neftune=5", "ema={decay: 0.9}", "optimizer.layer_decay=0.8",
+              "fields={dropout: 0.2, layer_dropout: 0.2}")  # fmt: skip
+KINDS = {
+    "plain": (),
+    "every regulariser": EVERYTHING,
+    "adapters": ("lora={r: 2, dropout: 0.1}", "r_drop=0.5", "ema={decay: 0.9}", "optimizer.lr=0.05"),
+    "bf16": ("precision=bf16", "neftune=5", "select=loss"),
+}
+
+
+def left(output) -> dict:
+    """What must be equal: records, the last checkpoint, the best weights, the model."""
+    best = {path.name: load_file(path / "model.safetensors") for path in checkpoints.paths(output / "best")}
+    return {**outcome(output), "best": best, "model": load_file(output / "model" / "model.safetensors")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crashed_and_an_interrupted_run_end_as_an_uninterrupted_one(tmp_path, kind):
+    config = tiny(tmp_path, *KINDS[kind])
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(config, tmp_path / "parts", 5, crash)  # the checkpoint is of step 3, an evaluation of step 4
+    assert run(config, tmp_path / "parts", 4, interrupt, resume=True).interrupted == "SIGINT"
+    torch.manual_seed(12345)  # the caller's generator has no part in it
+    result = run(config, tmp_path / "parts", resume=True)
+    assert (result.step, result.interrupted, result.best) == (8, None, whole.best)
+    torch.testing.assert_close(left(tmp_path / "parts"), left(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_early_stopping_is_resumed(tmp_path):
+    """A learning rate that ruins the model: the first evaluation stays the best, and three are waited for."""
+    config = tiny(tmp_path, *EVERYTHING, "optimizer.lr=5.0", "schedule.warmup=0", "patience=2", "every.evaluate=1",
+                  "select=loss", "steps=20")  # fmt: skip
+    watcher = At()
+    whole = train(config, tmp_path / "whole", observers=[watcher])
+    assert whole.step < 20 and whole.interrupted is None
+    assert f"step {whole.step} is the last: 2 evaluations were no better" in watcher.notices
+    assert whole.best.step <= whole.step - 2
+    with pytest.raises(Crash):
+        run(config, tmp_path / "parts", whole.step, crash)
+    run(config, tmp_path / "parts", resume=True)
+    torch.testing.assert_close(left(tmp_path / "parts"), left(tmp_path / "whole"), rtol=0, atol=0)
+    again = run(config, tmp_path / "whole", resume=True)  # what is over stays so
+    assert (again.step, again.best) == (whole.step, whole.best)
+
+
+def test_distillation_is_resumed(tmp_path):
+    teacher = run(tiny(tmp_path, "seed=5", "steps=2"), tmp_path / "teacher").output
+    config = tiny(tmp_path, f"teacher={teacher}", "r_drop=0.5")
+    run(config, tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(config, tmp_path / "parts", 5, crash)
+    run(config, tmp_path / "parts", resume=True)
+    torch.testing.assert_close(left(tmp_path / "parts"), left(tmp_path / "whole"), rtol=0, atol=0)
+    records = outcome(tmp_path / "whole")["records"]
+    assert set(records[0]["losses"]) == {"classification", "distillation", "r_drop"}
+    assert set(next(r for r in records if r["kind"] == "evaluation")["losses"]) == {"classification"}
+
+
+def test_regularisers_change_what_is_learnt(tmp_path):
+    """That the comparisons above can tell runs apart."""
+    weights = []
+    for i, overrides in enumerate([(), *((override,) for override in EVERYTHING)]):
+        run(tiny(tmp_path, "steps=2", "validation=0", *overrides), tmp_path / str(i))
+        weights.append(load_file(tmp_path / str(i) / "model" / "model.safetensors"))
+    assert all(any(not torch.equal(each[n], weights[0][n]) for n in each) for each in weights[1:])
+
+
+# ---- what a run builds on --------------------------------------------------------------------------------------------
+
+
+def test_the_best_weights_stay_as_long_as_a_checkpoint_may_need_them(tmp_path):
+    """The best of step 2 is exceeded at step 4, but the newest checkpoint, of step 3, knows that of step 2 alone."""
+    config = tiny(tmp_path, "select=loss", "optimizer.lr=0.003", "schedule.kind=constant", "every.save=3")
+    with pytest.raises(Crash):
+        run(config, tmp_path / "run", 5, crash)
+    assert [path.name for path in checkpoints.paths(tmp_path / "run" / "best")] == ["step-000002", "step-000004"]
+    result = run(config, tmp_path / "run", resume=True)
+    assert len(checkpoints.paths(tmp_path / "run" / "best")) <= 2
+    assert result.best.step == 8
+
+
+def test_best_weights_that_are_gone_or_damaged_are_named(tmp_path):
+    config = tiny(tmp_path, "steps=4")
+    run(config, tmp_path / "run")
+    (best,) = checkpoints.paths(tmp_path / "run" / "best")[-1:]
+    with (best / "model.safetensors").open("r+b") as file:
+        file.seek(200)
+        file.write(b"spoilt")
+    with pytest.raises(checkpoints.Unreadable, match="model.safetensors is damaged"):
+        run(config, tmp_path / "run", resume=True)
+    shutil.rmtree(best)
+    with pytest.raises(checkpoints.Unreadable, match="state.json is missing"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def test_other_rows_or_another_base_are_refused(tmp_path):
+    for i, overrides in enumerate([(), ("lora={r: 2}",)]):
+        run(tiny(tmp_path, "steps=1", *overrides), tmp_path / str(i))
+    pretrained(tmp_path / "base", seed=2)
+    run(tiny(tmp_path, "steps=1"), tmp_path / "0", resume=True)  # its weights are all in the checkpoint
+    with pytest.raises(ValueError, match="weights that it builds on.* are no longer those"):
+        run(tiny(tmp_path, "steps=1", "lora={r: 2}"), tmp_path / "1", resume=True)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "more", "label": "good"}) + "\n")
+    with pytest.raises(ValueError, match="the rows .* are no longer those"):
+        run(tiny(tmp_path, "steps=1"), tmp_path / "0", resume=True)
+    with pytest.raises(ValueError, match="r_drop is 1.0, was 0.0"):
+        run(tiny(tmp_path, "steps=1", "r_drop=1.0"), tmp_path / "0", resume=True)
