@@ -128,7 +128,8 @@ def _judge(
     if output is None and config is not None:
         output = run / REPORT
     if output is not None:
-        settings = config and {name: value for name, value in config.to_dict().items() if name not in SOURCES}
+        settings = {} if config is None else config.to_dict()
+        settings = {name: value for name, value in settings.items() if name not in SOURCES}
         report.write(output, judgement, rows, answers, asked=task.asked, facts=facts, settings=settings)
     if as_json:
         typer.echo(json.dumps({**report.as_json(judgement), "facts": facts}, indent=2, ensure_ascii=False))

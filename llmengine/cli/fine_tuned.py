@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmengine.cli.models import weights_of
-
 if TYPE_CHECKING:
     from llmengine.models import Transformer
     from llmengine.tasks import Row, Task
@@ -57,28 +55,18 @@ def load(path: Path, device: str = "auto") -> FineTuned:
     from llmengine import tasks
     from llmengine.data import Tokenizer
     from llmengine.models import Transformer
-    from llmengine.training.run import pick_device
+    from llmengine.training import FinetuneConfig
+    from llmengine.training.run import Folder, model_directory, pick_device
 
-    directory = weights_of(path)
     if not is_fine_tuned(path):
         raise FileNotFoundError(
             f"{path} has no {tasks.FILE}: it is no fine-tuned model; give a run folder of `finetune`, or its model"
         )
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no weights yet: the run was neither finished nor interrupted")
+    directory, file = model_directory(path), Folder(path).config
+    config = FinetuneConfig.from_file(file) if file.is_file() else None
     task = tasks.load(directory, Tokenizer.load(directory))
     model = Transformer.from_pretrained(directory).to(pick_device(device)).eval()
-    return FineTuned(model, task, _config(path), directory)
-
-
-def _config(path: Path) -> FinetuneConfig | None:
-    from llmengine.training.run import Folder
-
-    if not (file := Folder(path).config).is_file():
-        return None
-    from llmengine.training.finetune_config import FinetuneConfig
-
-    return FinetuneConfig.from_file(file)
+    return FineTuned(model, task, config, directory)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -103,11 +91,11 @@ def columns_of(given: Sequence[str] | None) -> dict[str, str]:
 
 def held_out(tuned: FineTuned) -> tuple[Sequence[Row], list[str]]:
     """The rows that the run is tested with, or evaluated on; and the files that they are from."""
+    from llmengine.training.finetune_data import TrainingRows, read_source
+
     config = tuned.config
     if config is None:
         raise ValueError(f"{tuned.source} is a model directory and knows no rows; give them: --data FILE")
-    from llmengine.training.finetune_data import TrainingRows, read_source
-
     for source in (config.test, config.validation):
         if isinstance(source, str | list):
             return read_source(config, source, warnings.warn), [source] if isinstance(source, str) else source
