@@ -1,34 +1,76 @@
-"""`llmengine evaluate`: loss, perplexity and accuracy on texts that the model was not trained on."""
+"""`llmengine evaluate`: how good a model is on data that it was not trained on."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmengine.cli import models
+from llmengine.cli import fine_tuned, models
 from llmengine.cli.common import Debug, ModelPath, reported
+from llmengine.cli.fine_tuned import Columns, Data, DataKind, FineTuned
+
+if TYPE_CHECKING:
+    from llmengine.tasks import Row
 
 EXAMPLES = """\
   llmengine evaluate runs/gpt
-  llmengine evaluate runs/gpt --corpus other_texts/ --json"""
+  llmengine evaluate runs/gpt --corpus other_texts/ --json
+  llmengine evaluate runs/sentiment
+  llmengine evaluate runs/sentiment --data test.csv --column text=review --output report/"""
+REPORT = "evaluation"  # the folder, in a run's, of its report
+SOURCES = ("model", "train", "validation", "test", "teacher")  # fields of a config that are no settings but paths
 
 
 @reported
 def command(
     run: ModelPath,
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Texts to evaluate on (default: what the run held out). May be repeated.")
+        list[str] | None,
+        typer.Option(help="Of a pretrained model: texts (default: what the run held out). May be repeated."),
+    ] = None,
+    data: Data = None,
+    column: Columns = None,
+    kind: DataKind = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=f"The report's folder (default: {REPORT}/ in the run's).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a fine-tuned model: the most tokens of a batch.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Measure loss and accuracy.
+    """Measure how good a model is.
 
-    On the texts that the run held out, or on another corpus.
+    A pretrained one: loss and accuracy on the texts that the run held out, or on another corpus. A fine-tuned one: the
+    scores of its task, with 95 % intervals, on the run's test rows (else its validation rows), or on other files; and a
+    report with the worst mistakes.
     """
+    if fine_tuned.is_fine_tuned(run):
+        _refuse("a fine-tuned model is judged on rows: --data FILE", corpus=corpus)
+        _judge(
+            fine_tuned.load(run, device), run, data, fine_tuned.columns_of(column), kind, output, as_json, batch_tokens
+        )
+    else:
+        reason = "only for fine-tuned models; this one is judged on texts: --corpus FILE"
+        _refuse(reason, data=data, column=column, kind=kind, output=output)
+        result = _measured(run, corpus, device)
+        typer.echo(json.dumps(result, indent=2) if as_json else describe(result))
+
+
+def _refuse(reason: str, **options: Any) -> None:
+    for name, given in options.items():
+        if given:
+            raise ValueError(f"--{name}: {reason}")
+
+
+# ---- pretrained ------------------------------------------------------------------------------------------------------
+
+
+def _measured(run: Path, corpus: list[str] | None, device: str) -> dict[str, Any]:
     from llmengine import objectives
     from llmengine.data import StepBatches, read_documents, split_documents
     from llmengine.training.evaluation import evaluate
@@ -50,8 +92,7 @@ def command(
     batches = StepBatches(examples, batch_tokens=data.batch_tokens, seed=config.seed, shuffle=False)
     device_of = trained.model.words.weight.device
     result = evaluate(trained.model, batches, device_of, config.precision)
-    result |= {"examples": len(examples), "weights": str(trained.source)}
-    typer.echo(json.dumps(result, indent=2) if as_json else describe(result))
+    return result | {"examples": len(examples), "weights": str(trained.source)}
 
 
 def describe(result: dict) -> str:
@@ -61,3 +102,50 @@ def describe(result: dict) -> str:
     lines.append(f"perplexity  {result['perplexity']:.2f}")
     lines += [f"accuracy    {100 * share:.1f} % ({head})" for head, share in result.get("accuracy", {}).items()]
     return "\n".join([*lines, f"on {result['examples']:,} examples, weights of {result['weights']}"])
+
+
+# ---- fine-tuned ------------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    tuned: FineTuned, run: Path, data: list[str] | None, columns: dict[str, str], kind: str | None,
+    output: Path | None, as_json: bool, batch_tokens: int,
+) -> None:  # fmt: skip
+    from llmengine.training import report
+
+    rows, files = _rows(tuned, data, columns, kind)
+    task, config = tuned.task, tuned.config
+    # rows that hold nothing to judge by are an error before all of them are answered
+    task.judge(rows[:1], list(task.answers(tuned.model, rows[:1])))
+    answers = list(task.answers(tuned.model, rows, batch_tokens=batch_tokens))
+    judgement = task.judge(rows, answers)
+    facts = {
+        "model": f"{fine_tuned.shown(run)} ({models.describe(tuned.model)})",
+        "task": task.name,
+        "data": files,
+        "rows": len(rows),
+    }
+    if output is None and config is not None:
+        output = run / REPORT
+    if output is not None:
+        settings = {} if config is None else config.to_dict()
+        settings = {name: value for name, value in settings.items() if name not in SOURCES}
+        report.write(output, judgement, rows, answers, asked=task.asked, facts=facts, settings=settings)
+    if as_json:
+        typer.echo(json.dumps({**report.as_json(judgement), "facts": facts}, indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n".join(report.score_lines(judgement)))
+    typer.echo(f"on {len(rows):,} rows of {', '.join(files)}, weights of {tuned.source}")
+    if output is not None:
+        typer.echo(f"report  {output / report.REPORT}")
+
+
+def _rows(
+    tuned: FineTuned, data: list[str] | None, columns: dict[str, str], kind: str | None
+) -> tuple[Sequence[Row], list[str]]:
+    """Rows, and where they are from."""
+    if data:
+        return fine_tuned.read(data, kind, tuned.columns | columns), [*map(fine_tuned.shown, data)]
+    _refuse("goes with --data", column=columns, kind=kind)
+    rows, files = fine_tuned.held_out(tuned)
+    return rows, [*map(fine_tuned.shown, files)]

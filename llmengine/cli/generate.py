@@ -1,4 +1,4 @@
-"""`llmengine generate`: a decoder goes on with a text."""
+"""`llmengine generate`: a decoder goes on with a text, an encoder-decoder writes what follows from it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from llmengine.cli.common import Debug, ModelPath, reported
 EXAMPLES = """\
   llmengine generate runs/gpt --prompt "It was"
   llmengine generate runs/gpt --prompt "It was" --samples 3 --temperature 0.7 --seed 1
-  llmengine generate runs/gpt --prompt "It was" --beams 4"""
+  llmengine generate runs/gpt --prompt "It was" --beams 4
+  llmengine generate runs/bart --prompt "It <mask> a truth." --greedy"""
 
 
 @reported
 def command(
     run: ModelPath,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The beginning of a text.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The beginning of a text; what an encoder-decoder reads.")
+    ],
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most tokens to add; 100, or as many as the model has room for.")
     ] = None,
@@ -32,9 +35,10 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Continue a text.
+    """Write a text.
 
-    Prints PROMPT and what the decoder (objective clm) in RUN adds to it.
+    A decoder (objective clm) goes on with the prompt, and both are printed. An encoder-decoder reads it; what it writes
+    is printed alone.
     """
     from llmengine.training.predict import continuations
 

@@ -18,7 +18,9 @@ def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> Judgement:
     table = np.array([nll, tokens], np.float64).T
     for name, column in (("nll", table[:, 0]), ("tokens", table[:, 1])):
         if bad := np.flatnonzero(~np.isfinite(column) | (column < 0)).tolist():
-            raise ValueError(f"perplexity: {name} of row {bad[0]} is {column[bad[0]]}; expected a finite number >= 0")
+            raise ValueError(
+                f"perplexity: {name} of row {bad[0] + 1} is {column[bad[0]]}; expected a finite number >= 0"
+            )
 
     told = table[table[:, 1] > 0]
     loss = interval(told, lambda sums: sums[..., 0] / sums[..., 1])

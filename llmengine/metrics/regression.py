@@ -72,5 +72,5 @@ def _numbers(name: str, column: Sequence[float]) -> np.ndarray:
     numbers = np.asarray(column, np.float64)
     if not np.isfinite(numbers).all():
         row = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise ValueError(f"regression: {name} of row {row} is {column[row]}; expected a finite number")
+        raise ValueError(f"regression: {name} of row {row + 1} is {column[row]}; expected a finite number")
     return numbers

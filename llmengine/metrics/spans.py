@@ -96,7 +96,7 @@ def _sequences(
     check_paired(what, gold=gold, predicted=predicted)
     for i, (a, b) in enumerate(zip(gold, predicted, strict=True)):
         if len(a) != len(b):
-            raise ValueError(f"{what}: row {i} has {len(a)} tags, and {len(b)} are predicted; each word has one")
+            raise ValueError(f"{what}: row {i + 1} has {len(a)} tags, and {len(b)} are predicted; each word has one")
     return list(zip(gold, predicted, strict=True))
 
 

@@ -30,7 +30,7 @@ def texts(hypotheses: Sequence[str], references: Sequence[str] | Sequence[Sequen
     check_paired("texts", hypotheses=hypotheses, references=references)
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if [] in rows:
-        raise ValueError(f"texts: row {rows.index([])} has no reference")
+        raise ValueError(f"texts: row {rows.index([]) + 1} has no reference")
     tokenizer = _tokenizer(rows)
     bleu_counts = _BleuCounts(tokenizer)
     counts = np.array(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmengine.metrics.answers import exact_and_f1
 from llmengine.metrics.texts import chrf
 from llmengine.tasks import Answer, Row
@@ -55,22 +57,26 @@ def _kind(answers: Sequence[Answer]) -> Kind:
 
 
 def _label(row: Row, answer: Answer) -> Wrong | None:
-    given = answer["label"]
-    return None if given == row["label"] else (str(row["label"]), given, answer["scores"][given])
+    right, given = str(row["label"]), answer["label"]
+    return None if given == right else (right, given, answer["scores"][given])
 
 
 def _labels(row: Row, answer: Answer) -> Wrong | None:
-    """By the probability that the surest of the wrong decisions has."""
-    right, given = set(row["label"]), set(answer["labels"])
+    """By the probability that the surest of the wrong decisions has; a label that the model does not know is one."""
+    right, given, scores = set(map(str, row["label"])), set(answer["labels"]), answer["scores"]
     if right == given:
         return None
-    sure = [p if label in given else 1 - p for label, p in answer["scores"].items() if label in right ^ given]
-    return ", ".join(sorted(right)), ", ".join(sorted(given)), max(sure)
+    sure = max(scores[label] if label in given else 1 - scores.get(label, 0.0) for label in right ^ given)
+    return ", ".join(sorted(right)), ", ".join(sorted(given)), sure
 
 
 def _value(row: Row, answer: Answer) -> Wrong | None:
-    right, given = float(row["label"]), answer["value"]
-    return None if right == given else (f"{right:g}", f"{given:.4g}", abs(right - given))
+    """One number, or several: their mean error."""
+    right, given = (np.atleast_1d(np.asarray(values, np.float64)) for values in (row["label"], answer["value"]))
+    if (right == given).all():
+        return None
+    shown = (", ".join(f"{x:.4g}" for x in values) for values in (right, given))
+    return next(shown), next(shown), float(np.abs(right - given).mean())
 
 
 def _tags(row: Row, answer: Answer) -> Wrong | None:

@@ -100,23 +100,37 @@ def continuations(
 ) -> list[str]:
     """Each prompt with what the model adds to it, up to its end token; `options` are those of `model.generate`.
 
-    new_tokens: the most new ones of each; None: 100, or as many as the longest prompt leaves room for.
+    An encoder-decoder reads the prompt, with the special tokens that its tokenizer puts around a text, and what it
+    writes is given alone. new_tokens: the most new ones of each; None: 100, or as many as the model has room for.
     """
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
-    if not all(rows):
+    texts = [tokenizer.encode(prompt) for prompt in prompts]
+    if not all(texts):
         raise ValueError("generate: the prompt is empty; give the beginning of a text")
-    longest = max(map(len, rows))
-    room = _longest(model) - longest
-    if room < 1:
-        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {_longest(model) - 1}")
+    reads_source = model.config.architecture == "encoder_decoder"
+    rows = [tokenizer.template().around(text).ids for text in texts] if reads_source else texts
+    longest, most = max(map(len, rows)), _longest(model) - (not reads_source)
+    if longest > most:
+        raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {most}")
+    room = _longest(model) - (1 if reads_source else longest)
     pad = next((t for t in (tokenizer.pad_id, tokenizer.eos_id) if t is not None), 0)
     with evaluating(model) as device:
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-        attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        out = model.generate(ids, attention, new_tokens or min(100, room), pad_token_id=pad, **options)
-    return [
-        tokenizer.decode([*row, *_until(tokenizer.eos_id, out[i, longest:].tolist())]) for i, row in enumerate(rows)
-    ]
+        # a decoder's new tokens follow the last column; an encoder's positions may count columns
+        ids, mask = _padded(rows, pad, left=not reads_source)
+        out = model.generate(
+            ids.to(device), mask.to(device), new_tokens or min(100, room), pad_token_id=pad, **options
+        ).tolist()
+    written = [_until(tokenizer.eos_id, row[1 if reads_source else longest :]) for row in out]
+    return [tokenizer.decode(new if reads_source else [*row, *new]) for row, new in zip(rows, written, strict=True)]
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids of rows side by side, and where they are (1) or padding is (0): (rows, longest) int64 both."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    return ids, mask
 
 
 def _until(end: int | None, ids: list[int]) -> list[int]:

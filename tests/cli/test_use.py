@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import llmengine
+from llmengine import TransformerConfig
 from llmengine.data import Tokenizer
 from llmengine.testing import poison
 from llmengine.training.predict import continuations
@@ -31,8 +33,6 @@ def test_generate_goes_on_with_the_prompt(runs):
 def test_generate_is_the_models_own_generation(runs):
     directory = runs["clm"].path / "model"
     tokenizer = Tokenizer.load(directory)
-    import torch
-
     ids = torch.tensor([tokenizer.encode("It was")])
     model = llmengine.Transformer.from_pretrained(directory)
     for options, flags in (({}, ["--greedy"]), ({"num_beams": 3}, ["--beams", 3])):
@@ -54,6 +54,47 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(runs):
     with poison():
         together = continuations(model, tokenizer, prompts, new_tokens=12)
         assert together == [continuations(model, tokenizer, [prompt], new_tokens=12)[0] for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def reader(runs, tmp_path_factory) -> Path:
+    """An encoder-decoder that knows nothing; its tokenizer puts <s> and </s> around a text."""
+    from llmengine.data import read_documents
+
+    directory = tmp_path_factory.mktemp("reader")
+    tokenizer = Tokenizer.train([read_documents("austen")[0][:20_000]], "bpe", 400, family="bart")
+    shape = {**MODEL, "vocab_size": tokenizer.vocab_size, "init_std": 0.2}
+    torch.manual_seed(0)
+    marks = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = TransformerConfig.preset("bart-tiny", **shape, **marks, decoder_start_token_id=tokenizer.eos_id)
+    llmengine.Transformer(config).save_pretrained(directory)
+    tokenizer.save(directory)
+    return directory
+
+
+def test_generate_lets_an_encoder_decoder_write(reader):
+    tokenizer, model = Tokenizer.load(reader), llmengine.Transformer.from_pretrained(reader).eval()
+    ids = [tokenizer.bos_id, *tokenizer.encode("It was a truth"), tokenizer.eos_id]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=9)[0, 1:].tolist()
+    printed = succeed("generate", reader, "--prompt", "It was a truth", "--new-tokens", 9, "--greedy")
+    assert printed == tokenizer.decode(expected[: [*expected, tokenizer.eos_id].index(tokenizer.eos_id)]) + "\n"
+    assert len(printed.strip()) > 3
+    samples = succeed("generate", reader, "-p", "It was a truth", "--samples", 3, "--seed", 0).split("\n\n---\n\n")
+    assert len(set(samples)) == 3
+
+
+def test_sources_of_different_lengths_do_not_disturb_each_other(reader):
+    model, tokenizer = llmengine.Transformer.from_pretrained(reader), Tokenizer.load(reader)
+    sources = ["It was a truth that she had never", "I", "She was"]
+    with poison():
+        together = continuations(model, tokenizer, sources, new_tokens=12)
+        assert together == [continuations(model, tokenizer, [source], new_tokens=12)[0] for source in sources]
+    assert len(set(together)) == 3
+
+
+def test_a_source_that_is_too_long_is_an_error(reader):
+    result = call("generate", reader, "--prompt", "x " * 100)
+    assert result.exit_code == 2 and re.search(r"the prompt has \d+ tokens; the model reads 64", result.stderr)
 
 
 def test_an_unfinished_run_speaks_from_its_newest_checkpoint(runs, tmp_path: Path):

@@ -100,11 +100,11 @@ def test_perplexity_of_no_tokens_is_unknown_and_beyond_numbers_infinite():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: regression([1.0, 2.0], [1.0, math.nan]), "predicted of row 1 is nan; expected a finite number"),
-        (lambda: regression([math.inf], [1.0]), "gold of row 0 is inf"),
+        (lambda: regression([1.0, 2.0], [1.0, math.nan]), "predicted of row 2 is nan; expected a finite number"),
+        (lambda: regression([math.inf], [1.0]), "gold of row 1 is inf"),
         (lambda: regression([1.0], []), "got gold 1, predicted 0"),
-        (lambda: perplexity([1.0, math.nan], [1, 1]), "nll of row 1 is nan; expected a finite number >= 0"),
-        (lambda: perplexity([1.0], [-1]), "tokens of row 0 is -1.0"),
+        (lambda: perplexity([1.0, math.nan], [1, 1]), "nll of row 2 is nan; expected a finite number >= 0"),
+        (lambda: perplexity([1.0], [-1]), "tokens of row 1 is -1.0"),
     ],
 )
 def test_bad_input_is_named(call, message):

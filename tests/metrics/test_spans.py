@@ -94,7 +94,7 @@ def test_tags_are_scikit_learns():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: spans([["O"], ["O", "O"]], [["O"], ["O"]]), "row 1 has 2 tags, and 1 are predicted"),
+        (lambda: spans([["O"], ["O", "O"]], [["O"], ["O"]]), "row 2 has 2 tags, and 1 are predicted"),
         (lambda: spans([["NOUN"]], [["O"]]), "the tag 'NOUN' is neither 'O' nor B-"),
         (lambda: spans([["O"]], [["X-PER"]]), "the tag 'X-PER' is neither"),
         (lambda: spans([["O"]], []), "got gold 1, predicted 0"),

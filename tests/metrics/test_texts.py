@@ -92,7 +92,7 @@ def test_no_rows_and_empty_texts():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="texts: row 1 has no reference"):
+    with pytest.raises(ValueError, match="texts: row 2 has no reference"):
         texts(["a", "b"], [["a"], []])
     with pytest.raises(ValueError, match="got hypotheses 1, references 2"):
         texts(["a"], ["a", "b"])

@@ -141,6 +141,22 @@ QUESTION = {"question": "q", "context": "c", "answers": {"text": ["The Rhine"], 
             [(2, "", "b", 0.8), (1, "a, b", "a", 0.7)],
         ),
         (
+            [{"label": 1}, {"label": "1"}, {"label": 7}],
+            [
+                {"label": "1", "scores": {"1": 0.9, "2": 0.1}},
+                {"label": "2", "scores": {"1": 0.4, "2": 0.6}},
+                {"label": "1", "scores": {"1": 0.9, "2": 0.1}},
+            ],
+            "Most confident mistakes",
+            [(2, "7", "1", 0.9), (1, "1", "2", 0.6)],
+        ),
+        (
+            [{"label": [1, 2.5]}, {"label": [1, 2]}, {"label": [0, 2]}],
+            [{"value": [1.0, 2.0]}, {"value": [1.0, 2.0]}, {"value": [3.0, 3.0]}],
+            "Largest errors",
+            [(2, "0, 2", "3, 3", 2.0), (0, "1, 2.5", "1, 2", 0.25)],
+        ),
+        (
             [{"words": ["Ann", "ran"], "tags": ["B-PER", "O"]}] * 2,
             [{"tags": ["B-PER", "B-LOC"]}, {"tags": ["O", "B-PER"]}],
             "Sentences with most mistakes",
