@@ -70,7 +70,7 @@ class Tagging(Reading):
         self._places = {label: i for i, label in enumerate(self.labels)}
         # words of running text follow a space, which some vocabularies keep as a part of the word
         together, apart = tokenizer.encodings(["a a"])[0], tokenizer.encodings([["a", "a"]], words=True)[0]
-        self._space = "" if together.ids == apart.ids else " "
+        self._space = together.ids != apart.ids
 
     @classmethod
     def labels_of(cls, rows: Sequence[Row], options: TaggingOptions) -> tuple[str, ...]:
@@ -131,7 +131,9 @@ class Tagging(Reading):
 
     def _windows(self, block: Sequence[tuple[int, Row]]) -> list[list[Window]]:
         """Of each row; none of a sentence without a token."""
-        texts = [[self._space + word for word in texts_of(self.name, row, i, "words")] for i, row in block]
+        texts = [texts_of(self.name, row, i, "words") for i, row in block]
+        if self._space:
+            texts = [[word if word.startswith(" ") else " " + word for word in words] for words in texts]
         return [self._cut(encoding) for encoding in self.tokenizer.encodings(texts, words=True)]
 
     def _cut(self, encoding: Any) -> list[Window]:
