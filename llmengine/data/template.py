@@ -7,6 +7,7 @@ no tokenizer any more: a text is tokenised once, however many windows it takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 
@@ -78,3 +79,10 @@ def spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
         raise ValueError(f"spans: overlap must be 0 to {size - 1}, got {overlap}")
     starts = range(0, max(length - overlap, min(length, 1)), size - overlap)
     return [(start, min(start + size, length)) for start in starts]
+
+
+def owned(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of each window of `spans` the tokens that stand nearer to its middle than to another's: all tokens, each once."""
+    middles = [(following[0] + window[1] - 1) // 2 + 1 for window, following in pairwise(windows)]
+    ends = [window[0] for window in windows[:1]] + middles + [window[1] for window in windows[-1:]]
+    return list(pairwise(ends))

@@ -145,6 +145,11 @@ class SequenceExamples(ReadingExamples):
         return {"sequences": int((labels != IGNORED).sum())}
 
 
+def by_sequence(values: Tensor, batch: dict[str, Any]) -> list[Tensor]:
+    """A packed batch's values (tokens, ...) sequence by sequence, in float32 on the CPU."""
+    return list(values.float().cpu().split(batch["cu_seqlens"].diff().tolist()))
+
+
 def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[int, Row]]]:
     """Rows with their numbers, some at a time."""
     for begin in range(0, len(rows), ROWS):

@@ -28,6 +28,7 @@ FILE = "task.json"  # beside a model's weights: what its answers mean
 # name: where its class is; the name is also the name of the file
 TASKS: dict[str, str] = {
     "classification": "Classification",
+    "tagging": "Tagging",
 }
 
 

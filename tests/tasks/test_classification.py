@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmengine import Transformer
+from llmengine import Transformer, TransformerConfig
 from llmengine.tasks import load, make
 
 from .conftest import KINDS
@@ -188,8 +188,6 @@ def test_saved_and_loaded(wordpiece, rows, tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_transformers_pipeline_shows_the_labels(of_family, family, tmp_path):
-    from llmengine import TransformerConfig
-
     tokenizer = of_family[family].ours
     task = task_of("single", tokenizer)
     fields = {"classifier": "pooled"} if family == "bert" else {"summary": "last", "classifier_bias": False}
