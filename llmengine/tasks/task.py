@@ -28,6 +28,9 @@ FILE = "task.json"  # beside a model's weights: what its answers mean
 # name: where its class is; the name is also the name of the file
 TASKS: dict[str, str] = {
     "classification": "Classification",
+    "seq2seq": "Seq2Seq",
+    "chat": "Chat",
+    "preference": "Preferences",
 }
 
 
@@ -35,7 +38,7 @@ class Task(ABC):
     """One kind of question that a model answers. A subclass is a file of this room and an entry of TASKS."""
 
     name: ClassVar[str]
-    objective: ClassVar[str]
+    objective: str
     """The head of the model that answers."""
     columns: ClassVar[dict[str, str]]
     """What a row of training data holds: {name: what it is}."""
