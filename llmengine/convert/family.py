@@ -35,7 +35,8 @@ ACTIVATIONS = {
 
 # Fields of ours that no checkpoint of theirs holds: they belong to a training run, or follow from the tensors.
 OF_A_RUN = frozenset(
-    "objectives pooler n_labels labels problem loss_weights init classifier_dropout layer_dropout".split()
+    "objectives pooler n_labels labels problem loss_weights init classifier_dropout layer_dropout label_smoothing "
+    "smoothing".split()
 )
 OF_CLASSIFIERS = frozenset("classifier classifier_bias summary".split())
 

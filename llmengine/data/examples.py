@@ -84,7 +84,8 @@ def pack(examples: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def tokens_of(batch: dict[str, Any]) -> int:
     """The tokens that a model reads of an example or a batch, those of both sides, padding included."""
-    return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+    target = "labels" if "decoder_cu_seqlens" in batch else "decoder_input_ids"  # the same, shifted
+    return sum(batch[name].numel() for name in ("input_ids", target) if name in batch)
 
 
 def lengths_of(batch: Mapping[str, Any], side: str = "") -> list[int]:

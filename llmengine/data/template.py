@@ -47,6 +47,15 @@ class Template:
                 parts.append(part)
         return cls(parts)
 
+    @property
+    def sides(self) -> tuple[list[int], list[int]]:
+        """The special tokens before a single text, and those behind it."""
+        place = next(i for i, part in enumerate(self.parts) if part.token is None)
+        before, behind = self.parts[:place], self.parts[place + 1 :]
+        return [part.token for part in before if part.token is not None], [
+            part.token for part in behind if part.token is not None
+        ]
+
     def around(self, *texts: Sequence[int]) -> Inputs:
         """The texts' ids in their places."""
         ids: list[int] = []

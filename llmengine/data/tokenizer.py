@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from llmengine.data.template import Template
 from llmengine.files import read_json, replace_text
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILE, CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 WORDPIECE = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
@@ -99,6 +99,8 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"Tokenizer.load: {directory / FILE} is not a tokenizer: {error}") from None
         config = read_json(directory / CONFIG, "Tokenizer.load") if (directory / CONFIG).is_file() else {}
+        if (directory / CHAT_TEMPLATE).is_file():
+            config["chat_template"] = (directory / CHAT_TEMPLATE).read_text("utf-8")
         roles = {}
         for role in (f"{role}_token" for role in ROLES):
             token = config.get(role) or (WORDPIECE | BPE).get(role)
@@ -170,6 +172,14 @@ class Tokenizer:
         if "model_input_names" in self._config:
             return "token_type_ids" in self._config["model_input_names"]
         return self.cls_id is not None and any(part.type for part in self.template(pair=True).parts)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of its conversations, if it brings one; of several the one named "default"."""
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        return template
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llmengine.models.presets import PRESETS
+from llmengine.models.smoothing import check_smoothing
 
 Family = Literal[
     "bert", "roberta", "xlm-roberta", "albert", "electra", "modernbert", "openai-gpt", "gpt2", "gpt_neo", "gpt_neox",
@@ -202,6 +203,12 @@ class TransformerConfig(BaseModel):
     classifier_dropout: Probability = 0.1
     layer_dropout: Probability = 0.0
     """The probability that a training step skips a layer (Fan et al. 2019)."""
+    label_smoothing: Probability = 0.0
+    """Of the losses of the token head, "classification" and "tagging" while the model trains; eval() measures without
+    it."""
+    smoothing: Literal["torch", "fairseq", "opennmt"] = "torch"
+    """Over which classes label_smoothing is spread: all; all but the label; those but padding, less the entropy. The
+    formulas are in models/smoothing.py."""
 
     init: Literal["normal", "neighbours"] = "normal"
     """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
@@ -229,7 +236,7 @@ class TransformerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> TransformerConfig:
-        for check in (_check_shape, _check_positions, _check_tokens, _check_objectives):
+        for check in (_check_shape, _check_positions, _check_tokens, _check_objectives, check_smoothing):
             check(self)
         return self
 

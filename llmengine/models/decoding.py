@@ -39,7 +39,7 @@ def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float) -> Tensor:
 
 def forbid_repeated_ngrams(ids: Tensor, scores: Tensor, size: int) -> Tensor:
     """No n-gram of this size comes twice (Paulus et al. 2017)."""
-    if ids.shape[1] + 1 < size:
+    if ids.shape[1] < size:
         return scores
     grams = ids.unfold(1, size, 1)  # (rows, places, size)
     begun = ids[:, ids.shape[1] - size + 1 :]

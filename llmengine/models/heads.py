@@ -14,6 +14,7 @@ from llmengine.models.config import TransformerConfig
 from llmengine.models.crf import ChainField, in_rows
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import IGNORED, Layout
+from llmengine.models.smoothing import Smoothing
 from llmengine.nn.feed_forward import ACTIVATIONS
 
 _torch = torch.nn.functional
@@ -61,6 +62,7 @@ class TokenHead(Module):
             self.norm = make_norm(config, width)
         self.activation = config.activation
         self.scale, self.softcap = config.head_scale, config.logit_softcap
+        self.smoothing = Smoothing(config)
         weight = None if config.tie_embeddings else Parameter(torch.empty(config.vocab_size, width))
         bias = Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
         self.register_parameter("weight", weight)
@@ -77,18 +79,33 @@ class TokenHead(Module):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def loss(self, x: Tensor, tied: Tensor, labels: Tensor, items: Items) -> Tensor:
-        """Sum of the negative log-likelihoods of labels (tokens,) over `items`, or over how many labels there are.
+        """Sum of the negative log-likelihoods of labels (tokens,) over `items`, or over how many labels there are; in
+        training with the config's label smoothing.
 
         Only labelled tokens go through the head, and their logits are never held. No labels: 0, zero gradients.
         """
+        smoothing = self.smoothing if self.training else None
+        labels = labels if smoothing is None else smoothing.labels(labels)
         if items is None:
             items = (labels != IGNORED).sum().clamp(min=1)
         x, labels = labelled(x, labels)
+        x, weight = self.transform(x), self._weight(tied)
         total = functional.linear_cross_entropy(
-            self.transform(x), self._weight(tied), labels, linear_bias=self.bias, ignore_index=IGNORED,
-            reduction="sum", softcap=self.softcap,
+            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="sum", softcap=self.softcap,
+            label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
         )  # fmt: skip
+        if smoothing is not None and smoothing.pad is not None:
+            total = total + smoothing.remainder(x, weight, self.bias, labels, self.softcap)
         return divide(total, items)
+
+    def each_loss(self, x: Tensor, tied: Tensor, labels: Tensor) -> Tensor:
+        """(tokens,): the negative log-likelihood of every label, never smoothed; 0 where there is none."""
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        losses = functional.linear_cross_entropy(
+            self.transform(x.index_select(0, rows)), self._weight(tied), labels.index_select(0, rows),
+            linear_bias=self.bias, reduction="none", softcap=self.softcap,
+        )  # fmt: skip
+        return losses.new_zeros(len(labels)).index_copy(0, rows, losses)
 
     def _weight(self, tied: Tensor) -> Tensor:
         return tied if self.weight is None else self.weight
@@ -138,6 +155,7 @@ class Classifier(Module):
         super().__init__()
         kind, d = config.classifier, config.d_model
         self.kind, self.summary, self.problem = kind, config.summary, config.problem
+        self.smoothing: Smoothing | None = Smoothing(config)
         self.dense = None
         if kind.startswith("dense"):
             self.dense = Linear(d, d, bias=config.head_transform_bias or kind != "dense_norm")
@@ -161,7 +179,7 @@ class Classifier(Module):
         """labels by `problem`: "single" classes (sequences,), "multi" 0 and 1 like logits, "regression" numbers like
         logits. The last two are means over all numbers of a sequence too."""
         if self.problem == "single":
-            return class_loss(logits, labels.flatten(), items)
+            return class_loss(logits, labels.flatten(), items, self.smoothing if self.training else None)
         labels = labels.view(logits.shape).float()
         each = (
             (logits.float() - labels).square()
@@ -176,7 +194,7 @@ class Choices(Classifier):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config, 1)
-        self.problem = "single"
+        self.problem, self.smoothing = "single", None
 
 
 class Tagger(Module):
@@ -193,6 +211,7 @@ class Tagger(Module):
         self.norm = make_norm(config, d) if transform else None
         self.out = Linear(d, config.n_labels)
         self.chain = ChainField(config.n_labels) if config.crf else None
+        self.smoothing = Smoothing(config)
         self.activation = config.activation
         self.dropout = config.classifier_dropout
 
@@ -203,7 +222,8 @@ class Tagger(Module):
 
     def loss(self, layout: Layout, logits: Tensor, labels: Tensor, items: Items) -> Tensor:
         if self.chain is None:
-            return class_loss(layout.enter(logits), layout.labels(labels), items)
+            smoothing = self.smoothing if self.training else None
+            return class_loss(layout.enter(logits), layout.labels(labels), items, smoothing)
         labels = layout.labels(labels)
         emissions, tags = layout.enter(logits), labels.long()
         if items is None:
@@ -298,11 +318,14 @@ def labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (x, labels) if len(rows) == len(labels) else (x.index_select(0, rows), labels.index_select(0, rows))
 
 
-def class_loss(logits: Tensor, labels: Tensor, items: Items) -> Tensor:
-    """Sum of the negative log-likelihoods of labels (rows,) over `items`, or over how many labels there are."""
+def class_loss(logits: Tensor, labels: Tensor, items: Items, smoothing: Smoothing | None = None) -> Tensor:
+    """Sum of the negative log-likelihoods of labels (rows,), smoothed, over `items`, or over how many labels there
+    are."""
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
-    return divide(functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), items)
+    spread = smoothing.spread(logits.shape[-1]) if smoothing else 0.0
+    total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=spread)
+    return divide(total, items)
 
 
 def divide(total: Tensor, items: Tensor | int) -> Tensor:

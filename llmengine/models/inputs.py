@@ -239,25 +239,51 @@ def check_memory(config: TransformerConfig, layout: Packed, mems: Sequence[Tenso
             )
 
 
-def shift_right_packed(tokens: Tensor, config: TransformerConfig, cu_seqlens: Tensor) -> Tensor:
-    """`shift_right` of whole sequences, one after another, like input_ids."""
-    starts, last = cu_seqlens[:-1].long(), tokens.flatten()[cu_seqlens[1:].long() - 1]
-    start = config.decoder_start_token_id
-    first = last if start is None else torch.full_like(last, start)
-    return tokens.flatten().roll(1).index_copy(0, starts, first).view(tokens.shape)
+def target_of(
+    source: Tokens, labels: Tensor | None, config: TransformerConfig, mask: Tensor | None, cu_seqlens: Tensor | None,
+    max_seqlen: int | None, side: str,
+) -> Tokens:  # fmt: skip
+    """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
+    if labels is None and config.token_task is None:
+        ids, bounds = source.input_ids, source.cu_seqlens
+        if bounds is not None:
+            return Tokens(shift_packed(ids, config, bounds), None, bounds, source.max_seqlen, side)
+        return Tokens(shift_right(ids, config, source.attention_mask), source.attention_mask, side=side)
+    if isinstance(labels, Tensor) and cu_seqlens is not None:
+        return Tokens(shift_packed(labels, config, cu_seqlens), mask, cu_seqlens, max_seqlen, side)
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise ValueError(
+            "Transformer: an encoder-decoder needs decoder_input_ids, or labels (batch, length), or labels (tokens,) "
+            "with decoder_cu_seqlens"
+        )
+    return Tokens(shift_right(labels, config), mask, None, max_seqlen, side)
 
 
 def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tensor | None = None) -> Tensor:
     """A decoder's input for these targets (batch, length): decoder_start_token_id, or the target's last token, and then
     the target without its last place. IGNORED becomes padding."""
-    pad = config.pad_token_id or 0
-    tokens = torch.where(labels == IGNORED, pad, labels)
+    tokens = _without_ignored(labels, config)
     if config.decoder_start_token_id is not None:
         first = tokens.new_full((len(tokens), 1), config.decoder_start_token_id)
     else:
-        last = (tokens != pad).long() if attention_mask is None else attention_mask.long()
+        last = (tokens != (config.pad_token_id or 0)).long() if attention_mask is None else attention_mask.long()
         first = tokens.gather(1, (last.sum(1, keepdim=True) - 1).clamp(min=0))
     return torch.cat([first, tokens[:, :-1]], 1)
+
+
+def shift_packed(labels: Tensor, config: TransformerConfig, cu_seqlens: Tensor) -> Tensor:
+    """`shift_right` of a packed batch, (tokens,) or (1, tokens): each sequence on its own."""
+    tokens = _without_ignored(labels.flatten(), config)
+    # what cu_seqlens may be is checked with the input that this gives: until then no place is outside
+    starts, ends = (places.long().remainder(max(len(tokens), 1)) for places in (cu_seqlens[:-1], cu_seqlens[1:] - 1))
+    first = tokens[ends] if config.decoder_start_token_id is None else config.decoder_start_token_id
+    shifted = tokens.roll(1)
+    shifted[starts] = first
+    return shifted.view(labels.shape)
+
+
+def _without_ignored(labels: Tensor, config: TransformerConfig) -> Tensor:
+    return torch.where(labels == IGNORED, config.pad_token_id or 0, labels)
 
 
 def denominators(num_items_in_batch: Tensor | int | dict | None, counted: dict[str, str]) -> dict[str, Tensor | int]:

@@ -25,8 +25,7 @@ from llmengine.models.inputs import (
     check_memory,
     denominators,
     layouts_of,
-    shift_right,
-    shift_right_packed,
+    target_of,
 )
 from llmengine.models.layout import Layout, Packed
 from llmengine.models.output import TransformerOutput, in_this_mode
@@ -190,7 +189,7 @@ class Transformer(Generation):
             batch the place in the sequence).
         decoder_input_ids, decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen: the same of an
             encoder-decoder's target. Without decoder_input_ids, labels shifted right by one begin with
-            decoder_start_token_id.
+            decoder_start_token_id (packed ones each on its own, as decoder_cu_seqlens tells).
         labels: of the token head, like input_ids (an encoder-decoder: like decoder_input_ids), -100 for no loss,
             padding never has one. For next-token prediction they are input_ids themselves: the shift happens here,
             never across sequences. Without a token head, of the only other head: "rtd" and "tagging" like input_ids,
@@ -221,10 +220,11 @@ class Transformer(Generation):
             )
         sides = [Tokens(input_ids, attention_mask, cu_seqlens, max_seqlen)]
         if self.config.architecture == "encoder_decoder":
-            target = Tokens(
-                decoder_input_ids, decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen, "decoder_"
-            ) if decoder_input_ids is not None else self._target(sides[0], given, decoder_attention_mask)  # fmt: skip
-            sides.append(target)
+            shape = (decoder_attention_mask, decoder_cu_seqlens, decoder_max_seqlen, "decoder_")
+            if decoder_input_ids is not None:
+                sides.append(Tokens(decoder_input_ids, *shape))
+            else:
+                sides.append(target_of(sides[0], given.get("seq2seq"), self.config, *shape))
         elif decoder_input_ids is not None:
             raise ValueError(f"Transformer: decoder_input_ids given to architecture {self.config.architecture!r}")
         layouts = layouts_of(self.config, *sides)
@@ -392,19 +392,6 @@ class Transformer(Generation):
             else:
                 losses[name] = dict(self.each_head())[name].loss(layout, logits[name], labels, divisor)
         return losses
-
-    def _target(self, source: Tokens, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tokens:
-        """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
-        labels = given.get("seq2seq")
-        if labels is None and self.token_head is None:
-            ids, mask, bounds = source.input_ids, source.attention_mask, source.cu_seqlens
-            if bounds is not None:
-                ids = shift_right_packed(ids, self.config, bounds)
-                return Tokens(ids, None, bounds, source.max_seqlen, "decoder_")
-            return Tokens(shift_right(ids, self.config, mask), mask, side="decoder_")
-        if not isinstance(labels, Tensor) or labels.dim() != 2:
-            raise ValueError("Transformer: an encoder-decoder needs decoder_input_ids, or labels (batch, length)")
-        return Tokens(shift_right(labels, self.config), attention_mask, side="decoder_")
 
     def _later(self, compute: Callable[[], Tensor], at_once: bool) -> Tensor | Callable[[], Tensor] | None:
         if at_once:

@@ -29,6 +29,9 @@ FILE = "task.json"  # beside a model's weights: what its answers mean
 TASKS: dict[str, str] = {
     "classification": "Classification",
     "tagging": "Tagging",
+    "seq2seq": "Seq2Seq",
+    "chat": "Chat",
+    "preference": "Preferences",
 }
 
 
@@ -36,7 +39,7 @@ class Task(ABC):
     """One kind of question that a model answers. A subclass is a file of this room and an entry of TASKS."""
 
     name: ClassVar[str]
-    objective: ClassVar[str]
+    objective: str
     """The head of the model that answers."""
     columns: ClassVar[dict[str, str]]
     """What a row of training data holds: {name: what it is}."""

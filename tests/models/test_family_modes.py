@@ -237,3 +237,21 @@ def test_initialised_after_meta(name):
         assert torch.equal(a, b), key
     ids = random_ids(1, 5)
     assert torch.equal(Logits(late.eval())(ids), Logits(early.eval())(ids))
+
+
+@pytest.mark.parametrize("start", [2, None])
+def test_a_packed_decoder_reads_its_labels(start):
+    """Without decoder_input_ids, packed labels are shifted sequence by sequence, as padded ones are."""
+    model = model_of("bart", decoder_start_token_id=start)
+    packed, padded = batch_of(model, "packed"), batch_of(model, "right")
+    targets = padded.pop("decoder_input_ids")
+    mask = padded["decoder_attention_mask"]
+    padded["labels"] = torch.where(mask == 1, targets, -100)
+    del packed["decoder_input_ids"]
+    assert_same(run(model, packed), run(model, padded), 1e-5)
+    for wrong, message in (([0, 5, 99], "decoder_cu_seqlens must rise from 0 to the number of tokens"),
+                           ([0, 14], "3 sequences for the encoder but 1 for the decoder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model(**packed | {"decoder_cu_seqlens": torch.tensor(wrong).int()})
+    with pytest.raises(ValueError, match=r"or labels \(tokens,\) with decoder_cu_seqlens"):
+        model(**{name: value for name, value in packed.items() if name != "decoder_cu_seqlens"})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmengine import Transformer, TransformerConfig
-from llmengine.models.decoding import restrict
+from llmengine.models.decoding import forbid_repeated_ngrams, restrict
 from llmengine.testing import poison
 
 from .peers import SHAPES, VOCABULARY, hf_model, ours_of, padding_mask, random_ids
@@ -254,3 +254,11 @@ def test_only_decoders_with_a_token_head_generate():
             ValueError, match="generate: needs a decoder with objective 'clm' or 'seq2seq', or XLNet's 'plm'; this is "
         ):
             Transformer(TransformerConfig.from_dict(options | {"vocab_size": 61})).generate(IDS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_repeated_ngrams_are_those_of_hugging_face(size, length):
+    ids = torch.randint(4, (5, length), generator=torch.Generator().manual_seed(length))
+    expected = transformers.NoRepeatNGramLogitsProcessor(size)(ids, torch.zeros(5, 4))
+    assert torch.equal(forbid_repeated_ngrams(ids, torch.zeros(5, 4), size), expected)

@@ -54,7 +54,7 @@ def _unigram(documents: list[str], specials: list[str]) -> list[tuple[str, float
     return [(piece, score) for piece, score in _model(backend)["vocab"]]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Steps this small are all barriers with two threads on a machine that has other work."""
     threads = torch.get_num_threads()
