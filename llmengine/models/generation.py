@@ -104,7 +104,14 @@ class Generation(Module):
             )
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
             run.processors = [
-                *processors_of(repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends),
+                *processors_of(
+                    repetition_penalty,
+                    no_repeat_ngram_size,
+                    min_new_tokens,
+                    run.ids.shape[1],
+                    ends,
+                    prompts.attention_mask,
+                ),  # fmt: skip
                 *logits_processor,
             ]
             if num_beams > 1:

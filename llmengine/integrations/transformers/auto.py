@@ -222,6 +222,20 @@ class LlmengineForQuestionAnswering(LlmenginePreTrainedModel):
 class Generating(LlmenginePreTrainedModel, GenerationMixin):
     """What decoders and encoder-decoders share: the pass over new tokens behind a cache of Transformers'."""
 
+    def __init__(self, config: LlmengineConfig) -> None:
+        super().__init__(config)
+        self._take_tokens()
+
+    def adjust_generation_fn(self, *args: Any, **options: Any) -> None:
+        super().adjust_generation_fn(*args, **options)
+        self._take_tokens()  # Transformers makes a generation_config anew where the directory has none
+
+    def _take_tokens(self) -> None:
+        """What the generation_config leaves open and our config says."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(self.config, name))
+
     def _continue(
         self, ids: Tensor, layout: Columns, position_ids: Tensor | None, memory: Tensor | None, logits_to_keep: int,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None, **others: Any,
@@ -283,11 +297,12 @@ class LlmengineForCausalLM(Generating):
         return self._returned(output, return_dict)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **options: Any
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        # generate() takes forward's arguments where it finds the name "kwargs" here
         if self.transformer.decoder is None:
             return predicting_next(input_ids, attention_mask)
-        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **options)
+        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
 
 
 class LlmengineForConditionalGeneration(Generating):

@@ -6,6 +6,7 @@ Its caches have one row per sequence and one column per token, padding too; so t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,10 @@ class Columns:
     ) -> Tensor:
         cross = self.crossing
         if cross is not None and cross.is_updated.get(layer):
-            kept = cross.cross_attention_cache.layers[layer]
+            kept: Any = cross.cross_attention_cache.layers[layer]
             k, v = kept.keys, kept.values
         else:
-            k, v = (self._by_row(x) for x in project())
+            k, v = map(self._by_row, project())
             if cross is not None:
                 k, v = cross.cross_attention_cache.update(k, v, layer)
                 cross.is_updated[layer] = True
