@@ -12,12 +12,14 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 def processors_of(
-    repetition_penalty: float, no_repeat_ngram_size: int, min_new_tokens: int, prompt: int, eos: Sequence[int]
-) -> list[Processor]:
-    """The rules that generate's options ask for. prompt: columns that are not new."""
+    repetition_penalty: float, no_repeat_ngram_size: int, min_new_tokens: int, prompt: int, eos: Sequence[int],
+    mask: Tensor | None = None,
+) -> list[Processor]:  # fmt: skip
+    """The rules that generate's options ask for. prompt: columns that are not new. mask (prompts, prompt): 0 where a
+    prompt has padding."""
     found: list[Processor] = []
     if repetition_penalty != 1.0:
-        found.append(lambda ids, scores: penalise_repetition(ids, scores, repetition_penalty))
+        found.append(lambda ids, scores: penalise_repetition(_but_padding(ids, mask), scores, repetition_penalty))
     if no_repeat_ngram_size:
         found.append(lambda ids, scores: forbid_repeated_ngrams(ids, scores, no_repeat_ngram_size))
     if min_new_tokens and eos:
@@ -32,9 +34,20 @@ def processors_of(
 
 
 def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float) -> Tensor:
-    """Logits of tokens that have been: divided by the penalty where above 0, else multiplied (Keskar et al. 2019)."""
-    been = scores.gather(1, ids)
-    return scores.scatter(1, ids, torch.where(been < 0, been * penalty, been / penalty))
+    """Logits of tokens that have been: divided by the penalty where above 0, else multiplied (Keskar et al. 2019).
+    An id below 0 is no token."""
+    vocab = scores.shape[1]
+    been = torch.zeros(len(scores), vocab + 1, dtype=torch.bool, device=scores.device)
+    been = been.scatter(1, torch.where(ids < 0, vocab, ids), True)[:, :vocab]
+    return torch.where(been, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _but_padding(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The ids of rows, as many for each prompt, with -1 at the prompt's padding."""
+    if mask is None:
+        return ids
+    real = mask.bool().repeat_interleave(len(ids) // len(mask), 0)
+    return torch.where(torch.nn.functional.pad(real, (0, ids.shape[1] - real.shape[1]), value=True), ids, -1)
 
 
 def forbid_repeated_ngrams(ids: Tensor, scores: Tensor, size: int) -> Tensor:

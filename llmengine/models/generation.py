@@ -104,7 +104,14 @@ class Generation(Module):
             )
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
             run.processors = [
-                *processors_of(repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends),
+                *processors_of(
+                    repetition_penalty,
+                    no_repeat_ngram_size,
+                    min_new_tokens,
+                    run.ids.shape[1],
+                    ends,
+                    prompts.attention_mask,
+                ),  # fmt: skip
                 *logits_processor,
             ]
             if num_beams > 1:
@@ -214,13 +221,21 @@ class Rereading:
         self.ids, self.mask = self.ids.index_select(0, rows), self.mask.index_select(0, rows)
 
     def _scores(self) -> Tensor:
-        ids, mask = (torch.nn.functional.pad(x, (0, 1), value=value) for x, value in ((self.ids, 0), (self.mask, 1)))
-        query_ranks = torch.zeros_like(ids)
-        key_ranks = query_ranks - 1
-        key_ranks[:, -1] = 0
-        last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
-        out = self.model(ids, mask, query_ranks=query_ranks, key_ranks=key_ranks, target_positions=last)
-        return out.logits[:, 0].float()
+        return self.model(**predicting_next(self.ids, self.mask)).logits[:, 0].float()
+
+
+def predicting_next(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """What XLNet's forward takes to predict the token behind these (batch, length), logits (batch, 1, vocab_size)."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    ids, mask = (torch.nn.functional.pad(x, (0, 1), value=value) for x, value in ((ids, 0), (mask, 1)))
+    query_ranks = torch.zeros_like(ids)
+    key_ranks = query_ranks - 1
+    key_ranks[:, -1] = 0
+    last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+    return {
+        "input_ids": ids, "attention_mask": mask, "query_ranks": query_ranks, "key_ranks": key_ranks,
+        "target_positions": last,
+    }  # fmt: skip
 
 
 class _Run:

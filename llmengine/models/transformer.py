@@ -100,7 +100,7 @@ class Transformer(Generation):
     @property
     def loss_type(self) -> str:
         """Hugging Face's name of the token loss: where labels are shifted, Trainer counts those that remain."""
-        return "ForCausalLM" if self.config.causal else "ForMaskedLM"
+        return "ForCausalLM" if self.config.token_task == "clm" else "ForMaskedLM"
 
     # ---- initial weights and files -----------------------------------------------------------------------------------
 
