@@ -36,7 +36,7 @@ class ChatTemplate:
         or where its replies end with no special token: a model would never learn to end them."""
         self.tokenizer = tokenizer
         self.text = template or tokenizer.chat_template or plain(tokenizer)
-        self._marks_replies = "generation" in self.text and "endgeneration" in self.text
+        self._marks_replies = "endgeneration" in self.text
         self._template, self._replies = _compiled(self.text)
         added = tokenizer.backend.get_added_tokens_decoder()
         self._added = set(added)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ class Chat(Task):
 
     name = "chat"
     objective = "clm"
-    columns = {"messages": "a conversation: [{role, content}, …]; or prompt and response, two texts"}  # noqa: RUF012
+    columns: ClassVar[dict[str, str]] = {
+        "messages": "a conversation: [{role, content}, …]; or prompt and response, two texts"
+    }
     asked = ("messages",)
     Options = ChatOptions
 
@@ -114,12 +116,15 @@ class Chat(Task):
             yield answer
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        """How near answers are to the rows' own replies, and how probable those are: perplexity."""
-        replies = [conversation(self.name, row, i)[1] for i, row in enumerate(rows)]
-        if [] in replies:
-            raise ValueError(f"task 'chat': row {replies.index([]) + 1} has no reply of the assistant to judge by")
-        judgement = metrics.texts([answer["text"] for answer in answers], [reply[0]["content"] for reply in replies])
-        surprise = metrics.perplexity([a["nll"] for a in answers], [a["tokens"] for a in answers])
+        """How near answers are to the rows' own replies, and how probable those are: perplexity. Rows without a reply
+        are left out."""
+        judged, replies = [], []
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            for reply in conversation(self.name, row, i)[1]:
+                judged.append(answer)
+                replies.append(reply["content"])
+        judgement = metrics.texts([answer["text"] for answer in judged], replies)
+        surprise = metrics.perplexity([answer["nll"] for answer in judged], [answer["tokens"] for answer in judged])
         return replace(judgement, scores={**judgement.scores, **surprise.scores})
 
     def wrap(self, model: Any) -> Any:

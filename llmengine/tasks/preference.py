@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,10 +54,11 @@ class Preferences(Task):
 
     name = "preference"
     objective = "clm"
-    columns = {  # noqa: RUF012
-        "prompt": "a text, or a conversation: [{role, content}, …]", "chosen": "the better answer, a text",
+    columns: ClassVar[dict[str, str]] = {
+        "prompt": "a text, or a conversation: [{role, content}, …]",
+        "chosen": "the better answer, a text",
         "rejected": "the other answer, a text",
-    }  # fmt: skip
+    }
     asked = ("prompt", "chosen", "rejected")
     Options = PreferenceOptions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,10 @@ class Seq2Seq(Task):
 
     name = "seq2seq"
     objective = "seq2seq"
-    columns = {"source": "the text that is read", "target": "the text that is to be written"}  # noqa: RUF012
+    columns: ClassVar[dict[str, str]] = {
+        "source": "the text that is read",
+        "target": "the text that is to be written",
+    }
     asked = ("source",)
     Options = Seq2SeqOptions
 
@@ -71,16 +74,21 @@ class Seq2Seq(Task):
         self._decoder = options.architecture == "decoder"
         self._before, self._behind = tokenizer.template().sides
         self._end = end_of(self.name, tokenizer)
-        self._separator = tokenizer.encode_many([options.separator])[0] if self._decoder else []
-        if self._decoder:
-            self._behind = self._separator
         self.max_target_length = options.max_target_length or (max_length // 2 if self._decoder else max_length)
-        self._room = max_length - len(self._before) - len(self._behind)
-        self._room -= self.max_target_length if self._decoder else 0
-        if self._room < 1 or self.max_target_length < 2:
+        room = max_length
+        if self._decoder:
+            (self._behind,) = tokenizer.encode_many([options.separator])
+            room -= self.max_target_length
+            if options.separator and not self._behind:
+                raise ValueError(
+                    f"task 'seq2seq': separator {options.separator!r} gives no token of this tokenizer; choose another"
+                )
+        self._room = room - len(self._before) - len(self._behind)
+        # a target needs a token and its end, and an encoder-decoder's those before a text
+        if self._room < 1 or self.max_target_length < 2 + (0 if self._decoder else len(self._before)):
             raise ValueError(
-                f"task 'seq2seq': max_length {max_length} leaves no room for a source and a target of up to "
-                f"{self.max_target_length} tokens; give more, or a smaller max_target_length"
+                f"task 'seq2seq': max_length {max_length} and max_target_length {self.max_target_length} leave no room "
+                "for a token of source and target beside special tokens; give more"
             )
 
     def model_fields(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Writing:
 def tell(task: str, count: int, rows: int, what: str) -> None:
     """Warns that something happened to so many of the rows."""
     if count:
-        warnings.warn(f"task {task!r}: {count} of {rows} {what}", stacklevel=4)
+        warnings.warn(f"task {task!r}: {count} of {rows} {what}", stacklevel=3)
 
 
 def end_of(task: str, tokenizer: Tokenizer) -> int:

@@ -182,8 +182,8 @@ def test_the_answer_to_a_row(learnt):
     assert answers[0]["nll"] == pytest.approx(nll, rel=1e-3, abs=1e-5) and answers[0]["tokens"] == len(places)
     total = sum(answer["nll"] for answer in answers) / sum(answer["tokens"] for answer in answers)
     assert task.judge(rows, answers).scores["perplexity"].value == pytest.approx(math.exp(total))
-    with pytest.raises(ValueError, match="row 1 has no reply of the assistant to judge by"):
-        task.judge(asked, answers)
+    assert task.judge([*asked, *rows], [*answers, *answers]) == task.judge(rows, answers), "only replies are judged"
+    assert task.judge(asked, answers).rows == 0
 
 
 def test_prompt_and_response_are_a_conversation():

@@ -197,7 +197,8 @@ def test_an_empty_source_of_a_template_without_tokens():
         ({"architecture": "decoder", "start": "a"}, "start is for encoder-decoders"),
         ({"beams": 0}, "beams must be 1 or more, got 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"max_length": 1}, "max_length 1 leaves no room"),
+        ({"max_length": 1}, "max_length 1 and max_target_length 1 leave no room"),
+        ({"architecture": "decoder", "separator": " \n"}, "gives no token of this tokenizer"),
         ({"beam": 2}, "no option beam; options: beams"),
     ],
 )
