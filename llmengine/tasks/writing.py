@@ -62,8 +62,8 @@ def written(
     if batch_tokens < 1:
         raise ValueError(f"task: batch_tokens must be 1 or more, got {batch_tokens}")
     reads_source = model.config.architecture == "encoder_decoder"
-    # a decoder's rules on repetition would see padding as tokens that have been
-    alike = not reads_source and (options.no_repeat_ngram > 0 or options.repetition_penalty != 1.0)
+    # a decoder's n-grams would be those of padding too
+    alike = not reads_source and options.no_repeat_ngram > 0
     for begin in range(0, len(prompts), WINDOW):
         window = prompts[begin : begin + WINDOW]
         found: dict[int, list[int]] = {}

@@ -84,6 +84,14 @@ def test_tokens_and_replies_are_those_of_transformers(chatml, turns):
     assert ChatTemplate(ours).prompt(talk) == prompt
 
 
+def test_a_template_is_saved_with_its_tokenizer(chatml, tmp_path):
+    ours, theirs = chatml
+    ours.save(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == theirs.chat_template == CHATML
+    named = [{"name": "tool_use", "template": "{{ 1 }}"}, {"name": "default", "template": CHATML}]
+    assert Tokenizer(ours.backend, ours.roles, {"chat_template": named}).chat_template == CHATML
+
+
 def test_a_template_need_not_mark_replies(chatml):
     tokenizer, _ = chatml
     marked, unmarked = ChatTemplate(tokenizer, CHATML), ChatTemplate(tokenizer, UNMARKED)
