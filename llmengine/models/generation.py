@@ -103,17 +103,10 @@ class Generation(Module):
                 else Cached(self, source, prompts, max_new_tokens)
             )
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
-            run.processors = [
-                *processors_of(
-                    repetition_penalty,
-                    no_repeat_ngram_size,
-                    min_new_tokens,
-                    run.ids.shape[1],
-                    ends,
-                    prompts.attention_mask,
-                ),  # fmt: skip
-                *logits_processor,
-            ]
+            ruled = processors_of(
+                repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends, prompts.attention_mask
+            )
+            run.processors = [*ruled, *logits_processor]
             if num_beams > 1:
                 new = run.beams(num_beams, length_penalty, early_stopping, num_return_sequences)
             else:

@@ -103,10 +103,10 @@ def test_best_weights_that_are_gone_or_damaged_are_named(tmp_path):
     with (best / "model.safetensors").open("r+b") as file:
         file.seek(200)
         file.write(b"spoilt")
-    with pytest.raises(checkpoints.Unreadable, match="model.safetensors is damaged"):
+    with pytest.raises(checkpoints.Unreadable, match=r"model\.safetensors is damaged"):
         run(config, tmp_path / "run", resume=True)
     shutil.rmtree(best)
-    with pytest.raises(checkpoints.Unreadable, match="state.json is missing"):
+    with pytest.raises(checkpoints.Unreadable, match=r"state\.json is missing"):
         run(config, tmp_path / "run", resume=True)
 
 
@@ -115,11 +115,11 @@ def test_other_rows_or_another_base_are_refused(tmp_path):
         run(tiny(tmp_path, "steps=1", *overrides), tmp_path / str(i))
     pretrained(tmp_path / "base", seed=2)
     run(tiny(tmp_path, "steps=1"), tmp_path / "0", resume=True)  # its weights are all in the checkpoint
-    with pytest.raises(ValueError, match="weights that it builds on.* are no longer those"):
+    with pytest.raises(ValueError, match=r"weights that it builds on.* are no longer those"):
         run(tiny(tmp_path, "steps=1", "lora={r: 2}"), tmp_path / "1", resume=True)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"text": "more", "label": "good"}) + "\n")
-    with pytest.raises(ValueError, match="the rows .* are no longer those"):
+    with pytest.raises(ValueError, match=r"the rows .* are no longer those"):
         run(tiny(tmp_path, "steps=1"), tmp_path / "0", resume=True)
-    with pytest.raises(ValueError, match="r_drop is 1.0, was 0.0"):
+    with pytest.raises(ValueError, match=r"r_drop is 1\.0, was 0\.0"):
         run(tiny(tmp_path, "steps=1", "r_drop=1.0"), tmp_path / "0", resume=True)
