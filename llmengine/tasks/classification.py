@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llmengine import metrics
-from llmengine.data.template import longest_first
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks, text_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
@@ -109,13 +109,11 @@ class Classification(Reading):
         paired = [row.get("text_pair") is not None for _, row in block]
         second = [text_of(self.name, row, i, "text_pair") for (i, row), pair in zip(block, paired, strict=True) if pair]
         encoded = (encoding.ids for encoding in self.tokenizer.encodings(second))
-        made, truncated = [], 0
-        for encoding, pair in zip(self.tokenizer.encodings(first), paired, strict=True):
-            a, b = encoding.ids, next(encoded) if pair else []
-            of_a, of_b = longest_first(len(a), len(b), self.max_length - self.templates[pair].added)
-            truncated += (of_a, of_b) != (len(a), len(b))
-            made.append(self.example(self.inputs(a[:of_a], b[:of_b]) if pair else self.inputs(a[:of_a])))
-        return made, truncated
+        made = [
+            self.fitted(encoding.ids, next(encoded) if pair else None)
+            for encoding, pair in zip(self.tokenizer.encodings(first), paired, strict=True)
+        ]
+        return [self.example(inputs) for inputs, _ in made], sum(cut for _, cut in made)
 
     def _target(self, row: Row, number: int) -> Tensor:
         """A row's label as the model takes it."""
@@ -156,7 +154,7 @@ def _logits(out: Any, batch: dict[str, Any]) -> list[Tensor]:
 
 def _class(row: Row, number: int) -> str:
     name = value_of("classification", row, number, "label")
-    if not isinstance(name, str | int):
+    if not isinstance(name, str | Integral):
         raise wrong("classification", number, "label", name, "the name of a class")
     return str(name)
 

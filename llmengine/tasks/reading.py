@@ -9,6 +9,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llmengine.data.batches import fill
 from llmengine.data.examples import IGNORED, pack, tokens_of
-from llmengine.data.template import Inputs
+from llmengine.data.template import Inputs, longest_first
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models.modes import evaluating
 from llmengine.tasks.task import Row, Task, TaskExamples
@@ -31,6 +32,8 @@ class Reading(Task):
 
     pairs: ClassVar[bool] = True
     """Whether an example may have two texts."""
+    limit: ClassVar[str] = "max_length"
+    """What texts are cut to."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, labels: Sequence[str], options: Any) -> None:
         super().__init__(tokenizer, max_length, labels, options)
@@ -63,6 +66,13 @@ class Reading(Task):
                     f"task {self.name!r}: the model's {name} is {getattr(config, name)!r}, the task's {wanted!r}"
                 )
 
+    def fitted(self, text: Sequence[int], pair: Sequence[int] | None = None) -> tuple[Inputs, bool]:
+        """`inputs` of at most max_length tokens, and whether texts were cut: of two the longer one until both are as
+        long, then both."""
+        lengths = len(text), len(pair or ())
+        kept = longest_first(*lengths, self.max_length - self.templates[pair is not None].added)
+        return self.inputs(text[: kept[0]], *([] if pair is None else [pair[: kept[1]]])), kept != lengths
+
     def inputs(self, *texts: Sequence[int]) -> Inputs:
         """Ids of one text or two in their template. Where nothing is left of a text, and the template adds nothing, a
         token that ends or begins texts stands for it."""
@@ -90,8 +100,8 @@ class Reading(Task):
         """That texts were cut."""
         if truncated:
             warnings.warn(
-                f"task {self.name!r}: {truncated} of {rows} rows are longer than max_length {self.max_length} and were "
-                "cut at their end",
+                f"task {self.name!r}: {truncated} of {rows} rows have more text than {self.limit} "
+                f"{getattr(self, self.limit)}; it was cut at its end",
                 stacklevel=3,
             )
 
@@ -136,10 +146,12 @@ class ReadingExamples(TaskExamples):
 
 
 class SequenceExamples(ReadingExamples):
-    """Examples whose losses are means over sequences."""
+    """Examples whose losses are means over sequences. `counted` is what has a value for each."""
+
+    counted: ClassVar[str] = "labels"
 
     def items(self, micro_batch: dict[str, Any]) -> dict[str, int]:
-        labels = micro_batch["labels"]
+        labels = micro_batch[self.counted]
         if labels.dim() > 1:  # several numbers of each sequence
             return {"sequences": len(labels)}
         return {"sequences": int((labels != IGNORED).sum())}
@@ -180,6 +192,11 @@ def texts_of(task: str, row: Row, number: int, column: str) -> list[str]:
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise wrong(task, number, column, texts, "a list of texts")
     return list(texts)
+
+
+def integer(value: Any) -> int | None:
+    """A whole number as an int; None: it is none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def wrong(task: str, number: int, column: str, given: Any, expected: str) -> ValueError:

@@ -29,6 +29,8 @@ FILE = "task.json"  # beside a model's weights: what its answers mean
 TASKS: dict[str, str] = {
     "classification": "Classification",
     "tagging": "Tagging",
+    "qa": "QA",
+    "choice": "Choice",
     "seq2seq": "Seq2Seq",
     "chat": "Chat",
     "preference": "Preferences",
