@@ -35,6 +35,7 @@ def with_heads(
 
 
 def _of_family(checkpoint: Checkpoint, heads: Iterable[str]) -> dict[str, Any]:
+    summed_up = checkpoint.fields["architecture"] == "decoder" and {"classification", "choice"} & set(heads)
     # a decoder's first token, which sees no other, stands for nothing
-    last = {"summary": "last"} if checkpoint.fields["architecture"] == "decoder" else {}
+    last = {"summary": "last"} if summed_up else {}
     return last if checkpoint.family is None else {**last, **checkpoint.family.fields_of_heads(heads)}
