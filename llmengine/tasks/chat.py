@@ -16,9 +16,9 @@ from llmengine.data.examples import IGNORED
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.objectives.likelihood import each_log_likelihood
-from llmengine.tasks.reading import text_of, wrong
+from llmengine.tasks.rows import tell, text_of, wrong
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
-from llmengine.tasks.writing import Writing, tell, written
+from llmengine.tasks.writing import Writing, written
 
 T = TypeVar("T")
 

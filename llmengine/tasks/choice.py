@@ -12,17 +12,8 @@ from torch import Tensor
 
 from llmengine import metrics
 from llmengine.metrics import Judgement
-from llmengine.tasks.reading import (
-    Example,
-    Reading,
-    SequenceExamples,
-    blocks,
-    integer,
-    text_of,
-    texts_of,
-    value_of,
-    wrong,
-)
+from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
+from llmengine.tasks.rows import integer, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmengine import metrics
 from llmengine.metrics import Judgement
-from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks, text_of, value_of, wrong
+from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
+from llmengine.tasks.rows import text_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 NUMBER = "value"  # the name of a regression's only output; several are value_0, value_1, …

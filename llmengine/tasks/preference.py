@@ -17,9 +17,8 @@ from llmengine.metrics import Judgement, intervals
 from llmengine.objectives.likelihood import each_log_likelihood
 from llmengine.objectives.preference import Preference, PreferenceLoss
 from llmengine.tasks.chat import in_row, messages_of
-from llmengine.tasks.reading import text_of
+from llmengine.tasks.rows import tell, text_of
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
-from llmengine.tasks.writing import tell
 
 SIDES = ("chosen", "rejected")
 

@@ -16,17 +16,8 @@ from llmengine.data.examples import IGNORED
 from llmengine.data.template import Inputs, spans
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
-from llmengine.tasks.reading import (
-    Reading,
-    SequenceExamples,
-    blocks,
-    by_sequence,
-    integer,
-    text_of,
-    texts_of,
-    value_of,
-    wrong,
-)
+from llmengine.tasks.reading import Reading, SequenceExamples, blocks, by_sequence
+from llmengine.tasks.rows import integer, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 

@@ -5,11 +5,8 @@ A text is tokenised and put together as transformers' tokenizers of the same fil
 
 from __future__ import annotations
 
-import reprlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +18,7 @@ from llmengine.data.examples import IGNORED, pack, tokens_of
 from llmengine.data.template import Inputs, longest_first
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models.modes import evaluating
+from llmengine.tasks.rows import tell
 from llmengine.tasks.task import Row, Task, TaskExamples
 
 ROWS = 1024  # that are read before the first of their answers is given
@@ -61,10 +59,9 @@ class Reading(Task):
                 f"task {self.name!r}: the model lacks objective {self.objective!r}; it has {list(config.objectives)}"
             )
         for name, wanted in self.model_fields().items():
-            if name != "labels" and getattr(config, name) != wanted:
-                raise ValueError(
-                    f"task {self.name!r}: the model's {name} is {getattr(config, name)!r}, the task's {wanted!r}"
-                )
+            found = getattr(config, name)
+            if found != wanted and not (name == "labels" and found is None):
+                raise ValueError(f"task {self.name!r}: the model's {name} is {found!r}, the task's {wanted!r}")
 
     def fitted(self, text: Sequence[int], pair: Sequence[int] | None = None) -> tuple[Inputs, bool]:
         """`inputs` of at most max_length tokens, and whether texts were cut: of two the longer one until both are as
@@ -98,12 +95,8 @@ class Reading(Task):
 
     def tell(self, truncated: int, rows: int) -> None:
         """That texts were cut."""
-        if truncated:
-            warnings.warn(
-                f"task {self.name!r}: {truncated} of {rows} rows have more text than {self.limit} "
-                f"{getattr(self, self.limit)}; it was cut at its end",
-                stacklevel=3,
-            )
+        what = f"rows have more text than {self.limit} {getattr(self, self.limit)}; it was cut at its end"
+        tell(self.name, truncated, rows, what)
 
     def outputs(
         self,
@@ -166,39 +159,3 @@ def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[int, Row]]]:
     """Rows with their numbers, some at a time."""
     for begin in range(0, len(rows), ROWS):
         yield list(enumerate(rows[begin : begin + ROWS], begin))
-
-
-# ---- what rows hold; number: the row's, from 0 -----------------------------------------------------------------------
-
-
-def value_of(task: str, row: Row, number: int, column: str) -> Any:
-    """A row's column."""
-    if column not in row:
-        raise ValueError(f"task {task!r}: row {number + 1} has no {column!r}; its columns: {', '.join(map(str, row))}")
-    return row[column]
-
-
-def text_of(task: str, row: Row, number: int, column: str) -> str:
-    """A row's column, which must be a text."""
-    text = value_of(task, row, number, column)
-    if not isinstance(text, str):
-        raise wrong(task, number, column, text, "a text")
-    return text
-
-
-def texts_of(task: str, row: Row, number: int, column: str) -> list[str]:
-    """A row's column, which must be a list of texts."""
-    texts = value_of(task, row, number, column)
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise wrong(task, number, column, texts, "a list of texts")
-    return list(texts)
-
-
-def integer(value: Any) -> int | None:
-    """A whole number as an int; None: it is none."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-
-
-def wrong(task: str, number: int, column: str, given: Any, expected: str) -> ValueError:
-    """The error of a row that holds something else."""
-    return ValueError(f"task {task!r}: row {number + 1}: {column} is {reprlib.repr(given)}; expected {expected}")

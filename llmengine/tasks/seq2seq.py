@@ -13,9 +13,9 @@ from llmengine import metrics
 from llmengine.data.examples import IGNORED, pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
-from llmengine.tasks.reading import text_of
+from llmengine.tasks.rows import tell, text_of
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
-from llmengine.tasks.writing import Writing, end_of, tell, written
+from llmengine.tasks.writing import Writing, end_of, written
 
 ARCHITECTURES = {"encoder_decoder": "seq2seq", "decoder": "clm"}  # and the head of each
 

@@ -16,7 +16,8 @@ from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.metrics.spans import is_of_spans
 from llmengine.models.crf import ChainField, in_rows
-from llmengine.tasks.reading import Reading, ReadingExamples, blocks, by_sequence, texts_of, wrong
+from llmengine.tasks.reading import Reading, ReadingExamples, blocks, by_sequence
+from llmengine.tasks.rows import texts_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 OUTSIDE, BEGIN, INSIDE = "O", "B-", "I-"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +33,6 @@ class Writing:
                 raise ValueError(f"task: {name} must be {least} or more, got {value}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"task: repetition_penalty must be above 0 (1: off), got {self.repetition_penalty}")
-
-
-def tell(task: str, count: int, rows: int, what: str) -> None:
-    """Warns that something happened to so many of the rows."""
-    if count:
-        warnings.warn(f"task {task!r}: {count} of {rows} {what}", stacklevel=3)
 
 
 def end_of(task: str, tokenizer: Tokenizer) -> int:

@@ -51,8 +51,8 @@ def training_flops(config: TransformerConfig, micro_batches: Iterable[Mapping[st
     for batch in micro_batches:
         lengths = batch["cu_seqlens"].diff().tolist()
         parts: dict[str, Any] = {}
-        if "decoder_cu_seqlens" in batch:
-            parts["target_lengths"] = batch["decoder_cu_seqlens"].diff().tolist()
+        if config.architecture == "encoder_decoder":  # without a target of its own its decoder reads the source
+            parts["target_lengths"] = batch.get("decoder_cu_seqlens", batch["cu_seqlens"]).diff().tolist()
         if "query_ranks" in batch:
             parts |= {"query_stream": len(batch["target_positions"]), "seen": _seen(batch)}
         total += forward_flops(config, lengths, 0, **parts)

@@ -251,6 +251,9 @@ def test_wrong_rows_and_models(wordpiece):
         numbers.examples([{"text": "x", "label": 1}])
     with pytest.raises(ValueError, match=r"the model's problem is 'regression', the task's 'single'"):
         list(task.answers(model_of(numbers, wordpiece), []))
+    with pytest.raises(ValueError, match=r"the model's labels is \('b', 'a'\), the task's \('a', 'b'\)"):
+        task.wrap(model_of(task, wordpiece, labels=("b", "a")))
+    task.wrap(model_of(task, wordpiece, labels=None))
     with pytest.raises(ValueError, match=r"the model lacks objective 'classification'; it has \['mlm'\]"):
         task.wrap(model_of(task, wordpiece, objectives=["mlm"]))
     with pytest.raises(ValueError, match=r"max_length must be 5 or more"):
