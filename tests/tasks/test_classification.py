@@ -249,8 +249,8 @@ def test_wrong_rows_and_models(wordpiece):
     numbers = make("classification", wordpiece, SEVERAL, max_length=32, problem="regression")
     with pytest.raises(ValueError, match=r"row 1: label is 1; expected as many numbers as the others, 2"):
         numbers.examples([{"text": "x", "label": 1}])
-    with pytest.raises(ValueError, match=r"the model's problem is 'regression', the task's 'single'"):
-        list(task.answers(model_of(numbers, wordpiece), []))
+    with pytest.raises(ValueError, match=r"the model's problem is 'multi', the task's 'single'"):
+        list(task.answers(model_of(task, wordpiece, problem="multi"), []))
     with pytest.raises(ValueError, match=r"the model's labels is \('b', 'a'\), the task's \('a', 'b'\)"):
         task.wrap(model_of(task, wordpiece, labels=("b", "a")))
     task.wrap(model_of(task, wordpiece, labels=None))
