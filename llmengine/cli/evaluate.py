@@ -21,8 +21,6 @@ EXAMPLES = """\
   llmengine evaluate runs/gpt --corpus other_texts/ --json
   llmengine evaluate runs/sentiment
   llmengine evaluate runs/sentiment --data test.csv --column text=review --output report/"""
-REPORT = "evaluation"  # the folder, in a run's, of its report
-SOURCES = ("model", "train", "validation", "test", "teacher")  # fields of a config that are no settings but paths
 
 
 @reported
@@ -36,7 +34,7 @@ def command(
     column: Columns = None,
     kind: DataKind = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=f"The report's folder (default: {REPORT}/ in the run's).")
+        Path | None, typer.Option("--output", "-o", help="The report's folder. Default: evaluation/ in the run's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Of a fine-tuned model: the most tokens of a batch.")] = 4096,
@@ -114,30 +112,33 @@ def _judge(
     from llmengine.training import report
 
     rows, files = _rows(tuned, data, columns, kind)
-    task, config = tuned.task, tuned.config
+    task = tuned.task
     # rows that hold nothing to judge by are an error before all of them are answered
     task.judge(rows[:1], list(task.answers(tuned.model, rows[:1])))
     answers = list(task.answers(tuned.model, rows, batch_tokens=batch_tokens))
     judgement = task.judge(rows, answers)
-    facts = {
-        "model": f"{fine_tuned.shown(run)} ({models.describe(tuned.model)})",
-        "task": task.name,
-        "data": files,
-        "rows": len(rows),
-    }
-    if output is None and config is not None:
-        output = run / REPORT
+    account = report.of_run(run, task, files, tuned.config)
+    output = output or _folder(tuned, run, data)
     if output is not None:
-        settings = {} if config is None else config.to_dict()
-        settings = {name: value for name, value in settings.items() if name not in SOURCES}
-        report.write(output, judgement, rows, answers, asked=task.asked, facts=facts, settings=settings)
+        report.write(output, judgement, rows, answers, asked=task.asked, **account)
     if as_json:
-        typer.echo(json.dumps({**report.as_json(judgement), "facts": facts}, indent=2, ensure_ascii=False))
+        found = {**report.as_json(judgement), "facts": account["facts"]}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     typer.echo("\n".join(report.score_lines(judgement)))
-    typer.echo(f"on {len(rows):,} rows of {', '.join(files)}, weights of {tuned.source}")
+    typer.echo(f"on {len(rows):,} rows of {', '.join(map(report.shown, files))}, weights of {tuned.source}")
     if output is not None:
         typer.echo(f"report  {output / report.REPORT}")
+
+
+def _folder(tuned: FineTuned, run: Path, data: list[str] | None) -> Path | None:
+    """Of the report, where nobody says: in a run's folder, for other files than its own beside that of its own."""
+    from llmengine.training.run import Folder
+
+    if tuned.config is None:
+        return None
+    own = Folder(run).evaluation
+    return own.with_name(f"{own.name}-{Path(data[0]).name.partition('.')[0]}") if data else own
 
 
 def _rows(
@@ -145,7 +146,6 @@ def _rows(
 ) -> tuple[Sequence[Row], list[str]]:
     """Rows, and where they are from."""
     if data:
-        return fine_tuned.read(data, kind, tuned.columns | columns), [*map(fine_tuned.shown, data)]
+        return fine_tuned.read(data, kind, tuned.columns | columns), data
     _refuse("goes with --data", column=columns, kind=kind)
-    rows, files = fine_tuned.held_out(tuned)
-    return rows, [*map(fine_tuned.shown, files)]
+    return fine_tuned.held_out(tuned)

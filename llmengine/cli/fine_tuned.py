@@ -92,6 +92,7 @@ def columns_of(given: Sequence[str] | None) -> dict[str, str]:
 def held_out(tuned: FineTuned) -> tuple[Sequence[Row], list[str]]:
     """The rows that the run is tested with, or evaluated on; and the files that they are from."""
     from llmengine.training.finetune_data import TrainingRows, read_source
+    from llmengine.training.report import shown
 
     config = tuned.config
     if config is None:
@@ -130,8 +131,3 @@ def question(task: Task, text: str, pair: str | None = None) -> Row:
 def asking(task: Task, row: Row) -> Row:
     """A row as it is; where it has a text and not the column that the task asks for, the question that the text is."""
     return row if "text" not in row or task.asked[0] in row else {**row, **question(task, row["text"])}
-
-
-def shown(path: str | Path) -> str:
-    """A path for a report: the name alone where it tells how this machine is laid out."""
-    return Path(path).name if Path(path).is_absolute() else str(path)

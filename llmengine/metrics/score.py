@@ -2,7 +2,7 @@
 
 Every metric is a function of sums over rows: accuracy of (right, rows), F1 of (true positives, predicted, present),
 BLEU of n-gram counts. So one bootstrap (Efron 1979) serves them all: rows are drawn with replacement, their counts
-summed, and the metric taken of the sums. Three seconds of one processor core for a million rows.
+summed, and the metric taken of the sums. To draw the resamples of a million rows takes seconds.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class ChatOptions(Writing):
     max_new_tokens: the most tokens of an answer; None: half of max_length.
     """
 
+    longest: ClassVar[str] = "max_new_tokens"
     template: str | None = None
     turns: str = "all"
     keep: str = "end"

@@ -33,6 +33,7 @@ class Seq2SeqOptions(Writing):
         says.
     """
 
+    longest: ClassVar[str] = "max_target_length"
     architecture: str = "encoder_decoder"
     prefix: str = ""
     separator: str = "\n"

@@ -170,8 +170,9 @@ class Finetuning(Run):
         rows = read_source(self.config, self.config.test)
         answers = self._answers(rows)
         judgement = self.task.judge(rows, answers)
-        facts = {"model": self.folder.path.name, "task": self.task.name, "data": self.config.test}
-        report.write(self.folder.evaluation, judgement, rows, answers, asked=self.task.asked, facts=facts)
+        files = [self.config.test] if isinstance(self.config.test, str) else self.config.test
+        account = report.of_run(self.folder.path, self.task, files, self.config)
+        report.write(self.folder.evaluation, judgement, rows, answers, asked=self.task.asked, **account)
         return judgement
 
 

@@ -104,14 +104,15 @@ def _extract(row: Row, answer: Answer) -> Wrong | None:
 
 def _text(row: Row, answer: Answer) -> Wrong | None:
     right, given = reference(row), answer["text"]
-    return None if given.split() == right.split() else (right, given, chrf(given, [right]))
+    return None if right is None or given.split() == right.split() else (right, given, chrf(given, [right]))
 
 
-def reference(row: Row) -> str:
-    """What a text is to be."""
+def reference(row: Row) -> str | None:
+    """What a text is to be; None: a conversation that ends without a reply, which nothing judges."""
     if "messages" in row:
-        return row["messages"][-1]["content"]
-    return row["target"] if "target" in row else row["response"]
+        last = row["messages"][-1]
+        return last["content"] if last["role"] == "assistant" else None
+    return row["target"] if "target" in row else row.get("response")
 
 
 def _preference(row: Row, answer: Answer) -> Wrong | None:

@@ -14,6 +14,7 @@ from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer
 from llmengine.models.modes import evaluating
 from llmengine.objectives.electra import Electra
+from llmengine.tasks.writing import continued
 
 
 @dataclass(frozen=True)
@@ -112,29 +113,9 @@ def continuations(
     if longest > most:
         raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {most}")
     room = _longest(model) - (1 if reads_source else longest)
-    pad = next((t for t in (tokenizer.pad_id, tokenizer.eos_id) if t is not None), 0)
-    with evaluating(model) as device:
-        # a decoder's new tokens follow the last column; an encoder's positions may count columns
-        ids, mask = _padded(rows, pad, left=not reads_source)
-        out = model.generate(
-            ids.to(device), mask.to(device), new_tokens or min(100, room), pad_token_id=pad, **options
-        ).tolist()
-    written = [_until(tokenizer.eos_id, row[1 if reads_source else longest :]) for row in out]
+    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    written = continued(model, rows, ends, new_tokens or min(100, room), **options)
     return [tokenizer.decode(new if reads_source else [*row, *new]) for row, new in zip(rows, written, strict=True)]
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids of rows side by side, and where they are (1) or padding is (0): (rows, longest) int64 both."""
-    longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row), 1
-    return ids, mask
-
-
-def _until(end: int | None, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
 
 
 def _check_length(name: str, length: int, model: Transformer) -> None:

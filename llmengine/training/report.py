@@ -6,19 +6,23 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmengine.files import replace_text
 from llmengine.metrics import Confusion, Judgement, Score
 from llmengine.metrics.score import RESAMPLES
-from llmengine.tasks import Answer, Row
+from llmengine.tasks import Answer, Row, Task
 from llmengine.training import confusion as picture
 from llmengine.training.markdown import excerpt, number, table
 from llmengine.training.mistakes import mistakes
 
+if TYPE_CHECKING:
+    from llmengine.training.finetune_config import FinetuneConfig
+
 REPORT, SCORES, PREDICTIONS = "report.md", "scores.json", "predictions.jsonl"
+SOURCES = ("model", "train", "validation", "test", "teacher")  # fields of a config that are no settings but paths
 MISTAKES, CONFUSIONS = 20, 10  # that are shown
 CHARACTERS = 240  # of a text that is shown
 
@@ -48,6 +52,24 @@ def write(
         picture.draw(judgement.confusion, folder / picture.FILE)
     parts = _sections(judgement, rows, answers, asked, facts, settings)
     replace_text(folder / REPORT, "\n\n".join(parts) + "\n")
+
+
+def of_run(
+    run: Path, task: Task, files: Sequence[str | Path], config: FinetuneConfig | None
+) -> dict[str, dict[str, Any]]:
+    """`facts` and `settings` for `write`. run: the run's folder, or a model directory; files: the rows'."""
+    facts: dict[str, Any] = {"model": shown(run), "task": task.name, "data": [shown(file) for file in files]}
+    if config is None:
+        return {"facts": facts}
+    if isinstance(config.model, str):
+        facts["fine-tuned from"] = shown(config.model)
+    settings = {name: value for name, value in config.to_dict().items() if name not in SOURCES}
+    return {"facts": facts, "settings": settings}
+
+
+def shown(path: str | Path) -> str:
+    """A path as it is; the name alone where it tells how this machine is laid out."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def write_predictions(path: Path, rows: Sequence[Row], answers: Sequence[Answer]) -> None:

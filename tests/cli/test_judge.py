@@ -45,19 +45,19 @@ def near(answer: dict) -> dict:
 
 
 def test_evaluate_repeats_the_runs_test_and_writes_the_report(run, answers):
-    tested = json.loads((run / "test.json").read_text())
-    score = tested["scores"]["accuracy"]
+    folder = run / "evaluation"
+    tested = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert tested.keys() == {"report.md", "scores.json", "predictions.jsonl", "confusion.png"}
+    score = json.loads(tested["scores.json"])["scores"]["accuracy"]
+    shutil.rmtree(folder)
     assert 0.1 < score["value"] < 1, "nor is all wrong or right"
     printed = succeed("evaluate", run)
     interval = f"95 % interval {score['low']:.4f} to {score['high']:.4f}"
     assert printed.startswith(f"accuracy        {score['value']:.4f}   {interval}\nmacro_f1 ")
     assert f"on 40 rows of test.jsonl, weights of {run / 'model'}\n" in printed
-    folder = run / "evaluation"
     assert printed.endswith(f"report  {folder / 'report.md'}\n")
-    assert {path.name for path in folder.iterdir()} == {
-        "report.md", "scores.json", "predictions.jsonl", "confusion.png",
-    }  # fmt: skip
-    assert json.loads((folder / "scores.json").read_text())["scores"] == tested["scores"]
+    for name in ("scores.json", "confusion.png"):
+        assert (folder / name).read_bytes() == tested[name]
     written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert written == [{**row, "prediction": near(answer)} for row, answer in zip(TEST, answers, strict=True)]
 
@@ -65,7 +65,8 @@ def test_evaluate_repeats_the_runs_test_and_writes_the_report(run, answers):
 def test_the_report_knows_the_run_and_not_the_machine(run):
     succeed("evaluate", run)
     text = (run / "evaluation" / "report.md").read_text(encoding="utf-8")
-    assert "| data | test.jsonl |" in text and "| task | classification |" in text and "| model | run (custom, " in text
+    assert "| data | test.jsonl |" in text and "| task | classification |" in text and "| model | run |" in text
+    assert "| fine-tuned from | base |" in text
     assert "\nmax_length: 16\n" in text and "\nseed: 3\n" in text
     assert str(run.parent) not in text and str(run.parent) not in (run / "evaluation" / "scores.json").read_text()
 
@@ -82,7 +83,7 @@ def test_evaluate_falls_back_to_the_rows_that_were_held_out(tmp_path):
 def test_evaluate_prints_json(run):
     data = run.parent / "test.jsonl"
     found = json.loads(succeed("evaluate", run / "model", "--data", data, "--data", data, "--json"))
-    tested = json.loads((run / "test.json").read_text())
+    tested = json.loads((run / "evaluation" / "scores.json").read_text())
     assert found["scores"]["accuracy"]["value"] == tested["scores"]["accuracy"]["value"]
     assert found["main"] == "accuracy" and found["rows"] == 80 and found["confusion"]["labels"] == ["bad", "good"]
     assert found["facts"]["data"] == ["test.jsonl", "test.jsonl"]
@@ -92,14 +93,18 @@ def test_evaluate_prints_json(run):
 def test_evaluate_renames_columns_and_takes_any_kind(run, answers, tmp_path):
     table = ["class\tsentence", *(f"{row['label']}\t{row['text']}" for row in TEST)]
     (tmp_path / "test.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
-    names = ("--column", "text=sentence", "--column", "label=class", "--output", tmp_path / "report")
+    names = ("--column", "text=sentence", "--column", "label=class")
     found = json.loads(succeed("evaluate", run, "--data", tmp_path / "test.tsv", *names, "--json"))
     right = [row["label"] == answer["label"] for row, answer in zip(TEST, answers, strict=True)]
     assert found["scores"]["accuracy"]["value"] == sum(right) / 40
     shutil.move(tmp_path / "test.tsv", tmp_path / "test.table")
     again = succeed("evaluate", run, "--data", tmp_path / "test.table", "--kind", "tsv", *names, "--json")
     assert json.loads(again)["scores"] == found["scores"]
-    assert (tmp_path / "report" / "report.md").is_file()
+    own = run / "evaluation-test"
+    assert (own / "report.md").is_file(), "the report on other rows does not replace that on the run's own"
+    shutil.rmtree(own)
+    printed = succeed("evaluate", run, "--data", run.parent / "test.jsonl", "--output", tmp_path / "report")
+    assert f"report  {tmp_path / 'report' / 'report.md'}" in printed and not own.exists()
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import llmengine
 from llmengine.cli import app
 from tests.cli.conftest import call, succeed
 
-COMMANDS = ["train", "evaluate", "generate", "fill", "inspect", "convert", "verify", "info"]
+COMMANDS = ["train", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify", "info"]
 ROOT = Path(__file__).resolve().parents[2]
 
 

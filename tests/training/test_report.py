@@ -124,6 +124,7 @@ def test_the_same_report_is_the_same_bytes(tmp_path, judgement):
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello you"}]}
+UNANSWERED = {"messages": CHAT["messages"][:1]}
 QUESTION = {"question": "q", "context": "c", "answers": {"text": ["The Rhine"], "answer_start": [0]}}
 
 
@@ -175,8 +176,8 @@ QUESTION = {"question": "q", "context": "c", "answers": {"text": ["The Rhine"], 
             [(0, "x", "y", 0.6)],
         ),
         (
-            [{"source": "s", "target": "one two"}, CHAT, {"prompt": "p", "response": "r"}],
-            [{"text": "one  two"}, {"text": "hello yon"}, {"text": "s"}],
+            [{"source": "s", "target": "one two"}, CHAT, {"prompt": "p", "response": "r"}, UNANSWERED, {"prompt": "p"}],
+            [{"text": "one  two"}, {"text": "hello yon"}, {"text": "s"}, {"text": "t"}, {"text": "t"}],
             "Texts farthest from the reference",
             [(2, "r", "s", 0.0), (1, "hello you", "hello yon", pytest.approx(74, abs=8))],
         ),
