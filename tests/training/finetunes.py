@@ -46,6 +46,7 @@ def tiny(directory: Path, *overrides: str) -> FinetuneConfig:
     """Eight steps of sixteen sentences or so, evaluated every second; dropout is on."""
     if not (directory / "base").is_dir():
         pretrained(directory / "base")
+    if not (directory / "train.jsonl").is_file():
         write(directory / "train.jsonl", rows(60))
     fields = {
         "task": "classification", "model": str(directory / "base"), "train": str(directory / "train.jsonl"), "steps": 8,
