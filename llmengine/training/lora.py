@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def adapt(model: Transformer, section: LoraSection) -> PeftModel:
     """Puts adapters into the layers of `model`, which stays the Transformer that it is; what is trained from now on are
-    they and its heads but the token head. Returns peft's handle, to save and to merge them."""
+    they and its head, unless that is the token head. Returns peft's handle, to save and to merge them."""
     try:
         import peft
     except ImportError:
@@ -35,9 +35,16 @@ def adapt(model: Transformer, section: LoraSection) -> PeftModel:
         lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft multiplies by it, whole or not
         lora_dropout=section.dropout,
         target_modules=[name for name in maps if name.rpartition(".")[2] in wanted],
-        modules_to_save=[f"heads.{name}" for name in model.heads] or None,
+        modules_to_save=_head(model) or None,
     )
     return peft.get_peft_model(model, config)
+
+
+def _head(model: Transformer) -> list[str]:
+    """The modules that are trained whole: heads, and the pooler where one reads it, as it may be as new as they are."""
+    read = model.config.classifier == "pooled" and {"classification", "choice"} & set(model.config.objectives)
+    pooler = ["pooler"] if read and model.pooler is not None else []
+    return [*pooler, *(f"heads.{name}" for name in model.heads)]
 
 
 def linear_maps(model: Transformer) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from llmengine import Transformer, TransformerConfig
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.training import FinetuneConfig
+from llmengine.training.finetuning import Finetuning
 
 TINY = {"n_layers": 2, "d_model": 16, "d_ff": 32, "n_heads": 2, "max_positions": 32}
 GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "awful", "cold")
@@ -35,17 +36,35 @@ def pretrained(directory: Path, preset: str = "bert-tiny", seed: int = 1, **fiel
     """A model that knows nothing, with its tokenizer, as a directory."""
     tokenizer = Tokenizer.train([row["text"] for row in rows(80, 9)], "wordpiece", 100)
     tokens = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    fields = {"objectives": ["mlm"], **fields}
+    fields = {"objectives": ["mlm"], "pooler": "none", **fields}
     torch.manual_seed(seed)
     Transformer(TransformerConfig.preset(preset, **TINY, **tokens, **fields)).save_pretrained(directory)
     tokenizer.save(directory)
     return directory
 
 
+def held_out_losses(monkeypatch, *losses: float) -> None:
+    """What a run's evaluations find, one after another."""
+    found = iter(losses)
+
+    def evaluate(run: Finetuning) -> dict:
+        loss = next(found)
+        return {
+            "loss": loss,
+            "losses": {"classification": loss},
+            "scores": {},
+            "select": "loss",
+            "lower_is_better": True,
+        }
+
+    monkeypatch.setattr(Finetuning, "evaluate", evaluate)
+
+
 def tiny(directory: Path, *overrides: str) -> FinetuneConfig:
     """Eight steps of sixteen sentences or so, evaluated every second; dropout is on."""
     if not (directory / "base").is_dir():
         pretrained(directory / "base")
+    if not (directory / "train.jsonl").is_file():
         write(directory / "train.jsonl", rows(60))
     fields = {
         "task": "classification", "model": str(directory / "base"), "train": str(directory / "train.jsonl"), "steps": 8,
