@@ -1,7 +1,8 @@
-"""Small files, read with errors that name them and written so that they are there whole or not at all."""
+"""Files: small ones read with errors that name them and written whole or not at all; digests of large ones."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """A file's digest in hexadecimal; the file may be large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:

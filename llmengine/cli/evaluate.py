@@ -70,18 +70,18 @@ def _refuse(reason: str, **options: Any) -> None:
 
 def _measured(run: Path, corpus: list[str] | None, device: str) -> dict[str, Any]:
     from llmengine import objectives
-    from llmengine.data import StepBatches, read_documents, split_documents
+    from llmengine.data import StepBatches, read_corpus, split_corpus
     from llmengine.training.evaluation import evaluate
 
     trained = models.load(run, device)
     config = trained.config
     if config is None:
         raise ValueError(f"{run} is a model directory; give its run folder, which knows objective and sequence length")
-    documents = read_documents(corpus or config.corpus)
+    documents = read_corpus(corpus or config.corpus)
     if not corpus:
         if not config.data.held_out:
             raise ValueError(f"{run} held out nothing (data.held_out: 0); give texts: --corpus FILE")
-        documents = split_documents(documents, config.data.held_out, config.seed)[1]
+        documents = split_corpus(documents, config.data.held_out, config.seed)[1]
     data = config.data
     examples = objectives.build(
         config.objective, documents, trained.tokenizer,

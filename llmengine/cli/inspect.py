@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from llmengine.cli.common import Debug, Overrides, reported
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from llmengine.data import Step
+    from llmengine.data import Corpus, Step
     from llmengine.training import RunConfig
 
 EXAMPLES = """\
@@ -52,13 +52,13 @@ def command(
 
 def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) -> Iterator[str]:
     from llmengine import objectives
-    from llmengine.data import StepBatches, read_documents, split_documents
+    from llmengine.data import StepBatches, read_corpus, split_corpus
     from llmengine.training.pretraining import tokenizer_of
 
-    documents, data = read_documents(config.corpus), config.data
-    held_out: Sequence[str] = ()
+    documents, data = read_corpus(config.corpus), config.data
+    held_out: Corpus = ()
     if data.held_out:
-        documents, held_out = split_documents(documents, data.held_out, config.seed)
+        documents, held_out = split_corpus(documents, data.held_out, config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = tokenizer_of(config, documents, saved or Path(scratch))
     examples = objectives.build(
@@ -78,7 +78,11 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
     yield from batch_view.sequences(batch, tokenizer, sequences)
 
 
-def _size(documents: Sequence[str]) -> str:
+def _size(documents: Corpus) -> str:
+    from llmengine.data import Shards
+
+    if isinstance(documents, Shards):
+        return f"{len(documents.tokens.ids):,} tokens"
     return f"{sum(map(len, documents)):,} characters"
 
 

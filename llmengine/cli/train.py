@@ -40,7 +40,9 @@ def command(
     ] = None,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help='A text or JSON-lines file, a folder of such, or "austen". May be repeated.'),
+        typer.Option(
+            help='A text or JSON-lines file, a folder of such, or "austen"; repeatable. Or what tokenize wrote.'
+        ),
     ] = None,
     objective: Annotated[str | None, typer.Option(help="What to learn: bert, mlm, clm, denoising, …")] = None,
     preset: Annotated[str | None, typer.Option(help="The model: gpt-mini, bert-base, …")] = None,

@@ -60,8 +60,7 @@ def split_documents(documents: Sequence[str], fraction: float, seed: int) -> tup
     Whole documents where they are small against the held-out part; else the end of every document, cut at a
     paragraph's end (where there is none: at a line's, at a word's). Fraction 0 holds nothing out.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"split_documents: fraction must be in [0, 1), got {fraction}")
+    check_fraction("split_documents", fraction)
     if fraction == 0:
         return list(documents), []
     wanted = fraction * sum(map(len, documents))
@@ -76,6 +75,11 @@ def split_documents(documents: Sequence[str], fraction: float, seed: int) -> tup
             f"hold out {fraction:.3g} of them; give more text, or hold out nothing (0)"
         )
     return train, held_out
+
+
+def check_fraction(caller: str, fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"{caller}: fraction must be in [0, 1), got {fraction}")
 
 
 def _whole(documents: Sequence[str], wanted: float, seed: int) -> tuple[list[str], list[str]]:

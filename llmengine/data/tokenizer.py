@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import count, takewhile
@@ -12,37 +14,16 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from llmengine.data import tokenizer_files
+from llmengine.data.special_tokens import AROUND, FAMILIES, SENTINEL, SENTINELS, WORDPIECE
 from llmengine.data.template import Template
-from llmengine.files import read_json, replace_text
+from llmengine.data.tokenizer_files import CONFIG, FILE, around, wordpiece_backend
+from llmengine.files import replace_text
 
-FILE, CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-WORDPIECE = {
-    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-}  # fmt: skip
-BPE = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-# special tokens of byte-level BPE vocabularies by family, in the order of their ids, and what is put around a text
-FAMILIES = {
-    "gpt2": BPE,
-    "bart": {
-        "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
-        "cls_token": "<s>", "sep_token": "</s>",
-    },
-    "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "xlnet": {
-        "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "cls_token": "<cls>", "sep_token": "<sep>",
-        "pad_token": "<pad>", "mask_token": "<mask>",
-    },
-}  # fmt: skip
-# around a text, and around a pair, as Hugging Face's tokenizers of the family put them; a number is a token type
-AROUND = {
-    "bart": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
-    "t5": ("$A </s>", "$A </s> $B </s>"),
-    "xlnet": ("$A <sep> <cls>:2", "$A <sep> $B:1 <sep>:1 <cls>:2"),
-}
-SENTINEL, SENTINELS = "<extra_id_{}>", 100  # T5's stand for spans; the first is the last of the vocabulary
-ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+# scripts that are written without spaces between words: kana, Chinese characters
+UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 COVERED = 0.999  # of a corpus's characters must be in a WordPiece vocabulary; the rest may become [UNK]
 
 
@@ -87,26 +68,12 @@ class Tokenizer:
         return cls(_train_wordpiece(documents, vocab_size, lowercase), dict(WORDPIECE), config)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> Tokenizer:
-        """From a directory with tokenizer.json and, for the roles of its special tokens, tokenizer_config.json."""
-        directory = Path(directory)
-        if not (directory / FILE).is_file():
-            raise FileNotFoundError(
-                f"Tokenizer.load: {directory} has no {FILE}; give a Hugging Face tokenizer directory"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(directory / FILE))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"Tokenizer.load: {directory / FILE} is not a tokenizer: {error}") from None
-        config = read_json(directory / CONFIG, "Tokenizer.load") if (directory / CONFIG).is_file() else {}
-        if (directory / CHAT_TEMPLATE).is_file():
-            config["chat_template"] = (directory / CHAT_TEMPLATE).read_text("utf-8")
-        roles = {}
-        for role in (f"{role}_token" for role in ROLES):
-            token = config.get(role) or (WORDPIECE | BPE).get(role)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and backend.token_to_id(token) is not None:
-                roles[role] = token
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """From a Hugging Face directory, or from one of a tokenizer's files: see tokenizer_files.py.
+
+        Raises FileNotFoundError, or ValueError naming the file.
+        """
+        backend, roles, config = tokenizer_files.load(Path(path))
         return cls(backend, roles, config)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -127,6 +94,15 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides ids: tokenizers with the same one give every text the same ids."""
+        state = json.loads(self.backend.to_str())
+        if state["model"]["type"] == "Unigram":
+            # the library reads a score that it wrote with an error in its last digit
+            state["model"]["vocab"] = [(token, f"{score:.9g}") for token, score in state["model"]["vocab"]]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def _id(self, role: str) -> int | None:
         return self.backend.token_to_id(self.roles[role]) if role in self.roles else None
@@ -192,12 +168,14 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """`encode_many`, and for each text a bool array: which tokens begin a word of the pre-tokenizer's."""
+        """`encode_many`, and for each text a bool array: which tokens begin a word of the pre-tokenizer's.
+
+        Chinese and Japanese have no spaces: there every token begins a word that does not go on with a character, so
+        that words are characters (WordPiece), or what the vocabulary has joined (byte-level BPE, SentencePiece).
+        """
         self.backend.encode_special_tokens = True
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        # a token that belongs to no word counts as one
-        words = [np.array([-1 if word is None else word for word in e.word_ids], np.int64) for e in encodings]
-        return [(e.ids, np.diff(w, prepend=-2) != 0) for e, w in zip(encodings, words, strict=True)]
+        return [(e.ids, _begins(e, text)) for e, text in zip(encodings, texts, strict=True)]
 
     def encodings(self, texts: Sequence[Any], *, words: bool = False) -> list[tokenizers.Encoding]:
         """Each text (words=True: list of words) with offsets and words of its tokens, none added. A special token
@@ -218,6 +196,20 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"Tokenizer.token: {token_id} is not in [0, {self.vocab_size})")
         return token
+
+
+def _begins(encoding: tokenizers.Encoding, text: str) -> np.ndarray:
+    """(tokens,) bool: which tokens begin a word."""
+    # a token that belongs to no word counts as one
+    words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
+    begins = np.diff(words, prepend=-2) != 0
+    if UNSPACED.search(text):
+        end = 0
+        for i, (start, stop) in enumerate(encoding.offsets):
+            # bytes of one character may be several tokens
+            begins[i] |= start >= end and UNSPACED.search(text, max(start - 1, 0), start + 1) is not None
+            end = stop
+    return begins
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -244,17 +236,13 @@ def _train_bpe(documents: Sequence[str], vocab_size: int, family: str) -> tokeni
     backend.add_special_tokens(sentinels)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     if family in AROUND:
-        single, pair = AROUND[family]
-        around = {part.split(":")[0] for part in pair.split() if not part.startswith("$")}
-        backend.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in sorted(around)]
-        )
+        backend.post_processor = around(backend, *AROUND[family])
     return backend
 
 
 def _train_wordpiece(documents: Sequence[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
     specials = list(WORDPIECE.values())
-    backend = _wordpiece(models.WordPiece(unk_token=WORDPIECE["unk_token"]), lowercase)
+    backend = wordpiece_backend(models.WordPiece(unk_token=WORDPIECE["unk_token"]), lowercase)
     alphabet, inner = _alphabet(documents, backend, vocab_size)
     # The trainer numbers the characters inside words in the order of a randomly seeded hash table, and breaks ties
     # by number. Given as special tokens they are numbered before; a new tokenizer then knows the true specials only.
@@ -264,21 +252,9 @@ def _train_wordpiece(documents: Sequence[str], vocab_size: int, lowercase: bool)
     )  # fmt: skip
     backend.train_from_iterator(documents, trainer, length=len(documents))
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    backend = _wordpiece(models.WordPiece(vocabulary, unk_token=WORDPIECE["unk_token"]), lowercase)
+    backend = wordpiece_backend(models.WordPiece(vocabulary, unk_token=WORDPIECE["unk_token"]), lowercase)
     backend.add_special_tokens(specials)
-    cls, sep = (WORDPIECE[role] for role in ("cls_token", "sep_token"))
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
-    )  # fmt: skip
-    return backend
-
-
-def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    backend.post_processor = around(backend, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
     return backend
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 
+from llmengine.data.pieces import Pieces
 from llmengine.data.tokenizer import Tokenizer
 
 BLOCK = 2**22  # characters tokenised at a time
@@ -20,12 +21,16 @@ class Tokens:
     ids (tokens,): the smallest unsigned dtype. bounds (segments + 1,) int64: segment s is ids[bounds[s]:bounds[s + 1]].
     documents (documents + 1,) int64: document d has the segments documents[d] to documents[d + 1].
     words (tokens,) bool: where a word begins; None unless asked for.
+    tail: so many tokens at each segment's end were stored for others and are none of its text: 0, or 1 (an end token).
+
+    ids and words may lie in memory-mapped files: they are there to be sliced.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Pieces
     bounds: np.ndarray
     documents: np.ndarray
-    words: np.ndarray | None = None
+    words: np.ndarray | Pieces | None = None
+    tail: int = 0
 
 
 def tokenize(
@@ -52,18 +57,26 @@ def tokenize(
             encoded = tokenizer.encode_many(texts)
         encoded = [each + tail if each else each for each in encoded]
         ids.append(np.fromiter(chain.from_iterable(encoded), dtype))
-        for (number, _), each in zip(block, encoded, strict=True):
-            step = longest or max(1, len(each))
-            pieces = [min(step, len(each) - i) for i in range(0, len(each), step)]
-            lengths += pieces
-            owners += [number] * len(pieces)
+        lengths += [len(each) for each in encoded if each]
+        owners += [number for (number, _), each in zip(block, encoded, strict=True) if each]
     per_document = np.unique(np.array(owners, np.int64), return_counts=True)[1]
-    return Tokens(
+    tokens = Tokens(
         np.concatenate(ids),
-        _offsets(np.array(lengths, np.int64)),
-        _offsets(per_document),
+        offsets(np.array(lengths, np.int64)),
+        offsets(per_document),
         np.concatenate(starts) if words else None,
     )
+    return tokens if longest is None else shortened(tokens, longest)
+
+
+def shortened(tokens: Tokens, longest: int) -> Tokens:
+    """The same tokens, segments of more than `longest` cut into several."""
+    sizes = np.diff(tokens.bounds)
+    parts = -(-sizes // longest)
+    # the parts of a segment begin 0, longest, 2 longest, … tokens after it
+    number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+    bounds = np.append(np.repeat(tokens.bounds[:-1], parts) + number * longest, tokens.bounds[-1:])
+    return replace(tokens, bounds=bounds, documents=offsets(parts)[tokens.documents])
 
 
 def _blocks(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -79,5 +92,6 @@ def _blocks(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
         yield block
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """(n,) lengths -> (n + 1,) int64: where each begins, and where the last ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from llmengine.data.draws import check_seed
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
 from llmengine.objectives.bert import BertExamples
@@ -36,9 +36,9 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def build(
-    name: str, documents: Sequence[str], tokenizer: Tokenizer, *, sequence_length: int, seed: int, **options: Any
+    name: str, documents: Corpus, tokenizer: Tokenizer, *, sequence_length: int, seed: int, **options: Any
 ) -> Examples:
-    """The examples of an objective over documents.
+    """The examples of an objective over documents, or over shards of them that were tokenised before.
 
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
     "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what

@@ -6,10 +6,10 @@ another document; the rest then goes back and begins the next pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmengine.data.draws import Draws
+from llmengine.data.shards import Corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.masking import check_share
 from llmengine.objectives.pairs import SPECIALS, PairExamples, PairOptions, Row
@@ -41,7 +41,7 @@ class BertExamples(PairExamples):
     Options = BertOptions
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: BertOptions
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: BertOptions
     ) -> None:
         super().__init__(documents, tokenizer, sequence_length, seed, options)
         self._random_next = options.random_next

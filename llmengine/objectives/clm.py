@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
 from llmengine.objectives.masking import special_ids
 
@@ -30,12 +29,12 @@ class ClmExamples(Examples):
         """None so far."""
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: Options
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: Options
     ) -> None:
         (eos,) = special_ids("clm", tokenizer, "eos")
         if sequence_length < 3:
             raise ValueError(f"objective 'clm': sequence_length must be 3 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, end=eos)
+        self._tokens = corpus_tokens(documents, tokenizer, end=eos)
         if not len(self._tokens.ids):
             raise ValueError("objective 'clm': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length, seed, shortest=2)

@@ -21,11 +21,11 @@ class Cuts:
     """
 
     def __init__(self, tokens: Tokens, length: int, seed: int, shortest: int = 1) -> None:
-        self._bounds = tokens.bounds
+        self._bounds, self._tail = tokens.bounds, tokens.tail
         self._length = length
         self._shortest = shortest
         self._seed = seed
-        sizes = np.diff(tokens.bounds)
+        sizes = np.diff(tokens.bounds) - tokens.tail
         # _first[d]: the number of a document's first sequence; the last entry is the number of all sequences
         self._first = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-sizes // length))])
         self._missing = np.diff(self._first) * length - sizes
@@ -46,7 +46,7 @@ class Cuts:
         """Sequences begin, …, end in `tokens.ids`, by index."""
         document = self._first.searchsorted(indices, "right") - 1
         begin = self._bounds[document] + (indices - self._first[document]) * self._length - self._early(epoch)[document]
-        end = np.minimum(begin + self._length, self._bounds[document + 1])
+        end = np.minimum(begin + self._length, self._bounds[document + 1] - self._tail)
         return np.maximum(begin, self._bounds[document]), end
 
     def span(self, epoch: int, index: int) -> slice:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
 from llmengine.objectives.masking import special_ids
 from llmengine.objectives.noise import Noise, add_noise
@@ -48,12 +47,12 @@ class DenoisingExamples(Examples):
     Options = DenoisingOptions
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: DenoisingOptions
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: DenoisingOptions
     ) -> None:
         self._bos, self._eos, self._mask = special_ids("denoising", tokenizer, "bos", "eos", "mask")
         if sequence_length < 4:
             raise ValueError(f"objective 'denoising': sequence_length must be 4 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, words=True)
+        self._tokens = corpus_tokens(documents, tokenizer, words=True)
         if not len(self._tokens.ids):
             raise ValueError("objective 'denoising': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, options.room(sequence_length - 2), seed)

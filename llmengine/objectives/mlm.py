@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
 from llmengine.objectives.masking import Masking, mask, special_ids
 
@@ -27,12 +25,12 @@ class MlmExamples(Examples):
     Options = Masking
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: Masking
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: Masking
     ) -> None:
         self._cls, self._sep, self._mask = special_ids(self.name, tokenizer, "cls", "sep", "mask")
         if sequence_length < 3:
             raise ValueError(f"objective {self.name!r}: sequence_length must be 3 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, words=options.by_words)
+        self._tokens = corpus_tokens(documents, tokenizer, words=options.by_words)
         if not len(self._tokens.ids):
             raise ValueError(f"objective {self.name!r}: the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)

@@ -8,7 +8,6 @@ objective's. Where A and B exceed sequence_length, the longer one loses tokens a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples, Latest
-from llmengine.data.sentences import split_sentences
+from llmengine.data.pieces import Pieces
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.masking import Masking, check_share, mask, special_ids
 
 SPECIALS = 3  # [CLS] A [SEP] B [SEP]
@@ -59,7 +58,7 @@ class PairExamples(Examples):
     """The model's argument."""
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: PairOptions
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: PairOptions
     ) -> None:
         self._cls, self._sep, self._mask = special_ids(self.name, tokenizer, "cls", "sep", "mask")
         if sequence_length < SPECIALS + 2:
@@ -67,8 +66,8 @@ class PairExamples(Examples):
                 f"objective {self.name!r}: sequence_length must be {SPECIALS + 2} or more, got {sequence_length}"
             )
         self._room = sequence_length - SPECIALS
-        self._tokens = tokenize(
-            map(split_sentences, documents), tokenizer, longest=self._room // 2, words=options.by_words
+        self._tokens = corpus_tokens(
+            documents, tokenizer, sentences=True, longest=self._room // 2, words=options.by_words
         )
         if len(self._tokens.documents) == 1:
             raise ValueError(f"objective {self.name!r}: the documents hold no token; give more text")
@@ -111,7 +110,9 @@ class PairExamples(Examples):
         }
 
     @staticmethod
-    def _with_specials(values: np.ndarray, a: tuple[int, int], b: tuple[int, int], specials: tuple) -> np.ndarray:
+    def _with_specials(
+        values: np.ndarray | Pieces, a: tuple[int, int], b: tuple[int, int], specials: tuple
+    ) -> np.ndarray:
         cls, sep = specials
         return np.concatenate([[cls], values[slice(*a)], [sep], values[slice(*b)], [sep]])
 

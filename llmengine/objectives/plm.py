@@ -13,7 +13,6 @@ of a batch do not continue those of the last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
 from llmengine.objectives.masking import special_ids
 
@@ -62,12 +61,12 @@ class PlmExamples(Examples):
     Options = PlmOptions
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: PlmOptions
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: PlmOptions
     ) -> None:
         self._sep, self._cls = special_ids("plm", tokenizer, "sep", "cls")
         if sequence_length < 4:
             raise ValueError(f"objective 'plm': sequence_length must be 4 or more, got {sequence_length}")
-        self._tokens = tokenize(([document] for document in documents), tokenizer, words=True)
+        self._tokens = corpus_tokens(documents, tokenizer, words=True)
         if not len(self._tokens.ids):
             raise ValueError("objective 'plm': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)

@@ -6,10 +6,10 @@ is alone is divided between two of its tokens; a token that is alone is left out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmengine.data.draws import Draws
+from llmengine.data.shards import Corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.masking import check_share
 from llmengine.objectives.pairs import PairExamples, PairOptions, Row
@@ -40,7 +40,7 @@ class SopExamples(PairExamples):
     Options = SopOptions
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: SopOptions
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: SopOptions
     ) -> None:
         super().__init__(documents, tokenizer, sequence_length, seed, options)
         self._swapped = options.swapped

@@ -11,7 +11,6 @@ eos.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
+from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.data.tokens import tokenize
 from llmengine.objectives.cutting import Cuts
 from llmengine.objectives.masking import special_ids
 from llmengine.objectives.seq2seq import source_and_target
@@ -76,7 +75,7 @@ class SpanCorruptionExamples(Examples):
     Options = SpanCorruption
 
     def __init__(
-        self, documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, seed: int, options: SpanCorruption
+        self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: SpanCorruption
     ) -> None:
         self._eos, self._start = special_ids("span_corruption", tokenizer, "eos", "pad")
         if sequence_length < 5:
@@ -90,7 +89,7 @@ class SpanCorruptionExamples(Examples):
                 f'{len(self._sentinels)} sentinels; train one of kind "bpe" and family "t5", or give a smaller '
                 "sequence_length or a larger mean_span"
             )
-        self._tokens = tokenize(([document] for document in documents), tokenizer)
+        self._tokens = corpus_tokens(documents, tokenizer)
         if not len(self._tokens.ids):
             raise ValueError("objective 'span_corruption': the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, longest, seed, shortest=2)

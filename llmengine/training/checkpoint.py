@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmengine.files import replace_text, sync
-from llmengine.training.files import sha256
+from llmengine.files import replace_text, sha256, sync
 
 MANIFEST = "state.json"
 FORMAT = 1

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmengine.data.shards import TOKENIZER, shards_of
 from llmengine.models.config import PRETRAINING, TransformerConfig
 from llmengine.models.presets import PRESETS
 from llmengine.objectives import OBJECTIVES, decoder_start, model_heads
@@ -87,15 +88,15 @@ class RunConfig(Config):
     """A pretraining run. Strict (no conversions), frozen, unknown fields are errors. `examples/` has runs to copy.
 
     `model` holds TransformerConfig's fields, or a preset and fields that differ from it; vocab_size, special token ids
-    and objectives are filled in from tokenizer and objective. Without a tokenizer: WordPiece for masked tokens
-    ("bert", "mlm", "sop", "electra"), byte-level BPE for the rest. schedule.warmup is a tenth of the steps where it is
-    not given. "electra": `model` is the discriminator.
+    and objectives are filled in from tokenizer and objective. Without a tokenizer: a tokenised corpus's own; else
+    WordPiece for masked tokens ("bert", "mlm", "sop", "electra"), byte-level BPE for the rest. schedule.warmup is a
+    tenth of the steps where it is not given. "electra": `model` is the discriminator.
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("device", "keep", "data.workers", "every.log", "every.evaluate", "every.save")
 
     corpus: str | list[str]
-    """ "austen", a text or JSON-lines file, a folder of such, or several of them."""
+    """ "austen", a text or JSON-lines file, a folder of such, or several of them; or what `tokenize` wrote."""
     objective: Objective
     model: dict[str, Any]
     steps: Positive
@@ -121,8 +122,10 @@ class RunConfig(Config):
         fields = dict(fields)
         tokenizer, schedule = fields.get("tokenizer", {}), fields.get("schedule", {})
         if isinstance(tokenizer, Mapping):
-            trained = {} if tokenizer.get("path") else _TOKENIZERS.get(fields.get("objective"), _BPE)
-            fields["tokenizer"] = {**trained, **tokenizer}
+            default = {} if tokenizer.get("path") else _TOKENIZERS.get(fields.get("objective"), _BPE)
+            if not tokenizer and (directory := shards_of(fields.get("corpus"))):
+                default = {"path": str(directory / TOKENIZER)}
+            fields["tokenizer"] = {**default, **tokenizer}
         if isinstance(schedule, Mapping):
             steps = fields.get("steps")
             fields["schedule"] = {"warmup": max(steps, 0) // 10 if isinstance(steps, int) else 0, **schedule}

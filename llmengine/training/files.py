@@ -1,21 +1,12 @@
-"""What checkpoints need of a file system beside llmengine.files: digests and a lock."""
+"""What a run needs of a file system beside llmengine.files: a lock."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.rows import read_rows
+from llmengine.files import sha256
 from llmengine.tasks import Row
-from llmengine.training.files import sha256
 from llmengine.training.finetune_config import FinetuneConfig, Source
 from llmengine.training.run import model_directory
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from llmengine import convert, objectives
 from llmengine.data.batches import Step, StepBatches
-from llmengine.data.corpus import read_documents, split_documents
+from llmengine.data.shards import Corpus, Shards, read_corpus, split_corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
 from llmengine.objectives.electra import Electra
@@ -32,11 +31,11 @@ class Pretraining(Run):
     @classmethod
     def prepare(cls, config: RunConfig, folder: Folder, device: torch.device) -> Pretraining:
         """Reads and makes everything; writes nothing."""
-        documents = read_documents(config.corpus)
-        held_out: Sequence[str] = ()
-        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+        documents = read_corpus(config.corpus)
+        held_out: Corpus = ()
+        digest = digest_of(documents)
         if config.data.held_out:
-            documents, held_out = split_documents(documents, config.data.held_out, config.seed)
+            documents, held_out = split_corpus(documents, config.data.held_out, config.seed)
         tokenizer = tokenizer_of(config, documents, folder.model)
         shape = config.transformer(
             tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
@@ -80,7 +79,7 @@ def check_can_be_saved(shape: TransformerConfig) -> None:
         family.write_config(shape.to_dict(), TransformerConfig.defaults())
 
 
-def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, *, shuffle: bool) -> StepBatches:
+def _batches(config: RunConfig, documents: Corpus, tokenizer: Tokenizer, *, shuffle: bool) -> StepBatches:
     data = config.data
     examples = objectives.build(
         config.objective,
@@ -96,12 +95,23 @@ def _batches(config: RunConfig, documents: Sequence[str], tokenizer: Tokenizer, 
     )
 
 
-def tokenizer_of(config: RunConfig, documents: Sequence[str], directory: Path) -> Tokenizer:
+def digest_of(documents: Corpus) -> str:
+    """What a resumed run compares, to go on with the same text."""
+    if isinstance(documents, Shards):
+        return documents.digest
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+
+def tokenizer_of(config: RunConfig, documents: Corpus, directory: Path) -> Tokenizer:
     """The run's tokenizer: as saved in `directory`, or, the first time, read or trained as the config says."""
     if (directory / "tokenizer.json").is_file():
         return Tokenizer.load(directory)
     section = config.tokenizer
     if section.path is not None:
         return Tokenizer.load(section.path)
+    if isinstance(documents, Shards):
+        raise ValueError(
+            f"tokenizer: {documents.directory} is tokenised already; leave out tokenizer, or give its tokenizer.path"
+        )
     family = objectives.OBJECTIVES[config.objective].family
     return Tokenizer.train(documents, **section.model_dump(exclude_none=True), family=family)

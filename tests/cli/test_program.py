@@ -12,7 +12,9 @@ import llmengine
 from llmengine.cli import app
 from tests.cli.conftest import call, succeed
 
-COMMANDS = ["train", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify", "info"]
+COMMANDS = [
+    "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify", "info",
+]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
 

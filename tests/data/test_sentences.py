@@ -21,6 +21,12 @@ from llmengine.data.sentences import split_sentences
         ("It cost 3.50 in all. Really?!", ["It cost 3.50 in all.", "Really?!"]),
         ("“Gone.” He left (at last.) Then rain.", ["“Gone.”", "He left (at last.)", "Then rain."]),
         ("今天很好。“走吧！”他说。好？", ["今天很好。", "“走吧！”", "他说。", "好？"]),
+        ("「好。」她說。『走！』", ["「好。」", "她說。", "『走！』"]),
+        ("《走吧！》很好看。（真的。）对", ["《走吧！》", "很好看。", "（真的。）", "对"]),
+        ('他说："你好。"她笑了。"再见!"他走了', ['他说："你好。"', "她笑了。", '"再见!"他走了']),
+        ("真的？！……不会吧……我不信。", ["真的？！……", "不会吧……我不信。"]),
+        ("是吗?是的!好。共3.14元。OK. 好", ["是吗?", "是的!", "好。", "共3.14元。", "OK.", "好"]),
+        ("第一行。\n第二行\n还是它。\n\n第三", ["第一行。", "第二行 还是它。", "第三"]),
         ("Wait... no. Yes", ["Wait... no.", "Yes"]),
         ("...", ["..."]),
         ("", []),
@@ -31,7 +37,7 @@ def test_examples(text, sentences):
     assert split_sentences(text) == sentences
 
 
-@given(st.text(alphabet=st.sampled_from("aB1 .!?\"'。”\n\r\tMrS—é"), max_size=200))
+@given(st.text(alphabet=st.sampled_from("aB1 .!?\"'。”》…？好\n\r\tMrS—é"), max_size=200))
 def test_every_character_is_kept_in_order(text):
     sentences = split_sentences(text)
     assert "".join("".join(sentences).split()) == "".join(text.split())

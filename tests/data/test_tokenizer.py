@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from llmengine import Transformer, TransformerConfig
 from llmengine.data import Tokenizer
+from llmengine.data.tokenizer import UNSPACED
 
 KINDS = pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 TEXTS = ["She had [MASK] it<|endoftext|>, [CLS] you know.", "Très cher Émile,\n\n  naïve — 你好!", "", " ", "x" * 300]
@@ -71,7 +74,8 @@ def test_words_begin_where_the_pre_tokenizer_splits(wordpiece, bpe, kind, texts)
         assert begins.dtype == bool and len(begins) == len(ids)
         normalized = tokenizer.backend.normalizer.normalize_str(text) if kind == "wordpiece" else text
         words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(normalized)
-        assert begins.sum() == len(words)
+        if not UNSPACED.search(text):
+            assert begins.sum() == len(words)
         if kind == "wordpiece":
             continues = [tokenizer.token(i).startswith("##") for i in ids]
             assert not np.any(begins & np.array(continues, bool))
@@ -224,3 +228,49 @@ def test_a_foreign_directory(tmp_path, wordpiece):
     assert Tokenizer.load(tmp_path).mask_id == 4
     (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer.load(tmp_path).roles == wordpiece.roles
+
+
+# ---- Chinese ---------------------------------------------------------------------------------------------------------
+
+CHINESE = "今天天气很好，我们去公园散步吧。他说：“你好吗？”她笑了。北京是中国的首都，上海是最大的城市。"
+
+
+@pytest.fixture(scope="module")
+def chinese() -> dict[str, Tokenizer]:
+    texts = [CHINESE[i:] + CHINESE[:i] for i in range(40)] + ["Emma 和 GPT 在北京 100 天。"] * 10
+    return {kind: Tokenizer.train(texts, kind, size) for kind, size in (("wordpiece", 200), ("bpe", 400))}
+
+
+def test_chinese_vocabularies_cover_their_text(chinese):
+    """WordPiece: every character of the text is a token, none has a form inside words. BPE: every text comes back."""
+    wordpiece, bpe = chinese["wordpiece"], chinese["bpe"]
+    (ids,) = wordpiece.encode_many([CHINESE])
+    assert [wordpiece.token(i) for i in ids] == list(CHINESE)
+    tokens = [wordpiece.token(i) for i in range(wordpiece.vocab_size)]
+    assert not any(UNSPACED.search(token) for token in tokens if token.startswith("##") or len(token) > 1)
+    assert wordpiece.encode("龘") == [wordpiece.unk_id]
+    (ids,) = bpe.encode_many([CHINESE + "龘"])
+    assert bpe.decode(ids) == CHINESE + "龘" and len(ids) < len(CHINESE)
+
+
+@given(st.text(CHINESE + "ab 龘カな", max_size=30))
+def test_words_of_chinese(chinese, text):
+    """WordPiece: each character. BPE: tokens that do not go on with a character; Latin words stay whole."""
+    (ids, begins), (parts, starts) = (chinese[kind].encode_words([text])[0] for kind in ("wordpiece", "bpe"))
+    tokens = [chinese["wordpiece"].token(i) for i in ids]
+    assert [not token.startswith("##") for token in tokens] == begins.tolist()
+    # bytes up to each token that begins a word are whole characters
+    written = [chinese["bpe"].decode(parts[:i]) for i in np.flatnonzero(starts)]
+    assert all(text.startswith(before) for before in written)
+    ends = [len(before) for before in written] + [len(text)]
+    words = [text[a:b] for a, b in itertools.pairwise(ends)]
+    assert "".join(words) == text
+    for word in words:
+        assert not (UNSPACED.search(word) and re.search("[ab ]", word.lstrip(" "))), "scripts do not share a word"
+
+
+def test_a_clause_of_chinese_is_several_words(chinese):
+    text = "上海天气好我们散步"
+    for kind, tokenizer in chinese.items():
+        _, begins = tokenizer.encode_words([text])[0]
+        assert (len(text) if kind == "wordpiece" else 3) <= begins.sum() <= len(text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tokenizers import models
 
 from llmengine.data import Tokenizer
-from llmengine.data.tokenizer import WORDPIECE, _wordpiece
+from llmengine.data.special_tokens import WORDPIECE
+from llmengine.data.tokenizer_files import wordpiece_backend
 
 FIRST = 5  # ids below are special
 
@@ -23,7 +24,9 @@ def numbered(sizes: list[list[int]]) -> tuple[list[str], Tokenizer, list[range]]
         documents.append("\n\n".join(text))
         spans.append(range(FIRST + start, FIRST + len(words)))
     tokens = [*WORDPIECE.values(), *words, "[EOS]"]
-    backend = _wordpiece(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"), lowercase=True)
+    backend = wordpiece_backend(
+        models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"), lowercase=True
+    )
     return documents, Tokenizer(backend, WORDPIECE | {"eos_token": "[EOS]"}), spans
 
 
