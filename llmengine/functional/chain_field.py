@@ -67,7 +67,7 @@ def chain_field_decode(
 
 @torch.no_grad()
 def chain_field_decode(emissions, transition, start, end, cu_seqlens, *, return_scores=False):
-    """The tags of the largest score of each sequence, by Viterbi's algorithm (1967); arguments as in `chain_field_loss`.
+    """The tags of the largest score of each sequence, by Viterbi's algorithm (1967); arguments as `chain_field_loss`'s.
 
     The result is int64 (tokens,), with `return_scores` also the scores, (sequences,), float32 (float64 for float64;
     0 for a sequence without tokens). Constrained decoding is a transition, start or end of -inf. Of equal scores, as

@@ -1,10 +1,10 @@
 """A linear-chain conditional random field (csrc/ops/chain_field.h).
 
-A program owns a sequence and walks it step by step. The K x K exponentials of the transitions stay in registers, K being
-the number of tags rounded up to a power of two: a step is a product with them, and K exponentials and logarithms. Where
+A program owns a sequence and walks it step by step. The K x K exponentials of the transitions stay in registers, K the
+number of tags rounded up to a power of two: a step is a product with them, and K exponentials and logarithms. Where
 that product is too small to be exact in float32, the step is done again with K x K exponentials (as in
-csrc/cpu/chain_moves.h). Limit: the chain of steps, each a reduction over the program's threads; K^2 / 1024 multiplications
-a thread and step are hidden behind it.
+csrc/cpu/chain_moves.h). Limit: the chain of steps, each a reduction over the program's threads with 16 or 32
+multiplications in each.
 
 Backward: programs stay and take several sequences, with the sum of grad_transition in registers; the sums of the
 programs are then added in order. Decoding leaves, for each token and tag, the best tag before it; a second kernel
@@ -132,8 +132,8 @@ def _pairs(transition, i, before, whole, behind, K: tl.constexpr):
 
 @triton.jit
 def _backward(
-    grad_losses, emissions, tags, transition, start, end, boundaries, alpha, grad_emissions, partial_sums, sequences,
-    count, row_stride, grad_stride, ROWS: tl.constexpr, K: tl.constexpr,
+    grad_losses, emissions, tags, transition, start, end, boundaries, alpha, grad_emissions, grad_edges, partial_sums,
+    sequences, count, row_stride, grad_stride, ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     # The tags whose transitions this program sums. Where they are not all of them, registers suffice for no more: the
     # exponentials of the transitions are then made anew at every step, which is exact without a second way.
@@ -145,7 +145,6 @@ def _backward(
         largest = _shift(tl.reshape(moves, (K * K,)), 0)
         odds = tl.exp(moves - largest)
     pairs = tl.zeros((ROWS, K), tl.float32)
-    at_start, at_end = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
     for sequence in range(tl.program_id(0), sequences, tl.num_programs(0)):
         first, last = tl.load(boundaries + sequence).to(tl.int64), tl.load(boundaries + sequence + 1).to(tl.int64)
         upstream = tl.load(grad_losses + tl.cast(sequence, tl.int64) * grad_stride)
@@ -158,9 +157,11 @@ def _backward(
             tag = tl.load(tags + t)
             grad = upstream * (marginal - tl.where(j == tag, 1.0, 0.0))
             grad = tl.where((tag >= 0) & (tag < count), grad, float("nan"))
-            tl.store(grad_emissions + t * count + j, grad.to(grad_emissions.dtype.element_ty), inside & (tl.program_id(1) == 0))
-            at_end += tl.where(inside & (step == 0), grad, 0.0)
-            at_start += tl.where(inside & (t == first), grad, 0.0)
+            writes = inside & (tl.program_id(1) == 0)
+            tl.store(grad_emissions + t * count + j, grad.to(grad_emissions.dtype.element_ty), writes)
+            edges = grad_edges + tl.cast(sequence, tl.int64) * 2 * count + j
+            tl.store(edges, grad, writes & (t == first))
+            tl.store(edges + count, grad, writes & (step == 0))
             if t > first:
                 before = tl.load(tags + t - 1)
                 seen = tl.load(alpha + (t - 1) * count + j, inside, -float("inf"))
@@ -186,11 +187,8 @@ def _backward(
                     mine = tl.load(alpha + (t - 1) * count + i, i < count, -float("inf"))
                     pairs += upstream * _pairs(transition, i, mine, whole, behind, K)
                 pairs -= tl.where(i == before, upstream, 0.0)[:, None] * tl.where(j == tag, 1.0, 0.0)[None, :]
-    mine = partial_sums + tl.program_id(0).to(tl.int64) * (K + 2) * K
+    mine = partial_sums + tl.program_id(0).to(tl.int64) * K * K
     tl.store(mine + i[:, None] * K + j[None, :], pairs)
-    if tl.program_id(1) == 0:
-        tl.store(mine + K * K + j, at_start)
-        tl.store(mine + (K + 1) * K + j, at_end)
 
 
 @triton.jit
@@ -280,17 +278,18 @@ def chain_field_backward(grad_losses, emissions, tags, transition, start, end, c
     tile = _tile(count, BACKWARD_EACH)
     k = tile["K"]
     programs = min(sequences, multiprocessors(emissions.device) * max(RESIDENT_WARPS // tile["num_warps"], 1))
-    partial_sums = transition.new_empty(programs, k + 2, k)
+    partial_sums = transition.new_empty(programs, k, k)
+    grad_edges = transition.new_zeros(sequences, 2, count)  # of first and last tokens
     if sequences:
         x = unit_last_stride(emissions)
         given = _contiguous(tags, _square(transition, k), start, end, cu_seqlens, alpha)
-        rows = k if k < MOST_TAGS else k // 4
+        rows = k if k < MOST_TAGS else k // 2
         _backward[(programs, k // rows)](
-            grad_losses, x, *given, grad_emissions, partial_sums, sequences, count, x.stride(0), grad_losses.stride(0),
-            rows, **tile,
+            grad_losses, x, *given, grad_emissions, grad_edges, partial_sums, sequences, count, x.stride(0),
+            grad_losses.stride(0), rows, **tile,
         )  # fmt: skip
-    sums = partial_sums.sum(0)[:, :count]
-    return grad_emissions, sums[:count].contiguous(), sums[k].clone(), sums[k + 1].clone()
+    grad_transition = partial_sums.sum(0)[:count, :count].contiguous()
+    return grad_emissions, grad_transition, grad_edges[:, 0].sum(0), grad_edges[:, 1].sum(0)
 
 
 @kernel(KERNELS, "chain_field_decode", _refuses)
