@@ -34,7 +34,7 @@ def decode(args: tuple[Tensor, ...], backend: str) -> tuple[Tensor, Tensor]:
 def scores_of(
     emissions: Tensor, transition: Tensor, start: Tensor, end: Tensor
 ) -> tuple[list[tuple[int, ...]], Tensor]:
-    """Every sequence of tags and its score, in the order of Viterbi's preference: by the last tag, the one before, ..."""
+    """Every sequence of tags and its score, in the order of Viterbi's preference: by last tags, then those before."""
     length, k = emissions.shape
     every = sorted(itertools.product(range(k), repeat=length), key=lambda y: y[::-1])
     y = torch.tensor(every)

@@ -32,6 +32,19 @@ inline void fill_line(const TensorView& numbers, int64_t width, float* line) {
   std::fill(std::copy_n(numbers.as<float>(), numbers.size(0), line), line + width, -INFINITY);
 }
 
+// Calls body(first, std::integral_constant<int, n>) for groups of n vectors, at most 4, that cover a line: as many
+// chains of dependent instructions are then in flight.
+template <class Body>
+void for_vectors(int64_t width, const Body& body) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= width; j += 4 * kLanes) body(j, std::integral_constant<int, 4>{});
+  switch ((width - j) / kLanes) {
+    case 3: return body(j, std::integral_constant<int, 3>{});
+    case 2: return body(j, std::integral_constant<int, 2>{});
+    case 1: return body(j, std::integral_constant<int, 1>{});
+  }
+}
+
 // y = exp(x) for x <= 0
 inline void exp_line(const float* x, int64_t width, float* y) {
   for_lanes(width, [&](int64_t j, auto n) { store_n(y + j, exp_of_nonpositive(load_n(x + j, n)), n); });
@@ -97,12 +110,9 @@ class Moves {
   // x <= 0, weights = exp(x). logs: of the sums less largest(); sums: nearly, within 2^-118. Padding: 0 and 1.
   void operator()(const float* x, const float* weights, float* sums, float* logs, float* spare) const {
     F lowest = broadcast(INFINITY);
-    int64_t j = 0;
-    for (; j + 4 * kLanes <= width; j += 4 * kLanes) products<4>(weights, j, sums, logs, lowest);
-    if (j + 2 * kLanes <= width) products<2>(weights, j, sums, logs, lowest), j += 2 * kLanes;
-    if (j < width) products<1>(weights, j, sums, logs, lowest);
+    for_vectors(width, [&](int64_t j, auto vectors) { products<vectors>(weights, j, sums, logs, lowest); });
     if (!(-reduce_max(-lowest) < kSmallestSum)) return;
-    for (j = 0; j < tags; ++j) {
+    for (int64_t j = 0; j < tags; ++j) {
       if (sums[j] < kSmallestSum) logs[j] = exactly(x, j, spare);
     }
   }
@@ -110,7 +120,7 @@ class Moves {
  private:
   template <int kVectors>
   void products(const float* weights, int64_t first, float* sums, float* logs, F& lowest) const {
-    constexpr int kWays = kVectors == 4 ? 2 : 4;  // chains of additions in flight
+    constexpr int kWays = kVectors > 2 ? 2 : 4;  // chains of additions in flight
     F total[kWays][kVectors] = {};
     const float* row = odds_ + first;
     const auto add = [&](int way, int64_t i) {

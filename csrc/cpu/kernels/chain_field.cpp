@@ -93,18 +93,28 @@ class Sums {
 
   void flush() {
     for (int64_t i = 0; i < tags_; ++i) {
-      for_lanes(width_, [&](int64_t j, auto n) {
-        F total = load_n(products_ + i * width_ + j, n);
-        for (int64_t step = 0; step < steps_; ++step) {
-          total = total + broadcast(before_[step * width_ + i]) * load_n(behind_ + step * width_ + j, n);
-        }
-        store_n(products_ + i * width_ + j, total, n);
-      });
+      for_vectors(width_, [&](int64_t j, auto vectors) { flush<vectors>(i, j); });
     }
     steps_ = 0;
   }
 
  private:
+  template <int kVectors>
+  void flush(int64_t i, int64_t j) {
+    float* products = products_ + i * width_ + j;
+    F total[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) total[v] = load(products + v * kLanes);
+    for (int64_t step = 0; step < steps_; ++step) {
+      const F weight = broadcast(before_[step * width_ + i]);
+      const float* behind = behind_ + step * width_ + j;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[v] = total[v] + weight * load(behind + v * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(products + v * kLanes, total[v]);
+  }
+
   int64_t tags_, width_, steps_ = 0;
   Scratch memory_;
   float *products_, *before_, *behind_;

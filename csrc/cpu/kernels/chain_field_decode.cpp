@@ -48,7 +48,7 @@ class Decoder {
     fill_line(p_.start, width_, best);
     for (int64_t t = 0; t < length; ++t) {
       if (t > 0) {
-        for (int64_t j = 0; j < width_; j += kLanes) move(best, j, next + j, from + t * width_ + j);
+        for_vectors(width_, [&](int64_t j, auto vectors) { move<vectors>(best, j, next + j, from + t * width_ + j); });
         std::swap(best, next);
       }
       scores &= add(p_.emissions.as<T>() + (first + t) * p_.emissions.stride(0), best);
@@ -65,19 +65,30 @@ class Decoder {
     return score;
   }
 
-  // For tags j to j + kLanes: the best predecessor's score with the transition, and who it is.
+  // For the tags of some vectors, from j: the best predecessor's score with the transition, and who it is.
+  template <int kVectors>
   void move(const float* best, int64_t j, float* score, int32_t* from) const {
     const float* transition = transition_.data() + j;
-    F most = broadcast(best[0]) + load(transition);
-    I who{};
+    F most[kVectors];
+    I who[kVectors] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) most[v] = broadcast(best[0]) + load(transition + v * kLanes);
     for (int64_t i = 1; i < tags_; ++i) {
-      const F other = broadcast(best[i]) + load(transition + i * width_);
-      const I better = other > most;
-      most = select(better, other, most);
-      who = better ? I{} + static_cast<int32_t>(i) : who;
+      const F before = broadcast(best[i]);
+      const I index = I{} + static_cast<int32_t>(i);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const F other = before + load(transition + i * width_ + v * kLanes);
+        const I better = other > most[v];
+        most[v] = select(better, other, most[v]);
+        who[v] = better ? index : who[v];
+      }
     }
-    store(score, most);
-    std::memcpy(from, &who, sizeof who);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(score + v * kLanes, most[v]);
+      std::memcpy(from + v * kLanes, &who[v], sizeof who[v]);
+    }
   }
 
   // best += emissions of a token; false where one of them is NaN or +inf.
