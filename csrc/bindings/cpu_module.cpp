@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "ops/attention.h"
+#include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
@@ -48,6 +49,9 @@ PYBIND11_MODULE(_cpu, module) {
 
   bind_cpu<ops::AttentionForward>(module, "attention_forward");
   bind_cpu<ops::AttentionBackward>(module, "attention_backward");
+  bind_cpu<ops::ChainFieldForward>(module, "chain_field_forward");
+  bind_cpu<ops::ChainFieldBackward>(module, "chain_field_backward");
+  bind_cpu<ops::ChainFieldDecode>(module, "chain_field_decode");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");

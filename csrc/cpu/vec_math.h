@@ -1,5 +1,5 @@
-// exp, tanh and the normal distribution for kLanes floats. The polynomials are minimax fits made for these kernels;
-// each function states its error against double precision (checked by tests/csrc on every instruction set).
+// exp, log, tanh and the normal distribution for kLanes floats. The polynomials are minimax fits made for these
+// kernels; each function states its error against double precision (checked by tests/csrc on every instruction set).
 #pragma once
 
 #include "cpu/vec.h"
@@ -48,6 +48,23 @@ inline F exp_of_nonpositive(F x) {
   const U exponent = __builtin_bit_cast(U, shifted) << 23;
   const F y = __builtin_bit_cast(F, __builtin_bit_cast(U, p) + exponent);
   return select(x < -87.33654f, F{}, y);
+}
+
+// log(x), within 2 ulp, for x of at least the smallest normal number and below infinity. NaN stays NaN.
+inline F log_of_normal(F x) {
+  // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = 2 artanh(s), s = f / (2 + f)
+  const I n = (bits(x) - 0x3f3504f3) >> 23;
+  const F f = from_bits(bits(x) - (n << 23)) - 1.0f;
+  const F s = f / (f + 2.0f);
+  const F u = s * s;
+  F p = broadcast(0.233313675f);
+  p = p * u + 0.285507811f;
+  p = p * u + 0.400001223f;
+  p = p * u + 0.666666666f;
+  const F half_square = 0.5f * (f * f), whole = to_float(n);
+  // 2 s = f - half_square + s half_square, which keeps f exact; ln 2 in two parts, as in exp
+  const F y = whole * 0.693145752f + (f - (half_square - (s * (half_square + u * p) + whole * 1.42860677e-6f)));
+  return select(x != x, x, y);
 }
 
 // tanh(x), within 3 ulp.

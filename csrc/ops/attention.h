@@ -26,6 +26,7 @@
 #include "common/check.h"
 #include "common/tensor.h"
 #include "ops/attention_band.h"
+#include "ops/boundaries.h"
 #include "ops/fields.h"
 
 namespace llmengine::ops {
@@ -240,23 +241,8 @@ inline std::vector<Sequence> sequences_of(const AttentionOptions& p, const char*
     return all;
   }
   const Checker at{op};
-  const auto refuse = [&](const TensorView& cu, const char* argument, int64_t tokens, int64_t longest) {
-    const int32_t* ends = cu.as<int32_t>();
-    if (ends[0] != 0) at.fail_at(argument, "must begin with 0, got " + std::to_string(ends[0]));
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t length = static_cast<int64_t>(ends[n + 1]) - ends[n];
-      if (length >= 0 && length <= longest) continue;
-      at.fail_at(argument,
-                 "gives sequence " + std::to_string(n) + " " + std::to_string(length) + " tokens" +
-                     (length < 0 ? ": it must never fall" : ", above its maximum " + std::to_string(longest)));
-    }
-    if (ends[count] > tokens) {
-      at.fail_at(argument,
-                 "ends at " + std::to_string(ends[count]) + ", past the " + std::to_string(tokens) + " tokens");
-    }
-  };
-  refuse(p.cu_seqlens_q, "cu_seqlens_q", rows, p.max_seqlen_q);
-  refuse(p.cu_seqlens_k, "cu_seqlens_k", keys, p.max_seqlen_k);
+  check_boundaries(at, p.cu_seqlens_q, "cu_seqlens_q", rows, p.max_seqlen_q);
+  check_boundaries(at, p.cu_seqlens_k, "cu_seqlens_k", keys, p.max_seqlen_k);
   const int32_t *q = p.cu_seqlens_q.as<int32_t>(), *k = p.cu_seqlens_k.as<int32_t>();
   for (int64_t n = 0; n < count; ++n) all.push_back({n, 0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
   if (q[count] < rows) all.push_back({count, 0, q[count], rows - q[count], keys, 0});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmengine.functional.attention import scaled_dot_product_attention, varlen_attention
+from llmengine.functional.chain_field import chain_field_decode, chain_field_loss
 from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,8 @@ from llmengine.functional.softmax import softmax
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "chain_field_decode",
+    "chain_field_loss",
     "cross_entropy",
     "ffn",
     "layer_norm",

@@ -50,6 +50,15 @@ def check_probability(op: str, argument: str, p: float) -> None:
         raise ValueError(f"{op}: {argument} must lie in [0, 1), got {p}")
 
 
+def check_boundaries(op: str, argument: str, value: Tensor) -> None:
+    """Boundaries of packed sequences. What they say is checked by the kernels that can read them (CPU)."""
+    check_tensor(op, argument, value)
+    if value.dtype != torch.int32 or value.ndim != 1 or value.shape[0] == 0:
+        raise ValueError(
+            f"{op}: {argument} must be int32 of shape (sequences + 1,), got {short(value.dtype)} {tuple(value.shape)}"
+        )
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmengine.functional.arguments import (
     autocast,
+    check_boundaries,
     check_float,
     check_probability,
     check_same_device,
@@ -340,13 +341,9 @@ def _seed(query: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def _check_boundaries(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
-    """The number of sequences. What the boundaries say is checked by the kernels that can read it (CPU)."""
-    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_tensor(op, name, tensor)
-        if tensor.dtype != torch.int32 or tensor.ndim != 1 or tensor.shape[0] == 0:
-            raise ValueError(
-                f"{op}: {name} must be int32 of shape (sequences + 1,), got {short(tensor.dtype)} {tuple(tensor.shape)}"
-            )
+    """The number of sequences."""
+    check_boundaries(op, "cu_seqlens_q", cu_seqlens_q)
+    check_boundaries(op, "cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"{op}: cu_seqlens_k has {cu_seqlens_k.shape[0]} boundaries but cu_seqlens_q has {cu_seqlens_q.shape[0]}; "

@@ -11,9 +11,9 @@ from torch.nn import Linear, Module, ModuleDict, Parameter
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
-from llmengine.models.crf import ChainField, in_rows
+from llmengine.models.crf import ChainField, boundaries
 from llmengine.models.layers import make_norm
-from llmengine.models.layout import IGNORED, Layout
+from llmengine.models.layout import IGNORED, Layout, in_rows
 from llmengine.models.smoothing import Smoothing
 from llmengine.nn.feed_forward import ACTIVATIONS
 
@@ -229,9 +229,8 @@ class Tagger(Module):
         if items is None:
             items = (tags != IGNORED).sum().clamp(min=1)
         rows = (tags != IGNORED).nonzero().squeeze(1)
-        sequence = layout.sequence(rows)
-        chained, lengths = in_rows(emissions.index_select(0, rows), sequence, layout.sequences)
-        return divide(self.chain.loss(chained, in_rows(tags[rows], sequence, layout.sequences)[0], lengths), items)
+        cu_seqlens = boundaries(layout.sequence(rows), layout.sequences)
+        return divide(self.chain.loss(emissions.index_select(0, rows), tags[rows], cu_seqlens), items)
 
     def tags(self, layout: Layout, logits: Tensor, among: Tensor | None) -> Tensor:
         """The most probable tags, like input_ids; -1 at padding and where `among` (like input_ids, 1 or 0) is 0: with a
@@ -244,10 +243,8 @@ class Tagger(Module):
         if self.chain is None:
             found = emissions.index_select(0, rows).argmax(-1)
         else:
-            sequence = layout.sequence(rows)
-            chained, lengths = in_rows(emissions.index_select(0, rows), sequence, layout.sequences)
-            best = self.chain.best(chained, lengths)
-            found = best[best >= 0]
+            cu_seqlens = boundaries(layout.sequence(rows), layout.sequences)
+            found = self.chain.best(emissions.index_select(0, rows), cu_seqlens)
         tags = torch.full((len(emissions),), -1, device=logits.device).index_copy(0, rows, found)
         return layout.leave(tags[:, None], padding=-1).squeeze(-1)
 

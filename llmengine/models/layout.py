@@ -226,3 +226,14 @@ def unpadded(attention_mask: Tensor, causal: bool) -> Packed:
     cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     everything = len(indices) == real.numel()
     return Packed(real.shape, cu_seqlens, real.shape[1], causal, None if everything else indices)
+
+
+def in_rows(x: Tensor, sequence: Tensor, sequences: int, padding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x (n, ...) whose rows belong to `sequence` (n,), rising, as (sequences, longest, ...) with `padding` behind, and
+    the lengths (sequences,)."""
+    lengths = torch.bincount(sequence, minlength=sequences)
+    longest = max(int(lengths.max()) if len(lengths) else 0, 1)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+    place = sequence * longest + torch.arange(len(x), device=x.device) - starts[sequence]
+    rows = x.new_full((sequences * longest, *x.shape[1:]), padding).index_copy(0, place, x)
+    return rows.unflatten(0, (sequences, longest)), lengths

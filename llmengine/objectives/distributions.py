@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer, TransformerConfig
-from llmengine.models.crf import in_rows
 from llmengine.models.inputs import Tokens
+from llmengine.models.layout import in_rows
 from llmengine.models.output import TransformerOutput
 from llmengine.models.transformer import COUNTED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,14 +16,12 @@ from llmengine.data.template import Inputs, owned, spans
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.metrics.spans import is_of_spans
-from llmengine.models.crf import ChainField, in_rows
+from llmengine.models.crf import ChainField
 from llmengine.tasks.reading import Reading, ReadingExamples, blocks, by_sequence
 from llmengine.tasks.rows import texts_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 OUTSIDE, BEGIN, INSIDE = "O", "B-", "I-"
-FORBIDDEN = -1e30  # the score of a step that no sequence of tags takes
-SENTENCES = 64  # whose best tags are searched together
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,14 @@ class Window(NamedTuple):
     inputs: Inputs
     words: list[int]
     places: list[int]
+
+
+class Chain(NamedTuple):
+    """field: scores of steps. steps (tags, tags), [from, to], and begins (tags,): which ones BIO allows."""
+
+    field: ChainField
+    steps: Tensor
+    begins: Tensor
 
 
 class Tagging(Reading):
@@ -158,40 +165,36 @@ class Tagging(Reading):
 
     # ---- the best tags -----------------------------------------------------------------------------------------------
 
-    def _chain(self, model: Any) -> ChainField | None:
-        """Scores of steps from tag to tag: the model's, and what BIO forbids; None: every step is as good."""
+    def _chain(self, model: Any) -> Chain | None:
+        """Scores of steps from tag to tag, and what BIO forbids; None: every step is as good."""
         labels = self.labels
-        constrained = self.options.constrained and any(
-            BEGIN + label[2:] in labels for label in labels if label[:2] == INSIDE
-        )
+        inside = [tag for tag in labels if tag[:2] == INSIDE and BEGIN + tag[2:] in labels]
+        constrained = self.options.constrained and bool(inside)
         if not (constrained or self.options.crf):
             return None
-        chain = ChainField(len(labels)).requires_grad_(False)
-        learnt = model.heads[self.objective].chain
-        for name, parameter in chain.named_parameters():
-            parameter.zero_() if learnt is None else parameter.copy_(getattr(learnt, name))
-        if constrained:
-            possible = [label for label in labels if label[:2] != INSIDE or BEGIN + label[2:] in labels]
-            for label in (label for label in possible if label[:2] == INSIDE):
-                to = self._places[label]
-                chain.start[to] += FORBIDDEN
-                chain.transition[[i for i, before in enumerate(labels) if not allowed(before, label)], to] += FORBIDDEN
-        return chain
+        field = model.heads[self.objective].chain
+        if field is None:
+            field = ChainField(len(labels)).requires_grad_(False)
+            for parameter in field.parameters():
+                parameter.zero_()
+        steps = torch.ones(len(labels), len(labels), dtype=torch.bool)
+        begins = torch.ones(len(labels), dtype=torch.bool)
+        for tag in inside if constrained else []:
+            begins[self._places[tag]] = False
+            steps[:, self._places[tag]] = torch.tensor([allowed(before, tag) for before in labels])
+        return Chain(field, steps, begins)
 
-    def _best(self, chain: ChainField | None, scores: Sequence[Tensor]) -> list[list[str]]:
+    def _best(self, chain: Chain | None, scores: Sequence[Tensor]) -> list[list[str]]:
         """The tags of each sentence's words from their scores (words, labels)."""
         if chain is None:
             return [[self.labels[i] for i in each.argmax(-1).tolist()] for each in scores]
-        found: list[list[str]] = [[] for _ in scores]
-        order = sorted((i for i in range(len(scores)) if len(scores[i])), key=lambda i: len(scores[i]))
-        for begin in range(0, len(order), SENTENCES):
-            group = order[begin : begin + SENTENCES]
-            lengths = torch.tensor([len(scores[i]) for i in group])
-            sentence = torch.arange(len(group)).repeat_interleave(lengths)
-            emissions, lengths = in_rows(torch.cat([scores[i] for i in group]), sentence, len(group))
-            for i, tags in zip(group, chain.best(emissions, lengths).tolist(), strict=True):
-                found[i] = [self.labels[tag] for tag in tags if tag >= 0]
-        return found
+        if not scores:
+            return []
+        lengths = [len(each) for each in scores]
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        emissions = torch.cat(list(scores)).to(chain.field.start.device)
+        best = chain.field.best(emissions, ends.to(emissions.device), chain.steps, chain.begins)
+        return [[self.labels[tag] for tag in tags] for tags in (each.tolist() for each in best.cpu().split(lengths))]
 
     def _all(self, known: dict[int, str], words: int) -> list[str]:
         """The tags of all words from those of words that gave a token."""

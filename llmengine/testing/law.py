@@ -17,11 +17,13 @@ def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what:
     max|ours - oracle| <= factor max|plain - oracle| + floor  and  rms(...) <= 1.5 rms(...) + floor / 8, where `plain`
     is PyTorch's result in the dtype of `ours` and the floor two roundings of the largest element of the oracle, plus
     two float32 roundings of 1: samples are of order one, and what cancels does so up to the roundings of its terms.
-    NaN and infinities must stand in the same places.
+    NaN and infinities must stand in the same places. Integers must be equal.
     """
     if ours.shape != oracle.shape:
         raise AssertionError(f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}")
-    if not ours.numel():
+    if not ours.is_floating_point() and not torch.equal(ours, oracle):
+        raise AssertionError(f"{what}: differs at {(ours != oracle).nonzero()[0].tolist()}")
+    if not ours.numel() or not ours.is_floating_point():
         return
     o, y, p = oracle.double(), ours.double(), plain.double()
     finite = o.isfinite()

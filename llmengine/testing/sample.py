@@ -52,6 +52,10 @@ class Sample:
         named = dict(enumerate(self.args)) | self.kwargs
         return {key: value for key, value in named.items() if isinstance(value, Tensor)}
 
+    def differentiable(self) -> list[str | int]:
+        """The arguments that take a gradient."""
+        return [k for k, t in self.tensors().items() if t.is_floating_point() and k not in self.constants]
+
 
 @dataclass
 class Operator:
@@ -84,11 +88,8 @@ def evaluate(
     function: Callable, sample: Sample, backend: str | None, upstream: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[list[Tensor], dict[str | int, Tensor]]:
     """Outputs and all gradients of one call; random upstream gradients, equal in every precision, unless given."""
-    leaves = {
-        key: value.detach().requires_grad_()
-        for key, value in sample.tensors().items()
-        if value.is_floating_point() and key not in sample.constants
-    }
+    tensors = sample.tensors()
+    leaves = {key: tensors[key].detach().requires_grad_() for key in sample.differentiable()}
     args = [leaves.get(i, a) for i, a in enumerate(sample.args)]
     kwargs = {k: leaves.get(k, v) for k, v in sample.kwargs.items()}
     torch.manual_seed(1234)  # the dropout seed is drawn from PyTorch's generator: the same for every backend

@@ -85,6 +85,15 @@ void check_exponentials() {
   expect(std::isnan(at(nonpositive, NAN)), "exp_of_nonpositive keeps NaN", NAN, at(nonpositive, NAN));
 }
 
+void check_log() {
+  const auto function = [](F x) { return log_of_normal(x); };
+  check(
+      "log, ulp", 2.0, kSmallestNormal, std::numeric_limits<float>::max(), function,
+      [](double x) { return std::log(x); }, in_ulps);
+  expect(at(function, 1.0f) == 0.0f, "log of 1", 1.0f, at(function, 1.0f));
+  expect(std::isnan(at(function, NAN)), "log keeps NaN", NAN, at(function, NAN));
+}
+
 void check_tanh() {
   const auto function = [](F x) { return vec::tanh(x); };
   check("tanh, ulp", 3.0, -kInfinity, kInfinity, function, [](double x) { return std::tanh(x); }, in_ulps);
@@ -138,6 +147,7 @@ void check_bf16() {
 
 int main() {
   check_exponentials();
+  check_log();
   check_tanh();
   check_normal();
   check_bf16();

@@ -16,6 +16,7 @@ from .peers import VOCABULARY, padding_mask, random_ids
 
 TAGS = 3
 LENGTHS = [5, 1, 0, 4]
+BOUNDARIES = torch.tensor([0, 5, 6, 6, 10], dtype=torch.int32)
 QUIET = {"dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
 
 
@@ -39,14 +40,14 @@ def enumerated(chain: ChainField, emissions: Tensor, length: int) -> tuple[list[
 
 def test_loss_and_gradients_are_those_of_the_enumeration():
     chain = field()
-    emissions = torch.randn(4, 5, TAGS, dtype=torch.float64, requires_grad=True)
-    tags = torch.randint(TAGS, (4, 5))
-    loss = chain.loss(emissions, tags, torch.tensor(LENGTHS))
+    emissions = torch.randn(sum(LENGTHS), TAGS, dtype=torch.float64, requires_grad=True)
+    tags = torch.randint(TAGS, (sum(LENGTHS),))
+    loss = chain.loss(emissions, tags, BOUNDARIES)
     expected = emissions.new_zeros(())
-    for row, length in enumerate(LENGTHS):
+    for row, right, length in zip(emissions.split(LENGTHS), tags.split(LENGTHS), LENGTHS, strict=True):
         if length:
-            _, scores = enumerated(chain, emissions[row], length)
-            expected = expected + scores.logsumexp(0) - score(chain, emissions[row], tuple(tags[row, :length].tolist()))
+            _, scores = enumerated(chain, row, length)
+            expected = expected + scores.logsumexp(0) - score(chain, row, tuple(right.tolist()))
     assert_near(loss, expected, 1e-12)
     wanted = (emissions, *chain.parameters())
     for got, right in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
@@ -56,13 +57,35 @@ def test_loss_and_gradients_are_those_of_the_enumeration():
 def test_the_best_tags_are_those_of_the_enumeration():
     chain = field()
     for seed in range(20):
-        emissions = torch.randn(4, 5, TAGS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        best = chain.best(emissions, torch.tensor(LENGTHS))
-        for row, length in enumerate(LENGTHS):
-            assert (best[row, length:] == -1).all()
+        generator = torch.Generator().manual_seed(seed)
+        emissions = torch.randn(sum(LENGTHS), TAGS, dtype=torch.float64, generator=generator)
+        best = chain.best(emissions, BOUNDARIES)
+        for row, found, length in zip(emissions.split(LENGTHS), best.split(LENGTHS), LENGTHS, strict=True):
             if length:
-                every, scores = enumerated(chain, emissions[row], length)
-                assert tuple(best[row, :length].tolist()) == every[int(scores.argmax())]
+                every, scores = enumerated(chain, row, length)
+                assert tuple(found.tolist()) == every[int(scores.argmax())]
+
+
+def test_constraints_leave_the_best_of_what_is_allowed():
+    chain = field()
+    allowed = torch.tensor([[True, True, False], [True, False, True], [True, False, True]])
+    begins, ends = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    changed = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        emissions = torch.randn(5, TAGS, dtype=torch.float64, generator=generator)
+        cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+        every, scores = enumerated(chain, emissions, 5)
+        legal = torch.tensor(
+            [bool(begins[y[0]] and ends[y[-1]] and all(allowed[a, b] for a, b in itertools.pairwise(y))) for y in every]
+        )
+        best = chain.best(emissions, cu_seqlens, allowed, begins, ends)
+        assert tuple(best.tolist()) == every[int(torch.where(legal, scores, -torch.inf).argmax())]
+        changed += not torch.equal(best, chain.best(emissions, cu_seqlens))
+    assert changed > 5
+    assert chain.best(emissions, cu_seqlens, torch.zeros_like(allowed)).tolist() == [-1] * 5
+    with pytest.raises(ValueError, match=r"constraints must be bool of shape \(3, 3\), got torch.float32 \(3, 3\)"):
+        chain.best(emissions, cu_seqlens, allowed.float())
 
 
 def tagger(**fields) -> Transformer:

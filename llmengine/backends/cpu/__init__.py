@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmengine.backends.cpu import (
     attention,
+    chain_field,
     cross_entropy,
     ffn,
     linear_cross_entropy,
@@ -19,6 +20,7 @@ __all__ = ["KERNELS", "unavailable"]
 
 KERNELS: dict[str, Kernel] = {
     **attention.KERNELS,
+    **chain_field.KERNELS,
     **cross_entropy.KERNELS,
     **ffn.KERNELS,
     **linear_cross_entropy.KERNELS,

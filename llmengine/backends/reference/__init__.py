@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llmengine.backends.reference import (
     attention,
+    chain_field,
     cross_entropy,
     ffn,
     linear_cross_entropy,
@@ -19,6 +20,7 @@ from llmengine.ops.registry import Kernel
 
 KERNELS: dict[str, Kernel] = {
     **attention.KERNELS,
+    **chain_field.KERNELS,
     **cross_entropy.KERNELS,
     **ffn.KERNELS,
     **linear_cross_entropy.KERNELS,

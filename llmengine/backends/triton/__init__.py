@@ -12,6 +12,7 @@ KERNELS: dict[str, Kernel] = {}
 if unavailable() is None:
     from llmengine.backends.triton import (
         attention,
+        chain_field,
         cross_entropy,
         ffn,
         linear_cross_entropy,
@@ -21,5 +22,7 @@ if unavailable() is None:
         softmax,
     )
 
-    for module in (attention, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary, softmax):
+    for module in (
+        attention, chain_field, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary, softmax,
+    ):  # fmt: skip
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

@@ -35,6 +35,7 @@ from llmengine.backends.triton import device
 
 OPERATORS = (
     "attention",
+    "chain_field",
     "cross_entropy",
     "ffn",
     "linear_cross_entropy",
