@@ -13,7 +13,7 @@ from torch import Tensor
 from llmengine import metrics
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
-from llmengine.tasks.rows import integer, text_of, texts_of, value_of, wrong
+from llmengine.tasks.rows import integer, tell, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 
@@ -43,7 +43,7 @@ class Choice(Reading):
         made, truncated = self._read(list(enumerate(rows)))
         for number, (row, example) in enumerate(zip(rows, made, strict=True)):
             example["labels"] = torch.tensor(self._label(row, number))
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
         return SequenceExamples(made, self, truncated)
 
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
@@ -54,7 +54,7 @@ class Choice(Reading):
             truncated += cut
             for scores in self.outputs(model, made, _scores, batch_tokens):
                 yield {"choice": int(scores.argmax()), "scores": scores.softmax(0).tolist()}
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
         gold = [self._label(row, number) for number, row in enumerate(rows)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmengine import metrics
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
-from llmengine.tasks.rows import text_of, value_of, wrong
+from llmengine.tasks.rows import tell, text_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 NUMBER = "value"  # the name of a regression's only output; several are value_0, value_1, …
@@ -74,7 +74,7 @@ class Classification(Reading):
         made, truncated = self._read(list(enumerate(rows)))
         for number, (row, example) in enumerate(zip(rows, made, strict=True)):
             example["labels"] = self._target(row, number)
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
         return SequenceExamples(made, self, truncated)
 
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
@@ -84,7 +84,7 @@ class Classification(Reading):
             made, cut = self._read(block)
             truncated += cut
             yield from map(self._answer, self.outputs(model, made, _logits, batch_tokens))
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
         numbered = list(enumerate(rows))

@@ -17,7 +17,7 @@ from llmengine.data.template import Inputs, spans
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Reading, SequenceExamples, blocks, by_sequence
-from llmengine.tasks.rows import integer, text_of, texts_of, value_of, wrong
+from llmengine.tasks.rows import integer, tell, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 
@@ -122,7 +122,7 @@ class QA(Reading):
             for window in reader.windows:
                 start, end = self._labels(window, span)
                 made.append(self.example(window.inputs, start_positions=start, end_positions=end))
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
         return SpanExamples(made, self, truncated)
 
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
@@ -135,7 +135,7 @@ class QA(Reading):
             outputs = iter(self.outputs(model, flat, _logits, batch_tokens))
             for reader in readers:
                 yield self._answer(reader, [next(outputs) for _ in reader.windows])
-        self.tell(truncated, len(rows))
+        tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
         gold = [_texts(row, number) for number, row in enumerate(rows)]

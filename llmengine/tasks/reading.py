@@ -18,7 +18,6 @@ from llmengine.data.examples import IGNORED, pack, tokens_of
 from llmengine.data.template import Inputs, longest_first
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models.modes import evaluating
-from llmengine.tasks.rows import tell
 from llmengine.tasks.task import Row, Task, TaskExamples
 
 ROWS = 1024  # that are read before the first of their answers is given
@@ -93,10 +92,10 @@ class Reading(Task):
             examples = [{name: x for name, x in each.items() if name != "token_type_ids"} for each in examples]
         return pack(examples)
 
-    def tell(self, truncated: int, rows: int) -> None:
-        """That texts were cut."""
-        what = f"rows have more text than {self.limit} {getattr(self, self.limit)}; it was cut at its end"
-        tell(self.name, truncated, rows, what)
+    @property
+    def cut(self) -> str:
+        """What is told of rows that are too long."""
+        return f"rows have more text than {self.limit} {getattr(self, self.limit)}; it was cut at its end"
 
     def outputs(
         self,

@@ -48,4 +48,4 @@ def wrong(task: str, number: int, column: str, given: Any, expected: str) -> Val
 def tell(task: str, count: int, rows: int, what: str) -> None:
     """Warns that something happened to so many of the rows."""
     if count:
-        warnings.warn(f"task {task!r}: {count} of {rows} {what}", stacklevel=4)
+        warnings.warn(f"task {task!r}: {count} of {rows} {what}", stacklevel=3)

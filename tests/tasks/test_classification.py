@@ -63,8 +63,9 @@ def test_inputs_are_those_of_transformers(of_family, kind, text, pair, max_lengt
 def test_truncation_is_counted_and_told(wordpiece):
     rows = [{"text": "she was " * n, "label": "x"} for n in (1, 3, 4, 50)]
     task = make("classification", wordpiece, rows, max_length=8, labels=["x", "y"])
-    with pytest.warns(UserWarning, match="2 of 4 rows have more text than max_length 8; it was cut at its end"):
+    with pytest.warns(UserWarning, match="2 of 4 rows have more text than max_length 8; it was cut at its end") as told:
         assert task.examples(rows).truncated == 2
+    assert told[0].filename == __file__, "the caller is named"
     with pytest.warns(UserWarning, match="2 of 4 rows"):
         assert len(list(task.answers(model_of(task, wordpiece), rows))) == 4
 
