@@ -73,12 +73,16 @@ def _progress() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     start = printed = time.monotonic()
+    before: int | None = None
     with console.status("reading") if console.is_terminal else _nothing() as status:
 
         def progress(read: int, tokens: int) -> None:
-            nonlocal printed
+            nonlocal printed, before, start
             now = time.monotonic()
-            line = f"{read:,} documents, {tokens:,} tokens, {tokens / max(now - start, 1e-9):,.0f} tokens/s"
+            if before is None:  # what was there before is passed over faster than it was tokenised
+                before, start = tokens, now
+            speed = f", {(tokens - before) / (now - start):,.0f} tokens/s" if now > start else ""
+            line = f"{read:,} documents, {tokens:,} tokens{speed}"
             if status is not None:
                 status.update(line)
             elif now - printed >= SECONDS_BETWEEN_LINES:

@@ -83,17 +83,16 @@ def write_shards(
 
 def _begin(directory: Path, resume: bool, replace_old: bool) -> Index | None:
     """What an interrupted call has done, if it is to go on; the directory is then as it left it, else empty."""
-    unfinished = (directory / UNFINISHED).is_file()
     if resume and replace_old:
         raise ValueError("shards: go on with what is there (resume), or replace it: not both")
-    if resume and unfinished and not (directory / INDEX).is_file():
+    unfinished = (directory / UNFINISHED).is_file() and not (directory / INDEX).is_file()
+    if resume and unfinished:
+        _remove(directory, ".[0-9]*.npy.*")  # what a killed process was writing
         return Index.read(directory / UNFINISHED)
     if is_shards(directory):
         if not replace_old:
-            what, remedy = (
-                ("a corpus", "") if not unfinished else ("a corpus half-way", "go on with it (--resume), or ")
-            )
-            raise FileExistsError(f"shards: {directory} holds {what}; {remedy}replace it (--force)")
+            what = "a corpus half-way; go on with it (--resume), or" if unfinished else "a corpus;"
+            raise FileExistsError(f"shards: {directory} holds {what} replace it (--force)")
         _clear(directory)
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"shards: {directory} holds something else; give a new directory")
@@ -105,9 +104,14 @@ def _clear(directory: Path) -> None:
     """Removes a corpus. What tells that it is one goes last."""
     if (directory / INDEX).is_file():
         (directory / INDEX).replace(directory / UNFINISHED)
-    for path in sorted(directory.glob("[0-9]*.npy")):
-        path.unlink()
+    _remove(directory, "[0-9]*.npy")
+    _remove(directory, ".[0-9]*.npy.*")
     (directory / UNFINISHED).unlink()
+
+
+def _remove(directory: Path, pattern: str) -> None:
+    for path in directory.glob(pattern):
+        path.unlink()
 
 
 def _write_index(path: Path, index: Index) -> None:

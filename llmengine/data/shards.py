@@ -210,7 +210,8 @@ def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Co
 
 def is_shards(directory: str | os.PathLike) -> bool:
     """Whether a directory is a tokenised corpus, finished or not."""
-    return any((Path(directory) / name).is_file() for name in (INDEX, UNFINISHED))
+    directory = Path(directory)
+    return (directory / TOKENIZER).is_dir() and any((directory / name).is_file() for name in (INDEX, UNFINISHED))
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[
     if (directory / "added_tokens.json").is_file():
         listed = read_json(directory / "added_tokens.json", "Tokenizer.load")
         added = {i: {"content": token} for token, i in listed.items()} | added
-    if not added and _family(directory, config) in ("t5", "mt5", "umt5"):
+    is_t5 = _family(directory, config) in ("t5", "mt5", "umt5")
+    if is_t5 and not added and backend.token_to_id(SENTINEL.format(0)) is None:
         first, count = backend.get_vocab_size(), config.get("extra_ids", SENTINELS)
         added = {first + i: {"content": SENTINEL.format(count - 1 - i)} for i in range(count)}
     for i, token in sorted(added.items()):

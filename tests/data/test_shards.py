@@ -227,6 +227,27 @@ def test_what_cannot_go_on(wordpiece, bpe, paragraphs, tmp_path):
         write_shards(texts, bpe, tmp_path / "a", resume=True)
 
 
+def test_what_a_killed_process_leaves(wordpiece, paragraphs, tmp_path):
+    """A file half-written is swept away; a corpus whose last file was not removed yet is whole."""
+    texts = paragraphs[:20]
+    with pytest.raises(Stop):
+        write_shards(stopping(texts, 15), wordpiece, tmp_path / "a", shard_tokens=100)
+    (tmp_path / "a" / ".00001.ids.npy.123").write_bytes(b"half")
+    write_shards(texts, wordpiece, tmp_path / "a", shard_tokens=100, resume=True)
+    whole = files_of(tmp_path / "a")
+    assert not [name for name in whole if name.startswith(".")]
+    shutil.copy(tmp_path / "a" / "index.json", tmp_path / "a" / "unfinished.json")
+    assert len(read_corpus(tmp_path / "a")) == 20
+    with pytest.raises(FileExistsError, match="holds a corpus; replace it"):
+        write_shards(texts, wordpiece, tmp_path / "a", resume=True)
+
+
+def test_a_folder_of_texts_with_an_index_is_no_corpus_of_tokens(tmp_path):
+    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("text")
+    assert read_corpus(tmp_path) == ["text"]
+
+
 def test_other_directories_are_left_alone(wordpiece, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine.txt").write_text("mine")
