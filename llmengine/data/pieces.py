@@ -33,8 +33,12 @@ class Pieces:
             raise ValueError(f"Pieces: slices have no step, got {step}")
         if end <= begin:
             return np.zeros(0, self.dtype)
-        parts = [self._arrays[array][a:b] for array, a, b in self._parts(np.array([[begin, end]]))]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        first = int(self._starts.searchsorted(begin, "right")) - 1
+        if end <= self._starts[first + 1]:
+            at = int(self._begin[first]) + begin - int(self._starts[first])
+            return self._arrays[self._array[first]][at : at + end - begin]
+        parts = self._parts(np.array([[begin, end]]))
+        return np.concatenate([self._arrays[array][a:b] for array, a, b in parts])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All of it, in memory."""
