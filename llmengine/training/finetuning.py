@@ -55,7 +55,12 @@ class Finetuning(Run):
         task, transformer = start.task, start.transformer
         adapters = None if config.lora is None else lora.adapt(transformer, config.lora)
         measured = task.wrap(transformer).to(device)
-        model = measured
+        model, wrapped = measured, measured is not transformer
+        for name, asked in (("r_drop", config.r_drop), ("teacher", config.teacher)):
+            if asked and wrapped:
+                raise ValueError(
+                    f"{name} compares what models say, but task {config.task!r} has a loss of its own kind"
+                )
         if start.teacher is not None:
             teacher, distill = start.teacher.to(device), config.distill
             model = Distilled(measured, transformer, teacher, order=start.order, **distill.model_dump())
@@ -77,7 +82,7 @@ class Finetuning(Run):
             model=model,
             optimizer=adamw(model, config.optimizer, config.optimizer.layer_decay),
             batches=batches,
-            digest=rows.digest(config),
+            digest=rows.digest(config, builds_on_model=wrapped or adapters is not None),
             source="the rows (or the weights that it builds on)",
             selection=selection,
             noise=Neftune(transformer, config.neftune) if config.neftune else None,
