@@ -115,10 +115,10 @@ class Finetuning(Run):
             loss, losses = mean_losses(self.measured, self.held_out, self.device)
         judgement = self.judge(self.rows.held_out)
         name, lower = self._selected(judgement)
-        record = {"loss": loss, "losses": losses, "scores": _values(judgement), "select": name}
-        if (head := self.transformer.config.token_task) in losses:
+        record = {"loss": loss, "losses": losses, "scores": _values(judgement)}
+        if (head := self.transformer.config.token_task) in losses and "perplexity" not in record["scores"]:
             record["perplexity"] = math.exp(min(losses[head], 700))
-        return {**record, "lower_is_better": lower}
+        return {**record, "select": name, "lower_is_better": lower}
 
     def judge(self, rows: list[Row]) -> Judgement:
         """The model's answers beside the rows' own."""

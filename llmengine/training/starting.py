@@ -44,7 +44,11 @@ def make(config: FinetuneConfig, rows: Sequence[Row]) -> Start:
             f"model: its tokenizer has {task.tokenizer.vocab_size} tokens, the model itself {shape.vocab_size}; "
             "they do not belong together"
         )
-    check_can_be_saved(shape)
+    try:
+        check_can_be_saved(shape)
+    except ValueError as error:
+        where = "fields.family" if isinstance(config.model, str) else "model.family"
+        raise ValueError(str(error).replace("set family to", f"set {where} to")) from None
     transformer.float()
     teacher, order = (None, None) if config.teacher is None else _teacher(config, config.teacher, task)
     return Start(task, transformer, teacher, order)
