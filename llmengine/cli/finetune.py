@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   llmengine finetune --task classification --model runs/bert --train train.csv
-  llmengine finetune examples/finetune.yaml --output runs/sentiment
+  llmengine finetune sentiment.yaml --output runs/sentiment
   llmengine finetune --task classification --model DIR --train a.jsonl --test b.jsonl --set optimizer.lr=2e-5
   llmengine finetune --resume runs/sentiment"""
 

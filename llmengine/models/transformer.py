@@ -122,7 +122,7 @@ class Transformer(Generation):
         know or that are missing.
         """
         checkpoint = convert.Checkpoint(directory)
-        given, fresh = with_heads(checkpoint, objectives, fields)
+        given, fresh = with_heads(checkpoint.fields, checkpoint.family, objectives, fields)
         config = TransformerConfig.from_dict(given)
         with torch.device("meta"):
             model = cls(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,7 +50,8 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 def _fields(section: str, model: type[BaseModel]) -> list[str]:
     for name in filter(None, section.split(".")):
-        inner = model.model_fields[name].annotation
-        assert isinstance(inner, type)
-        model = inner
+        annotation = model.model_fields[name].annotation
+        # a section that may be left out is a union with None
+        alternatives = get_args(annotation) or (annotation,)
+        model = next(inner for inner in alternatives if isinstance(inner, type) and issubclass(inner, BaseModel))
     return list(model.model_fields)

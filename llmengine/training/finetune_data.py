@@ -27,14 +27,15 @@ class TrainingRows:
             return cls(*split(train, config.validation, config.seed))
         return cls(train, read_source(config, config.validation, notice))
 
-    def digest(self, config: FinetuneConfig) -> str:
-        """Of the rows, and of the files of weights that stay beside those that are trained."""
+    def digest(self, config: FinetuneConfig, *, builds_on_model: bool) -> str:
+        """Of the rows, and of the files of weights that stay beside those that are trained: a teacher's, and the
+        pretrained model's where the run builds on it to its end."""
         digest = hashlib.sha256()
         for rows in (self.train, self.held_out):
             for row in rows:
                 digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
             digest.update(b"\0")
-        for directory in (config.model if config.lora is not None else None, config.teacher):
+        for directory in (config.model if builds_on_model else None, config.teacher):
             if isinstance(directory, str):
                 for path in sorted(model_directory(directory).glob("*.safetensors")):
                     digest.update(sha256(path).encode())

@@ -55,7 +55,12 @@ class Finetuning(Run):
         task, transformer = start.task, start.transformer
         adapters = None if config.lora is None else lora.adapt(transformer, config.lora)
         measured = task.wrap(transformer).to(device)
-        model = measured
+        model, wrapped = measured, measured is not transformer
+        for name, asked in (("r_drop", config.r_drop), ("teacher", config.teacher)):
+            if asked and wrapped:
+                raise ValueError(
+                    f"{name} compares what models say, but task {config.task!r} has a loss of its own kind"
+                )
         if start.teacher is not None:
             teacher, distill = start.teacher.to(device), config.distill
             model = Distilled(measured, transformer, teacher, order=start.order, **distill.model_dump())
@@ -77,7 +82,7 @@ class Finetuning(Run):
             model=model,
             optimizer=adamw(model, config.optimizer, config.optimizer.layer_decay),
             batches=batches,
-            digest=rows.digest(config),
+            digest=rows.digest(config, builds_on_model=wrapped or adapters is not None),
             source="the rows (or the weights that it builds on)",
             selection=selection,
             noise=Neftune(transformer, config.neftune) if config.neftune else None,
@@ -110,10 +115,10 @@ class Finetuning(Run):
             loss, losses = mean_losses(self.measured, self.held_out, self.device)
         judgement = self.judge(self.rows.held_out)
         name, lower = self._selected(judgement)
-        record = {"loss": loss, "losses": losses, "scores": _values(judgement), "select": name}
-        if (head := self.transformer.config.token_task) in losses:
+        record = {"loss": loss, "losses": losses, "scores": _values(judgement)}
+        if (head := self.transformer.config.token_task) in losses and "perplexity" not in record["scores"]:
             record["perplexity"] = math.exp(min(losses[head], 700))
-        return {**record, "lower_is_better": lower}
+        return {**record, "select": name, "lower_is_better": lower}
 
     def judge(self, rows: list[Row]) -> Judgement:
         """The model's answers beside the rows' own."""

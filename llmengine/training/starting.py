@@ -12,6 +12,7 @@ import torch
 from llmengine import convert, tasks
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.models.fine_tuning import with_heads
 from llmengine.objectives.distillation import check_vocabulary
 from llmengine.tasks import Row, Task
 from llmengine.training.finetune_config import FinetuneConfig
@@ -43,7 +44,11 @@ def make(config: FinetuneConfig, rows: Sequence[Row]) -> Start:
             f"model: its tokenizer has {task.tokenizer.vocab_size} tokens, the model itself {shape.vocab_size}; "
             "they do not belong together"
         )
-    check_can_be_saved(shape)
+    try:
+        check_can_be_saved(shape)
+    except ValueError as error:
+        where = "fields.family" if isinstance(config.model, str) else "model.family"
+        raise ValueError(str(error).replace("set family to", f"set {where} to")) from None
     transformer.float()
     teacher, order = (None, None) if config.teacher is None else _teacher(config, config.teacher, task)
     return Start(task, transformer, teacher, order)
@@ -128,11 +133,14 @@ def _new(config: FinetuneConfig, model: dict[str, Any], rows: Sequence[Row]) -> 
     fields = {name: value for name, value in model.items() if name != "tokenizer"}
     tokens = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     given = {**tokens, **fields, "vocab_size": tokenizer.vocab_size}
-    task = _task(config, tokenizer, rows, _shape({**given, "objectives": []}).max_positions)
+    bare = _shape({**given, "objectives": []})
+    task = _task(config, tokenizer, rows, bare.max_positions)
     reserved = {"vocab_size", "objectives", *task.model_fields()} & set(fields)
     if reserved:
         raise ValueError(f"model.{min(reserved)} is filled in from task and tokenizer; leave it out")
-    return task, Transformer(_shape({**given, **task.model_fields(), "objectives": [task.objective]}))
+    chosen = {**{name: value for name, value in fields.items() if name != "preset"}, **task.model_fields()}
+    shape, _ = with_heads(bare.to_dict(), convert.FAMILIES.get(bare.family), [task.objective], chosen)
+    return task, Transformer(_shape(shape))
 
 
 def _shape(fields: dict[str, Any]) -> TransformerConfig:
