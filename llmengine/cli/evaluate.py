@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,8 +114,10 @@ def _judge(
 
     rows, files = _rows(tuned, data, columns, kind)
     task = tuned.task
-    # rows that hold nothing to judge by are an error before all of them are answered
-    task.judge(rows[:1], list(task.answers(tuned.model, rows[:1])))
+    # rows that hold nothing to judge by are an error before all of them are answered; what is told, is told then
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        task.judge(rows[:1], list(task.answers(tuned.model, rows[:1])))
     answers = list(task.answers(tuned.model, rows, batch_tokens=batch_tokens))
     judgement = task.judge(rows, answers)
     account = report.of_run(run, task, files, tuned.config)
