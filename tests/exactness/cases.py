@@ -31,8 +31,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "albert": {"preset": "albert-base", "n_layers": 2, "d_embed": 8, "pooler": "none"},
     "electra": {"preset": "electra-small", "d_embed": 8},
     "xlnet": {"preset": "xlnet-tiny", "n_layers": 2},
-    "gpt2": {"preset": "gpt-tiny"},
-    "llama": {"preset": "llama-7b", "n_kv_heads": 1},
+    "gpt2": {"preset": "gpt-tiny", "summary": "last"},
+    "llama": {"preset": "llama-7b", "n_kv_heads": 1, "summary": "last"},
     "bart": {"preset": "bart-base"},
     "t5": {"preset": "t5-small", "d_head": 8},
 }
@@ -158,7 +158,7 @@ def _tags(case: Case, ids: Tensor, i: int) -> Example:
 def _permuted(case: Case, ids: Tensor, i: int) -> Example:
     predicted = np.arange(len(ids)) % 3 == 0
     predicted[-2:] = False
-    query, key = ranks(predicted, 2, None, Draws(0, 0, Purpose.RANK, i))
+    query, key = ranks(predicted, np.arange(len(ids)) >= len(ids) - 2, None, Draws(0, 0, Purpose.RANK, i))
     at = torch.from_numpy(np.flatnonzero(predicted))
     return {
         "query_ranks": torch.from_numpy(query), "key_ranks": torch.from_numpy(key), "target_positions": at,
