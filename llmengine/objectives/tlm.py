@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
+from llmengine.data.pairs import Pairs
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
 from llmengine.objectives.masking import Masking, mask, special_ids
@@ -47,10 +48,11 @@ class TlmExamples(Examples):
 
     name = "tlm"
     heads = ("mlm",)
+    pairs = True
     Options = TlmOptions
 
     def __init__(
-        self, pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, sequence_length: int, seed: int,
+        self, pairs: Pairs | Iterable[tuple[str, str]], tokenizer: Tokenizer, sequence_length: int, seed: int,
         options: TlmOptions,
     ) -> None:  # fmt: skip
         cls, sep, self._mask = special_ids("tlm", tokenizer, "cls", "sep", "mask")
@@ -104,7 +106,7 @@ class TlmExamples(Examples):
 
 def _checked(pair: tuple[str, str]) -> tuple[str, str]:
     if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-        raise ValueError(f"objective 'tlm': expected pairs (source, target) of strings, got {pair!r}")
+        raise ValueError(f"objective 'tlm': expected pairs (source, target) of strings, got {str(pair)[:60]!r}")
     return pair
 
 
