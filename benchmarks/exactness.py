@@ -1,10 +1,10 @@
-"""Is a step's gradient the same however the batch is cut? Hugging Face's Trainer and models, and llmengine, head by head.
+"""Is a step's gradient the same however the batch is cut? Hugging Face's Trainer and models beside llmengine.
 
     python -m benchmarks.exactness          from the repository's root; writes results/exactness.json, docs/exactness.md
 
 Tiny models of random weights, equal in both libraries; no dropout, float32, CPU. One optimizer step over eight rows,
 as one call of the model and as eight micro-batches of one row (gradient_accumulation_steps = 8); the gradient is read
-before the optimizer's step, clipping is off. Nothing here is timed, and nothing is asserted: tests/exactness does that for ours.
+before the optimizer's step, clipping is off. Nothing here is timed, and nothing is asserted: tests/exactness asserts.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import transformers
-from tests.exactness.cases import collect
-from tests.exactness.trainer import of_trainer
-from tests.models.peers import VOCABULARY, hf_model
 from torch import Tensor
 
 import llmengine
 from llmengine.data.examples import pack
+from tests.exactness.cases import collect
+from tests.exactness.trainer import of_trainer
+from tests.models.peers import VOCABULARY, hf_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, LONGEST, LABELS, EOS = 8, 12, 3, 2

@@ -67,7 +67,8 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
         sequence_length=data.sequence_length, seed=config.seed, **data.options,
     )  # fmt: skip
     batches = StepBatches(examples, batch_tokens=data.batch_tokens, accumulation=data.accumulation, seed=config.seed)
-    yield f"corpus      {len(documents):,} {'pairs' if pairs else 'documents'} to train on, {_size(documents)}; held out {_size(held_out)}"
+    what = "pairs" if pairs else "documents"
+    yield f"corpus      {len(documents):,} {what} to train on, {_size(documents)}; held out {_size(held_out)}"
     yield f"tokenizer   {tokenizer.vocab_size:,} tokens"
     yield f"epoch       {len(examples):,} sequences, {batches.steps_per_epoch:,} steps, of the run's {config.steps:,}"
     sides = " on each side; both are counted together" if "seq2seq" in examples.heads else ""

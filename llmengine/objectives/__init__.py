@@ -45,8 +45,8 @@ def build(
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
     "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what
     noise left of it, Lewis et al. 2019), "span_corruption" (the spans that are missing, Raffel et al. 2020), "plm"
-    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020), "tlm" (masked tokens of
-    texts and their translations, Conneau & Lample 2019: documents are `data.Pairs`).
+    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020), "tlm" (masked tokens
+    of texts and their translations, Conneau & Lample 2019: documents are `data.Pairs`).
     sequence_length: the most tokens of an example, special tokens included; of an encoder-decoder on either side.
     options: those of the objective's class, such as `MlmExamples`.
 

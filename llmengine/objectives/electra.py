@@ -111,8 +111,8 @@ class Electra(Module):
         num_items_in_batch: {"tokens": labelled tokens, "read": all tokens} of the optimizer step; None: each loss is
         the mean over this batch's.
 
-        Returns losses "mlm" and "rtd", their weighted sum, the discriminator's logits like input_ids, and which tokens were
-        `replaced`. Samples are drawn from PyTorch's generator.
+        Returns losses "mlm" and "rtd", their weighted sum, the discriminator's logits like input_ids, and which tokens
+        were `replaced`. Samples are drawn from PyTorch's generator.
         """
         items: list[Any] = [None, None]
         if num_items_in_batch is not None:

@@ -1,4 +1,4 @@
-"""Translation language modelling (Conneau & Lample 2019): masked tokens of a sentence and its translation, read together.
+"""Translation language modelling (Conneau & Lample 2019): masked tokens of a text and its translation, read together.
 
 To predict a masked word the model can look at both sentences, so that it learns to align them. An example is
 [cls] source [sep] [cls] target [sep]: two texts whose positions both begin at 0, as XLM's training code has it; or
@@ -18,6 +18,7 @@ from torch import Tensor
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
 from llmengine.data.pairs import Pairs
+from llmengine.data.pieces import Pieces
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
 from llmengine.objectives.masking import Masking, mask, special_ids
@@ -30,8 +31,8 @@ class TlmOptions(Masking):
     """Options of masking; and
 
     restart_positions: the translation's positions begin at 0 again, after a [cls] of its own; else they run on.
-    languages: token types tell source (0) and target (1), as XLM's language embeddings do; turn it off for models without
-        token types (type_vocab_size below 2).
+    languages: token types tell source (0) and target (1), as XLM's language embeddings do; turn it off for models
+        without token types (type_vocab_size below 2).
     """
 
     restart_positions: bool = True
@@ -55,9 +56,8 @@ class TlmExamples(Examples):
         self, pairs: Pairs | Iterable[tuple[str, str]], tokenizer: Tokenizer, sequence_length: int, seed: int,
         options: TlmOptions,
     ) -> None:  # fmt: skip
-        cls, sep, self._mask = special_ids("tlm", tokenizer, "cls", "sep", "mask")
-        self._between = [sep, cls] if options.restart_positions else [sep]
-        self._before, self._behind = [cls], [sep]
+        self._cls, self._sep, self._mask = special_ids("tlm", tokenizer, "cls", "sep", "mask")
+        self._between = [self._sep, self._cls] if options.restart_positions else [self._sep]
         self._room = sequence_length - 2 - len(self._between)
         if self._room < 2:
             least = sequence_length - self._room + 2
@@ -65,7 +65,9 @@ class TlmExamples(Examples):
         self._tokens = tokenize(map(_checked, pairs), tokenizer, words=options.by_words)
         whole = np.flatnonzero(np.diff(self._tokens.documents) == 2)
         if not len(whole):
-            raise ValueError("objective 'tlm': no pair has tokens on both sides; give pairs of a text and its translation")
+            raise ValueError(
+                "objective 'tlm': no pair has tokens on both sides; give pairs of a text and its translation"
+            )
         first = self._tokens.documents[whole]
         # _bounds[i]: where pair i's source begins and ends, and where its target, which follows it, ends
         self._bounds = self._tokens.bounds[first[:, None] + np.arange(3)]
@@ -79,29 +81,30 @@ class TlmExamples(Examples):
         epoch, index = place
         if not 0 <= index < len(self._sizes):
             raise IndexError(f"example {index} is not in [0, {len(self._sizes)})")
-        ids = self._joined(self._tokens.ids, index, self._before, self._between, self._behind).astype(np.int64)
-        n = len(self._between)
-        special = self._joined(np.zeros(len(self._tokens.ids), bool), index, [True], [True] * n, [True])
+        first, second = self._sizes[index].tolist()
+        # between which of both texts' tokens the special ones stand
+        at = [0, *[first] * len(self._between), first + second]
+        ids = np.insert(
+            self._both(self._tokens.ids, index).astype(np.int64), at, [self._cls, *self._between, self._sep]
+        )
+        special = np.insert(np.zeros(first + second, bool), at, True)
         words = self._tokens.words
         if words is not None:
-            words = self._joined(words, index, [True], [True] * n, [True])
+            words = np.insert(self._both(words, index), at, True)
         draws = Draws(self._seed, epoch, Purpose.MASK, index)
         masked, labels = mask(ids, special, words, self._options, self._mask, self._vocab_size, draws)
-        # where the translation begins: behind the first [sep]
-        second = int(self._sizes[index, 0]) + 2
+        begin = first + 2  # of the translation, behind the first [sep]
         example = {"input_ids": masked, "labels": labels}
         if self._options.languages:
-            example["token_type_ids"] = np.where(np.arange(len(ids)) < second, SOURCE, TARGET)
+            example["token_type_ids"] = np.where(np.arange(len(ids)) < begin, SOURCE, TARGET)
         if self._options.restart_positions:
-            example["position_ids"] = np.concatenate([np.arange(second), np.arange(len(ids) - second)])
+            example["position_ids"] = np.concatenate([np.arange(begin), np.arange(len(ids) - begin)])
         return {name: torch.from_numpy(values) for name, values in example.items()}
 
-    def _joined(self, values: np.ndarray, index: int, before: list, between: list, behind: list) -> np.ndarray:
-        """What a pair's tokens have in `values`, with what stands for the special tokens around them."""
+    def _both(self, values: np.ndarray | Pieces, index: int) -> np.ndarray:
+        """What the tokens of a pair's texts, as far as they fit, have in `values`."""
         (source, target, _), (first, second) = self._bounds[index], self._sizes[index]
-        return np.concatenate(
-            [before, values[source : source + first], between, values[target : target + second], behind]
-        )
+        return np.concatenate([values[source : source + first], values[target : target + second]])
 
 
 def _checked(pair: tuple[str, str]) -> tuple[str, str]:

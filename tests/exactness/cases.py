@@ -237,7 +237,7 @@ def padded(case: Case, examples: list[Example], side: str, length: int = max(LEN
         target = case.seq2seq and name != "input_ids"
         if name == "target_positions":
             values = [x + shift for x, shift in zip(values, shifts, strict=True)]
-        at_right = target or case.head == "plm" and name in ("labels", "target_positions") or side == "right"
+        at_right = target or (case.head == "plm" and name in ("labels", "target_positions")) or side == "right"
         filler = {"target_positions": -1}.get(name, IGNORED if case.head == "plm" and name == "labels" else 1)
         batch[name] = torch.stack([_padded(x, length, at_right, filler) for x in values])
     for prefix in ("", "decoder_") if case.seq2seq else ("",):

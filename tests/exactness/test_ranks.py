@@ -1,4 +1,4 @@
-"""Two ranks with unequally many labels have the gradient of one process: DistributedDataParallel, and summed by hand."""
+"""Two ranks with unequally many labels have the gradient of one process: averaged by PyTorch, and summed by hand."""
 
 from __future__ import annotations
 

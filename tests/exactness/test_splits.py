@@ -54,5 +54,5 @@ def test_the_examples_are_ragged():
     """Else a mean of means would be the mean, and nothing were proven."""
     for case in CASES:
         counts = [sum(case.items([example]).values()) for example in case.examples()]
-        assert case.always_labelled or len(set(counts)) > 1 and min(counts) == 0, case.name
+        assert case.always_labelled or (len(set(counts)) > 1 and min(counts) == 0), case.name
     assert len(set(LENGTHS)) > 3

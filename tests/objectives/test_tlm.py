@@ -134,7 +134,7 @@ def test_the_model_reads_positions_that_begin_anew():
         alone += model(**batch, num_items_in_batch=step.items).loss
     torch.testing.assert_close(together, alone)
     running = {name: x for name, x in micro.items() if name != "position_ids"}
-    assert abs(float(model(**running, num_items_in_batch=step.items).loss - together)) > 1e-3
+    assert abs((model(**running, num_items_in_batch=step.items).loss - together).item()) > 1e-3
 
 
 # ---- corpora and runs ------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_bad_corpora(tmp_path, wordpiece):
     one, other = tmp_path / "a.de", tmp_path / "a.en"
     one.write_text("ein\nzwei\n")
     other.write_text("one\n")
-    with pytest.raises(ValueError, match="has 2 lines and .* has 1"):
+    with pytest.raises(ValueError, match=r"has 2 lines and .* has 1"):
         read_pairs([one, other])
     with pytest.raises(ValueError, match='"parallel" takes two files, source and target; got 1'):
         read_pairs(one)
