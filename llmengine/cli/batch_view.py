@@ -58,7 +58,7 @@ def _legend(micro: dict[str, Any]) -> str:
     if "query_ranks" in micro:
         return (
             "3→token is the third to be predicted: it sees the text without numbers and the tokens with lower ones; "
-            "(3)token is seen by higher numbers only"
+            "(3)token is seen by higher numbers only; ·token is text of a second part, which the first does not see"
         )
     if _next_token(micro):
         return ""
@@ -68,6 +68,9 @@ def _legend(micro: dict[str, Any]) -> str:
 def _kind(micro: dict[str, Any], i: int) -> str:
     if "decoder_cu_seqlens" in micro:
         return f" and {int(micro['decoder_cu_seqlens'].diff()[i])} of the target"
+    if "position_ids" in micro:
+        positions = micro["position_ids"][slice(*micro["cu_seqlens"][i : i + 2].tolist())]
+        return f", the translation, whose positions begin anew, from token {int((positions == 0).nonzero()[-1])} on"
     return "".join(
         f", the second segment {kinds[int(micro[name][i])]}" for name, kinds in PAIRS.items() if name in micro
     )
@@ -120,13 +123,16 @@ def _tokens(micro: dict[str, Any], start: int, end: int, tokenizer: Tokenizer) -
 
 
 def _in_order(micro: dict[str, Any], start: int, end: int, written: Iterator[str]) -> Iterator[str]:
-    """Tokens with their number in the order of those that not all see."""
+    """Tokens with their number in the order of those that not all see; without one where several share a rank."""
     keys = micro["key_ranks"][start:end].tolist()
-    numbers = {rank: i + 1 for i, rank in enumerate(sorted(rank for rank in keys if rank >= 0))}
+    shared = {rank for rank, count in Counter(keys).items() if count > 1 and rank >= 0}
+    numbers = {rank: i + 1 for i, rank in enumerate(sorted({*keys} - shared - {-1}))}
     predicted = set(micro["target_positions"].tolist())
     for i, (token, rank) in enumerate(zip(written, keys, strict=True)):
         if rank < 0:
             yield token
+        elif rank in shared:
+            yield f"·{token}"
         else:
             yield f"{numbers[rank]}→{token}" if start + i in predicted else f"({numbers[rank]}){token}"
 

@@ -78,7 +78,7 @@ def _measured(run: Path, corpus: list[str] | None, device: str) -> dict[str, Any
     config = trained.config
     if config is None:
         raise ValueError(f"{run} is a model directory; give its run folder, which knows objective and sequence length")
-    documents = read_corpus(corpus or config.corpus)
+    documents = read_corpus(corpus or config.corpus, pairs=objectives.OBJECTIVES[config.objective].pairs)
     if not corpus:
         if not config.data.held_out:
             raise ValueError(f"{run} held out nothing (data.held_out: 0); give texts: --corpus FILE")

@@ -55,7 +55,8 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
     from llmengine.data import StepBatches, read_corpus, split_corpus
     from llmengine.training.pretraining import tokenizer_of
 
-    documents, data = read_corpus(config.corpus), config.data
+    pairs = objectives.OBJECTIVES[config.objective].pairs
+    documents, data = read_corpus(config.corpus, pairs=pairs), config.data
     held_out: Corpus = ()
     if data.held_out:
         documents, held_out = split_corpus(documents, data.held_out, config.seed)
@@ -66,7 +67,8 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
         sequence_length=data.sequence_length, seed=config.seed, **data.options,
     )  # fmt: skip
     batches = StepBatches(examples, batch_tokens=data.batch_tokens, accumulation=data.accumulation, seed=config.seed)
-    yield f"corpus      {len(documents):,} documents to train on, {_size(documents)}; held out {_size(held_out)}"
+    what = "pairs" if pairs else "documents"
+    yield f"corpus      {len(documents):,} {what} to train on, {_size(documents)}; held out {_size(held_out)}"
     yield f"tokenizer   {tokenizer.vocab_size:,} tokens"
     yield f"epoch       {len(examples):,} sequences, {batches.steps_per_epoch:,} steps, of the run's {config.steps:,}"
     sides = " on each side; both are counted together" if "seq2seq" in examples.heads else ""
@@ -79,11 +81,12 @@ def _report(config: RunConfig, saved: Path | None, step: int, sequences: int) ->
 
 
 def _size(documents: Corpus) -> str:
-    from llmengine.data import Shards
+    from llmengine.data import Pairs, Shards
 
     if isinstance(documents, Shards):
         return f"{len(documents.tokens.ids):,} tokens"
-    return f"{sum(map(len, documents)):,} characters"
+    texts = documents.texts if isinstance(documents, Pairs) else documents
+    return f"{sum(map(len, texts)):,} characters"
 
 
 def histogram(lengths: ndarray) -> list[str]:

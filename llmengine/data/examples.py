@@ -25,6 +25,8 @@ class Examples(ABC):
     """Of the models that these examples are for."""
     family: str = "gpt2"
     """Whose special tokens a byte-level BPE vocabulary trained for these examples has."""
+    pairs: bool = False
+    """Whether they are made of texts and their translations (data/pairs.py) instead of documents."""
     decoder_start: str | None = None
     """The role of the token that an encoder-decoder's target begins with."""
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from llmengine.data.corpus import SMALL, check_fraction, read_documents, split_documents
 from llmengine.data.draws import Draws, Purpose
+from llmengine.data.pairs import Pairs, read_pairs
 from llmengine.data.pieces import Pieces
 from llmengine.data.sentences import split_sentences
 from llmengine.data.tokenizer import FILE, Tokenizer
@@ -162,7 +163,7 @@ class Shards:
         return ""
 
 
-Corpus = Sequence[str] | Shards
+Corpus = Sequence[str] | Shards | Pairs
 
 
 def corpus_tokens(
@@ -175,14 +176,18 @@ def corpus_tokens(
     segment. words: also tell where words begin. Raises ValueError where shards were made by another tokenizer or lack
     what is asked for.
     """
+    if isinstance(corpus, Pairs):
+        raise ValueError("corpus: pairs of texts are for objective 'tlm'; give documents")
     if isinstance(corpus, Shards):
         return corpus.tokens_for(tokenizer, sentences=sentences, longest=longest, end=end, words=words)
     segments = map(split_sentences, corpus) if sentences else ([document] for document in corpus)
     return tokenize(segments, tokenizer, longest=longest, end=end, words=words)
 
 
-def read_corpus(source: str | Path | Sequence[str | Path]) -> Corpus:
-    """`read_documents`, or, where the only source is a directory of shards, `open_shards`."""
+def read_corpus(source: str | Path | Sequence[str | Path], *, pairs: bool = False) -> Corpus:
+    """`read_documents`, or, where the only source is a directory of shards, `open_shards`; or `read_pairs`."""
+    if pairs:
+        return read_pairs(source)
     if (directory := shards_of(source)) is not None:
         return open_shards(directory)
     sources = [source] if isinstance(source, str | Path) else list(source)
@@ -202,8 +207,8 @@ def shards_of(source: Any) -> Path | None:
 
 
 def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
-    """(train, held_out), as `split_documents` or `Shards.split`."""
-    if isinstance(corpus, Shards):
+    """(train, held_out), as `split_documents`, `Shards.split` or `Pairs.split`."""
+    if isinstance(corpus, Shards | Pairs):
         return corpus.split(fraction, seed)
     return split_documents(corpus, fraction, seed)
 

@@ -142,7 +142,7 @@ class ReplacedHead(Module):
         labels = layout.labels(labels)
         keep = labels != IGNORED
         each = _torch.binary_cross_entropy_with_logits(
-            layout.enter(logits).float(), labels.clamp(min=0).float(), reduction="none"
+            wide(layout.enter(logits)), wide(labels.clamp(min=0), logits), reduction="none"
         )
         total = torch.where(keep, each, 0.0).sum()
         return divide(total, keep.sum().clamp(min=1) if items is None else items)
@@ -180,11 +180,11 @@ class Classifier(Module):
         logits. The last two are means over all numbers of a sequence too."""
         if self.problem == "single":
             return class_loss(logits, labels.flatten(), items, self.smoothing if self.training else None)
-        labels = labels.view(logits.shape).float()
+        logits, labels = wide(logits), wide(labels.view(logits.shape), logits)
         each = (
-            (logits.float() - labels).square()
+            (logits - labels).square()
             if self.problem == "regression"
-            else _torch.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+            else _torch.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         )
         return divide(each.mean(1).sum(), max(len(logits), 1) if items is None else items)
 
@@ -266,10 +266,12 @@ class SpanHead(Linear):
         if logits.dim() == 2 or len(logits) != layout.sequences:  # a packed batch: a row for each sequence
             flat = layout.enter(logits)
             sequence = layout.sequence(torch.arange(len(flat), device=flat.device))
-            logits, lengths = in_rows(flat, sequence, layout.sequences, padding=torch.finfo(flat.dtype).min)
-            labels = torch.where(labels >= lengths[:, None], IGNORED, labels)
+            logits, _ = in_rows(flat, sequence, layout.sequences, padding=torch.finfo(flat.dtype).min)
         length = logits.shape[1]
-        labels = torch.where((labels < 0) | (labels >= length), IGNORED, labels)
+        # in padding and behind a sequence there is no text either
+        read = logits.detach().gather(1, labels.clamp(0, length - 1)[:, None]).squeeze(1)
+        inside = (labels >= 0) & (labels < length) & (read > torch.finfo(logits.dtype).min)
+        labels = torch.where(inside, labels, IGNORED)
         ends = [class_loss(logits[..., i], labels[:, i], items) for i in (0, 1)]
         return (ends[0] + ends[1]) / 2
 
@@ -325,5 +327,14 @@ def class_loss(logits: Tensor, labels: Tensor, items: Items, smoothing: Smoothin
     return divide(total, items)
 
 
+def wide(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x in float32, or in the dtype of x (of `like`) where that is wider."""
+    return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
+
+
 def divide(total: Tensor, items: Tensor | int) -> Tensor:
-    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+    """total / items; a sum over no labels is 0, though a step's count of them may be 0 too."""
+    if isinstance(items, Tensor):
+        items = items.to(total.device)
+        return total / (items + (items == 0))
+    return total / (items or 1)

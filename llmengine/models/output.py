@@ -22,6 +22,7 @@ FIELDS = {
     "pooler_output": "(sequences, d_model)",
     "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer, as last_hidden_state",
     "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
+    "replaced": "like input_ids, 1 where ELECTRA's generator put another token, else 0, -100 at padding",
     "mems": "for each layer (length, batch, d_model), of XLNet",
     "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",
 }
@@ -50,6 +51,7 @@ class TransformerOutput:
     hidden_states: tuple[Tensor, ...] | None
     encoder_last_hidden_state: Tensor | None
     encoder_hidden_states: tuple[Tensor, ...] | None
+    replaced: Tensor | None
     mems: list[Tensor] | None
 
     def __init__(self, keyed: dict[str, Any], others: dict[str, Any]) -> None:

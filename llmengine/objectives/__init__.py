@@ -19,6 +19,7 @@ from llmengine.objectives.mlm import MlmExamples
 from llmengine.objectives.plm import PlmExamples
 from llmengine.objectives.sop import SopExamples
 from llmengine.objectives.span_corruption import SpanCorruptionExamples
+from llmengine.objectives.tlm import TlmExamples
 
 __all__ = ["OBJECTIVES", "build", "decoder_start", "load_model", "make_model", "model_heads", "options_of"]
 
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, Any] = {
     "span_corruption": SpanCorruptionExamples,
     "plm": PlmExamples,
     "electra": ElectraExamples,
+    "tlm": TlmExamples,
 }
 
 
@@ -43,7 +45,8 @@ def build(
     name: "bert" (masked tokens and sentence pairs, Devlin et al. 2019), "mlm" (masked tokens only, Liu et al. 2019),
     "sop" (masked tokens and the order of sentences, Lan et al. 2019), "clm" (next token), "denoising" (a text from what
     noise left of it, Lewis et al. 2019), "span_corruption" (the spans that are missing, Raffel et al. 2020), "plm"
-    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020).
+    (tokens in a random order, Yang et al. 2019), "electra" (replaced tokens, Clark et al. 2020), "tlm" (masked tokens
+    of texts and their translations, Conneau & Lample 2019: documents are `data.Pairs`).
     sequence_length: the most tokens of an example, special tokens included; of an encoder-decoder on either side.
     options: those of the objective's class, such as `MlmExamples`.
 

@@ -111,8 +111,8 @@ class Electra(Module):
         num_items_in_batch: {"tokens": labelled tokens, "read": all tokens} of the optimizer step; None: each loss is
         the mean over this batch's.
 
-        Returns losses "mlm" and "rtd", their weighted sum, and the discriminator's logits like input_ids. Samples are
-        drawn from PyTorch's generator.
+        Returns losses "mlm" and "rtd", their weighted sum, the discriminator's logits like input_ids, and which tokens
+        were `replaced`. Samples are drawn from PyTorch's generator.
         """
         items: list[Any] = [None, None]
         if num_items_in_batch is not None:
@@ -124,7 +124,7 @@ class Electra(Module):
         found = self.discriminator(replaced, labels=is_replaced, num_items_in_batch=items[1], **others)
         losses = {**filled.losses, **found.losses}
         loss = losses["mlm"] + self.config.loss_weights["rtd"] * losses["rtd"]
-        return TransformerOutput({"loss": loss, "logits": found.logits}, {"losses": losses})
+        return TransformerOutput({"loss": loss, "logits": found.logits}, {"losses": losses, "replaced": is_replaced})
 
     @torch.no_grad()
     def replace(self, input_ids: Tensor, labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from llmengine.training.sections import (
     Section,
 )
 
-Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm", "electra"]
+Objective = Literal["bert", "mlm", "sop", "clm", "denoising", "span_corruption", "plm", "electra", "tlm"]
 
 _WORDPIECE = {"kind": "wordpiece", "vocab_size": 8192, "lowercase": True}
 _BPE = {"kind": "bpe", "vocab_size": 8192, "lowercase": False}
@@ -32,6 +32,7 @@ _TOKENIZERS = {
     "mlm": _WORDPIECE,
     "sop": _WORDPIECE,
     "electra": _WORDPIECE,
+    "tlm": _WORDPIECE,
 }  # those of the others: _BPE
 _FILLED_IN = {
     "objectives": "objective",
@@ -96,7 +97,8 @@ class RunConfig(Config):
     FREE: ClassVar[tuple[str, ...]] = ("device", "keep", "data.workers", "every.log", "every.evaluate", "every.save")
 
     corpus: str | list[str]
-    """ "austen", a text or JSON-lines file, a folder of such, or several of them; or what `tokenize` wrote."""
+    """ "austen", a text or JSON-lines file, a folder of such, or several of them; or what `tokenize` wrote. Objective
+    "tlm": files of rows with source and target, or two text files, line by line."""
     objective: Objective
     model: dict[str, Any]
     steps: Positive
@@ -143,10 +145,11 @@ class RunConfig(Config):
                 f"data.sequence_length ({self.data.sequence_length}) must be at most "
                 f"model.max_positions ({model.max_positions})"
             )
-        if self.objective in ("bert", "sop") and model.type_vocab_size < 2:
+        languages = self.objective == "tlm" and self.data.options.get("languages", True)
+        if (self.objective in ("bert", "sop") or languages) and model.type_vocab_size < 2:
             raise ValueError(
                 f'model.type_vocab_size is {model.type_vocab_size}; objective "{self.objective}" has two segments and '
-                "needs 2"
+                f"needs 2{', or data.options.languages: false' if languages else ''}"
             )
         return self
 

@@ -26,7 +26,7 @@ def evaluate(
     """One pass over `batches`' first epoch, without dropout; the model's mode is left as it was.
 
     Returns {"loss": the heads' weighted sum, "losses": {head: mean over all labels}, "perplexity": exp of the token
-    head's loss, "accuracy": {"mlm", "plm", "nsp", "sop"}: those that the model has}.
+    head's loss, "accuracy": {"mlm", "plm", "nsp", "sop", "rtd" (of all tokens)}: those that the model has}.
     """
     with without_dropout(model, device):
         totals, items, right = _pass(model, batches, device, precision)
@@ -115,4 +115,7 @@ def _right(model: Transformer | Electra, batch: dict[str, Any], out: Any) -> dic
     for head, name in zip(PAIRS, ("next_sentence_label", "sentence_order_label"), strict=True):
         if head in out.losses:
             right[head] = int((out.head_logits[head].argmax(-1) == batch[name]).sum())
+    if "rtd" in out.losses:
+        # padding counts neither as replaced nor as original
+        right["rtd"] = int(torch.where(out.logits > 0, out.replaced == 1, out.replaced == 0).sum())
     return right

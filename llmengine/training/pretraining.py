@@ -10,6 +10,7 @@ import torch
 
 from llmengine import convert, objectives
 from llmengine.data.batches import Step, StepBatches
+from llmengine.data.pairs import Pairs
 from llmengine.data.shards import Corpus, Shards, read_corpus, split_corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
@@ -31,7 +32,7 @@ class Pretraining(Run):
     @classmethod
     def prepare(cls, config: RunConfig, folder: Folder, device: torch.device) -> Pretraining:
         """Reads and makes everything; writes nothing."""
-        documents = read_corpus(config.corpus)
+        documents = read_corpus(config.corpus, pairs=objectives.OBJECTIVES[config.objective].pairs)
         held_out: Corpus = ()
         digest = digest_of(documents)
         if config.data.held_out:
@@ -97,7 +98,7 @@ def _batches(config: RunConfig, documents: Corpus, tokenizer: Tokenizer, *, shuf
 
 def digest_of(documents: Corpus) -> str:
     """What a resumed run compares, to go on with the same text."""
-    if isinstance(documents, Shards):
+    if isinstance(documents, Shards | Pairs):
         return documents.digest
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
@@ -114,4 +115,5 @@ def tokenizer_of(config: RunConfig, documents: Corpus, directory: Path) -> Token
             f"tokenizer: {documents.directory} is tokenised already; leave out tokenizer, or give its tokenizer.path"
         )
     family = objectives.OBJECTIVES[config.objective].family
-    return Tokenizer.train(documents, **section.model_dump(exclude_none=True), family=family)
+    texts = documents.texts if isinstance(documents, Pairs) else documents
+    return Tokenizer.train(texts, **section.model_dump(exclude_none=True), family=family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -12,6 +13,7 @@ from llmengine import Transformer, TransformerConfig, objectives
 from llmengine.data import StepBatches
 from llmengine.objectives.electra import Electra, sample, smaller
 from llmengine.training import RunConfig, train
+from llmengine.training.evaluation import evaluate
 from llmengine.training.flops import model_flops, training_flops
 from llmengine.training.samples import Samples
 from tests.cli.conftest import succeed
@@ -170,7 +172,7 @@ def test_a_run(tmp_path):
     assert all(each["loss"] == pytest.approx(each["losses"]["mlm"] + 50 * each["losses"]["rtd"]) for each in losses)
     assert losses[-1]["losses"]["mlm"] < 0.8 * losses[0]["losses"]["mlm"]
     last = result.evaluation
-    assert last["losses"].keys() == {"mlm", "rtd"} and "accuracy" not in last
+    assert last["losses"].keys() == {"mlm", "rtd"} and last["accuracy"].keys() == {"rtd"}
     assert math.log(last["perplexity"]) == pytest.approx(last["losses"]["mlm"])
     assert "it was replaced" in (tmp_path / "run" / "samples.md").read_text()
     again = json.loads(succeed("evaluate", tmp_path / "run", "--json"))
@@ -178,6 +180,25 @@ def test_a_run(tmp_path):
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     unfinished = json.loads(succeed("evaluate", tmp_path / "run", "--json"))
     assert unfinished["losses"] == pytest.approx(last["losses"], rel=1e-5)
+
+
+def test_the_discriminators_accuracy(novels, wordpiece):
+    """Of all tokens, from the logits of each sequence on its own; the samples are those that the batch drew."""
+    model = electra(wordpiece.vocab_size)
+    batches, given = steps([novels[0][:3000]], wordpiece, shuffle=False), []
+    model.discriminator.register_forward_pre_hook(
+        lambda _, arguments, named: given.append((arguments[0], named["labels"], named["cu_seqlens"])), with_kwargs=True
+    )
+    result = evaluate(model, batches, torch.device("cpu"), "fp32")
+    model.discriminator._forward_pre_hooks.clear()
+    right = total = 0
+    with torch.no_grad():
+        for ids, labels, bounds in given:
+            for start, end in itertools.pairwise(bounds.tolist()):
+                replaced = model.discriminator(ids[None, start:end]).logits[0] > 0
+                right += int((replaced == (labels[start:end] == 1)).sum())
+                total += end - start
+    assert 0 < right < total and result["accuracy"] == {"rtd": right / total}
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):

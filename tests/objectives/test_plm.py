@@ -27,6 +27,11 @@ def draws(i: int) -> Draws:
     return Draws(1, i, Purpose.MASK)
 
 
+def last(tokens: int, specials: int) -> np.ndarray:
+    """Which tokens are special: the last ones."""
+    return np.arange(tokens) >= tokens - specials
+
+
 def runs(chosen: np.ndarray) -> list[int]:
     """The lengths of the runs of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen.astype(int), [0]])))
@@ -82,7 +87,7 @@ def test_orders_are_uniform():
     predicted = np.array([True, False, True, True, False, False])
     orders = []
     for i in range(6000):
-        query, key = ranks(predicted, 1, None, draws(i))
+        query, key = ranks(predicted, last(6, 1), None, draws(i))
         assert (key[[1, 4]] == -1).all() and (query[[1, 4]] == 0).all()
         assert query[5] == key[5] + 1 and (query[predicted] == key[predicted]).all()
         orders.append(tuple(np.argsort(key[predicted]).tolist()))
@@ -92,7 +97,7 @@ def test_orders_are_uniform():
 
 def test_blocks_follow_each_other():
     for i in range(50):
-        _, key = ranks(np.ones(23, bool), 0, 8, draws(i))
+        _, key = ranks(np.ones(23, bool), last(23, 0), 8, draws(i))
         assert sorted(key.tolist()) == list(range(23))
         assert [sorted(part.tolist()) for part in np.split(key, [8, 16])] == [
             list(range(8)), list(range(8, 16)), list(range(16, 23)),
@@ -103,12 +108,29 @@ def test_the_papers_mask():
     """The dense perm_mask that the paper's data pipeline makes of an order, entry by entry."""
     predicted = np.random.default_rng(3).random(20) < 0.4
     predicted[-2:] = False
-    query, key = ranks(predicted, 2, None, draws(0))
+    query, key = ranks(predicted, last(20, 2), None, draws(0))
     functional = np.arange(20) >= 18
     hidden_from = np.where(predicted, key, key + 1)
     for i, j in itertools.product(range(20), range(20)):
         masked = hidden_from[i] <= key[j] and (predicted[j] or functional[j])
         assert masked == (key[j] >= query[i])
+
+
+@pytest.mark.parametrize("special", [[19], [12, 18, 19]])
+def test_the_papers_mask_of_two_parts(special):
+    """Both halves' masks, of which the first sees nothing of the second, and the second all of the first."""
+    predicted = np.random.default_rng(4).random(20) < 0.4
+    functional = np.isin(np.arange(20), special)
+    predicted[functional] = False
+    query, key = ranks(predicted, functional, None, draws(1), reuse=8)
+    for i, j in itertools.product(range(20), range(20)):
+        if (i < 8) != (j < 8):
+            masked = i < 8
+        else:
+            # an order of the half's tokens, as the ranks say; others than targets see themselves
+            masked = (key[i] if predicted[i] else key[i] + 1) <= key[j] and bool(predicted[j] or functional[j])
+        assert masked == (key[j] >= query[i]), (i, j)
+    assert len(set(key[8:][predicted[8:] | functional[8:]])) == (predicted | functional)[8:].sum()
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -155,11 +177,13 @@ def model_of(vocab_size: int) -> Transformer:
     return Transformer(config).eval()
 
 
-@pytest.mark.parametrize("perm_size", [None, 8])
-def test_a_prediction_depends_on_what_precedes_it_and_on_nothing_else(perm_size):
+@pytest.mark.parametrize(
+    "options", [{}, {"perm_size": 8}, {"reuse": 16}, {"two_segments": True}, {"two_segments": True, "reuse": 12}]
+)
+def test_a_prediction_depends_on_what_precedes_it_and_on_nothing_else(options):
     """Change one token of a packed batch: the predictions that move are those that may see it, and all of those."""
     documents, tokenizer, _ = numbered([[40], [23]])
-    examples = objectives.build("plm", documents, tokenizer, sequence_length=42, seed=2, k=4, perm_size=perm_size)
+    examples = objectives.build("plm", documents, tokenizer, sequence_length=43, seed=2, k=4, **options)
     batch = pack([examples[0, i] for i in range(2)])
     labels = batch.pop("labels")
     model = model_of(tokenizer.vocab_size)
@@ -175,6 +199,71 @@ def test_a_prediction_depends_on_what_precedes_it_and_on_nothing_else(perm_size)
             may = (sequence[at] == sequence[place]) & (batch["key_ranks"][place] < batch["query_ranks"][at])
             assert (moved[~may] == 0).all(), "what comes later in the order, or itself, is not seen"
             assert (moved[may] > 1e-6).all(), "what precedes is"
+    if reuse := options.get("reuse"):
+        early = (at - batch["cu_seqlens"][:-1].long()[sequence[at]]) < reuse
+        late = (torch.arange(bounds[-1]) - batch["cu_seqlens"][:-1].long()[sequence]) >= reuse
+        seen = batch["key_ranks"][None] < batch["query_ranks"][at][:, None]
+        assert not seen[early][:, late].any() and early.any(), "the first part sees nothing of the second"
+
+
+@settings(max_examples=25)
+@given(st.integers(9, 60), st.integers(0, 8), st.integers(1, 6), st.booleans(), st.integers(0, 2))
+def test_two_segments(length, reuse, k, whole_word, epoch):
+    documents, tokenizer, spans = numbered(SIZES)
+    reuse = min(reuse, length - 5)
+    examples = objectives.build(
+        "plm", documents, tokenizer, sequence_length=length, seed=2, k=k, two_segments=True, reuse=reuse,
+        whole_word=whole_word,
+    )  # fmt: skip
+    lengths, follows = examples.lengths(epoch), 0
+    for i in range(len(examples)):
+        example = examples[epoch, i]
+        ids, types, at = (example[name].tolist() for name in ("input_ids", "token_type_ids", "target_positions"))
+        assert len(ids) == lengths[i] <= length and ids[-2:] == [tokenizer.sep_id, tokenizer.cls_id]
+        assert torch.equal(example["labels"], example["input_ids"][at])
+        assert not set(example["labels"].tolist()) & {tokenizer.sep_id, tokenizer.cls_id}
+        if len(ids) == 3:  # a text of one token
+            assert types == [0, 0, 2]
+            continue
+        middle = ids.index(tokenizer.sep_id)
+        assert types == [0] * (middle + 1) + [1] * (len(ids) - middle - 2) + [2]
+        a, b = ids[:middle], ids[middle + 1 : -2]
+        document_of(a, spans)
+        assert b == list(range(b[0], b[0] + len(b)))
+        follows += b[0] == a[-1] + 1
+        has_part = len(a) + len(b) >= reuse + 2
+        assert len(a) > reuse or not has_part
+        assert len(at) <= max(1, len(ids) // k)
+
+
+def test_half_of_the_second_segments_are_random(novels, xlnet_bpe):
+    def shares(**options):
+        examples = objectives.build(
+            "plm", novels, xlnet_bpe, sequence_length=32, seed=2, two_segments=True, **options
+        )  # fmt: skip
+        plain = objectives.build("plm", novels, xlnet_bpe, sequence_length=31, seed=2)
+        same = total = 0
+        for i in range(len(examples)):
+            ids, text = examples[0, i]["input_ids"].tolist(), plain[0, i]["input_ids"].tolist()[:-2]
+            ids = [x for x in ids if x not in (xlnet_bpe.sep_id, xlnet_bpe.cls_id)]
+            same, total = same + (ids == text), total + 1
+        return same, total
+
+    same, total = shares()
+    binomial(same, total, 0.5)
+    assert shares(random_next=0.0) == (total, total) and shares(random_next=1.0)[0] < 0.05 * total
+
+
+def test_where_the_second_segment_begins():
+    """At the beginning of any word but the first, each as likely."""
+    documents, tokenizer, _ = numbered([[9]])
+    examples = objectives.build(
+        "plm", documents, tokenizer, sequence_length=12, seed=2, two_segments=True, reuse=3, random_next=0.0
+    )
+    places = [examples[epoch, 0]["input_ids"].tolist().index(tokenizer.sep_id) for epoch in range(2000)]
+    counts = np.bincount(places, minlength=10)
+    assert counts[:4].sum() == 0
+    chi_square(counts[4:9], [1 / 5] * 5)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +271,9 @@ def test_a_prediction_depends_on_what_precedes_it_and_on_nothing_else(perm_size)
     [
         ({"k": 0}, "k must be 1 or more, got 0"),
         ({"perm_size": 0}, "perm_size must be 1 or more, got 0"),
+        ({"reuse": -1}, "reuse must be 0 or more, got -1"),
+        ({"reuse": 13}, r"'plm': sequence_length must be 17 or more \(reuse is 13\), got 16"),
+        ({"random_next": 1.5}, r"random_next must be in \[0, 1\], got 1.5"),
         ({"sequence_length": 3}, "'plm': sequence_length must be 4 or more, got 3"),
         ({"documents": [""]}, "'plm': the documents hold no token; give more text"),
     ],
