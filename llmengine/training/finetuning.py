@@ -115,8 +115,9 @@ class Finetuning(Run):
             loss, losses = mean_losses(self.measured, self.held_out, self.device)
         judgement = self.judge(self.rows.held_out)
         name, lower = self._selected(judgement)
-        record = {"loss": loss, "losses": losses, "scores": _values(judgement)}
-        if (head := self.transformer.config.token_task) in losses and "perplexity" not in record["scores"]:
+        scores = _values(judgement)
+        record: Record = {"loss": loss, "losses": losses, "scores": scores}
+        if (head := self.transformer.config.token_task) in losses and "perplexity" not in scores:
             record["perplexity"] = math.exp(min(losses[head], 700))
         return {**record, "select": name, "lower_is_better": lower}
 
