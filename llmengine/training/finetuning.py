@@ -51,7 +51,7 @@ class Finetuning(Run):
         """Reads and makes everything; writes nothing."""
         rows = TrainingRows.read(config, notice)
         reseed(config.seed, INITIAL_WEIGHTS)
-        start = starting.make(config, rows.train + rows.held_out)
+        start = starting.make(config, rows.given)
         task, transformer = start.task, start.transformer
         adapters = None if config.lora is None else lora.adapt(transformer, config.lora)
         measured = task.wrap(transformer).to(device)
@@ -115,8 +115,9 @@ class Finetuning(Run):
             loss, losses = mean_losses(self.measured, self.held_out, self.device)
         judgement = self.judge(self.rows.held_out)
         name, lower = self._selected(judgement)
-        record = {"loss": loss, "losses": losses, "scores": _values(judgement)}
-        if (head := self.transformer.config.token_task) in losses and "perplexity" not in record["scores"]:
+        scores = _values(judgement)
+        record: Record = {"loss": loss, "losses": losses, "scores": scores}
+        if (head := self.transformer.config.token_task) in losses and "perplexity" not in scores:
             record["perplexity"] = math.exp(min(losses[head], 700))
         return {**record, "select": name, "lower_is_better": lower}
 

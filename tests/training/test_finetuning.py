@@ -82,6 +82,12 @@ def test_files_may_name_their_columns_otherwise(tmp_path):
     assert len(ours.rows.train) == 10 and set(ours.task.labels) == {"good", "bad"}
 
 
+def test_a_class_of_validation_rows_alone_is_named(tmp_path):
+    write(tmp_path / "validation.jsonl", [*rows(4), {"text": "so so", "label": "mixed"}])
+    with pytest.raises(ValueError, match=r"row 5: label is 'mixed'; expected one of bad, good"):
+        prepared(tmp_path, f"validation={tmp_path}/validation.jsonl")
+
+
 # ---- what it begins with ---------------------------------------------------------------------------------------------
 
 
