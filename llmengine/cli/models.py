@@ -29,11 +29,14 @@ def load(path: Path, device: str = "auto") -> Trained:
     """Raises FileNotFoundError or ValueError saying what is missing and what to do."""
     from llmengine.data import Tokenizer
     from llmengine.models import Transformer
+    from llmengine.tasks import FILE
     from llmengine.training import RunConfig
-    from llmengine.training.run import Folder, pick_device
+    from llmengine.training.run import Folder, model_directory, pick_device
 
     folder, config, directory = Folder(path), None, path
-    if folder.config.is_file():
+    if (folder.model / FILE).is_file():  # of `finetune`: the model's directory says all
+        directory = model_directory(path)
+    elif folder.config.is_file():
         config, directory = RunConfig.from_file(folder.config), folder.model
     elif not (path / "config.json").is_file():
         what = "has neither config.yaml (a run folder) nor config.json (a model directory)"

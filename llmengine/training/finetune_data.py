@@ -19,13 +19,17 @@ from llmengine.training.run import model_directory
 class TrainingRows:
     train: list[Row]
     held_out: list[Row]
+    given: list[Row]
+    """All rows of `train`'s files: the task's classes are theirs."""
+    test: list[Row]
 
     @classmethod
     def read(cls, config: FinetuneConfig, notice: Callable[[str], None]) -> TrainingRows:
         train = read_source(config, config.train, notice)
+        test = [] if config.test is None else read_source(config, config.test, notice)
         if isinstance(config.validation, float | int):
-            return cls(*split(train, config.validation, config.seed))
-        return cls(train, read_source(config, config.validation, notice))
+            return cls(*split(train, config.validation, config.seed), train, test)
+        return cls(train, read_source(config, config.validation, notice), train, test)
 
     def digest(self, config: FinetuneConfig, *, builds_on_model: bool) -> str:
         """Of the rows, and of the files of weights that stay beside those that are trained: a teacher's, and the

@@ -20,7 +20,7 @@ from llmengine.tasks import Answer, Row, Task
 from llmengine.training import lora, report, starting
 from llmengine.training.evaluation import mean_losses, without_dropout
 from llmengine.training.finetune_config import FinetuneConfig
-from llmengine.training.finetune_data import TrainingRows, read_source
+from llmengine.training.finetune_data import TrainingRows
 from llmengine.training.flops import training_flops
 from llmengine.training.metrics import Record
 from llmengine.training.optimizer import adamw
@@ -51,21 +51,11 @@ class Finetuning(Run):
         """Reads and makes everything; writes nothing."""
         rows = TrainingRows.read(config, notice)
         reseed(config.seed, INITIAL_WEIGHTS)
-        start = starting.make(config, rows.train + rows.held_out)
+        start = starting.make(config, rows.given)
         task, transformer = start.task, start.transformer
         adapters = None if config.lora is None else lora.adapt(transformer, config.lora)
         measured = task.wrap(transformer).to(device)
-        model, wrapped = measured, measured is not transformer
-        for name, asked in (("r_drop", config.r_drop), ("teacher", config.teacher)):
-            if asked and wrapped:
-                raise ValueError(
-                    f"{name} compares what models say, but task {config.task!r} has a loss of its own kind"
-                )
-        if start.teacher is not None:
-            teacher, distill = start.teacher.to(device), config.distill
-            model = Distilled(measured, transformer, teacher, order=start.order, **distill.model_dump())
-        if config.r_drop:
-            model = RDrop(model, transformer, config.r_drop)
+        model = _trained(config, start, measured)
         batches = _batches(config, task, rows.train, shuffle=True)
         steps = batches.steps_of(config.epochs) if config.steps is None else config.steps  # type: ignore[arg-type]
         selection = None
@@ -82,7 +72,7 @@ class Finetuning(Run):
             model=model,
             optimizer=adamw(model, config.optimizer, config.optimizer.layer_decay),
             batches=batches,
-            digest=rows.digest(config, builds_on_model=wrapped or adapters is not None),
+            digest=rows.digest(config, builds_on_model=measured is not transformer or adapters is not None),
             source="the rows (or the weights that it builds on)",
             selection=selection,
             noise=Neftune(transformer, config.neftune) if config.neftune else None,
@@ -95,7 +85,7 @@ class Finetuning(Run):
             held_out=_batches(config, task, rows.held_out, shuffle=False) if rows.held_out else None,
             adapters=adapters,
         )
-        run._check_select()
+        run._check_judging()
         return run
 
     def begin(self) -> None:
@@ -143,8 +133,10 @@ class Finetuning(Run):
                              f"scores: loss, {', '.join(judgement.scores)}")  # fmt: skip
         return name, name == "loss" or select.startswith("-")
 
-    def _check_select(self) -> None:
-        """Before any training: which scores a task has is known when it has judged something."""
+    def _check_judging(self) -> None:
+        """Before any training: that rows can be judged, and what the task's scores are, is known when it has done so."""
+        if self.rows.test:
+            self.judge(self.rows.test[:1])
         if self.config.select not in (None, "loss", "-loss"):
             self._selected(self.judge(self.rows.held_out[:2]))
 
@@ -173,13 +165,25 @@ class Finetuning(Run):
         self.task.save(directory)
         if self.config.test is None or not whole:
             return None
-        rows = read_source(self.config, self.config.test)
+        rows = self.rows.test
         answers = self._answers(rows)
         judgement = self.task.judge(rows, answers)
         files = [self.config.test] if isinstance(self.config.test, str) else self.config.test
         account = report.of_run(self.folder.path, self.task, files, self.config)
         report.write(self.folder.evaluation, judgement, rows, answers, asked=self.task.asked, **account)
         return judgement
+
+
+def _trained(config: FinetuneConfig, start: starting.Start, measured: Module) -> Module:
+    """The module that is called in training: what is measured, and what distillation and R-Drop put around it."""
+    transformer, model = start.transformer, measured
+    for name, asked in (("r_drop", config.r_drop), ("teacher", config.teacher)):
+        if asked and measured is not transformer:
+            raise ValueError(f"{name} compares what models say, but task {config.task!r} has a loss of its own kind")
+    if start.teacher is not None:
+        teacher = start.teacher.to(transformer.words.weight.device)
+        model = Distilled(measured, transformer, teacher, order=start.order, **config.distill.model_dump())
+    return RDrop(model, transformer, config.r_drop) if config.r_drop else model
 
 
 def _batches(config: FinetuneConfig, task: Task, rows: list[Row], *, shuffle: bool) -> StepBatches:

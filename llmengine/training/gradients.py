@@ -27,7 +27,7 @@ def accumulate(
     first = 0  # the micro-batch's first sequence, of the step's
     for given in batch.micro_batches:
         micro_batch = on(device, given)
-        noisy = nullcontext() if noise is None else noise.over(micro_batch, first)
+        noisy = nullcontext() if noise is None else noise.over(given, first)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), noisy:
             out = model(**micro_batch, num_items_in_batch=batch.items)
         out.loss.backward()

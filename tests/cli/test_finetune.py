@@ -54,6 +54,11 @@ def test_what_it_proposes_works(tuned):
     assert "accuracy" in succeed("evaluate", tuned.run)
 
 
+def test_a_fine_tuned_model_has_no_words_to_fill_in(tuned):
+    result = call("fill", tuned.run, "the soup was [MASK]")
+    assert result.exit_code == 2 and "mlm" in result.stderr and "task is not a field" not in result.stderr
+
+
 def test_a_finished_run_resumes_to_its_end(tuned):
     before = (tuned.run / "model" / "model.safetensors").read_bytes()
     assert "on held-out rows at step" in succeed("finetune", "--resume", tuned.run)

@@ -82,6 +82,18 @@ def test_files_may_name_their_columns_otherwise(tmp_path):
     assert len(ours.rows.train) == 10 and set(ours.task.labels) == {"good", "bad"}
 
 
+def test_a_class_of_validation_rows_alone_is_named(tmp_path):
+    write(tmp_path / "validation.jsonl", [*rows(4), {"text": "so so", "label": "mixed"}])
+    with pytest.raises(ValueError, match=r"row 5: label is 'mixed'; expected one of bad, good"):
+        prepared(tmp_path, f"validation={tmp_path}/validation.jsonl")
+
+
+def test_test_rows_without_answers_are_named_before_training(tmp_path):
+    write(tmp_path / "test.jsonl", [{"text": "so so"}])
+    with pytest.raises(ValueError, match=r"row 1 has no 'label'; its columns: text"):
+        prepared(tmp_path, f"test={tmp_path}/test.jsonl")
+
+
 # ---- what it begins with ---------------------------------------------------------------------------------------------
 
 
@@ -171,6 +183,7 @@ def test_epochs_are_counted_in_steps(tmp_path, epochs, steps):
         "validation={a: 1}": "validation",
         "train=[]": "train is empty",
         "train=nowhere.jsonl": "nowhere.jsonl does not exist",
+        "test=elsewhere.jsonl": "elsewhere.jsonl does not exist",
         "patience=2 validation=0": "patience needs evaluations, but validation is 0",
         "data.batch_tokens=8": "data.batch_tokens (8) must be at least max_length (16)",
         "fgm=0.1 lora={r: 2}": "fgm moves the word embedding along its gradient, but lora freezes it",

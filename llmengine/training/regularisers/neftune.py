@@ -43,7 +43,9 @@ class NoiseStream:
 
         def add(module: Module, ids: tuple[Tensor, ...], x: Tensor) -> Tensor:
             nonlocal calls
-            lengths, call = lengths_of(batch, sides[calls % len(sides)]), calls
+            side, call = sides[calls % len(sides)], calls
+            # a decoder without a target of its own reads the source
+            lengths = lengths_of(batch, side if f"{side}input_ids" in batch else "")
             calls += 1  # both sides of an encoder-decoder, and each pass over a micro-batch, have noise of their own
             return x + self._of(x, lengths, call, first)
 
