@@ -186,10 +186,10 @@ MODELS = {
 }
 
 
-def shown(objective: str, corpus: Path, tmp_path: Path) -> str:
+def shown(objective: str, corpus: Path, tmp_path: Path, **options) -> str:
     fields = {
         "corpus": str(corpus), "objective": objective, "steps": 4, "tokenizer": {"vocab_size": 500},
-        "model": {**MODEL, **MODELS[objective]}, "data": {"sequence_length": 32, "batch_tokens": 256, "held_out": 0.2},
+        "model": {**MODEL, **MODELS[objective]}, "data": {"sequence_length": 32, "batch_tokens": 256, "held_out": 0.2, "options": options},
     }  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
@@ -216,6 +216,15 @@ def test_inspect_shows_the_order(corpus, tmp_path):
     numbers = [int(n) for n in re.findall(r"(?:^|\s)\(?(\d+)(?:→|\))", " ".join(words))]
     assert sorted(numbers) == list(range(1, len(numbers) + 1)) and 3 <= len(numbers) <= predicted
     assert re.fullmatch(r"\(\d+\)<cls>", words[-1]) and re.fullmatch(r"\(\d+\)<sep>", words[-2])
+
+
+def test_inspect_shows_two_parts(corpus, tmp_path):
+    """Of the second one the text is told from what all see."""
+    printed = shown("plm", corpus, tmp_path, reuse=8, two_segments=True)
+    words = printed.split("tokens\n")[-1].split()
+    seconds = [i for i, word in enumerate(words) if word.startswith("·")]
+    assert len(seconds) >= 8 and seconds[0] >= 8 and not any("→" in word for word in words if word.startswith("·"))
+    assert sum(word.endswith("<sep>") for word in words) == 2 and words[-1].endswith("<cls>")
 
 
 def test_inspect_shows_swapped_pairs(corpus, tmp_path):

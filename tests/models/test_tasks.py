@@ -219,6 +219,22 @@ def test_wrong_labels_are_named(objective, labels, message):
         Transformer(config)(random_ids(2, 5), labels=labels)
 
 
+def test_an_answer_outside_of_the_text_has_no_loss():
+    """Beyond the batch, in padding of either side, in a packed batch beyond its sequence: as if it were -100."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig.preset("bert-tiny", vocab_size=61, objectives=["qa"])).eval()
+    ids, one = random_ids(2, 6), torch.tensor([2, -100])
+    expected = model(ids[:1], start_positions=one[:1], end_positions=one[:1]).loss
+    for side, places in (("right", (4, 6, -1)), ("left", (1, 6, -1))):
+        mask = padding_mask(side, [6, 4], 6)
+        for place in places:
+            ends = torch.tensor([2, place])
+            assert_near(model(ids, mask, start_positions=ends, end_positions=ends).loss, expected, 1e-6, side)
+    bounds = {"cu_seqlens": torch.tensor([0, 6, 9]).int(), "max_seqlen": 6}
+    ends = torch.tensor([2, 3])  # a place of the first sequence, not of the second
+    assert_near(model(ids.flatten()[:9], **bounds, start_positions=ends, end_positions=ends).loss, expected, 1e-6)
+
+
 def test_an_answer_has_two_ends():
     model = Transformer(TransformerConfig.preset("bert-tiny", vocab_size=61, objectives=["qa"]))
     with pytest.raises(ValueError, match="start_positions and end_positions go together"):
