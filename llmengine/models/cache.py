@@ -16,8 +16,8 @@ from llmengine.models.layout import Packed, Scores
 
 
 class Cache:
-    """Keys and values of each layer that has written some, (batch, slots, key heads, head_dim) in that layer's dtype; row
-    b holds lengths[b] tokens."""
+    """Keys and values of each layer that has written some, (batch, slots, key heads, head_dim), of that layer's dtype.
+    Row b holds lengths[b] tokens."""
 
     def __init__(self, lengths: Tensor, slots: int) -> None:
         self.lengths = lengths
