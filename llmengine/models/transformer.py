@@ -64,7 +64,7 @@ class Transformer(Generation):
             self.encoder = RelativeStack(config)
         elif config.architecture != "decoder":
             self.encoder = Stack(config, "encoder")
-        self.decoder = Stack(config, "decoder") if config.architecture != "encoder" else None
+        self.decoder = Stack(config.decoder_side, "decoder") if config.architecture != "encoder" else None
         self.pooler = Pooler(config) if config.pooler != "none" else None
         self.token_head = TokenHead(config) if config.token_task else None
         self.heads = make_heads(config)
