@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmengine.convert.family import Family, Rule, copy, leaf, stacked
+from llmengine.convert.family import Family, Rule, copy, leaf, stacked, unless_equal
 
 
 def _stack(side: str, mark: str) -> tuple[Rule, ...]:
@@ -48,26 +48,24 @@ def _logits_bias() -> Rule:
 
 
 def _translate(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    for ours, names in (
-        ("heads", ("encoder_attention_heads", "decoder_attention_heads")),
-        ("d_ff", ("encoder_ffn_dim", "decoder_ffn_dim")),
-        ("layer dropout", ("encoder_layerdrop", "decoder_layerdrop")),
-    ):
-        first, second = (theirs[name] for name in names)
-        if first != second:
-            raise ValueError(
-                f"config.json: {names[0]} is {first} and {names[1]} {second}; llmengine has one number of {ours}"
-            )
-    depth = theirs["decoder_layers"]
-    return {"n_decoder_layers": None if depth == theirs["encoder_layers"] else depth}
+    first, second = theirs["encoder_layerdrop"], theirs["decoder_layerdrop"]
+    if first != second:
+        raise ValueError(
+            f"config.json: encoder_layerdrop is {first} and decoder_layerdrop {second}; llmengine has one layer_dropout"
+        )
+    return {
+        "n_decoder_layers": unless_equal(theirs["decoder_layers"], theirs["encoder_layers"]),
+        "n_decoder_heads": unless_equal(theirs["decoder_attention_heads"], theirs["encoder_attention_heads"]),
+        "d_decoder_ff": unless_equal(theirs["decoder_ffn_dim"], theirs["encoder_ffn_dim"]),
+    }
 
 
 def _write_back(ours: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "is_encoder_decoder": True,
         "decoder_layers": ours["n_decoder_layers"] or ours["n_layers"],
-        "decoder_attention_heads": ours["n_heads"],
-        "decoder_ffn_dim": ours["d_ff"],
+        "decoder_attention_heads": ours["n_decoder_heads"] or ours["n_heads"],
+        "decoder_ffn_dim": ours["d_decoder_ff"] or ours["d_ff"],
         "decoder_layerdrop": ours["layer_dropout"],
         "num_hidden_layers": ours["n_layers"],
     }

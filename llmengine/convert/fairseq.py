@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmengine.convert.bart import BART, MBART
 from llmengine.convert.bert import ROBERTA
+from llmengine.convert.family import unless_equal
 from llmengine.convert.foreign import Foreign, demand, depth, of_both, one_vocabulary, renamed
 
 # Every dictionary of Fairseq's begins with <s>, <pad>, </s>, <unk>; decoders start with </s>.
@@ -158,12 +159,14 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
     words = one_vocabulary("Fairseq", *(tensors[f"model.{side}.embed_tokens.weight"] for side in SIDES))
     tensors["model.shared.weight"] = words
     layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in SIDES)
-    both("attention_heads", options.get("encoder_attention_heads"), options.get("decoder_attention_heads"))
+    widths = [len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in SIDES]
+    training = _training(options)
+    heads = training["n_heads"]
     pre = both("normalize_before", *(bool(options.get(f"{side}_normalize_before")) for side in SIDES))
     head = tensors.get("lm_head.weight")
     labels = _classifier(tensors, "classification_head")
     fields = {
-        **_training(options),
+        **training,
         "family": "custom",
         "architecture": "encoder_decoder",
         "objectives": ["seq2seq", "classification"] if labels else ["seq2seq"],
@@ -172,8 +175,10 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
         "vocab_size": words.shape[0],
         "d_model": words.shape[1],
         "n_layers": layers,
-        "n_decoder_layers": None if layers == decoder_layers else decoder_layers,
-        "d_ff": both("ffn_embed_dim", *(len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in SIDES)),
+        "n_decoder_layers": unless_equal(decoder_layers, layers),
+        "n_decoder_heads": unless_equal(options.get("decoder_attention_heads", heads), heads),
+        "d_ff": widths[0],
+        "d_decoder_ff": unless_equal(widths[1], widths[0]),
         "norm_place": "pre" if pre else "post",
         "final_norm": has("layer_norm"),
         "embed_norm": has("layernorm_embedding"),

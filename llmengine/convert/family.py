@@ -364,7 +364,14 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
         "n_kv_heads": fields["n_kv_heads"] or heads,
         "d_head": fields["d_head"] or fields["d_model"] // heads,
         "n_decoder_layers": fields["n_decoder_layers"] or fields["n_layers"],
+        "n_decoder_heads": fields["n_decoder_heads"] or heads,
+        "d_decoder_ff": fields["d_decoder_ff"] or fields["d_ff"],
     }
+
+
+def unless_equal(decoder: int, encoder: int) -> int | None:
+    """A number of a decoder's, where it is not the encoder's: so our fields have it."""
+    return None if decoder == encoder else decoder
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmengine.convert.bart import BART
-from llmengine.convert.foreign import Foreign, demand, depth, of_both, one_vocabulary, renamed
+from llmengine.convert.family import unless_equal
+from llmengine.convert.foreign import Foreign, demand, depth, one_vocabulary, renamed
 
 ROLES = {"pad_token_id": "<blank>", "bos_token_id": "<s>", "eos_token_id": "</s>"}
 POSITIONS = 5000  # rows of its table
@@ -72,6 +72,7 @@ def read(content: Mapping[str, Any]) -> Foreign:
     if "final_logits_bias" in tensors:
         tensors["final_logits_bias"] = tensors["final_logits_bias"][None]
     layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in ("encoder", "decoder"))
+    width, decoder_width = (len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in ("encoder", "decoder"))
     first = "model.encoder.layers.0."
     fields = {
         "family": "custom",
@@ -80,9 +81,10 @@ def read(content: Mapping[str, Any]) -> Foreign:
         "vocab_size": words.shape[0],
         "d_model": words.shape[1],
         "n_layers": layers,
-        "n_decoder_layers": None if layers == decoder_layers else decoder_layers,
+        "n_decoder_layers": unless_equal(decoder_layers, layers),
         "n_heads": options.get("heads", 8),
-        "d_ff": of_both("OpenNMT-py", "transformer_ff", *_widths(tensors)),
+        "d_ff": width,
+        "d_decoder_ff": unless_equal(decoder_width, width),
         "activation": options.get("pos_ffn_activation_fn", "relu"),
         "positions": "sinusoid",
         "max_positions": POSITIONS,
@@ -99,11 +101,6 @@ def read(content: Mapping[str, Any]) -> Foreign:
         **_tokens(content.get("vocab")),
     }
     return Foreign(BART, fields, tensors)
-
-
-def _widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    encoder, decoder = (len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in ("encoder", "decoder"))
-    return encoder, decoder
 
 
 def _dropouts(options: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from llmengine.functional.arguments import (
     check_same_dtype,
     draw_seed,
     needs_grad,
+    parameter_like,
 )
 from llmengine.ops import norm as ops
 
@@ -76,7 +77,7 @@ def add_rms_norm(
 
 
 def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
-    columns = _check(op, input, normalized_shape, weight, bias)
+    columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
     rows = _rows(input, columns)
     weight, bias = _flat(weight), _flat(bias)
     eps = _epsilon(op, eps, input)
@@ -89,7 +90,6 @@ def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
 
 def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_p, subtract_mean):
     check_float(op, "residual", residual)
-    columns = _check(op, input, normalized_shape, weight, bias)
     if residual.shape != input.shape:
         raise ValueError(
             f"{op}: residual has shape {tuple(residual.shape)} but input has {tuple(input.shape)}; they must be equal"
@@ -99,6 +99,7 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
             input.to(torch.promote_types(input.dtype, residual.dtype)),
             residual.to(torch.promote_types(input.dtype, residual.dtype)),
         )
+    columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
     check_same_dtype(op, input=input, residual=residual)
     check_same_device(op, input=input, residual=residual)
     check_probability(op, "dropout_p", dropout_p)
@@ -112,27 +113,20 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
     return _like(output, input), _like(new_residual, input)
 
 
-def _check(op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
-    """Validates, and returns the number of normalised elements."""
+def _check(
+    op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Validates, and returns the number of normalised elements, and the parameters as input's dtype takes them."""
     check_float(op, "input", input)
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
     if not shape or tuple(input.shape[-len(shape) :]) != shape or len(shape) > input.ndim:
         raise ValueError(f"{op}: normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        check_float(op, name, parameter)
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected {shape}")
-        if parameter.dtype not in (input.dtype, torch.float32):
-            raise ValueError(
-                f"{op}: {name} has dtype {parameter.dtype}; allowed: that of input ({input.dtype}) or float32"
-            )
+    weight, bias = parameter_like(op, "weight", weight, shape, input), parameter_like(op, "bias", bias, shape, input)
     check_same_device(op, input=input, weight=weight, bias=bias)
     columns = math.prod(shape)
     if columns == 0:
         raise ValueError(f"{op}: normalized_shape {shape} has no elements to normalise")
-    return columns
+    return columns, weight, bias
 
 
 def _epsilon(op: str, eps: float | None, input: Tensor) -> float:

@@ -16,21 +16,26 @@ from llmengine.models.layout import Packed, Scores
 
 
 class Cache:
-    """Keys and values of every layer, (batch, slots, key heads, head_dim) each; row b holds lengths[b] tokens."""
+    """Keys and values of each layer that has written some, (batch, slots, key heads, head_dim), of that layer's dtype.
+    Row b holds lengths[b] tokens."""
 
-    def __init__(self, layers: int, batch: int, slots: int, heads: int, head_dim: int, like: Tensor) -> None:
-        # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN that lay there would be NaN
-        self.keys, self.values = ([like.new_zeros(batch, slots, heads, head_dim) for _ in range(layers)] for _ in "kv")
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    def __init__(self, lengths: Tensor, slots: int) -> None:
+        self.lengths = lengths
+        self.slots = slots
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
     def write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.keys[layer][rows, slots] = k
-        self.values[layer][rows, slots] = v
+        for kept, x in ((self.keys, k), (self.values, v)):
+            if layer not in kept:
+                # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN there would be NaN
+                kept[layer] = x.new_zeros(len(self.lengths), self.slots, *x.shape[1:])
+            kept[layer][rows, slots] = x
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was: repeats prompts for beams, reorders beams."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
+        self.keys = {layer: keys.index_select(0, rows) for layer, keys in self.keys.items()}
+        self.values = {layer: values.index_select(0, rows) for layer, values in self.values.items()}
         self.lengths = self.lengths.index_select(0, rows)
 
 
@@ -69,7 +74,6 @@ class Prompt:
         tokens = torch.arange(packed.tokens, device=packed.cu_seqlens.device)
         self.rows = packed.sequence(tokens)
         self.slots = tokens - packed.cu_seqlens[:-1].long()[self.rows]
-        cache.lengths = packed.cu_seqlens.diff().long()
         if source is not None:
             packed.memory = source.packed
 

@@ -94,11 +94,15 @@ class TransformerConfig(BaseModel):
     n_decoder_layers: Positive | None = None
     """Of an encoder-decoder's decoder; None: n_layers."""
     n_heads: Positive
+    n_decoder_heads: Positive | None = None
+    """Of an encoder-decoder's decoder, in its self-attention and in its attention to the encoder; None: n_heads."""
     n_kv_heads: Positive | None = None
     """Heads of keys and values, each shared by n_heads / n_kv_heads queries (Ainslie et al. 2023); None: n_heads."""
     d_head: Positive | None = None
     """Features of a head; None: d_model / n_heads."""
     d_ff: Positive
+    d_decoder_ff: Positive | None = None
+    """Of an encoder-decoder's decoder; None: d_ff."""
     d_embed: Positive | None = None
     """Features of the embeddings, projected to d_model (Lan et al. 2019); None: d_model."""
     share_layers: bool = False
@@ -262,6 +266,12 @@ class TransformerConfig(BaseModel):
         return self.n_layers if self.causal else 0
 
     @property
+    def decoder_side(self) -> TransformerConfig:
+        """These fields as the decoder has them: its heads and its feed-forward under the names without "decoder"."""
+        own = {"n_heads": self.n_decoder_heads, "d_ff": self.d_decoder_ff}
+        return self.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+    @property
     def causal(self) -> bool:
         """Whether each token's label is the next token of the same sequence."""
         return self.architecture == "decoder"
@@ -340,12 +350,15 @@ class TransformerConfig(BaseModel):
 
 
 def _check_shape(c: TransformerConfig) -> None:
-    if c.d_head is None and c.d_model % c.n_heads:
-        raise ValueError(f"n_heads ({c.n_heads}) must divide d_model ({c.d_model}), or give d_head")
-    if c.n_heads % c.kv_heads:
-        raise ValueError(f"n_kv_heads ({c.n_kv_heads}) must divide n_heads ({c.n_heads})")
-    if c.n_decoder_layers is not None and c.architecture != "encoder_decoder":
-        raise ValueError(f'n_decoder_layers is for architecture "encoder_decoder"; this is "{c.architecture}"')
+    for name in ("n_heads", "n_decoder_heads"):
+        heads = getattr(c, name) or c.n_heads
+        if c.d_head is None and c.d_model % heads:
+            raise ValueError(f"{name} ({heads}) must divide d_model ({c.d_model}), or give d_head")
+        if heads % (c.n_kv_heads or heads):
+            raise ValueError(f"n_kv_heads ({c.n_kv_heads}) must divide {name} ({heads})")
+    for name in ("n_decoder_layers", "n_decoder_heads", "d_decoder_ff"):
+        if getattr(c, name) is not None and c.architecture != "encoder_decoder":
+            raise ValueError(f'{name} is for architecture "encoder_decoder"; this is "{c.architecture}"')
     if c.share_layers and c.architecture != "encoder":
         raise ValueError(f'share_layers is for architecture "encoder"; this is "{c.architecture}"')
     if c.layer_types is not None:
@@ -362,8 +375,9 @@ def _check_positions(c: TransformerConfig) -> None:
         raise ValueError(f'max_positions must be given: positions "{c.positions}" is a table')
     if c.position_offset and c.positions not in _TABLES:
         raise ValueError(f'position_offset is for tables of positions; positions is "{c.positions}"')
-    if c.positions == "rotary" and int(c.head_dim * c.rotary.fraction) % 2:
-        raise ValueError(f"rotary turns pairs, but fraction {c.rotary.fraction} of {c.head_dim} features is odd")
+    for side in (c, c.decoder_side):
+        if c.positions == "rotary" and int(side.head_dim * c.rotary.fraction) % 2:
+            raise ValueError(f"rotary turns pairs, but fraction {c.rotary.fraction} of {side.head_dim} features is odd")
     if c.positions == "relative" and c.architecture != "encoder":
         raise ValueError(f'positions "relative" is for architecture "encoder"; this is "{c.architecture}"')
     if c.positions == "relative" and (c.norm_place, c.final_norm, c.embed_norm) != ("post", False, False):

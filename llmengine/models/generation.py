@@ -103,10 +103,10 @@ class Generation(Module):
                 else Cached(self, source, prompts, max_new_tokens)
             )
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
-            ruled = processors_of(
+            rules = processors_of(
                 repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends, prompts.attention_mask
             )
-            run.processors = [*ruled, *logits_processor]
+            run.processors = [*rules, *logits_processor]
             if num_beams > 1:
                 new = run.beams(num_beams, length_penalty, early_stopping, num_return_sequences)
             else:
@@ -165,11 +165,7 @@ class Cached:
                 f"{config.max_positions}"
             )
         self.model, self.source = model, source
-        weight = model.words.weight
-        like = weight.new_empty(0, dtype=_compute_dtype(weight))
-        self.cache = Cache(
-            config.decoder_layers, packed.sequences, longest + steps, config.kv_heads, config.head_dim, like
-        )
+        self.cache = Cache(packed.cu_seqlens.diff().long(), longest + steps)
         layout = Prompt(packed, self.cache, source)
         self.scores = self._scores(layout, packed.enter(prompts.input_ids), layout.slots)
 
@@ -327,11 +323,6 @@ def _packed(tokens: Tokens, config: TransformerConfig, causal: bool) -> Packed:
 
 def _ends(eos: int | Sequence[int] | None) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _check_options(

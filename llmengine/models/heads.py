@@ -12,6 +12,7 @@ from torch.nn import Linear, Module, ModuleDict, Parameter
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
 from llmengine.models.crf import ChainField, boundaries
+from llmengine.models.dtypes import as_dtype
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import IGNORED, Layout, in_rows
 from llmengine.models.smoothing import Smoothing
@@ -47,6 +48,7 @@ class TokenHead(Module):
     """Scores over the vocabulary: (dense, activation, norm,) output embedding (+ bias).
 
     A tied output embedding belongs to the word embedding and is given to each call; an untied one is `weight`.
+    `compute_dtype`: of a head that has no parameters of its own; None: that of the hidden states.
     """
 
     weight: Parameter | None
@@ -63,19 +65,24 @@ class TokenHead(Module):
         self.activation = config.activation
         self.scale, self.softcap = config.head_scale, config.logit_softcap
         self.smoothing = Smoothing(config)
+        self.compute_dtype: torch.dtype | None = None
         weight = None if config.tie_embeddings else Parameter(torch.empty(config.vocab_size, width))
         bias = Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
     def transform(self, x: Tensor) -> Tensor:
+        own = next(self.parameters(), None)
+        dtype = self.compute_dtype if own is None else own.dtype
+        x = x if dtype is None else as_dtype(x, dtype)
         if self.dense is not None and self.norm is not None:
             x = self.norm(ACTIVATIONS[self.activation](self.dense(x)))
         return x if self.scale == 1.0 else x * self.scale
 
     def forward(self, x: Tensor, tied: Tensor) -> Tensor:
         """x (tokens, d_model) -> logits (tokens, vocab_size)."""
-        logits = _torch.linear(self.transform(x), self._weight(tied), self.bias)
+        x = self.transform(x)
+        logits = _torch.linear(x, self._weight(tied, x.dtype), self.bias)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def loss(self, x: Tensor, tied: Tensor, labels: Tensor, items: Items) -> Tensor:
@@ -89,7 +96,8 @@ class TokenHead(Module):
         if items is None:
             items = (labels != IGNORED).sum().clamp(min=1)
         x, labels = labelled(x, labels)
-        x, weight = self.transform(x), self._weight(tied)
+        x = self.transform(x)
+        weight = self._weight(tied, x.dtype)
         total = functional.linear_cross_entropy(
             x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="sum", softcap=self.softcap,
             label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
@@ -101,14 +109,15 @@ class TokenHead(Module):
     def each_loss(self, x: Tensor, tied: Tensor, labels: Tensor) -> Tensor:
         """(tokens,): the negative log-likelihood of every label, never smoothed; 0 where there is none."""
         rows = (labels != IGNORED).nonzero().squeeze(1)
+        x = self.transform(x.index_select(0, rows))
         losses = functional.linear_cross_entropy(
-            self.transform(x.index_select(0, rows)), self._weight(tied), labels.index_select(0, rows),
-            linear_bias=self.bias, reduction="none", softcap=self.softcap,
+            x, self._weight(tied, x.dtype), labels.index_select(0, rows), linear_bias=self.bias, reduction="none",
+            softcap=self.softcap,
         )  # fmt: skip
         return losses.new_zeros(len(labels)).index_copy(0, rows, losses)
 
-    def _weight(self, tied: Tensor) -> Tensor:
-        return tied if self.weight is None else self.weight
+    def _weight(self, tied: Tensor, dtype: torch.dtype) -> Tensor:
+        return as_dtype(tied, dtype) if self.weight is None else self.weight
 
 
 class PairHead(Linear):

@@ -11,6 +11,7 @@ from torch.nn import Embedding, Identity, Linear, Module
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
+from llmengine.models.dtypes import into
 from llmengine.models.layout import Attending, Scores
 from llmengine.models.positions import sinusoid
 from llmengine.nn.feed_forward import FeedForward
@@ -120,7 +121,10 @@ class Attention(Module):
         if context.angles is not None:
             angles = context.angles[self.windowed]
             q, k = (functional.rotary_embedding(x, *angles, interleaved=self.interleaved) for x in (q, k))
-        scores = Scores(self.scale, self.softcap, self.window, context.alibi_slopes, context.distance_bias)
+        bias = context.distance_bias
+        if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+            bias = bias.to(q.dtype)
+        scores = Scores(self.scale, self.softcap, self.window, context.alibi_slopes, bias)
         dropout_p = self.dropout if self.training else 0.0
         return self.out(context.layout.attend(q, k, v, self.layer, dropout_p, scores).flatten(1))
 
@@ -140,7 +144,8 @@ class CrossAttention(Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         def keys_and_values() -> tuple[Tensor, Tensor]:
-            k, v = self.kv(context.memory).unflatten(1, (2, self.kv_heads, self.head_dim)).unbind(1)
+            assert context.memory is not None
+            k, v = self.kv(into(self.kv, context.memory)).unflatten(1, (2, self.kv_heads, self.head_dim)).unbind(1)
             return k, v
 
         q = self.q(x).unflatten(1, (-1, self.head_dim))

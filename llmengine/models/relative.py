@@ -21,6 +21,7 @@ from torch.utils import checkpoint as checkpointing
 
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
+from llmengine.models.dtypes import into
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import Packed
 from llmengine.models.positions import waves
@@ -208,7 +209,8 @@ class RelativeStack(Module):
             x = torch.cat([x, _torch.dropout(g, drop, self.training)])
         context = self._context(layout, segments, order, 0 if memory is None else len(memory[0]), x)
         kept, remembered = [x[:tokens]], []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.each_layer()):
+            x = into(layer.attention.q, x)
             past = None if memory is None else memory[i]
             if remember:
                 remembered.append(self._remember(x[:tokens], past, layout.sequences))

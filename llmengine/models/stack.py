@@ -12,6 +12,7 @@ from torch.nn import Embedding, Module, ModuleList
 from torch.utils import checkpoint as checkpointing
 
 from llmengine.models.config import TransformerConfig
+from llmengine.models.dtypes import into, into_norm
 from llmengine.models.layers import Context, Embeddings, Layer, add, make_norm, next_norm
 from llmengine.models.layout import Attending
 from llmengine.models.positions import Angles, DistanceBuckets, alibi_slopes
@@ -71,6 +72,8 @@ class Stack(Module):
                     kept.append(kept[-1])
                 continue
             layer = self.layers[0 if config.share_layers else i]
+            first = cast("Layer", layer).attention.qkv
+            x, residual = into(first, x), None if residual is None else into(first, residual)
             if checkpoint and self.training and torch.is_grad_enabled():
                 x, residual = checkpointing.checkpoint(layer, x, residual, context, use_reentrant=False)
             else:
@@ -79,6 +82,10 @@ class Stack(Module):
                 x, residual = add(x, residual, dropout_p), None
                 kept.append(x)
         if self.final_norm is not None:
+            x, residual = (
+                into_norm(self.final_norm, x),
+                None if residual is None else into_norm(self.final_norm, residual),
+            )
             x = next_norm(x, residual, self.final_norm, dropout_p)[0]
         else:
             x = add(x, residual, dropout_p)

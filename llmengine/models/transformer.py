@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import Embedding
 
 from llmengine import convert
+from llmengine.models import dtypes
 from llmengine.models.config import TransformerConfig
+from llmengine.models.dtypes import Policy, into_head
 from llmengine.models.fine_tuning import with_heads
 from llmengine.models.generation import Generation
 from llmengine.models.heads import Head, Pooler, Tagger, TokenHead, by_question, make_heads
@@ -51,7 +53,7 @@ class Transformer(Generation):
     evaluation losses it needs TrainingArguments(label_names=["labels"]), as forward knows other labels too).
     """
 
-    def __init__(self, config: TransformerConfig, *, device=None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, config: TransformerConfig, *, device=None, dtype: Policy | None = None) -> None:
         super().__init__()
         if not isinstance(config, TransformerConfig):
             raise TypeError(f"Transformer: config must be a TransformerConfig, got {type(config).__name__}")
@@ -62,11 +64,11 @@ class Transformer(Generation):
             self.encoder = RelativeStack(config)
         elif config.architecture != "decoder":
             self.encoder = Stack(config, "encoder")
-        self.decoder = Stack(config, "decoder") if config.architecture != "encoder" else None
+        self.decoder = Stack(config.decoder_side, "decoder") if config.architecture != "encoder" else None
         self.pooler = Pooler(config) if config.pooler != "none" else None
         self.token_head = TokenHead(config) if config.token_task else None
         self.heads = make_heads(config)
-        self.to(device=device, dtype=dtype)
+        self.to(device=device).to_dtype(dtype)
         self.reset_parameters()
 
     @property
@@ -111,15 +113,15 @@ class Transformer(Generation):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, objectives: list[str] | tuple[str, ...] | None = None, device=None,
-        dtype: torch.dtype | None = None, **fields: Any,
+        dtype: Policy | None = None, **fields: Any,
     ) -> Transformer:  # fmt: skip
         """A model from a Hugging Face directory (config.json and safetensors, sharded or not) or from our own; or from
         a file of Fairseq, OpenNMT-py or llama.cpp (GGUF, Llama models; needs the package gguf).
 
         objectives: keep only these heads of the file (None: all that it has); a fine-tuning head that the file lacks is
         made fresh, as the file's family has it. fields: other fields of the config to replace (n_labels, dropout, …).
-        dtype None: as stored. Raises FileNotFoundError, or ValueError naming fields and tensors that llmengine does not
-        know or that are missing.
+        dtype: as `to_dtype` takes it; None: as stored. Raises FileNotFoundError, or ValueError naming fields and
+        tensors that llmengine does not know or that are missing.
         """
         checkpoint = convert.Checkpoint(directory)
         given, fresh = with_heads(checkpoint.fields, checkpoint.family, objectives, fields)
@@ -140,13 +142,26 @@ class Transformer(Generation):
             model.get_submodule(name).to_empty(device="cpu").to(model.words.weight.dtype)
         if fresh:
             initialise(model, only=made)
-        return model.to(device=device, dtype=dtype).eval()
+        return model.to(device=device).to_dtype(dtype).eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors as `config.family` has them: a directory that Hugging Face's
         from_pretrained loads, or our own layout ("custom"). A file is replaced whole or not at all.
         """
         convert.save(directory, self.config.to_dict(), TransformerConfig.defaults(), dict(self.named_parameters()))
+
+    def to_dtype(self, policy: Policy | None) -> Transformer:
+        """Casts all parameters to a dtype, or parts of the model each to its own; in place, returns the model.
+
+        policy {part: torch.float32, torch.bfloat16 or torch.float16}: "default" is what no other entry names (without
+        it: stays as it is); "embeddings", "layers", "layers.0" and "layers.0-1" (also as "encoder.layers.0", …), of
+        which later entries win; "head", all heads and the pooler; "norm", all norms, float32 or their part's dtype. A
+        tied token head computes in the head's dtype, the word embedding keeps its own. Gradients and files have each
+        parameter's dtype. Raises ValueError naming a part that the model lacks, and changes nothing then.
+        """
+        if policy is not None:
+            dtypes.apply(self, policy)
+        return self
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -305,8 +320,9 @@ class Transformer(Generation):
         self, layout: Layout, input_ids: Tensor, x: Tensor, asked: tuple[int, Tensor | None], given: dict[str, Tensor],
         num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None, others: dict[str, Any],
     ) -> TransformerOutput:  # fmt: skip
-        pooled = None if self.pooler is None else self.pooler(layout.first(x))
-        head_logits = {name: head.logits(layout, x, pooled) for name, head in self.each_head()}
+        pooled = None if self.pooler is None else self.pooler(into_head(self.pooler, layout.first(x)))
+        entering = into_head(self.heads, x)
+        head_logits = {name: head.logits(layout, entering, pooled) for name, head in self.each_head()}
         if "choice" in head_logits:
             head_logits["choice"] = by_question(head_logits["choice"], *asked)
         losses = self._losses(layout, input_ids, x, head_logits, given, num_items_in_batch)

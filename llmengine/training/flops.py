@@ -36,10 +36,12 @@ def forward_flops(
     if config.positions == "relative" and lengths:
         # every layer projects the encoding of every distance
         flops += config.n_layers * 2 * (2 * max(lengths) - 1) * d * config.n_heads * config.head_dim
+    side = config.decoder_side
     for layer in range(config.decoder_layers if both else 0):
-        flops += _attention(config, sum(targets), sum(targets), _pairs(config, targets, layer, True))
-        flops += _attention(config, sum(targets), tokens, sum(n * m for n, m in zip(targets, lengths, strict=True)))
-        flops += _feed_forward(config, sum(targets))
+        flops += _attention(side, sum(targets), sum(targets), _pairs(config, targets, layer, True))
+        # its keys and values are of the source
+        flops += _attention(side, sum(targets), tokens, sum(n * m for n, m in zip(targets, lengths, strict=True)))
+        flops += _feed_forward(side, sum(targets))
     if config.d_embed is not None:
         flops += 2 * (tokens + sum(targets)) * config.d_embed * d
     return flops + _heads(config, tokens, len(lengths), labelled)

@@ -189,7 +189,8 @@ MODELS = {
 def shown(objective: str, corpus: Path, tmp_path: Path, **options) -> str:
     fields = {
         "corpus": str(corpus), "objective": objective, "steps": 4, "tokenizer": {"vocab_size": 500},
-        "model": {**MODEL, **MODELS[objective]}, "data": {"sequence_length": 32, "batch_tokens": 256, "held_out": 0.2, "options": options},
+        "model": {**MODEL, **MODELS[objective]},
+        "data": {"sequence_length": 32, "batch_tokens": 256, "held_out": 0.2, "options": options},
     }  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")

@@ -175,3 +175,31 @@ def test_a_seed_gives_the_weights():
         torch.manual_seed(seed)
         states.append(Transformer(config).state_dict()["encoder.layers.1.attention.qkv.weight"])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_decoder_heads": 3}, r"n_decoder_heads \(3\) must divide d_model"),
+        (
+            {"n_decoder_heads": 8, "n_kv_heads": 3, "n_heads": 6, "d_head": 4},
+            r"n_kv_heads \(3\) must divide n_decoder_heads",
+        ),
+        (
+            {"architecture": "encoder", "d_decoder_ff": 8, "objectives": []},
+            'd_decoder_ff is for architecture "encoder_d',
+        ),
+        ({"architecture": "decoder", "n_decoder_heads": 2, "objectives": []}, "n_decoder_heads is for architecture"),
+    ],
+)
+def test_a_decoder_of_other_numbers_must_fit(fields, message):
+    preset = {"preset": "transformer-base", "d_model": 32, "n_heads": 4, "d_ff": 48, "n_layers": 1, "vocab_size": 99}
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_dict(preset | fields)
+
+
+def test_a_decoder_of_other_numbers():
+    config = TransformerConfig.preset("transformer-base", n_decoder_heads=4, d_decoder_ff=64)
+    side = config.decoder_side
+    assert (side.n_heads, side.head_dim, side.d_ff, side.d_model) == (4, 128, 64, config.d_model)
+    assert (config.n_heads, config.head_dim) == (8, 64) and TransformerConfig.from_dict(config.to_dict()) == config

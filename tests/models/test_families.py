@@ -55,8 +55,10 @@ DECODERS = [
 ENCODER_DECODERS = [
     ("BartForConditionalGeneration", {}),
     ("BartForConditionalGeneration", {"scale_embedding": True, "activation_function": "relu"}),
+    ("BartForConditionalGeneration", {"decoder_attention_heads": 2, "decoder_ffn_dim": 40}),
     ("MBartForConditionalGeneration", {}),
     ("MarianMTModel", {"activation_function": "swish", "scale_embedding": True}),
+    ("MarianMTModel", {"encoder_attention_heads": 8, "encoder_ffn_dim": 72}),
     ("T5ForConditionalGeneration", {}),
     ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 ]

@@ -227,7 +227,7 @@ class Generating(LlmenginePreTrainedModel, GenerationMixin):
         self._take_tokens()
 
     def adjust_generation_fn(self, *args: Any, **options: Any) -> None:
-        super().adjust_generation_fn(*args, **options)  # type: ignore[misc]
+        super().adjust_generation_fn(*args, **options)  # type: ignore[misc]  # their annotation of self
         self._take_tokens()  # Transformers makes a generation_config anew where the directory has none
 
     def _take_tokens(self) -> None:
