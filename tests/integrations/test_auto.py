@@ -28,7 +28,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert-base", {"max_positions": LENGTH}),
     "gpt2": ("gpt2", {"max_positions": LENGTH}),
-    "llama": ("smollm2-135m", {"n_kv_heads": 2}),
+    "llama": ("smollm2-135m", {"n_kv_heads": 2, "summary": "last"}),
     "window": ("smollm2-135m", {"n_kv_heads": 2, "window": 3}),
     "alibi": ("gpt2", {"positions": "alibi", "max_positions": None}),
     "bart": ("bart-base", {"max_positions": LENGTH, "decoder_start_token_id": 2, "n_decoder_layers": 3}),
