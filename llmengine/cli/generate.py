@@ -60,7 +60,7 @@ def command(
     asked = [name for name, value in draws.items() if value is not None] + ["--samples"] * (samples > 1)
     searched = greedy or (beams or 1) > 1
     if searched and asked:
-        raise ValueError(f"{asked[0]} is for texts that are drawn; --greedy and --beams give one, the likeliest")
+        raise ValueError(f"{asked[0]} is for texts that are drawn; --greedy and --beams give one text only")
     sampling = {
         "temperature": TEMPERATURE if temperature is None else temperature,
         "top_k": top_k,

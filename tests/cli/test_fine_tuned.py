@@ -27,7 +27,7 @@ def test_a_classifier_from_rows_to_answers(tmp_path: Path):
     train, test = (write(tmp_path / f"{name}.jsonl", rows(*of)) for name, of in {"a": (120, 1), "b": (50, 2)}.items())
     run = tmp_path / "run"
     flags = ("--task", "classification", "--model", tmp_path / "base", "--train", train, "--test", test, "--epochs", 12)
-    changes = ("max_length=16", "data.batch_tokens=64", "optimizer.lr=0.01")
+    changes = ("max_length=16", "data.batch_tokens=64", "optimizer.lr=0.005", "every.evaluate=1000")
     printed = succeed("finetune", *flags, "--output", run, *(word for each in changes for word in ("--set", each)))
     judged = succeed("evaluate", run)
     scores = [line for line in judged.splitlines() if "95 % interval" in line]
