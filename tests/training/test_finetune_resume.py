@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmengine.files import sha256
 from llmengine.training import checkpoint as checkpoints
 from llmengine.training import train
-from llmengine.files import sha256
 from tests.training.finetunes import held_out_losses, pretrained, tiny
 from tests.training.runs import At, Crash, crash, interrupt, outcome, run
 
