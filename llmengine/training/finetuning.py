@@ -134,7 +134,7 @@ class Finetuning(Run):
         return name, name == "loss" or select.startswith("-")
 
     def _check_judging(self) -> None:
-        """Before any training: whether rows can be judged, and what the task's scores are, shows when it is done."""
+        """Before any training: rows can be judged, and the task has the score that selects."""
         if self.rows.test:
             self.judge(self.rows.test[:1])
         if self.config.select not in (None, "loss", "-loss"):
