@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-collect_ignore = [] if importlib.util.find_spec("peft") else ["test_peft.py"]
+OPTIONAL = {"peft": "test_peft.py", "lightning": "test_lightning.py"}
+collect_ignore = [file for package, file in OPTIONAL.items() if importlib.util.find_spec(package) is None]
 
 
 @pytest.fixture(autouse=True)

@@ -63,8 +63,10 @@ def attend(queries: int, keys: int, config: TransformerConfig) -> None:
 def test_encoder_decoders_with_shared_keys_and_gates():
     config = TransformerConfig(
         architecture="encoder_decoder", objectives=("seq2seq",), vocab_size=300, d_model=48, n_layers=2,
-        n_decoder_layers=3, n_heads=4, n_kv_heads=2, d_head=10, d_ff=70, max_positions=64, gated=True, d_embed=24,
+        n_decoder_layers=3, n_heads=4, n_decoder_heads=6, n_kv_heads=2, d_head=10, d_ff=70, d_decoder_ff=54,
+        max_positions=64, gated=True, d_embed=24,
     )  # fmt: skip
+    side = config.decoder_side
     sources, targets, labelled = [7, 31, 1], [12, 3, 20], 30
     with FlopCounterMode(display=False) as counter:
         for n in sources:
@@ -72,17 +74,17 @@ def test_encoder_decoders_with_shared_keys_and_gates():
                 attend(n, n, config)
         for n, m in zip(targets, sources, strict=True):
             for _ in range(3):
-                attend(n, n, config)
-                attend(n, m, config)
-        for tokens, layers in ((sum(sources), 2), (sum(targets), 3)):
+                attend(n, n, side)
+                attend(n, m, side)
+        for tokens, layers, width in ((sum(sources), 2, 70), (sum(targets), 3, 54)):
             nn.functional.linear(torch.zeros(tokens, 24), torch.zeros(48, 24))
             for _ in range(layers * 2):
-                nn.functional.linear(torch.zeros(tokens, 48), torch.zeros(70, 48))
+                nn.functional.linear(torch.zeros(tokens, 48), torch.zeros(width, 48))
             for _ in range(layers):
-                nn.functional.linear(torch.zeros(tokens, 70), torch.zeros(48, 70))
+                nn.functional.linear(torch.zeros(tokens, width), torch.zeros(48, width))
         nn.functional.linear(torch.zeros(labelled, 48), torch.zeros(300, 48))
     masked = sum(n * (n - 1) // 2 for n in targets)
-    expected = counter.get_total_flops() - 3 * masked * 4 * 40
+    expected = counter.get_total_flops() - 3 * masked * 4 * 60
     assert forward_flops(config, sources, labelled, target_lengths=targets) == expected
     batch = {
         "cu_seqlens": torch.tensor([0, *sources]).cumsum(0),
