@@ -26,9 +26,8 @@ class ChainField(Module):
     def loss(self, emissions: Tensor, tags: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Sum over sequences of -log p(tags); emissions (tokens, K), tags (tokens,), cu_seqlens int32 (sequences + 1,):
         sequence s holds the tokens cu_seqlens[s] to cu_seqlens[s + 1]. A sequence of length 0 adds 0."""
-        return functional.chain_field_loss(
-            emissions, tags, self.transition, self.start, self.end, cu_seqlens
-        ).sum()  # fmt: skip
+        losses = functional.chain_field_loss(emissions, tags, self.transition, self.start, self.end, cu_seqlens)
+        return losses.sum()
 
     @torch.no_grad()
     def best(

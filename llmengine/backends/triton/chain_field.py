@@ -28,7 +28,9 @@ KERNELS: dict[str, Kernel] = {}
 MOST_TAGS = 128  # 32 transitions to each of 512 threads
 SMALLEST_SUM = tl.constexpr(2.0**-80)  # below it, what exponentials lost by underflow may show
 MOST_WARPS = 16
-FORWARD_EACH, BACKWARD_EACH = 32, 16  # the backward holds two or three such matrices
+FORWARD_EACH = 32  # of the K x K numbers, those of a lane of 32; the backward holds two or three such matrices
+# In how many programs the backward sums grad_transition, each its rows, where registers do not suffice for all of it.
+PARTS = {32: 2, 128: 4}
 RESIDENT_WARPS = 16  # of a multiprocessor, in the backward
 TRACED = 32  # sequences of a program that follows pointers
 
@@ -152,9 +154,9 @@ def _backward(
         line = tl.load(end + j, inside, -float("inf"))
         seen = tl.load(alpha + (last - 1) * count + j, inside & (first < last), -float("inf"))
         marginal, _ = _marginal(line + seen)
+        tag = tl.load(tags + last - 1, first < last, 0)
         for step in range(0, last - first):
             t = last - 1 - step
-            tag = tl.load(tags + t)
             grad = upstream * (marginal - tl.where(j == tag, 1.0, 0.0))
             grad = tl.where((tag >= 0) & (tag < count), grad, float("nan"))
             writes = inside & (tl.program_id(1) == 0)
@@ -186,7 +188,8 @@ def _backward(
                     marginal, whole = _marginal(seen + line)
                     mine = tl.load(alpha + (t - 1) * count + i, i < count, -float("inf"))
                     pairs += upstream * _pairs(transition, i, mine, whole, behind, K)
-                pairs -= tl.where(i == before, upstream, 0.0)[:, None] * tl.where(j == tag, 1.0, 0.0)[None, :]
+                pairs -= tl.where((i == before)[:, None] & (j == tag)[None, :], upstream, 0.0)
+                tag = before
     mine = partial_sums + tl.program_id(0).to(tl.int64) * K * K
     tl.store(mine + i[:, None] * K + j[None, :], pairs)
 
@@ -244,7 +247,7 @@ def _refuses(*tensors):
 
 
 def _tile(count: int, each: int) -> dict[str, int]:
-    """`each`: of the K x K numbers, those of a lane of 32."""
+    """`each`: as FORWARD_EACH."""
     k = max(power_of_2(count), 2)
     return {"K": k, "num_warps": min(max(k * k // (32 * each), 1), MOST_WARPS)}
 
@@ -275,7 +278,7 @@ def chain_field_forward(emissions, tags, transition, start, end, cu_seqlens):
 def chain_field_backward(grad_losses, emissions, tags, transition, start, end, cu_seqlens, alpha):
     sequences, count = cu_seqlens.shape[0] - 1, emissions.shape[1]
     grad_emissions = torch.zeros_like(emissions, memory_format=torch.contiguous_format)
-    tile = _tile(count, BACKWARD_EACH)
+    tile = _tile(count, 8 if count <= 32 else 16)
     k = tile["K"]
     programs = min(sequences, multiprocessors(emissions.device) * max(RESIDENT_WARPS // tile["num_warps"], 1))
     partial_sums = transition.new_empty(programs, k, k)
@@ -283,10 +286,10 @@ def chain_field_backward(grad_losses, emissions, tags, transition, start, end, c
     if sequences:
         x = unit_last_stride(emissions)
         given = _contiguous(tags, _square(transition, k), start, end, cu_seqlens, alpha)
-        rows = k if k < MOST_TAGS else k // 2
-        _backward[(programs, k // rows)](
+        parts = PARTS.get(k, 1)
+        _backward[(programs, parts)](
             grad_losses, x, *given, grad_emissions, grad_edges, partial_sums, sequences, count, x.stride(0),
-            grad_losses.stride(0), rows, **tile,
+            grad_losses.stride(0), k // parts, **tile,
         )  # fmt: skip
     grad_transition = partial_sums.sum(0)[:count, :count].contiguous()
     return grad_emissions, grad_transition, grad_edges[:, 0].sum(0), grad_edges[:, 1].sum(0)
