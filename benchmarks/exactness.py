@@ -324,10 +324,20 @@ def main() -> None:
         "python": platform.python_version(),
     }  # fmt: skip
     result = {"versions": versions, "rows": rows}
-    (ROOT / "benchmarks" / "results" / "exactness.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(plain(result), indent=1, allow_nan=False)
+    (ROOT / "benchmarks" / "results" / "exactness.json").write_text(text + "\n")
     page = ROOT / "docs" / "exactness.md"
     before, _, rest = page.read_text().partition(BEGIN)
     page.write_text(before + BEGIN + "\n".join(tables(result)) + "\n" + END + rest.partition(END)[2])
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it, which has no word for NaN."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return "NaN" if isinstance(value, float) and math.isnan(value) else value
 
 
 def tables(result: dict[str, Any]) -> list[str]:
