@@ -1,4 +1,4 @@
-"""One command from nothing to a tested model: fetches the data, pretrains where a recipe asks for it, fine-tunes, tests.
+"""One command from nothing to a tested model: fetches data, pretrains where a recipe asks for it, fine-tunes, tests.
 
     python examples/recipes/run.py topics
 
