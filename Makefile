@@ -6,13 +6,16 @@ RUNS ?= runs
 BERT ?=
 GPT ?=
 BENCH ?=
+NAME ?= intents
+RECIPE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-heavy bench lint format dev info clean
+.PHONY: demo recipe test test-heavy bench lint format dev info clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        pretrain a BERT and a GPT on six novels (about 5 minutes on 2 cores); results in $(RUNS)/"
+	@echo "make recipe NAME=intents   fine-tune on real data: topics, tweets, reviews, intents, entities, descriptions, replies"
 	@echo "make test        all tests        make test-heavy  also the large matrices"
 	@echo "make bench       every operator beside PyTorch"
 	@echo "make lint format dev info clean"
@@ -38,6 +41,9 @@ $(VENV)/.dev: $(VENV)/.tested
 demo: $(VENV)/.installed
 	$(BIN)/llmengine train examples/train_bert.yaml --output $(RUNS)/bert $(BERT)
 	$(BIN)/llmengine train examples/train_gpt.yaml --output $(RUNS)/gpt $(GPT)
+
+recipe: $(VENV)/.installed
+	$(BIN)/python examples/recipes/run.py $(NAME) --folder $(RUNS)/recipes $(RECIPE)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest tests -m "not heavy"

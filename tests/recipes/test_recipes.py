@@ -1,0 +1,71 @@
+"""Recipes of examples/recipes: the configs are valid, data are split as said, and, on demand, floors are reached.
+
+`pytest -m recipes` runs all of them from nothing to a test score: packages are installed, half an hour passes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmengine.training import FinetuneConfig, RunConfig
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+sys.path.insert(0, str(FOLDER))  # as for a script there
+spec = importlib.util.spec_from_file_location("recipes_run", FOLDER / "run.py")
+assert spec is not None and spec.loader is not None
+run = importlib.util.module_from_spec(spec)
+sys.modules["recipes_run"] = run
+spec.loader.exec_module(run)
+data = run.data
+
+
+@pytest.mark.parametrize("name", run.RECIPES)
+def test_configs_are_valid_and_fit_each_other(name):
+    recipe, config = run.RECIPES[name], FinetuneConfig.from_file(FOLDER / f"{name}.yaml")
+    assert config.test is not None
+    if recipe.starts_from == "minilm":
+        return
+    before = RunConfig.from_file(FOLDER / f"{recipe.starts_from}.yaml")
+    assert config.model == f"runs/recipes/{recipe.starts_from}"
+    assert before.corpus == f"runs/recipes/data/{run.CORPORA[recipe.starts_from]}/train.jsonl"
+    assert name in data.SOURCES and run.CORPORA[recipe.starts_from] in data.SOURCES
+
+
+def test_every_config_is_of_a_recipe():
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert names == {*run.RECIPES, *run.CORPORA}
+
+
+def test_rows_of_one_key_are_in_one_split_and_none_twice():
+    made = [(f"key {i % 500}", {"text": f"text {i % 1500}"}) for i in range(3000)]
+    parts = data.split(made)
+    texts = {part: {row["text"] for row in rows} for part, rows in parts.items()}
+    assert sum(map(len, parts.values())) == 1500 == sum(map(len, texts.values()))
+    keys = {part: {int(text.split()[1]) % 500 for text in found} for part, found in texts.items()}
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+    assert 0.06 < len(keys["test"]) / 500 < 0.14
+
+
+def test_a_score_below_the_floor_fails(tmp_path):
+    (tmp_path / "intents" / "evaluation").mkdir(parents=True)
+    scores = {"main": "accuracy", "scores": {"accuracy": {"value": 0.5}}}
+    (tmp_path / "intents" / "evaluation" / "scores.json").write_text(json.dumps(scores))
+    command = [sys.executable, FOLDER / "run.py", "intents", "--folder", tmp_path, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "accuracy 0.5000 is below 0.8" in done.stderr
+
+
+@pytest.mark.recipes
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", run.RECIPES)
+def test_a_recipe_reaches_its_floor(name, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "recipes"  # what is pretrained serves several recipes
+    done = subprocess.run([sys.executable, FOLDER / "run.py", name, "--folder", folder, "--check"])
+    assert done.returncode == 0
