@@ -156,6 +156,8 @@ class _Loop:
                 if self.stop.name is not None or self.done:
                     break
                 clock = time.perf_counter()
+            if not self._is_saved():  # a signal may come at any moment
+                self._save()
         finally:
             self.metrics.close()
         return self._finish()
@@ -189,13 +191,13 @@ class _Loop:
         )
 
     def _after_step(self, record: Record) -> None:
-        every, last, stop = self.config.every, self.step == self.run.steps, self.stop.name
-        if self.step % every.log == 0 or last or stop:
+        every, last = self.config.every, self.step == self.run.steps
+        if self.step % every.log == 0 or last or self.stop.name:
             self._record({"kind": "train", "step": self.step, **record, **self._speed()})
         epoch_ends = record["epoch"] == int(record["epoch"])
         if last or (epoch_ends if every.evaluate == "epoch" else self.step % every.evaluate == 0):
             self._evaluate()
-        if self.step % every.save == 0 or self.done or stop:
+        if self.step % every.save == 0 or self.done:
             self._save()
 
     def _speed(self) -> Record:
@@ -249,6 +251,10 @@ class _Loop:
         checkpoint.prune(run.folder.checkpoints, self.config.keep)
         if run.selection is not None:
             run.selection.prune(checkpoint.step_of(checkpoint.paths(run.folder.checkpoints)[0]))
+
+    def _is_saved(self) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return self.checkpoint is not None and checkpoint.step_of(self.checkpoint) == self.step
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         run, facts = self.run, saved.facts
