@@ -158,6 +158,8 @@ def replies() -> Iterator[tuple[str, Row]]:
 
     for path in sorted((package("chatterbot_corpus") / "data" / "english").glob("*.yml")):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            if not isinstance(turns, list):  # a few are single words
+                continue
             turns = [" ".join(str(turn).split()) for turn in turns]
             for said, answer in pairwise(turns):
                 if said and answer:
