@@ -136,6 +136,13 @@ class Tokenizer:
         return self._id("eos_token")
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of all special tokens, rising."""
+        marked = [token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special]
+        of_roles = [self.backend.token_to_id(token) for token in self.roles.values()]
+        return tuple(sorted({*marked, *(token_id for token_id in of_roles if token_id is not None)}))
+
+    @property
     def sentinel_ids(self) -> list[int]:
         """T5's sentinels, in the order in which they stand for the spans of a text."""
         ids = (self.backend.token_to_id(SENTINEL.format(i)) for i in count())

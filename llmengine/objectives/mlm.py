@@ -11,7 +11,7 @@ from llmengine.data.examples import Examples
 from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.objectives.cutting import Cuts
-from llmengine.objectives.masking import Masking, mask, special_ids
+from llmengine.objectives.masking import Masking, Vocabulary, mask, special_ids
 
 
 class MlmExamples(Examples):
@@ -27,7 +27,7 @@ class MlmExamples(Examples):
     def __init__(
         self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: Masking
     ) -> None:
-        self._cls, self._sep, self._mask = special_ids(self.name, tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, mask_id = special_ids(self.name, tokenizer, "cls", "sep", "mask")
         if sequence_length < 3:
             raise ValueError(f"objective {self.name!r}: sequence_length must be 3 or more, got {sequence_length}")
         self._tokens = corpus_tokens(documents, tokenizer, words=options.by_words)
@@ -35,7 +35,7 @@ class MlmExamples(Examples):
             raise ValueError(f"objective {self.name!r}: the documents hold no token; give more text")
         self._cuts = Cuts(self._tokens, sequence_length - 2, seed)
         self._seed, self._options = seed, options
-        self._vocab_size = tokenizer.vocab_size
+        self._vocabulary = Vocabulary.of(tokenizer, mask_id)
 
     def lengths(self, epoch: int) -> np.ndarray:
         return self._cuts.lengths(epoch) + 2
@@ -50,5 +50,5 @@ class MlmExamples(Examples):
         if self._tokens.words is not None:
             words = np.concatenate([[True], self._tokens.words[span], [True]])
         draws = Draws(self._seed, epoch, Purpose.MASK, index)
-        masked, labels = mask(ids, special, words, self._options, self._mask, self._vocab_size, draws)
+        masked, labels = mask(ids, special, words, self._options, self._vocabulary, draws)
         return {"input_ids": torch.from_numpy(masked), "labels": torch.from_numpy(labels)}

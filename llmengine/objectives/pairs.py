@@ -19,7 +19,7 @@ from llmengine.data.examples import Examples, Latest
 from llmengine.data.pieces import Pieces
 from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.objectives.masking import Masking, check_share, mask, special_ids
+from llmengine.objectives.masking import Masking, Vocabulary, check_share, mask, special_ids
 
 SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 Row = tuple[int, int, int, int, int]
@@ -60,7 +60,7 @@ class PairExamples(Examples):
     def __init__(
         self, documents: Corpus, tokenizer: Tokenizer, sequence_length: int, seed: int, options: PairOptions
     ) -> None:
-        self._cls, self._sep, self._mask = special_ids(self.name, tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, mask_id = special_ids(self.name, tokenizer, "cls", "sep", "mask")
         if sequence_length < SPECIALS + 2:
             raise ValueError(
                 f"objective {self.name!r}: sequence_length must be {SPECIALS + 2} or more, got {sequence_length}"
@@ -73,7 +73,7 @@ class PairExamples(Examples):
             raise ValueError(f"objective {self.name!r}: the documents hold no token; give more text")
         self._check_corpus()
         self._seed, self._short_fraction, self._masking = seed, options.short_fraction, options
-        self._vocab_size = tokenizer.vocab_size
+        self._vocabulary = Vocabulary.of(tokenizer, mask_id)
         self._pairs = Latest(self._pair)
 
     @abstractmethod
@@ -101,7 +101,7 @@ class PairExamples(Examples):
         if words is not None:
             words = self._with_specials(words, (a0, a1), (b0, b1), (True, True))
         draws = Draws(self._seed, epoch, Purpose.MASK, index)
-        masked, labels = mask(ids, special, words, self._masking, self._mask, self._vocab_size, draws)
+        masked, labels = mask(ids, special, words, self._masking, self._vocabulary, draws)
         return {
             "input_ids": torch.from_numpy(masked),
             "labels": torch.from_numpy(labels),

@@ -21,7 +21,7 @@ from llmengine.data.pairs import Pairs
 from llmengine.data.pieces import Pieces
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.data.tokens import tokenize
-from llmengine.objectives.masking import Masking, mask, special_ids
+from llmengine.objectives.masking import Masking, Vocabulary, mask, special_ids
 
 SOURCE, TARGET = 0, 1  # token types
 
@@ -56,7 +56,7 @@ class TlmExamples(Examples):
         self, pairs: Pairs | Iterable[tuple[str, str]], tokenizer: Tokenizer, sequence_length: int, seed: int,
         options: TlmOptions,
     ) -> None:  # fmt: skip
-        self._cls, self._sep, self._mask = special_ids("tlm", tokenizer, "cls", "sep", "mask")
+        self._cls, self._sep, mask_id = special_ids("tlm", tokenizer, "cls", "sep", "mask")
         self._between = [self._sep, self._cls] if options.restart_positions else [self._sep]
         self._room = sequence_length - 2 - len(self._between)
         if self._room < 2:
@@ -72,7 +72,7 @@ class TlmExamples(Examples):
         # _bounds[i]: where pair i's source begins and ends, and where its target, which follows it, ends
         self._bounds = self._tokens.bounds[first[:, None] + np.arange(3)]
         self._sizes = _fitted(np.diff(self._bounds), self._room)
-        self._seed, self._options, self._vocab_size = seed, options, tokenizer.vocab_size
+        self._seed, self._options, self._vocabulary = seed, options, Vocabulary.of(tokenizer, mask_id)
 
     def lengths(self, epoch: int) -> np.ndarray:
         return self._sizes.sum(1) + 2 + len(self._between)
@@ -92,7 +92,7 @@ class TlmExamples(Examples):
         if words is not None:
             words = np.insert(self._both(words, index), at, True)
         draws = Draws(self._seed, epoch, Purpose.MASK, index)
-        masked, labels = mask(ids, special, words, self._options, self._mask, self._vocab_size, draws)
+        masked, labels = mask(ids, special, words, self._options, self._vocabulary, draws)
         begin = first + 2  # of the translation, behind the first [sep]
         example = {"input_ids": masked, "labels": labels}
         if self._options.languages:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import IGNORED
-from llmengine.objectives.masking import Masking, mask
+from llmengine.objectives.masking import Masking, Vocabulary, mask
 
 from .distributions import binomial, chi_square
 
@@ -22,7 +24,8 @@ def masked(length, epochs, options, *, words=None, special=()):
     specials = np.zeros(length, bool)
     specials[list(special)] = True
     both = [
-        mask(ids, specials, words, options, MASK, VOCABULARY, Draws(0, epoch, Purpose.MASK)) for epoch in range(epochs)
+        mask(ids, specials, words, options, Vocabulary(MASK, VOCABULARY), Draws(0, epoch, Purpose.MASK))
+        for epoch in range(epochs)
     ]
     inputs, labels = (np.stack(part) for part in zip(*both, strict=True))
     return np.broadcast_to(ids, inputs.shape), inputs, labels
@@ -72,6 +75,55 @@ def test_other_shares(mask_share, random_share):
         binomial((inputs[chosen] == ids[chosen]).sum(), n, 1 - mask_share - random_share + same)
 
 
+def test_robertas_mode():
+    """The mean count is exact, counts are its two neighbours, and no special token is drawn."""
+    specials = (0, 1, 2, 3, MASK, 17)
+    ids = np.arange(100) % (VOCABULARY - 5) + 5
+    options = Masking(mode="roberta", mask_fraction=0.153, mask_share=0.0, random_share=1.0)
+    vocabulary = Vocabulary(MASK, VOCABULARY, specials)
+    counts, drawn = [], []
+    for epoch in range(4000):
+        draws = Draws(5, epoch, Purpose.MASK)
+        inputs, labels = mask(ids, np.zeros(100, bool), None, options, vocabulary, draws)
+        counts.append(int((labels != IGNORED).sum()))
+        drawn.append(inputs[labels != IGNORED])
+    assert set(counts) == {15, 16}
+    binomial(counts.count(16), 4000, 0.3)
+    found = np.bincount(np.concatenate(drawn), minlength=VOCABULARY)
+    assert not found[list(specials)].any()
+    others = np.delete(found, specials)
+    chi_square(others, np.full(len(others), 1 / len(others)))
+    short = Masking(mode="roberta", mask_fraction=0.0)
+    assert (masked(10, 5, short)[2] == IGNORED).all()
+    assert (masked(10, 5, Masking(mode="roberta", max_predictions=1))[2] != IGNORED).sum(1).max() == 1
+
+
+def test_hugging_faces_mode():
+    """Every token but special ones on its own, with the fraction's probability."""
+    _, inputs, labels = masked(42, 4000, Masking(mode="hf"), special=(0, 41))
+    chosen = labels != IGNORED
+    for count in chosen.sum(0)[1:-1]:
+        binomial(count, 4000, 0.15)
+    n = np.arange(41)
+    shares = np.array([float(comb(40, int(k))) * 0.15**k * 0.85 ** (40 - k) for k in n])
+    chi_square(np.bincount(chosen.sum(1), minlength=41)[:41], shares)
+    binomial((inputs[chosen] == MASK).sum(), int(chosen.sum()), 0.8 + 0.1 / VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "albert"}, "mode 'albert' is not one of bert, roberta, hf"),
+        ({"mode": "hf", "whole_word": True}, "token by token"),
+        ({"mode": "hf", "max_predictions": 20}, "token by token"),
+        ({"spans": True, "span_lengths": "poisson"}, "span_lengths 'poisson' is not one of geometric, harmonic"),
+    ],
+)
+def test_bad_modes_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        Masking(**options)
+
+
 def test_max_predictions():
     _, _, labels = masked(128, 5, Masking(max_predictions=7))
     assert ((labels != -100).sum(1) == 7).all()
@@ -111,20 +163,23 @@ def test_a_word_does_not_reach_across_a_special_token():
 SPANS = Masking(spans=True)
 
 
-def test_spans_have_spanberts_lengths():
-    """n words with probability proportional to 0.8 ** n, up to 10. A count of 10 leaves the first span whole."""
+@pytest.mark.parametrize(
+    ("lengths", "shares"), [("geometric", 0.8 ** np.arange(1, 11)), ("harmonic", 1 / np.arange(1, 11))]
+)
+def test_spans_have_their_lengths(lengths, shares):
+    """n words with probability proportional to 0.8 ** n, or to 1 / n, up to 10. A count of 10 leaves the first span
+    whole."""
     words = np.ones(5000, bool)
     found = []
     for epoch in range(4000):
         draws = Draws(0, epoch, Purpose.MASK)
-        options = Masking(spans=True, mask_fraction=0.002, mask_share=1.0, random_share=0.0)
-        labels = mask(np.arange(5000) + 5, np.zeros(5000, bool), words, options, MASK, 6000, draws)[1]
+        options = Masking(spans=True, span_lengths=lengths, mask_fraction=0.002, mask_share=1.0, random_share=0.0)
+        labels = mask(np.arange(5000) + 5, np.zeros(5000, bool), words, options, Vocabulary(MASK, 6000), draws)[1]
         first = int(draws_first(epoch) * 5000)  # the anchor, a word of one token
         chosen = labels != IGNORED
         assert chosen.sum() == 10 and chosen[first]
         rest = np.flatnonzero(~np.append(chosen[first:], False))
         found.append(int(rest[0]))
-    shares = 0.8 ** np.arange(1, 11)
     # spans that touch are seldom, and 5000 tokens' end is met seldom
     chi_square(np.bincount(found, minlength=11)[1:], shares / shares.sum())
 
@@ -145,7 +200,7 @@ def test_spans_are_whole_words_of_one_fate():
     fates = 0
     n_masked = n = 0
     for epoch in range(600):
-        inputs, labels = mask(ids, special, words, SPANS, MASK, 10**6, Draws(2, epoch, Purpose.MASK))
+        inputs, labels = mask(ids, special, words, SPANS, Vocabulary(MASK, 10**6), Draws(2, epoch, Purpose.MASK))
         chosen = labels != IGNORED
         assert chosen.sum() == round(0.15 * length) and not (chosen & special).any()
         of_word = np.concatenate([chosen[1:121], chosen[122:-1]]).reshape(80, 3)
@@ -165,7 +220,8 @@ def test_spans_choose_every_place_alike_but_near_the_ends():
     counts = np.zeros(100)
     for epoch in range(3000):
         counts += (
-            mask(np.arange(100) + 5, special, ~special, SPANS, MASK, 200, Draws(3, epoch, Purpose.MASK))[1] != IGNORED
+            mask(np.arange(100) + 5, special, ~special, SPANS, Vocabulary(MASK, 200), Draws(3, epoch, Purpose.MASK))[1]
+            != IGNORED
         )
     assert counts.sum() == 3000 * 15
     middle = counts[12:]
@@ -181,7 +237,7 @@ def test_any_sequence(length, data):
         begins = None if kind == "tokens" else words
         options = Masking(mask_fraction=fraction, whole_word=kind == "words", spans=kind == "spans")
         ids = np.arange(length) + 5
-        inputs, labels = mask(ids, special, begins, options, MASK, 100, Draws(1, 0, Purpose.MASK))
+        inputs, labels = mask(ids, special, begins, options, Vocabulary(MASK, 100), Draws(1, 0, Purpose.MASK))
         chosen = labels != -100
         assert chosen.sum() <= max(1, round(length * fraction)) and not (chosen & special).any()
         assert (labels[chosen] == ids[chosen]).all() and (inputs[~chosen] == ids[~chosen]).all()
