@@ -1,5 +1,7 @@
-"""One whole training step (forward, backward, AdamW) of each family, beside Hugging Face on PyTorch's kernels.
+"""One whole training step (forward, backward, AdamW) of each family, beside Hugging Face on PyTorch's kernels, eager
+("torch") and under torch.compile ("compiled").
 
+-k "mini and fp32" ran for MEASUREMENTS.md; -k base times published shapes on small batches, minutes for each family.
 Equal weights, equal batches without padding, dropout off, fused AdamW on both; bf16 is autocast with float32 weights.
 XLNet predicts a sixth of its tokens: Hugging Face's takes the order as a dense mask, ours as ranks.
 """
@@ -20,7 +22,8 @@ PRESETS = {
 }  # fmt: skip
 SIZES = {"mini": {"n_layers": 4, "d_model": 256, "n_heads": 4, "d_ff": 1024, "vocab_size": 8192}, "base": {}}
 QUIET = ("dropout", "embed_dropout", "attention_dropout", "activation_dropout", "final_dropout")
-BATCH, LENGTH = 4, 256
+BATCHES = {"mini": (4, 256), "base": (2, 128)}  # sequences, tokens of each
+ROUNDS = {"mini": 7, "base": 5}
 
 
 def config_of(family: str, size: str) -> llmengine.TransformerConfig:
@@ -34,30 +37,30 @@ def config_of(family: str, size: str) -> llmengine.TransformerConfig:
     return config.replace(**fields)
 
 
-def batches(family: str, vocabulary: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def batches(family: str, vocabulary: int, batch: int, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ours and theirs."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, vocabulary, (BATCH, LENGTH), generator=generator)
+    ids = torch.randint(10, vocabulary, (batch, length), generator=generator)
     if family in ("gpt2", "llama", "bart", "t5"):
         return ({"input_ids": ids, "labels": ids},) * 2
     if family == "xlnet":
-        ranks = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(BATCH)]).int()
-        targets = ranks.argsort(1)[:, -LENGTH // 6 :].sort(1).values
+        ranks = torch.stack([torch.randperm(length, generator=generator) for _ in range(batch)]).int()
+        targets = ranks.argsort(1)[:, -length // 6 :].sort(1).values
         common = {"input_ids": ids, "labels": ids.gather(1, targets)}
-        mapping = torch.nn.functional.one_hot(targets, LENGTH).float()
+        mapping = torch.nn.functional.one_hot(targets, length).float()
         mask = (ranks[:, None, :] >= ranks[:, :, None]).float()
         return (
             common | {"query_ranks": ranks, "key_ranks": ranks, "target_positions": targets},
             common | {"perm_mask": mask, "target_mapping": mapping},
         )
     labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.15, ids, -100)
-    batch = {"input_ids": ids, "labels": labels}
+    inputs = {"input_ids": ids, "labels": labels}
     if family == "bert":
-        batch["next_sentence_label"] = torch.arange(BATCH) % 2
-    return batch, batch
+        inputs["next_sentence_label"] = torch.arange(batch) % 2
+    return inputs, inputs
 
 
-@pytest.mark.parametrize("peer", ["llmengine", "torch"])
+@pytest.mark.parametrize("peer", ["llmengine", "torch", "compiled"])
 @pytest.mark.parametrize("size", list(SIZES))
 @pytest.mark.parametrize("family", list(PRESETS))
 def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
@@ -65,19 +68,21 @@ def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
     config = config_of(family, size)
     torch.manual_seed(0)
     model = llmengine.Transformer(config).train()
-    inputs, theirs = batches(family, config.vocab_size)
-    if peer == "torch":
+    sequences, length = BATCHES[size]
+    inputs, theirs = batches(family, config.vocab_size, sequences, length)
+    if peer != "llmengine":
         model.save_pretrained(tmp_path)
         (architecture,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
         model, inputs = getattr(transformers, architecture).from_pretrained(tmp_path).train(), theirs
+    call = torch.compile(model) if peer == "compiled" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(**inputs).loss
+            loss = call(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    side_by_side(peer, {peer: run}, flops=6 * matrices * BATCH * LENGTH)
+    side_by_side(peer, {peer: run}, flops=6 * matrices * sequences * length, rounds=ROUNDS[size])

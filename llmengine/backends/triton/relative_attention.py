@@ -37,6 +37,9 @@ TILES = {
         DISTANCES: {256: Tile(16, 16, 8, 1)},
     },
 }
+# Where 16-bit tiles of those sizes spill: NVIDIA's GPUs before Hopper, and consumer ones.
+AMPERE = {FORWARD: {64: Tile(64, 32, 8, 1)}, ROWS: {64: Tile(32, 32, 8, 1)}}
+_DATACENTRE = ("sm_90", "sm_100", "sm_103")
 _INTERPRETER = Tile(64, 64, 1, 1)
 
 
@@ -118,6 +121,8 @@ class _Call:
         else:
             cdna = place.startswith("gfx")  # tiles of wider heads there, and four warps, which have more registers
             table = TILES[self.query.element_size()][kind]
+            if self.query.element_size() == 2 and not cdna and place not in _DATACENTRE:
+                table = table | AMPERE.get(kind, {})
             tile = table[min(served for served in table if served >= min(widest * (1 + cdna), WIDEST))]
             tile = tile._replace(warps=4) if cdna else tile
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
