@@ -244,6 +244,7 @@ def test_wrong_rows_and_models(wordpiece):
         ([{"text": "x", "label": "a"}, {"text": "x", "text_pair": 3, "label": "a"}], r"row 2: text_pair is 3"),
         ([{"text": "x", "label": "c"}], r"row 1: label is 'c'; expected one of a, b"),
         ([{"label": "a"}], r"row 1 has no 'text'; its columns: label"),
+        ([{"text": "x\ud83d", "label": "a"}], r"row 1: text is 'x\\ud83d'; expected a text without half surrogate"),
     ):
         with pytest.raises(ValueError, match=message):
             task.examples(rows)
