@@ -138,6 +138,15 @@ def test_answers_come_in_the_order_of_rows_whatever_the_batches(wordpiece):
     assert list(task.answers(model, [])) == []
 
 
+def test_what_is_not_finite_is_no_answer(wordpiece):
+    task = task_of("single", wordpiece)
+    model = model_of(task, wordpiece)
+    with torch.no_grad():
+        model.heads["classification"].out.bias[1] = math.nan
+    with pytest.raises(ValueError, match=r"the model's outputs are NaN or infinite; its training diverged"):
+        list(task.answers(model, SINGLE))
+
+
 def test_a_threshold(wordpiece):
     for threshold in (0.1, 0.5, 0.9):
         task = task_of("multi", wordpiece, threshold=threshold)
