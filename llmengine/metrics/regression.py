@@ -9,20 +9,28 @@ import numpy as np
 from llmengine.metrics.score import Judgement, bootstrap, check_paired, ratio
 
 
-def regression(gold: Sequence[float], predicted: Sequence[float]) -> Judgement:
+def regression(
+    gold: Sequence[float] | Sequence[Sequence[float]], predicted: Sequence[float] | Sequence[Sequence[float]]
+) -> Judgement:
     """mse (the main score; lower is better), mae, pearson, spearman (ties have their mean rank) and r2.
 
     mse is what training lowers, and sees answers that are all too large or on another scale, as correlations do not.
+    Rows of several numbers, as many in each, are scored over all their numbers, and resampled as rows.
     Where one side is constant, pearson and spearman are 0; where gold is, r2 is 1 for exact answers and otherwise 0.
     """
     check_paired("regression", gold=gold, predicted=predicted)
-    x, y = _numbers("gold", gold), _numbers("predicted", predicted)
+    rows_of_x, rows_of_y = _numbers("gold", gold), _numbers("predicted", predicted)
+    each = rows_of_x.shape[1]
+    if rows_of_y.shape[1] != each and len(gold):
+        raise ValueError(f"regression: gold has {each} numbers in each row, predicted {rows_of_y.shape[1]}")
+    x, y = rows_of_x.flatten(), rows_of_y.flatten()
     x_order, y_order = _Ranks(x), _Ranks(y)
     # correlations and r2 do not change with the origin, and sums of squares are exact near it
     origin = x.mean() if len(x) else 0.0
     moved, error = x - origin, y - x
 
     def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        weights = weights.repeat(each, axis=-1)
         rows = weights.sum(-1)
         squares = weights @ error**2
         variance = weights @ moved**2 - ratio((weights @ moved) ** 2, rows)
@@ -34,8 +42,8 @@ def regression(gold: Sequence[float], predicted: Sequence[float]) -> Judgement:
             "r2": np.where(_constant(weights, x[None]), squares == 0, 1 - ratio(squares, variance)),
         }
 
-    scores = bootstrap(np.arange(len(x)), metrics)
-    return Judgement(scores, "mse", len(x), lower_is_better=True)
+    scores = bootstrap(np.arange(len(gold)), metrics)
+    return Judgement(scores, "mse", len(gold), lower_is_better=True)
 
 
 def _correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -68,9 +76,13 @@ class _Ranks:
         return mean_rank[:, self.place]
 
 
-def _numbers(name: str, column: Sequence[float]) -> np.ndarray:
-    numbers = np.asarray(column, np.float64)
-    if not np.isfinite(numbers).all():
-        row = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise ValueError(f"regression: {name} of row {row + 1} is {column[row]}; expected a finite number")
+def _numbers(name: str, column: Sequence[float] | Sequence[Sequence[float]]) -> np.ndarray:
+    """(rows, numbers of each)."""
+    try:
+        numbers = np.asarray(column, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"regression: {name} must hold a number for each row, or as many in each") from None
+    numbers = numbers.reshape(-1, 1) if numbers.ndim == 1 else numbers
+    if (wrong := np.flatnonzero(~np.isfinite(numbers).all(1))).size:
+        raise ValueError(f"regression: {name} of row {wrong[0] + 1} is {column[wrong[0]]}; expected a finite number")
     return numbers

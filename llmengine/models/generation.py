@@ -15,6 +15,7 @@ from llmengine.models.decoding import Hypotheses, Processor, greedy, processors_
 from llmengine.models.heads import TokenHead
 from llmengine.models.inputs import Tokens
 from llmengine.models.layout import Packed
+from llmengine.models.modes import resting
 from llmengine.models.relative import RelativeStack
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ class Generation(Module):
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
             generator = torch.Generator(input_ids.device).manual_seed(seed)
-        training = self.training
-        self.eval()
-        try:
+        with resting(self):
             source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
             reader: Reader = (
                 Rereading(self, prompts)
@@ -113,8 +112,6 @@ class Generation(Module):
                 run.repeat(num_return_sequences)
                 choose = sampler(temperature, top_k, top_p, min_p, generator) if do_sample else greedy
                 new = run.one_by_one(choose)
-        finally:
-            self.train(training)
         ids = prompts.input_ids.repeat_interleave(num_return_sequences, 0)
         return torch.cat([ids, new.to(ids.dtype)], dim=1)
 

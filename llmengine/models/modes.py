@@ -7,15 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import Module
+
+
+@contextmanager
+def resting(model: Module) -> Iterator[None]:
+    """No dropout within. Then each module trains again that did before: a part that someone put to eval() stays so."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[torch.device]:
     """No dropout and no gradients within; gives the model's device. model: a Transformer, or a module with `words`."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model.words.weight.device
-    finally:
-        model.train(was_training)
+    with resting(model), torch.no_grad():
+        yield model.words.weight.device

@@ -12,6 +12,7 @@ from torch.nn import Embedding, Module
 
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.models.inputs import shift_packed, shift_right
 from llmengine.models.output import TransformerOutput
 from llmengine.objectives.distributions import check_has_distribution, judged
 
@@ -56,7 +57,7 @@ class Distilled(Module):
         transformer, teacher = self._models
         out = self.student(**batch, num_items_in_batch=num_items_in_batch)
         with torch.no_grad():
-            told = teacher(**{name: value for name, value in batch.items() if name not in BATCH}, return_logits=False)
+            told = teacher(**self._read(batch), return_logits=False)
             wanted = judged(teacher, told, batch)
         if self.order is not None:
             wanted = replace(wanted, logits=wanted.logits[:, list(self.order)])
@@ -64,6 +65,15 @@ class Distilled(Module):
         distilled = self.weight * self.temperature**2 * distance
         own = {head: (1 - self.weight) * loss for head, loss in out.losses.items()}
         return out.with_loss((1 - self.weight) * out.loss + distilled, {**own, "distillation": distilled})
+
+    def _read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the teacher is told: what the student reads, a decoder's input too where it makes that of the labels."""
+        read = {name: value for name, value in batch.items() if name not in BATCH}
+        if self.config.token_task == "seq2seq" and "decoder_input_ids" not in batch:
+            labels, bounds = batch["labels"], batch.get("decoder_cu_seqlens")
+            shifted = shift_right(labels, self.config) if bounds is None else shift_packed(labels, self.config, bounds)
+            read["decoder_input_ids"] = shifted
+        return read
 
 
 def check_can_teach(teacher: TransformerConfig, student: TransformerConfig) -> None:

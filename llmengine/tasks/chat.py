@@ -16,7 +16,7 @@ from llmengine.data.examples import IGNORED
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.objectives.likelihood import each_log_likelihood
-from llmengine.tasks.rows import tell, text_of, wrong
+from llmengine.tasks.rows import check_characters, tell, text_of, wrong
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
 from llmengine.tasks.writing import Writing, written
 
@@ -177,6 +177,7 @@ def messages_of(task: str, row: Row, number: int, column: str) -> Sequence[Messa
                 f"task {task!r}: row {number + 1}: message {i + 1} is {reprlib.repr(message)}; expected "
                 "{role, content}, two texts"
             )
+        check_characters(task, number, f"content of message {i + 1}", message["content"])
     return messages
 
 

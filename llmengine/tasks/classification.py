@@ -89,8 +89,8 @@ class Classification(Reading):
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
         numbered = list(enumerate(rows))
         if self.options.problem == "regression":
-            gold = [x for i, row in numbered for x in self._values(row, i)]
-            return metrics.regression(gold, [x for answer in answers for x in _several(answer["value"])])
+            gold = [self._values(row, i) for i, row in numbered]
+            return metrics.regression(gold, [_several(answer["value"]) for answer in answers])
         if self.options.problem == "multi":
             sets = [_classes(row, i) for i, row in numbered]
             known = self._with(name for names in sets for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from llmengine.data.chat_template import ASSISTANT, ChatTemplate, Message
 from llmengine.data.examples import IGNORED, pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement, intervals
+from llmengine.metrics.score import check_paired
 from llmengine.objectives.likelihood import each_log_likelihood
 from llmengine.objectives.preference import Preference, PreferenceLoss
 from llmengine.tasks.chat import in_row, messages_of
@@ -108,11 +110,18 @@ class Preferences(Task):
         sums, counts = torch.tensor(both, dtype=torch.float64).view(-1, 2, 2).unbind(-1)
         known = None if learner is None else self._reference(learner, pairs, batch_tokens)
         reference = None if known is None else torch.stack(known).double()
+        if reference is None and self.loss.needs_reference:
+            warnings.warn(
+                "task 'preference': the model as it was before training is not at hand; the margins of "
+                f"{self.loss.loss} compare the two answers' probabilities alone",
+                stacklevel=2,
+            )
         for margin in self.loss.margins(sums, counts, reference).tolist():
             yield {"margin": margin, "chosen": margin > 0}
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
         """accuracy: how often the chosen answer is preferred; margin: the mean."""
+        check_paired("preference", rows=rows, answers=answers)
         table = np.array([[answer["chosen"], answer["margin"], 1] for answer in answers], np.float64).reshape(-1, 3)
         scores = intervals(
             table,

@@ -101,19 +101,19 @@ class Reading(Task):
         self,
         model: Any,
         examples: Sequence[Example],
-        read: Callable[[Any, dict[str, Any]], Sequence],
+        read: Callable[[Any, dict[str, Any]], Sequence[Tensor]],
         batch_tokens: int,
-    ) -> list[Any]:
+    ) -> list[Tensor]:
         """What `read` makes of the model's output for a batch, a value for each example, in their order.
 
         Examples of similar lengths share a batch of at most batch_tokens tokens (a longer one has its own). No dropout,
-        no gradients; the model's mode is left as it was.
+        no gradients; the model's mode is left as it was. ValueError where values are not finite: no answer follows.
         """
         if batch_tokens < 1:
             raise ValueError(f"task {self.name!r}: batch_tokens must be 1 or more, got {batch_tokens}")
-        found: list[Any] = [None] * len(examples)
         if not examples:
-            return found
+            return []
+        found: dict[int, Tensor] = {}
         lengths = np.array([tokens_of(example) for example in examples])
         order = np.argsort(lengths, kind="stable")
         ends, _ = fill(lengths[order], max(batch_tokens, int(lengths.max())), 1)
@@ -121,9 +121,14 @@ class Reading(Task):
             for begin, end in pairwise([0, *ends.tolist()]):
                 batch = self.collate([examples[i] for i in order[begin:end]])
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                for i, value in zip(order[begin:end], read(model(**batch), batch), strict=True):
-                    found[i] = value
-        return found
+                values = read(model(**batch), batch)
+                if not all(bool(value.isfinite().all()) for value in values):
+                    raise ValueError(
+                        f"task {self.name!r}: the model's outputs are NaN or infinite; its training diverged, or its "
+                        "weights are damaged"
+                    )
+                found.update(zip(order[begin:end].tolist(), values, strict=True))
+        return [found[i] for i in range(len(examples))]
 
 
 class ReadingExamples(TaskExamples):

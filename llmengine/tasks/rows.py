@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+from llmengine.data.textfiles import SURROGATE
 from llmengine.tasks.task import Row
 
 
@@ -24,6 +25,7 @@ def text_of(task: str, row: Row, number: int, column: str) -> str:
     text = value_of(task, row, number, column)
     if not isinstance(text, str):
         raise wrong(task, number, column, text, "a text")
+    check_characters(task, number, column, text)
     return text
 
 
@@ -32,7 +34,15 @@ def texts_of(task: str, row: Row, number: int, column: str) -> list[str]:
     texts = value_of(task, row, number, column)
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise wrong(task, number, column, texts, "a list of texts")
+    for text in texts:
+        check_characters(task, number, column, text)
     return list(texts)
+
+
+def check_characters(task: str, number: int, column: str, text: str) -> None:
+    """That a tokenizer can read a text: Python's strings may hold half a surrogate pair, UTF-8 may not."""
+    if not text.isascii() and SURROGATE.search(text):
+        raise wrong(task, number, column, text, "a text without half surrogate pairs")
 
 
 def integer(value: Any) -> int | None:

@@ -15,6 +15,7 @@ from torch.nn import Module
 from llmengine.data.batches import StepBatches
 from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer
+from llmengine.models.modes import resting
 from llmengine.objectives.electra import Electra
 
 PAIRS = ("nsp", "sop")  # heads whose loss is a mean over sequences
@@ -42,15 +43,11 @@ def evaluate(
 @contextmanager
 def without_dropout(model: Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
     """While entered the model does not train; what it draws is the same each time. bf16: under autocast."""
-    was_training = model.training
-    model.eval()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    try:
-        with torch.no_grad(), autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            yield
-    finally:
-        model.train(was_training)
+    kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with resting(model), torch.no_grad(), autocast, kept:
+        torch.manual_seed(0)
+        yield
 
 
 def mean_losses(model: Module, batches: StepBatches, device: torch.device) -> tuple[float, dict[str, float]]:

@@ -121,7 +121,12 @@ class Judging:
 def _with_fresh_head(model: Transformer, fields: dict[str, Any]) -> Transformer:
     fresh = Transformer(model.config.replace(**fields))
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("heads.")}
-    fresh.load_state_dict(state, strict=False)
+    missing, unexpected = fresh.load_state_dict(state, strict=False)
+    if other := [name for name in (*missing, *unexpected) if not name.startswith("heads.")]:
+        raise ValueError(
+            f"fields: with them the model has other weights than the pretrained one, such as {other[0]}; fresh_head "
+            "renews the head alone"
+        )
     return fresh
 
 

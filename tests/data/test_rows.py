@@ -211,8 +211,11 @@ def test_data_sets():
     ]
     old = Dataset([{"tags": [1]}], tags=[tags])
     assert read_rows(old) == [{"tags": ["B-PER"]}], "a list of one feature is a list of such"
-    with pytest.raises(ValueError, match="row 0 has the label -1, which none of the 2 classes has"):
-        read_rows(Dataset([{"label": -1}], label=ClassLabel("neg", "pos")))
+    untold = Dataset([{"label": -1, "tags": None}, {"label": None, "tags": [1, -1]}], label=tags, tags=Sequence(tags))
+    assert read_rows(untold) == [{"label": None, "tags": None}, {"label": None, "tags": ["B-PER", None]}]
+    for number in (2, -2):
+        with pytest.raises(ValueError, match=f"row 0 has the label {number}, which none of the 2 classes has"):
+            read_rows(Dataset([{"label": number}], label=ClassLabel("neg", "pos")))
     with pytest.raises(ValueError, match="kind and options are for files"):
         read_rows(data, kind="csv")
     data.column_names = {"train": [], "test": []}

@@ -61,6 +61,21 @@ def test_resamples_are_ranked_anew():
     assert (score.low, score.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-12)
 
 
+def test_rows_of_several_numbers_are_resampled_as_rows():
+    generator = np.random.default_rng(0)
+    gold = generator.normal(size=(30, 1)) + generator.normal(scale=0.1, size=(30, 4))
+    predicted = 0.5 * gold + generator.normal(size=(30, 1))
+    judged = regression(gold.tolist(), predicted.tolist())
+    flat = regression(gold.flatten().tolist(), predicted.flatten().tolist())
+    assert judged.rows == 30 and values(judged) == pytest.approx(values(flat), rel=1e-12)
+    draws, drawn = np.random.default_rng(0), []
+    for _ in range(1000):
+        rows = draws.integers(0, 30, 30)
+        drawn.append(scipy.stats.spearmanr(gold[rows].flatten(), predicted[rows].flatten())[0])
+    score = judged.scores["spearman"]
+    assert (score.low, score.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-12)
+
+
 @pytest.mark.parametrize("constant", [0.1, 1e8 / 3])
 def test_constant_sides_have_no_correlation(constant):
     """Whatever their mean is rounded to."""
@@ -103,6 +118,11 @@ def test_perplexity_of_no_tokens_is_unknown_and_beyond_numbers_infinite():
         (lambda: regression([1.0, 2.0], [1.0, math.nan]), "predicted of row 2 is nan; expected a finite number"),
         (lambda: regression([math.inf], [1.0]), "gold of row 1 is inf"),
         (lambda: regression([1.0], []), "got gold 1, predicted 0"),
+        (
+            lambda: regression([[1.0, 2.0], [1.0]], [0.0, 0.0]),
+            "gold must hold a number for each row, or as many in each",
+        ),
+        (lambda: regression([[1.0, 2.0]], [0.0]), "gold has 2 numbers in each row, predicted 1"),
         (lambda: perplexity([1.0, math.nan], [1, 1]), "nll of row 2 is nan; expected a finite number >= 0"),
         (lambda: perplexity([1.0], [-1]), "tokens of row 1 is -1.0"),
     ],

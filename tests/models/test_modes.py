@@ -12,6 +12,7 @@ from torch.utils import _pytree
 import llmengine
 from llmengine import Transformer, TransformerConfig
 from llmengine.models import TransformerOutput
+from llmengine.models.modes import evaluating
 from llmengine.testing import assert_near
 
 from .peers import VOCABULARY, gradients_as_theirs, gradients_of, hf_model, ours_of, padding_mask, random_ids
@@ -136,6 +137,20 @@ def test_dropout_is_random_in_training_and_off_in_eval(preset):
     quiet = model_of(preset).eval()
     quiet.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(**batch).loss, quiet(**batch).loss)
+
+
+def test_what_rests_for_a_while_is_left_as_it_was():
+    """A part that someone froze in eval() does not begin to drop out because the model generated or was measured."""
+    model = model_of("gpt-tiny", dropout=0.3)
+    frozen = model.stack.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with evaluating(model) as device:
+        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+    model.generate(IDS.to(device), max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_seqlen belongs to cu_seqlens"), evaluating(model):
+        model(IDS, max_seqlen=9)
+    assert [module.training for module in model.modules()] == modes
+    assert model.training and not any(module.training for module in frozen.modules())
 
 
 @presets

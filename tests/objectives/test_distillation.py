@@ -14,10 +14,10 @@ SMALL = {"vocab_size": 61, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 2
          "embed_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0, "pooler": "none"}  # fmt: skip
 
 
-def model(seed: int, objective: str, **fields) -> Transformer:
+def model(seed: int, objective: str, preset: str = "bert-tiny", **fields) -> Transformer:
     torch.manual_seed(seed)
     fields = {"classifier": "linear", **fields}
-    made = Transformer(TransformerConfig.preset("bert-tiny", **{**SMALL, **fields}, objectives=[objective]))
+    made = Transformer(TransformerConfig.preset(preset, **{**SMALL, **fields}, objectives=[objective]))
     with torch.no_grad():  # as of trained models, which say different things
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -62,6 +62,30 @@ def test_micro_batches_add_up(objective, count):
     items = {"sequences": count, "tokens": count}
     parts = [distilled(**batch(objective, *cut), num_items_in_batch=items).loss for cut in ((0, 1), (1, 4))]
     torch.testing.assert_close(sum(parts), distilled(**batch(objective)).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "given"])
+def test_a_teacher_reads_the_targets_as_the_student_does(kind):
+    """Both begin with the student's token, whatever the teacher's config says."""
+    student = model(1, "seq2seq", "bart-tiny")
+    teacher = model(2, "seq2seq", "bart-tiny", decoder_start_token_id=7)
+    source, target = batch("mlm")["input_ids"], torch.arange(3, 23).view(4, 5)
+    labels = torch.where(torch.arange(5) < torch.tensor([[5], [3], [4], [5]]), target, -100)
+    start = student.config.decoder_start_token_id
+    read = {"input_ids": source, "decoder_input_ids": torch.cat([torch.full((4, 1), start), target[:, :-1]], 1)}
+    said, told = (each(**read).logits[labels != -100].log_softmax(-1) for each in (student, teacher.eval()))
+    wanted = (told.exp() * (told - said)).sum() / len(said)
+    given = {"input_ids": source, "labels": labels}
+    if kind == "given":
+        given = read | given
+    elif kind == "packed":
+        given = {
+            "input_ids": source.flatten(), "cu_seqlens": torch.arange(0, 25, 6).int(), "max_seqlen": 6,
+            "labels": labels[labels != -100], "decoder_cu_seqlens": torch.tensor([0, 5, 8, 12, 17]).int(),
+            "decoder_max_seqlen": 5,
+        }  # fmt: skip
+    found = Distilled(student, student, teacher, weight=1.0, temperature=1.0)(**given).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_that_says_the_same_has_nothing_to_learn():

@@ -265,6 +265,7 @@ def test_a_long_prompt_loses_its_beginning():
         ({"messages": []}, "expected a list of messages"),
         ({"messages": [{"role": "user"}]}, r"row 1: message 1 is \{'role': 'user'\}; expected"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages holds a reply alone"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "content of message 1 is .* without half surrogate"),
         ({"prompt": "a"}, "no row holds a reply of the assistant"),
     ],
 )

@@ -138,6 +138,15 @@ def test_answers_come_in_the_order_of_rows_whatever_the_batches(wordpiece):
     assert list(task.answers(model, [])) == []
 
 
+def test_what_is_not_finite_is_no_answer(wordpiece):
+    task = task_of("single", wordpiece)
+    model = model_of(task, wordpiece)
+    with torch.no_grad():
+        model.heads["classification"].out.bias[1] = math.nan
+    with pytest.raises(ValueError, match=r"the model's outputs are NaN or infinite; its training diverged"):
+        list(task.answers(model, SINGLE))
+
+
 def test_a_threshold(wordpiece):
     for threshold in (0.1, 0.5, 0.9):
         task = task_of("multi", wordpiece, threshold=threshold)
@@ -244,6 +253,7 @@ def test_wrong_rows_and_models(wordpiece):
         ([{"text": "x", "label": "a"}, {"text": "x", "text_pair": 3, "label": "a"}], r"row 2: text_pair is 3"),
         ([{"text": "x", "label": "c"}], r"row 1: label is 'c'; expected one of a, b"),
         ([{"label": "a"}], r"row 1 has no 'text'; its columns: label"),
+        ([{"text": "x\ud83d", "label": "a"}], r"row 1: text is 'x\\ud83d'; expected a text without half surrogate"),
     ):
         with pytest.raises(ValueError, match=message):
             task.examples(rows)

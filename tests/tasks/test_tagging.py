@@ -244,6 +244,10 @@ def test_transformers_pipeline_shows_the_labels(of_family, tmp_path):
         ({"words": ["a", "b"], "tags": ["O"]}, r"row 1: tags is \['O'\]; expected as many as words, 2, not 1"),
         ({"words": ["a"], "tags": ["B-C"]}, r"row 1: tags is 'B-C'; expected one of O, B-A, I-A, B-B, I-B"),
         ({"tags": ["O"]}, r"row 1 has no 'words'; its columns: tags"),
+        (
+            {"words": ["a", "\udc00"], "tags": ["O", "O"]},
+            r"row 1: words is '\\udc00'; expected a text without half sur",
+        ),
     ],
 )
 def test_wrong_rows(wordpiece, row, message):

@@ -128,6 +128,13 @@ def test_classes_that_the_model_does_not_know_are_named(tmp_path):
     assert torch.equal(fresh.transformer.words.weight, before.words.weight)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_fresh_head_keeps_all_other_weights(tmp_path, layers):
+    path = tuned(tmp_path, ["happy", "sad", "good"])
+    with pytest.raises(ValueError, match=r"fields: with them .* other weights than the pretrained one, such as enc"):
+        prepared(tmp_path, f"model={path}", "fresh_head=true", f"fields={{n_layers: {layers}}}")
+
+
 def test_classes_without_names_must_be_as_many(tmp_path):
     pretrained(tmp_path / "hugging", objectives=["classification"], classifier="pooled", pooler="cls_tanh", n_labels=3)
     with pytest.raises(ValueError, match=r"has a head of 3 classes, the rows have 2: bad, good"):
