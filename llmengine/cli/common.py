@@ -45,12 +45,18 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                     raise
                 mendable = isinstance(error, ValueError | OSError)
                 kind = "error" if mendable else type(error).__name__
-                typer.echo(f"{kind}: {str(error) or type(error).__name__}", err=True)
+                typer.echo(f"{kind}: {_sentence(error)}", err=True)
                 if not mendable:
                     typer.echo("(--debug shows where)", err=True)
                 raise typer.Exit(USER_ERROR if mendable else FAILURE) from None
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # the system's own
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error) or type(error).__name__
 
 
 def as_overrides(flags: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 
 from llmengine.cli import fine_tuned, models
 from llmengine.cli.common import Debug, ModelPath, reported
-from llmengine.cli.fine_tuned import Columns, Data, DataKind, FineTuned
+from llmengine.cli.fine_tuned import Columns, Data, DataFormat, DataKind, FineTuned
 
 if TYPE_CHECKING:
     from llmengine.tasks import Row
@@ -34,6 +34,7 @@ def command(
     data: Data = None,
     column: Columns = None,
     kind: DataKind = None,
+    format: DataFormat = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The report's folder. Default: evaluation/ in the run's.")
     ] = None,
@@ -48,14 +49,22 @@ def command(
     scores of its task, with 95 % intervals, on the run's test rows (else its validation rows), or on other files; and a
     report with the worst mistakes.
     """
+    fine_tuned.check_exists(run)
     if fine_tuned.is_fine_tuned(run):
         _refuse("a fine-tuned model is judged on rows: --data FILE", corpus=corpus)
-        _judge(
-            fine_tuned.load(run, device), run, data, fine_tuned.columns_of(column), kind, output, as_json, batch_tokens
-        )
+        tuned = fine_tuned.load(run, device)
+        _refuse("goes with --data", **({} if data else {"column": column, "kind": kind, "format": format}))
+        if data:
+            written = tuned.format(data, kind, fine_tuned.format_of(format))
+            rows: Sequence[Row] = fine_tuned.read(data, written, tuned.columns | fine_tuned.columns_of(column))
+            files = data
+        else:
+            rows, files = fine_tuned.held_out(tuned)
+        output = output or _folder(tuned, run, data)
+        _judge(tuned, run, rows, files, output, as_json, batch_tokens)
     else:
         reason = "only for fine-tuned models; this one is judged on texts: --corpus FILE"
-        _refuse(reason, data=data, column=column, kind=kind, output=output)
+        _refuse(reason, data=data, column=column, kind=kind, format=format, output=output)
         result = _measured(run, corpus, device)
         typer.echo(json.dumps(result, indent=2) if as_json else describe(result))
 
@@ -107,21 +116,21 @@ def describe(result: dict) -> str:
 
 
 def _judge(
-    tuned: FineTuned, run: Path, data: list[str] | None, columns: dict[str, str], kind: str | None,
-    output: Path | None, as_json: bool, batch_tokens: int,
+    tuned: FineTuned, run: Path, rows: Sequence[Row], files: list[str], output: Path | None, as_json: bool,
+    batch_tokens: int,
 ) -> None:  # fmt: skip
     from llmengine.training import report
 
-    rows, files = _rows(tuned, data, columns, kind)
     task = tuned.task
     # rows that hold nothing to judge by are an error before all of them are answered; what is told, is told then
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         task.judge(rows[:1], list(task.answers(tuned.model, rows[:1])))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     answers = list(task.answers(tuned.model, rows, batch_tokens=batch_tokens))
     judgement = task.judge(rows, answers)
     account = report.of_run(run, task, files, tuned.config)
-    output = output or _folder(tuned, run, data)
     if output is not None:
         report.write(output, judgement, rows, answers, asked=task.asked, **account)
     if as_json:
@@ -142,13 +151,3 @@ def _folder(tuned: FineTuned, run: Path, data: list[str] | None) -> Path | None:
         return None
     own = Folder(run).evaluation
     return own.with_name(f"{own.name}-{Path(data[0]).name.partition('.')[0]}") if data else own
-
-
-def _rows(
-    tuned: FineTuned, data: list[str] | None, columns: dict[str, str], kind: str | None
-) -> tuple[Sequence[Row], list[str]]:
-    """Rows, and where they are from."""
-    if data:
-        return fine_tuned.read(data, kind, tuned.columns | columns), data
-    _refuse("goes with --data", column=columns, kind=kind)
-    return fine_tuned.held_out(tuned)

@@ -19,6 +19,12 @@ Data = Annotated[
     list[str] | None, typer.Option("--data", metavar="FILE", help="Rows: JSON lines, CSV, CoNLL, … May be repeated.")
 ]
 DataKind = Annotated[str | None, typer.Option("--kind", help="The format of the files. Default: by their names.")]
+DataFormat = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format", metavar="NAME=VALUE", help="An option of the format: delimiter=; scheme=iob1. May be repeated."
+    ),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,6 +47,29 @@ class FineTuned:
         """What the run's own files call its columns."""
         return {} if self.config is None else dict(self.config.columns)
 
+    def format(self, files: Sequence[str], kind: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """How files are written: as the run's own where nobody says otherwise and they are named as those are."""
+        own = {} if self.config is None else self.config.format
+        if kind is None and _suffixes(files) <= _suffixes(self._files):
+            return {**own, **options}
+        if kind is None or kind != own.get("kind"):
+            own = {} if kind is None else {"kind": kind}
+        return {**own, **options}
+
+    @property
+    def _files(self) -> list[str]:
+        """The run's."""
+        if self.config is None:
+            return []
+        given = (self.config.train, self.config.validation, self.config.test)
+        several = (each if isinstance(each, list) else [each] for each in given)
+        return [file for each in several for file in each if isinstance(file, str)]
+
+
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a run folder, or a model directory")
+
 
 def is_fine_tuned(path: Path) -> bool:
     """Whether there is a task beside the model."""
@@ -58,6 +87,7 @@ def load(path: Path, device: str = "auto") -> FineTuned:
     from llmengine.training import FinetuneConfig
     from llmengine.training.run import Folder, model_directory, pick_device
 
+    check_exists(path)
     if not is_fine_tuned(path):
         raise FileNotFoundError(
             f"{path} has no {tasks.FILE}: it is no fine-tuned model; give a run folder of `finetune`, or its model"
@@ -72,10 +102,23 @@ def load(path: Path, device: str = "auto") -> FineTuned:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def read(files: Sequence[str], kind: str | None, columns: Mapping[str, str | int]) -> Sequence[Row]:
+def read(files: Sequence[str], format: Mapping[str, Any], columns: Mapping[str, str | int]) -> Sequence[Row]:
     from llmengine.data.rows import read_rows
 
-    return read_rows(files, kind=kind, columns=columns or None)
+    return read_rows(files, columns=columns or None, **format)
+
+
+def _suffixes(files: Sequence[str]) -> set[str]:
+    from llmengine.data.textfiles import without_compression
+
+    return {Path(without_compression(Path(file))).suffix.lower() for file in files}
+
+
+def format_of(given: Sequence[str] | None) -> dict[str, Any]:
+    """--format: values as YAML has them."""
+    from llmengine.training.config_file import overridden
+
+    return overridden({}, given or ())
 
 
 def columns_of(given: Sequence[str] | None) -> dict[str, str]:

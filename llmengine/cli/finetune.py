@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +19,14 @@ from llmengine.cli.common import (
     reported,
     resumed,
 )
+from llmengine.cli.fine_tuned import Columns, DataKind, columns_of
 
 if TYPE_CHECKING:
     from llmengine.training import FinetuneConfig, Result
 
 EXAMPLES = """\
   llmengine finetune --task classification --model runs/bert --train train.csv
+  llmengine finetune --task seq2seq --model runs/bart --train a.en --train a.de --kind parallel
   llmengine finetune sentiment.yaml --output runs/sentiment
   llmengine finetune --task classification --model DIR --train a.jsonl --test b.jsonl --set optimizer.lr=2e-5
   llmengine finetune --resume runs/sentiment"""
@@ -47,6 +50,8 @@ def command(
     test: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Rows to judge the model by in the end.")
     ] = None,
+    column: Columns = None,
+    kind: DataKind = None,
     epochs: Annotated[float | None, typer.Option(help="How often each row is seen.")] = None,
     overrides: Overrides = None,
     resume: Resume = None,
@@ -63,7 +68,8 @@ def command(
 
     given = {
         "task": task, "model": model, "train": one_or_several(train), "validation": one_or_several(validation),
-        "test": one_or_several(test), "epochs": epochs,
+        "test": one_or_several(test), "epochs": epochs, "format.kind": kind,
+        **{f"columns.{name}": theirs for name, theirs in columns_of(column).items()},
     }  # fmt: skip
     changes = [*as_overrides(given), *(overrides or [])]
     if resume is not None:
@@ -128,7 +134,7 @@ def summary(config: FinetuneConfig, result: Result) -> str:
     lines += [
         f"files     {folder.path}/: {', '.join(files)}",
         f"model     {folder.model}",
-        *_beside("next", _next_commands(result)),
+        *_beside("next", _next_commands(config, result)),
     ]
     return "\n".join(lines)
 
@@ -137,7 +143,23 @@ def _beside(name: str, lines: list[str]) -> list[str]:
     return [f"{name if i == 0 else '':10}{line}" for i, line in enumerate(lines)]
 
 
-def _next_commands(result: Result) -> list[str]:
-    run = result.output
+def _next_commands(config: FinetuneConfig, result: Result) -> list[str]:
+    run = shlex.quote(str(result.output))
     commands = [f"llmengine finetune --resume {run}"] if result.interrupted else []
-    return [*commands, f'llmengine predict {run} --text "…"', f"llmengine evaluate {run}"]
+    commands.append(f"llmengine predict {run} {_question(config)}")
+    if config.test is not None or config.validation != 0:
+        commands.append(f"llmengine evaluate {run}")
+    return commands
+
+
+def _question(config: FinetuneConfig) -> str:
+    """What `predict` can ask the task's model: a text, two, or the rows of a file of the run's."""
+    from llmengine.tasks.task import class_of
+
+    asked = set(class_of(config.task).asked) - {"text_pair"}
+    if len(asked) == 1:
+        return '--text "…"'
+    if "context" in asked:
+        return '--text "…" --pair "…"'
+    files = config.test or config.train
+    return " ".join(f"--data {shlex.quote(file)}" for file in ([files] if isinstance(files, str) else files))

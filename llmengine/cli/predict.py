@@ -11,7 +11,7 @@ import typer
 
 from llmengine.cli import fine_tuned
 from llmengine.cli.common import Debug, ModelPath, reported
-from llmengine.cli.fine_tuned import Columns, Data, DataKind
+from llmengine.cli.fine_tuned import Columns, Data, DataFormat, DataKind
 
 if TYPE_CHECKING:
     from llmengine.tasks import Answer, Row
@@ -32,6 +32,7 @@ def command(
     data: Data = None,
     column: Columns = None,
     kind: DataKind = None,
+    format: DataFormat = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A file of JSON lines: each row and its prediction.")
     ] = None,
@@ -57,7 +58,11 @@ def command(
     else:
         # of the run's columns those that are asked: labels may be missing
         columns = {name: theirs for name, theirs in tuned.columns.items() if name in task.asked}
-        read = fine_tuned.read(data or [], kind, columns | fine_tuned.columns_of(column))
+        data = data or []
+        written = tuned.format(data, kind, fine_tuned.format_of(format))
+        if written.get("kind") == "parallel" and len(data) == 1:
+            written["kind"] = "text"  # sources without their targets
+        read = fine_tuned.read(data, written, columns | fine_tuned.columns_of(column))
         rows = [fine_tuned.asking(task, row) for row in read]
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

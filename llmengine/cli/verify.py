@@ -66,12 +66,12 @@ def command(
 
 def _encode(text: str, a: Path, b: Path) -> list[int]:
     from llmengine.data import Tokenizer
-    from llmengine.data.tokenizer import FILE
+    from llmengine.data.tokenizer_files import files_in
 
-    directory = next((path for path in (a, b) if (path / FILE).is_file()), None)
+    directory = next((path for path in (a, b) if path.is_dir() and files_in(path)), None)
     if directory is None:
         raise FileNotFoundError(
-            f"--text: neither {a} nor {b} has a {FILE}; leave out --text to compare on random tokens"
+            f"--text: neither {a} nor {b} has a tokenizer's files; leave out --text to compare on random tokens"
         )
     ids = Tokenizer.load(directory).encode(text)
     if not ids:

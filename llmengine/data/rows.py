@@ -95,6 +95,28 @@ def iterate_rows(
     return _rows(placed, named, faults)
 
 
+def check_format(given: Mapping[str, Any]) -> None:
+    """That there is such a kind (none: a file's name will tell), and that it, or any, has these options."""
+    options = {name: value for name, value in given.items() if name != "kind"}
+    kind = given.get("kind")
+    if kind is not None:
+        _check_options("format", kind, options)
+        return
+    allowed = sorted({name for each in KINDS.values() for name in each.options})
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"format: {', '.join(unknown)} is not one of kind, {', '.join(allowed)}")
+
+
+def _check_options(where: str, kind: Any, options: Mapping[str, Any]) -> None:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{where}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    allowed = KINDS[kind].options
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(
+            f"{where}: kind {kind!r} has no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}"
+        )
+
+
 def _kinds(paths: Sequence[Path], name: str | None, options: Mapping[str, Any]) -> list[Kind]:
     """The kind of each file; that the files are there, and that the options are theirs."""
     if not paths:
@@ -107,13 +129,7 @@ def _kinds(paths: Sequence[Path], name: str | None, options: Mapping[str, Any]) 
         raise ValueError(f'data: "parallel" takes two files, source and target; got {len(paths)}')
     names = [name or _kind(path) for path in paths]
     for each in names:
-        if each not in KINDS:
-            raise ValueError(f"data: kind {each!r} is not one of {', '.join(KINDS)}")
-        allowed = KINDS[each].options
-        if unknown := sorted(set(options) - set(allowed)):
-            raise ValueError(
-                f"data: kind {each!r} has no option {', '.join(unknown)}; options: {', '.join(allowed) or 'none'}"
-            )
+        _check_options("data", each, options)
     return [KINDS[each] for each in names]
 
 

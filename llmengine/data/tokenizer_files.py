@@ -57,9 +57,14 @@ def load(path: Path) -> Parts:
     return backend, _roles(backend, directory, config, defaults), config
 
 
+def files_in(directory: Path) -> list[Path]:
+    """A directory's files of tokenizers, the one that decides first."""
+    return [file for name in (FILE, *SENTENCEPIECE, WORDS, MERGES) for file in sorted(directory.glob(name))]
+
+
 def _find(directory: Path) -> Path:
     """The file that decides, if a directory has one."""
-    found = [file for name in (FILE, *SENTENCEPIECE, WORDS, MERGES) for file in sorted(directory.glob(name))]
+    found = files_in(directory)
     if not found:
         raise FileNotFoundError(
             f"Tokenizer.load: {directory} has no {FILE}; give a Hugging Face tokenizer directory, or one with "

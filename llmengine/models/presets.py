@@ -113,11 +113,14 @@ _XLNET: Fields = {
 
 # ---- decoders --------------------------------------------------------------------------------------------------------
 
+# what classifies is the last token, the only one that sees all others
+_LAST_TOKEN: Fields = {"summary": "last", "classifier_bias": False}
 # Radford et al. 2018, 2019
 _GPT2: Fields = {
     "family": "gpt2",
     "architecture": "decoder",
     "objectives": ["clm"],
+    **_LAST_TOKEN,
     "vocab_size": 50257,
     "max_positions": 1024,
     "activation": "gelu_tanh",
@@ -131,6 +134,7 @@ _GPT: Fields = {
     "family": "openai-gpt",
     "architecture": "decoder",
     "objectives": ["clm"],
+    **_LAST_TOKEN,
     "vocab_size": 40478,
     "max_positions": 512,
     "activation": "gelu_tanh",
@@ -152,6 +156,7 @@ _GPT_NEOX: Fields = _QUIET | {
     "family": "gpt_neox",
     "architecture": "decoder",
     "objectives": ["clm"],
+    **_LAST_TOKEN,
     "vocab_size": 50304,
     "max_positions": 2048,
     "positions": "rotary",
@@ -166,6 +171,7 @@ _LLAMA: Fields = _QUIET | {
     "family": "llama",
     "architecture": "decoder",
     "objectives": ["clm"],
+    **_LAST_TOKEN,
     "vocab_size": 32000,
     "max_positions": 2048,
     "positions": "rotary",

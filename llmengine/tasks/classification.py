@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -93,14 +94,23 @@ class Classification(Reading):
             return metrics.regression(gold, [_several(answer["value"]) for answer in answers])
         if self.options.problem == "multi":
             sets = [_classes(row, i) for i, row in numbered]
+            self._tell_unknown(sets)
             known = self._with(name for names in sets for name in names)
             return metrics.multi_label(sets, [answer["labels"] for answer in answers], known)
         names = [_class(row, i) for i, row in numbered]
+        self._tell_unknown([[name] for name in names])
         return metrics.classification(names, [answer["label"] for answer in answers], self._with(names))
 
     def _with(self, names: Iterable[str]) -> tuple[str, ...]:
         """The task's classes, and behind them others that rows have: there no answer is ever right."""
         return (*self.labels, *sorted(set(names) - set(self.labels)))
+
+    def _tell_unknown(self, sets: Sequence[Sequence[str]]) -> None:
+        unknown = self._with(name for names in sets for name in names)[len(self.labels) :]
+        count = sum(not set(unknown).isdisjoint(names) for names in sets)
+        named = reprlib.repr(list(unknown)).strip("[]")
+        what = f"rows have a label that the model does not know ({named}): no answer to them is all right"
+        tell(self.name, count, len(sets), what)
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 

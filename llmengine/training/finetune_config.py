@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmengine.data.rows import check_format
 from llmengine.models import TransformerConfig
 from llmengine.tasks import TASKS
 from llmengine.training.config_errors import hint
@@ -105,13 +106,16 @@ class FinetuneConfig(Config):
     fresh_head: bool = False
     """Whether a head that the pretrained model has for this task is replaced by a new one."""
     train: Source
-    """A file of rows, or several; kinds are those of llmengine.data.rows."""
+    """A file of rows, or several; of `format`'s kind "parallel" two, the sources' and the targets'."""
     validation: Source | Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
     """Files, or the fraction of `train` that is evaluated on and never trained on; 0: no evaluations."""
     test: Source | None = None
     """What the model is tested with when it is trained."""
     columns: dict[str, str | int] = Field(default_factory=dict)
-    """{what the task calls a column: what the files do}."""
+    """{what the task calls a column: what the files do}; of CoNLL files a number, as {words: 0, tags: -1}."""
+    format: dict[str, Any] = Field(default_factory=dict)
+    """How all of these files are written: `kind`, a name of llmengine.data.rows.KINDS (none: each file's name tells),
+    and its options, as {kind: conll, scheme: iob1} or {delimiter: ";"}."""
     bad: Literal["raise", "skip"] = "raise"
     """What is done with a malformed row."""
     labels: list[str] | None = None
@@ -169,6 +173,7 @@ class FinetuneConfig(Config):
         for name in ("train", "validation", "test"):
             if getattr(self, name) in ("", []):
                 raise ValueError(f"{name} is empty; give a file, or several")
+        check_format(self.format)
         if self.validation == 0 and (self.patience is not None or self.select is not None):
             name = "patience" if self.patience is not None else "select"
             raise ValueError(f"{name} needs evaluations, but validation is 0; give files, or a fraction of train")

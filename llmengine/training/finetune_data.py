@@ -47,7 +47,7 @@ class TrainingRows:
 
 
 def read_source(config: FinetuneConfig, source: Source, notice: Callable[[str], None] = lambda _: None) -> list[Row]:
-    return list(read_rows(source, columns=config.columns or None, bad=config.bad, notice=notice))
+    return list(read_rows(source, columns=config.columns or None, bad=config.bad, notice=notice, **config.format))
 
 
 def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -149,8 +149,12 @@ class Run(ABC):
 
 
 def model_directory(path: str | Path) -> Path:
-    """The model of a run folder; any other path as it is. Raises FileNotFoundError where the run did not end yet."""
+    """The model of a run folder; any other path as it is. Raises FileNotFoundError where there is no
+    folder, or the run did not end yet."""
     folder = Folder(Path(path))
+    if not folder.path.is_dir():
+        problem = "is no folder" if folder.path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}; give a model's directory, or a run folder")
     if not folder.config.is_file():
         return folder.path
     if not (folder.model / "config.json").is_file():

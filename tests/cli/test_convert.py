@@ -151,3 +151,15 @@ def test_verify_tells_what_only_one_has(tmp_path):
     made(tmp_path / "c", "bert-tiny", n_layers=2)
     result = call("verify", tmp_path / "a", tmp_path / "c")
     assert result.exit_code == 2 and "n_layers is 3 in the first model and 2 in the second" in result.stderr
+
+
+def test_verify_takes_any_tokenizer_for_a_text(tmp_path):
+    config = TransformerConfig.preset("bert-tiny", vocab_size=8)
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        Transformer(config).save_pretrained(tmp_path / name)
+    without = call("verify", tmp_path / "a", tmp_path / "b", "--text", "the soup")
+    assert without.exit_code == 2 and "has a tokenizer's files" in without.stderr
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "soup"]
+    (tmp_path / "b" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    assert "2 tokens of the text" in succeed("verify", tmp_path / "a", tmp_path / "b", "--text", "the soup")

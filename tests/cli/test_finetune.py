@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from llmengine import Transformer
+from llmengine.cli import finetune
+from llmengine.training import FinetuneConfig
 from tests.cli.conftest import call, succeed
 from tests.training.finetunes import pretrained, rows, write
 
@@ -96,3 +98,73 @@ def test_errors_are_sentences(tuned, arguments, sentence):
 def test_each_kind_of_run_is_resumed_by_its_own_command(tuned):
     result = call("train", "--resume", tuned.run)
     assert result.exit_code == 2 and "is a run of llmengine finetune" in result.stderr
+
+
+# ---- files of other formats ------------------------------------------------------------------------------------------
+
+
+def test_parallel_files_are_sources_and_their_targets(tmp_path):
+    sources = [row["text"] for row in rows(30)]
+    for name, texts in (("a.en", sources), ("a.de", map(str.upper, sources))):
+        (tmp_path / name).write_text("".join(f"{text}\n" for text in texts))
+    base = pretrained(tmp_path / "base", "bart-tiny", objectives=["seq2seq"])
+    en, de, run = tmp_path / "a.en", tmp_path / "a.de", tmp_path / "a run"
+    printed = succeed("finetune", "--task", "seq2seq", "--model", base, "--train", en, "--train", de,
+                      "--kind", "parallel", "--set", "steps=1", *FAST, "-o", run)  # fmt: skip
+    assert f"llmengine predict '{run}' --text" in printed, "quoted for the shell"
+    assert len(succeed("predict", run, "--data", en, "--json").splitlines()) == 30, "sources need no targets"
+    assert "on 30 rows" in succeed("evaluate", run, "--data", en, "--data", de)
+    alone = call("evaluate", run, "--data", en)
+    assert alone.exit_code == 2 and '"parallel" takes two files' in alone.stderr
+
+
+def test_a_format_and_names_of_columns_are_the_run_s(tmp_path):
+    text = "".join(f"{w} x B-{t} x\n{w} x I-{t} x\n\n" for w, t in [("soup", "A"), ("day", "B")] * 10)
+    (tmp_path / "a.txt").write_text(text)
+    run, file = tmp_path / "run", tmp_path / "a.txt"
+    base = pretrained(tmp_path / "base")
+    succeed("finetune", "--task", "tagging", "--model", base, "--train", file, "--kind", "conll", "--column", "words=0",
+            "--column", "tags=2", "--set", "steps=1", *FAST, "-o", run)  # fmt: skip
+    assert "on 20 rows" in succeed("evaluate", run, "--data", file)
+    assert json.loads(succeed("predict", run, "--data", file, "--json").splitlines()[0])["tags"]
+    wrong = call("evaluate", run, "--data", file, "--format", "delimiter=;")
+    assert wrong.exit_code == 2 and "'conll' has no option delimiter; options: scheme, comments" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "field, sentence",
+    [
+        ("format.kind=conl", "format: kind 'conl' is not one of jsonl, json, csv"),
+        ("format.kind=[a]", "format: kind ['a'] is not one of jsonl, json, csv"),
+        ("format={kind: csv, scheme: bio}", "format: kind 'csv' has no option scheme; options: delimiter"),
+        ("format.delimter=x", "format: delimter is not one of kind, comments, delimiter"),
+    ],
+)
+def test_a_format_that_there_is_not_is_told(field, sentence):
+    result = call("finetune", "--task", "tagging", "--model", "m", "--train", "a.csv", "--set", field)
+    assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_what_it_proposes_asks_all_that_the_task_asks():
+    def question(task: str) -> str:
+        fields = {"task": task, "model": "m", "train": ["a b.jsonl"]}
+        return finetune._question(FinetuneConfig.from_dict(fields))
+
+    assert question("classification") == question("chat") == '--text "…"'
+    assert question("qa") == '--text "…" --pair "…"'
+    assert question("choice") == question("preference") == "--data 'a b.jsonl'"
+
+
+def test_a_model_that_is_not_there_is_told(tmp_path):
+    train = write(tmp_path / "a.jsonl", rows(20))
+    for command in (("predict", tmp_path / "no", "--text", "a"), ("evaluate", tmp_path / "no", "--data", train),
+                    ("finetune", "--task", "classification", "--model", tmp_path / "no", "--train", train,
+                     "-o", tmp_path / "run")):  # fmt: skip
+        result = call(*command)
+        assert result.exit_code == 2 and f"{tmp_path / 'no'} does not exist; give a" in result.stderr
+
+
+def test_a_report_that_cannot_be_written_is_told_by_its_path(tuned):
+    file = tuned.folder / "test.jsonl"
+    result = call("evaluate", tuned.run, "--output", file / "report")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {file}") and "Errno" not in result.stderr

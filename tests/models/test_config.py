@@ -203,3 +203,9 @@ def test_a_decoder_of_other_numbers():
     side = config.decoder_side
     assert (side.n_heads, side.head_dim, side.d_ff, side.d_model) == (4, 128, 64, config.d_model)
     assert (config.n_heads, config.head_dim) == (8, 64) and TransformerConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("preset", ["gpt-tiny", "llama-tiny", "pythia-160m", "qwen3-0.6b", "gemma3-1b"])
+def test_a_preset_of_a_decoder_classifies_by_its_last_token(preset):
+    config = TransformerConfig.preset(preset, objectives=["classification"])
+    assert (config.summary, config.classifier_bias) == ("last", False), "as Hugging Face's of these families"

@@ -279,3 +279,13 @@ def test_token_types_only_where_the_model_has_them(wordpiece):
         batch = examples.collate([examples[0, 0]])
         assert ("token_type_ids" in batch) == (types == 2)
         assert torch.isfinite(model(**batch).loss)
+
+
+@pytest.mark.parametrize("problem, label", [("single", "bda"), ("multi", ["good", "bda"])])
+def test_judging_rows_tells_of_labels_that_the_model_does_not_know(of_family, problem, label):
+    tokenizer = of_family["bert"].ours
+    rows = [{"text": "a", "label": label}, {"text": "b", "label": "good" if problem == "single" else ["good"]}]
+    task = make("classification", tokenizer, rows, max_length=8, labels=["bad", "good"], problem=problem)
+    answers = [{"label": "good", "labels": ["good"]}] * 2
+    with pytest.warns(UserWarning, match=r"1 of 2 rows have a label that the model does not know \('bda'\)"):
+        task.judge(rows, answers)

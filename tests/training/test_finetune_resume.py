@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from llmengine.files import sha256
 from llmengine.training import checkpoint as checkpoints
 from llmengine.training import train
+from llmengine.training.finetuning import Finetuning
 from tests.training.finetunes import held_out_losses, pretrained, tiny
 from tests.training.runs import At, Crash, crash, interrupt, outcome, run
 
@@ -128,3 +130,16 @@ def test_other_rows_or_another_base_are_refused(tmp_path):
         run(tiny(tmp_path, "steps=1"), tmp_path / "0", resume=True)
     with pytest.raises(ValueError, match=r"r_drop is 1\.0, was 0\.0"):
         run(tiny(tmp_path, "steps=1", "r_drop=1.0"), tmp_path / "0", resume=True)
+
+
+def test_a_signal_while_it_evaluates_is_saved_like_any_other(tmp_path, monkeypatch):
+    config, evaluate = tiny(tmp_path), Finetuning.evaluate
+
+    def interrupted(run):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(run)
+
+    monkeypatch.setattr(Finetuning, "evaluate", interrupted)
+    result = train(config, tmp_path / "run")
+    assert (result.interrupted, result.step) == ("SIGINT", 2)
+    assert result.checkpoint is not None and checkpoints.step_of(result.checkpoint) == 2

@@ -21,7 +21,7 @@ def read_csv(
     quoting: cells may be in quotation marks, a mark in them written twice (RFC 4180); False: marks are characters.
     header: the first record names the columns; False: their names are "0", "1", …. Blank lines are no rows.
     """
-    if len(delimiter) != 1:
+    if not isinstance(delimiter, str) or len(delimiter) != 1:
         raise ValueError(f"data: delimiter must be one character, got {delimiter!r}")
     names: list[str] | None = None
     with opened(path, "data") as file:
