@@ -92,7 +92,10 @@ def test_contradictions_in_files(changed, message, tmp_path):
         ({"n_labels": 2, "labels": NAMES}, r"labels has 3 names for n_labels 2"),
         ({"n_labels": 2, "labels": ("a", "a")}, r"labels \['a', 'a'\] names one twice"),
         ({"labels": (1, 2)}, r"labels.0: Input should be a valid string, got 1"),
-        ({"preset": "gpt-tiny", "family": "custom"}, 'summary "first" is a token that sees no other in a decoder'),
+        (
+            {"preset": "gpt-tiny", "summary": "first", "family": "custom"},
+            'summary "first" is a token that sees no other in a decoder',
+        ),
     ],
 )
 def test_contradictions_in_configs(fields, message):
