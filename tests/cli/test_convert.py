@@ -141,7 +141,7 @@ def test_verify_on_a_text(runs, tmp_path):
     assert "tokens of the text" in printed and "nsp logits" in printed and "pooler" in printed
     made(tmp_path / "a", "gpt-tiny")
     result = call("verify", tmp_path / "a", tmp_path / "a", "--text", "so")
-    assert result.exit_code == 2 and "has a tokenizer.json" in result.stderr
+    assert result.exit_code == 2 and "has a tokenizer's files" in result.stderr
 
 
 def test_verify_tells_what_only_one_has(tmp_path):
