@@ -67,13 +67,14 @@ _HOPPER = {
         MASK: {128: Tile(16, 16, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
 }  # fmt: skip
-# Its compiler keeps fewer of float32's tiles in registers.
+# Its compiler keeps fewer of float32's tiles in registers, and fewer of those that a bias by distance crosses.
 _BLACKWELL = _HOPPER | {
+    "busy": _HOPPER["busy"] | {ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)}},
     "float32": _HOPPER["float32"]
     | {
         FORWARD: {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        KEYS: {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    }
+        KEYS: {256: Tile(16, 16, 8, 2)},
+    },
 }
 _CDNA = {
     "plain": {
@@ -85,7 +86,7 @@ _CDNA = {
         FORWARD: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
         KEYS: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
         ROWS: {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
-        MASK: {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+        MASK: {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 4, 1)},
     },
     "float32": {
         FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)},
@@ -108,7 +109,9 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
     if kernel == STATISTICS:  # rows alone: a small tile, for the product whose diagonal is wanted
         return Tile(16, 16, 2, 1)
     if kernel == DISTANCE:  # square, for its diagonals
-        return Tile(32, 32, 8, 1) if head_dim <= 128 and x.dtype != torch.float32 else Tile(16, 16, 4, 1)
+        if x.dtype == torch.float32:
+            return Tile(16, 16, 4, 1)
+        return Tile(32, 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
     operands = "float32" if x.dtype == torch.float32 else "plain" if plain else "busy"
     table = _TABLES.get(place, _AMPERE)[operands]
     return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]

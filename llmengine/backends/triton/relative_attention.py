@@ -22,17 +22,17 @@ KERNELS: dict[str, Kernel] = {}
 OPERANDS = 5  # query, position_query, key, value, position_key
 DISTANCES = "distances"
 # By the bytes of an element, and the widest head dim that a tile serves; chosen as attention's (attention_table.py),
-# by what compiles for sm_90 without a spill. float32 heads beyond 128 spill in distances_kernel whatever the tile.
+# by what compiles without a spill. float32 heads beyond 128 spill in distances_kernel whatever the tile.
 TILES = {
     2: {
         FORWARD: {64: Tile(64, 64, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
         ROWS: {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
         KEYS: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-        DISTANCES: {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        DISTANCES: {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
     },
     4: {
         FORWARD: {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        ROWS: {64: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ROWS: {64: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
         KEYS: {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
         DISTANCES: {256: Tile(16, 16, 8, 1)},
     },
