@@ -322,6 +322,10 @@ def test_what_else_transformers_does_with_a_model_that_generates(tmp_path):
         model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
     with pytest.raises(ValueError, match="labels given, which does not go with a cache"):
         model(**inputs, labels=inputs["input_ids"], cache=transformers.DynamicCache())
+    _, xlnet = writer("xlnet", tmp_path / "xlnet")
+    for option in ({"cache": transformers.DynamicCache()}, {"use_mems": True}):
+        with pytest.raises(ValueError, match="XLNet has no cache"):
+            xlnet(**inputs, **option)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -279,6 +279,8 @@ class LlmengineForCausalLM(Generating):
         input_ids; attention_mask (batch, past + new) then covers both. use_cache asks for one, where there are no
         labels. logits_to_keep: logits of so many last places only, 0 for all."""
         cache = past_key_values if cache is None else cache
+        if self.transformer.decoder is None and (cache is not None or options.get("use_mems")):
+            raise ValueError("LlmengineForCausalLM: XLNet has no cache, and its mems are in no output here")
         if cache is not None or (use_cache and labels is None and self.transformer.decoder is not None):
             cache = DynamicCache(config=self.config) if cache is None else cache
             logits, hidden = self._continue(
