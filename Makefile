@@ -1,7 +1,9 @@
-# One verb per act; each sets up what it needs. Variables: PYTHON, VENV, TORCH (the PyTorch to install), MAX_JOBS.
+# One verb per act; each sets up what it needs. Variables: PYTHON, VENV, TORCH (the PyTorch to install), JOBS (processes
+# that test), MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 RUNS ?= runs
 BERT ?=
 GPT ?=
@@ -46,7 +48,7 @@ recipe: $(VENV)/.installed
 	$(BIN)/python examples/recipes/run.py $(NAME) --folder $(RUNS)/recipes $(RECIPE)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest tests -m "not heavy"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m "not heavy" -n $(JOBS) --dist loadfile
 
 test-heavy: $(VENV)/.tested
 	$(BIN)/python -m pytest tests

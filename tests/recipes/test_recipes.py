@@ -22,7 +22,7 @@ assert spec is not None and spec.loader is not None
 run = importlib.util.module_from_spec(spec)
 sys.modules["recipes_run"] = run
 spec.loader.exec_module(run)
-data = run.data
+sources = run.sources
 
 
 @pytest.mark.parametrize("name", run.RECIPES)
@@ -34,7 +34,7 @@ def test_configs_are_valid_and_fit_each_other(name):
     before = RunConfig.from_file(FOLDER / f"{recipe.starts_from}.yaml")
     assert config.model == f"runs/recipes/{recipe.starts_from}"
     assert before.corpus == f"runs/recipes/data/{run.CORPORA[recipe.starts_from]}/train.jsonl"
-    assert name in data.SOURCES and run.CORPORA[recipe.starts_from] in data.SOURCES
+    assert name in sources.SOURCES and run.CORPORA[recipe.starts_from] in sources.SOURCES
 
 
 def test_every_config_is_of_a_recipe():
@@ -44,7 +44,7 @@ def test_every_config_is_of_a_recipe():
 
 def test_rows_of_one_key_are_in_one_split_and_none_twice():
     made = [(f"key {i % 500}", {"text": f"text {i % 1500}"}) for i in range(3000)]
-    parts = data.split(made)
+    parts = sources.split(made)
     texts = {part: {row["text"] for row in rows} for part, rows in parts.items()}
     assert sum(map(len, parts.values())) == 1500 == sum(map(len, texts.values()))
     keys = {part: {int(text.split()[1]) % 500 for text in found} for part, found in texts.items()}

