@@ -123,7 +123,7 @@ def test_odd_corpora(bpe, wordpiece, documents, length):
     [
         ({"name": "nsp"}, "'nsp' is not one of bert, mlm, sop, clm, "),
         ({"name": "clm", "whole_word": True}, "'clm': no option whole_word; options: none"),
-        ({"name": "mlm", "whole_words": True}, "'mlm': no option whole_words; options: mask_fraction, mode, mask_share, "),
+        ({"name": "mlm", "whole_words": True}, "'mlm': no option whole_words; options: mask_fraction, mode, "),
         ({"name": "clm"}, "'clm': the tokenizer has no eos token; train one of kind \"bpe\""),
         ({"name": "clm", "tokenizer": "bpe", "sequence_length": 2}, "'clm': sequence_length must be 3 or more, got 2"),
         ({"name": "mlm", "tokenizer": "bpe"}, "'mlm': the tokenizer has no cls, sep, mask token; .* \"wordpiece\""),
