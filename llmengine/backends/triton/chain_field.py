@@ -49,6 +49,13 @@ def _log_sum_exp(x):
 
 
 @triton.jit
+def _tags(K: tl.constexpr, count, on):
+    """The mask of `count` tags where `on`, and of none elsewhere. (A number that is spread over a block by & is no
+    bool to the interpreter of Triton 3.9.)"""
+    return tl.arange(0, K) < tl.where(on, count, 0)
+
+
+@triton.jit
 def _load_moves(transition, K: tl.constexpr):
     return tl.load(transition + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :])
 
@@ -78,7 +85,7 @@ def _forward(
     sequence = tl.program_id(0)
     first, last = tl.load(boundaries + sequence).to(tl.int64), tl.load(boundaries + sequence + 1).to(tl.int64)
     j = tl.arange(0, K)
-    inside = (j < count) & (first < last)
+    inside = _tags(K, count, first < last)
     moves = _load_moves(transition, K)
     largest = _shift(tl.reshape(moves, (K * K,)), 0)
     odds = tl.exp(moves - largest)
@@ -91,7 +98,7 @@ def _forward(
     loss = -tl.where(possible, right, 0.0).to(tl.float64)
     x = tl.load(emissions + first * row_stride + j, inside, -float("inf")).to(tl.float32)
     for t in range(first, last):
-        following = tl.load(emissions + (t + 1) * row_stride + j, inside & (t + 1 < last), -float("inf"))
+        following = tl.load(emissions + (t + 1) * row_stride + j, _tags(K, count, t + 1 < last), -float("inf"))
         if t > first:
             sums = tl.sum(tl.exp(line)[:, None] * odds, 0)
             line = _log_sums(line, sums, transition, count, largest, True, K)
@@ -152,18 +159,18 @@ def _backward(
         upstream = tl.load(grad_losses + tl.cast(sequence, tl.int64) * grad_stride)
         # of the token in hand: B, and what the forward saved
         line = tl.load(end + j, inside, -float("inf"))
-        seen = tl.load(alpha + (last - 1) * count + j, inside & (first < last), -float("inf"))
+        seen = tl.load(alpha + (last - 1) * count + j, _tags(K, count, first < last), -float("inf"))
         marginal, _ = _marginal(line + seen)
         tag = tl.load(tags + last - 1, first < last, 0)
         for step in range(0, last - first):
             t = last - 1 - step
             grad = upstream * (marginal - tl.where(j == tag, 1.0, 0.0))
             grad = tl.where((tag >= 0) & (tag < count), grad, float("nan"))
-            writes = inside & (tl.program_id(1) == 0)
-            tl.store(grad_emissions + t * count + j, grad.to(grad_emissions.dtype.element_ty), writes)
+            writer = tl.program_id(1) == 0
+            tl.store(grad_emissions + t * count + j, grad.to(grad_emissions.dtype.element_ty), _tags(K, count, writer))
             edges = grad_edges + tl.cast(sequence, tl.int64) * 2 * count + j
-            tl.store(edges, grad, writes & (t == first))
-            tl.store(edges + count, grad, writes & (step == 0))
+            tl.store(edges, grad, _tags(K, count, writer & (t == first)))
+            tl.store(edges + count, grad, _tags(K, count, writer & (step == 0)))
             if t > first:
                 before = tl.load(tags + t - 1)
                 seen = tl.load(alpha + (t - 1) * count + j, inside, -float("inf"))
@@ -201,7 +208,7 @@ def _walk(
     sequence = tl.program_id(0)
     first, last = tl.load(boundaries + sequence).to(tl.int64), tl.load(boundaries + sequence + 1).to(tl.int64)
     j = tl.arange(0, K)
-    inside = (j < count) & (first < last)
+    inside = _tags(K, count, first < last)
     moves = _load_moves(transition, K)
     best, ends = tl.load(start + j, inside, -float("inf")), tl.load(end + j, inside, -float("inf"))
     wrong = (best < float("inf")) & (ends < float("inf"))
@@ -210,7 +217,7 @@ def _walk(
         wrong = tl.maximum(wrong, tl.max(tl.reshape((~(moves < float("inf"))).to(tl.int32), (K * K,)), 0))
     x = tl.load(emissions + first * row_stride + j, inside, -float("inf")).to(tl.float32)
     for t in range(first, last):
-        following = tl.load(emissions + (t + 1) * row_stride + j, inside & (t + 1 < last), -float("inf"))
+        following = tl.load(emissions + (t + 1) * row_stride + j, _tags(K, count, t + 1 < last), -float("inf"))
         if t > first:
             best, who = tl.max(best[:, None] + moves, 0, return_indices=True, return_indices_tie_break_left=True)
             tl.store(pointers + t * count + j, who.to(tl.int8), inside)
