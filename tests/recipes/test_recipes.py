@@ -58,7 +58,7 @@ def test_a_score_below_the_bound_fails(tmp_path):
     (tmp_path / "intents" / "evaluation" / "scores.json").write_text(json.dumps(scores))
     command = [sys.executable, FOLDER / "run.py", "intents", "--folder", tmp_path, "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "accuracy 0.5000 does not reach 0.8" in done.stderr
+    assert done.returncode == 1 and "accuracy 0.5000 does not reach 0.75" in done.stderr
 
 
 @pytest.mark.recipes
