@@ -11,6 +11,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/multiply_add_peak.h"
 #include "ops/norm.h"
 #include "ops/relative_attention.h"
 #include "ops/rotary.h"
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
+  bind_cpu<ops::MultiplyAddPeak>(module, "multiply_add_peak");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::RelativeAttentionForward>(module, "relative_attention_forward");
