@@ -1,5 +1,5 @@
-// The innermost product of the CPU kernels at its best (contract: ops/multiply_add_peak.h): A and B of one register tile
-// stay in the first-level cache (B: 16 KiB), and C goes to it once per kDepth multiply-adds of each element.
+// The innermost product of the CPU kernels at its best (contract: ops/multiply_add_peak.h): A and B of one register
+// tile stay in the first-level cache (B: 16 KiB), and C goes to it once per kDepth multiply-adds of each element.
 #include "ops/multiply_add_peak.h"
 
 #include "cpu/parallel.h"
