@@ -173,4 +173,9 @@ def question(task: Task, text: str, pair: str | None = None) -> Row:
 
 def asking(task: Task, row: Row) -> Row:
     """A row as it is; where it has a text and not the column that the task asks for, the question that the text is."""
-    return row if "text" not in row or task.asked[0] in row else {**row, **question(task, row["text"])}
+    from llmengine.data.rows import PlacedRow
+
+    if "text" not in row or task.asked[0] in row:
+        return row
+    columns = {**row, **question(task, row["text"])}
+    return PlacedRow(row.place, columns) if isinstance(row, PlacedRow) else columns

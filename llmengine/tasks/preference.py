@@ -19,7 +19,7 @@ from llmengine.metrics.score import check_paired
 from llmengine.objectives.likelihood import each_log_likelihood
 from llmengine.objectives.preference import Preference, PreferenceLoss
 from llmengine.tasks.chat import in_row, messages_of
-from llmengine.tasks.rows import tell, text_of
+from llmengine.tasks.rows import placed, tell, text_of
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
 
 SIDES = ("chosen", "rejected")
@@ -80,11 +80,11 @@ class Preferences(Task):
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> PairExamples:
         pairs, long, same = [], 0, 0
-        for i, row in enumerate(rows):
-            if text_of(self.name, row, i, "chosen") == text_of(self.name, row, i, "rejected"):
+        for place, row in placed(rows):
+            if text_of(self.name, row, place, "chosen") == text_of(self.name, row, place, "rejected"):
                 same += 1
                 continue
-            pair, cut = self._pair(row, i)
+            pair, cut = self._pair(row, place)
             pairs.append(pair)
             long += cut
         tell(
@@ -103,7 +103,7 @@ class Preferences(Task):
             self._learner if self._learner is not None and model in (self._learner, self._learner.policy) else None
         )
         policy = model.policy if isinstance(model, Preference) else model
-        pairs = [self._pair(row, i)[0] for i, row in enumerate(rows)]
+        pairs = [self._pair(row, place)[0] for place, row in placed(rows)]
         both = list(each_log_likelihood(policy, [side for pair in pairs for side in pair], batch_tokens))
         if not both:
             return
@@ -129,17 +129,17 @@ class Preferences(Task):
         )
         return Judgement(scores, "accuracy", len(rows))
 
-    def _pair(self, row: Row, number: int) -> tuple[list[dict[str, Tensor]], bool]:
+    def _pair(self, row: Row, place: str) -> tuple[list[dict[str, Tensor]], bool]:
         """Input ids and labels of the chosen and of the rejected answer, and whether they were cut."""
         prompt: Sequence[Message]
         if isinstance(row.get("prompt"), str) or "prompt" not in row:
-            prompt = [{"role": "user", "content": text_of(self.name, row, number, "prompt")}]
+            prompt = [{"role": "user", "content": text_of(self.name, row, place, "prompt")}]
         else:
-            prompt = messages_of(self.name, row, number, "prompt")
+            prompt = messages_of(self.name, row, place, "prompt")
         pair = []
         for side in SIDES:
-            messages = [*prompt, {"role": ASSISTANT, "content": text_of(self.name, row, number, side)}]
-            ids, replies = in_row(self.name, number, self.template.encode, messages, last_only=True)
+            messages = [*prompt, {"role": ASSISTANT, "content": text_of(self.name, row, place, side)}]
+            ids, replies = in_row(self.name, place, self.template.encode, messages, last_only=True)
             input_ids = torch.tensor(ids, dtype=torch.int64)
             pair.append({"input_ids": input_ids, "labels": torch.where(torch.tensor(replies), input_ids, IGNORED)})
         return self._cut(pair)

@@ -210,7 +210,7 @@ def test_answers_are_told(row, answer, expected):
         (["evaluate", "{run}/model", "--corpus", "a"], "--corpus: a fine-tuned model is judged on rows"),
         (["evaluate", "{run}", "--column", "a=b"], "--column: goes with --data"),
         (["evaluate", "{run}/model", "--data", "{data}", "--column", "text"], "write NAME=THEIRS, as text=sentence"),
-        (["evaluate", "{run}/model", "--data", "{data}"], "row 1 has no 'label'"),
+        (["evaluate", "{run}/model", "--data", "{data}"], "rows.jsonl, line 1 has no 'label'"),
         (["evaluate", "{plain}", "--data", "{data}"], "--data: only for fine-tuned models"),
     ],
 )
