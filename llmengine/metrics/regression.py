@@ -64,9 +64,11 @@ class _Output:
 
 def _table(outputs: Sequence[_Output], names: Sequence[str]) -> Table:
     """A row of metrics for each output."""
-    rows = [output.metrics(np.ones((1, len(output.x)))) for output in outputs]
-    cells = ((name, *(float(value[0]) for value in row.values())) for name, row in zip(names, rows, strict=True))
-    return Table("Outputs", ("output", *rows[0]), tuple(cells))
+    found = [output.metrics(np.ones((1, len(output.x)))) for output in outputs]
+    rows: list[tuple[str | float, ...]] = []
+    for name, each in zip(names, found, strict=True):
+        rows.append((name, *(float(value[0]) for value in each.values())))
+    return Table("Outputs", ("output", *found[0]), tuple(rows))
 
 
 def _correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

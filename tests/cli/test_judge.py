@@ -15,7 +15,7 @@ from llmengine.cli.predict import describe
 from llmengine.data import Tokenizer
 from llmengine.training import train
 from tests.cli.conftest import call, succeed
-from tests.training.finetunes import rows, tiny, write
+from tests.training.finetunes import preferring, rows, tiny, write
 
 TEST = rows(40, seed=5)
 
@@ -193,6 +193,25 @@ def test_a_text_that_is_no_whole_question_is_an_error(asked, pair, message):
 )
 def test_answers_are_told(row, answer, expected):
     assert list(describe(row, answer)) == expected
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora={r: 2}",), ("options={reference: precomputed}",)])
+def test_a_run_of_preferences_is_judged_beside_the_model_that_it_began_with(tmp_path, overrides):
+    """As when it was trained; the model alone knows nothing of that, and says so."""
+    train(preferring(tmp_path, *overrides), tmp_path / "run")
+    scores = tmp_path / "run" / "evaluation" / "scores.json"
+    tested = json.loads(scores.read_text())["scores"]
+    again = json.loads(succeed("evaluate", tmp_path / "run", "--json"))["scores"]
+    assert abs(tested["margin"]["value"]) > 1e-4, "it learnt something"
+    for name, score in tested.items():
+        assert again[name] == pytest.approx(score, rel=1e-3, abs=1e-6)
+    result = call("evaluate", tmp_path / "run" / "model", "--data", tmp_path / "test.jsonl", "--json")
+    assert "is not at hand (a run's folder knows it, its model alone does not)" in result.stderr
+    alone = json.loads(result.stdout)["scores"]["margin"]["value"]
+    assert alone != pytest.approx(tested["margin"]["value"], rel=1e-3, abs=1e-6)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
