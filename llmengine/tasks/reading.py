@@ -18,6 +18,7 @@ from llmengine.data.examples import IGNORED, pack, tokens_of
 from llmengine.data.template import Inputs, longest_first
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models.modes import evaluating
+from llmengine.tasks.rows import placed
 from llmengine.tasks.task import Row, Task, TaskExamples
 
 ROWS = 1024  # that are read before the first of their answers is given
@@ -159,7 +160,7 @@ def by_sequence(values: Tensor, batch: dict[str, Any]) -> list[Tensor]:
     return list(values.float().cpu().split(batch["cu_seqlens"].diff().tolist()))
 
 
-def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[int, Row]]]:
-    """Rows with their numbers, some at a time."""
+def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[str, Row]]]:
+    """Rows with their places, some at a time."""
     for begin in range(0, len(rows), ROWS):
-        yield list(enumerate(rows[begin : begin + ROWS], begin))
+        yield placed(rows[begin : begin + ROWS], begin)

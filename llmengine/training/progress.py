@@ -35,6 +35,7 @@ class ProgressLine(Observer):
             f"{run.title}: {parameters} on {run.device}, {run.config.precision}, "
             f"steps {step + 1} to {run.steps}, about {run.batches.steps_per_epoch:,} steps an epoch",
             highlight=False,
+            soft_wrap=True,
         )
         for record in records:
             if record["kind"] == "train":
