@@ -40,6 +40,7 @@ void bind_cpu(py::module_& module, const char* name) {
 PYBIND11_MODULE(_cpu, module) {
   module.def("set_thread_count_source", [](py::object source) { thread_count() = std::move(source); });
   module.def("isa", [] { return std::string(cpu::name(cpu::active_isa())); });
+  module.def("isa_notice", &cpu::isa_notice);
   module.def("supported_isas", [] {
     py::list names;
     for (int i = 0; i < cpu::kIsaCount; ++i) {
