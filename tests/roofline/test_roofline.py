@@ -67,7 +67,7 @@ def test_native_peak_counts_its_operations_and_scales_with_rounds():
     if load("cpu").unavailable is not None:
         pytest.fail("the native module is not built")
     module = importlib.import_module("llmengine._cpu")
-    one, ten = torch.zeros(1), torch.zeros(1)
+    one, ten = torch.zeros(2, 1, dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         unit = torch.empty(0, dtype=dtype)
         module.multiply_add_peak(unit=unit, rounds=1, flops=one)
