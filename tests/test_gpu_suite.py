@@ -21,7 +21,7 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     operators = {row["operator"] for row in rows}
     assert operators == {
         "attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
-        "ffn",
+        "ffn", "rotary",
     }  # fmt: skip
     for operator in operators:
         for which in ("forward", "forward + backward"):

@@ -20,13 +20,14 @@
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 
-#if defined(__AVX512F__)
-inline constexpr int kLanes = 16;
+#if defined(__AVX512F__) || defined(LLMENGINE_AMX_EMULATED)
+#define LLMENGINE_LANES 16
 #elif defined(__AVX2__)
-inline constexpr int kLanes = 8;
+#define LLMENGINE_LANES 8
 #else
-inline constexpr int kLanes = 4;
+#define LLMENGINE_LANES 4
 #endif
+inline constexpr int kLanes = LLMENGINE_LANES;
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,24 +218,6 @@ def _numbers(name: str, x: Tensor, sequences: int, config: TransformerConfig) ->
         )
     if config.problem == "multi" and readable(x) and not ((x == 0) | (x == 1)).all():
         raise ValueError(f'Transformer: {name} must hold 0 and 1 only where problem is "multi"')
-
-
-def check_memory(config: TransformerConfig, layout: Packed, mems: Sequence[Tensor] | None, use_mems: bool) -> None:
-    """What an earlier segment left, for each layer (length, sequences, d_model)."""
-    if mems is None and not use_mems:
-        return
-    if layout.indices is not None or layout.max_seqlen * layout.sequences != layout.tokens:
-        raise ValueError("Transformer: mems need a batch without padding, of sequences that are equally long")
-    if mems is None:
-        return
-    if len(mems) != config.n_layers:
-        raise ValueError(f"Transformer: mems has {len(mems)} tensors; expected one per layer, {config.n_layers}")
-    for i, past in enumerate(mems):
-        if past.dim() != 3 or past.shape[1:] != (layout.sequences, config.d_model) or len(past) != len(mems[0]):
-            raise ValueError(
-                f"Transformer: mems[{i}] has shape {tuple(past.shape)}; expected (length, {layout.sequences}, "
-                f"{config.d_model}), all of one length"
-            )
 
 
 def target_of(

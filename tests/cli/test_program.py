@@ -14,7 +14,8 @@ from llmengine.cli.common import program
 from tests.cli.conftest import call, succeed
 
 COMMANDS = [
-    "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify", "info",
+    "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify",
+    "bench", "info",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
