@@ -11,7 +11,6 @@ that number or split the same files in another way are refused by name: let tran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,10 @@ def _from_json(file: Path) -> tokenizers.Tokenizer:
 def _hide(backend: tokenizers.Tokenizer, unknown: str | None) -> None:
     """Special tokens are among a unigram model's pieces, which it finds in any text: one that spells them out is parted
     within them, and so remains text. What is unknown may be so however it is written."""
-    state = json.loads(backend.to_str())
-    if state["model"]["type"] != "Unigram":
+    if not isinstance(backend.model, models.Unigram):
         return
-    special = {token["content"] for token in state["added_tokens"] if token["special"]}
-    pieces = {piece for piece, _ in state["model"]["vocab"]}
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    pieces = set(backend.get_vocab(with_added_tokens=False))
     hidden = [piece for piece in sorted(special & pieces) if len(piece) > 1 and piece != unknown]
     backend.encode_special_tokens = True
     if any(backend.token_to_id(piece) in backend.encode(piece, add_special_tokens=False).ids for piece in hidden):

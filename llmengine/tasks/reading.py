@@ -1,6 +1,7 @@
 """Tasks whose answers are read off a text: what they ask of rows, how texts become inputs, a model's outputs for many.
 
-A text is tokenised and put together as transformers' tokenizers of the same files do it, token types included.
+A text is tokenised and put together as transformers' tokenizers of the same files do it, token types included; but a
+special token that is written out in it is text.
 """
 
 from __future__ import annotations
