@@ -34,10 +34,10 @@ from llmengine.convert import OWN
 from llmengine.integrations.transformers import attention
 from llmengine.integrations.transformers.cached import Columns
 from llmengine.integrations.transformers.configuration import LlmengineConfig
-from llmengine.models.generation import predicting_next
 from llmengine.models.initial import initialise
 from llmengine.models.inputs import Tokens, check_like, shift_right
 from llmengine.models.output import TransformerOutput
+from llmengine.models.relative_generation import predicting_next
 from llmengine.models.stack import Stack
 from llmengine.models.transformer import Transformer
 
