@@ -12,7 +12,6 @@ from llmengine import _cpu
 EMULATED = "amx in emulation"
 
 
-
 def flags_for(isa: str) -> list[str]:
     if isa == EMULATED:
         return ["-DLLMENGINE_ISA=amx", "-DLLMENGINE_AMX_EMULATED", "-Wno-psabi"]
