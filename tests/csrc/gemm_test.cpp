@@ -122,6 +122,10 @@ int main() {
       }
     }
   }
+  std::vector<Factors> deep;  // beyond what is packed once for a layer of rows
+  deep.push_back(factors(97, 400, 11000, 0));
+  check(97, 400, deep);
+  ++cases;
   if (!failures) std::printf("passed %d cases\n", cases);
   return failures != 0;
 }
