@@ -50,8 +50,9 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
 def clipping(gradients: list[Tensor], limit: float | None) -> tuple[Tensor, Tensor | None]:
     """The gradients' common norm, (), and what the step must scale them by so that it is at most `limit` (None: 1)."""
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    clipped = limit is not None and norm > limit  # a NaN compares false: the caller sees it in the norm
-    return norm, limit / norm if clipped else None
+    if limit is not None and norm > limit:  # a NaN compares false: the caller sees it in the norm
+        return norm, limit / norm
+    return norm, None
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: Module) -> dict[str, Tensor]:
