@@ -20,13 +20,14 @@
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 
-#if defined(__AVX512F__)
-inline constexpr int kLanes = 16;
+#if defined(__AVX512F__) || defined(LLMENGINE_AMX_EMULATED)
+#define LLMENGINE_LANES 16
 #elif defined(__AVX2__)
-inline constexpr int kLanes = 8;
+#define LLMENGINE_LANES 8
 #else
-inline constexpr int kLanes = 4;
+#define LLMENGINE_LANES 4
 #endif
+inline constexpr int kLanes = LLMENGINE_LANES;
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -163,6 +164,15 @@ inline F load(const bf16* p) {
 
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, F v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes denormals for zero, and a NaN for another: those come below.
+  constexpr int kNanOrDenormal = 0x01 | 0x20 | 0x80;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(v, kNanOrDenormal), 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   const U u = __builtin_bit_cast(U, v);
   const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const U nan = U{} + 0x7fc0;

@@ -233,4 +233,5 @@ def report() -> dict:
         "backends": rows,
         "cpu_isa": module.isa() if module else None,
         "cpu_isas_supported": list(module.supported_isas()) if module else [],
+        "cpu_isa_notice": module.isa_notice() if module else "",
     }
