@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ class AdamW(torch.optim.AdamW):
                 if state := state_dict["state"].get(key):
                     self.state[parameter] = {
                         name: torch.as_tensor(state[name]).to(parameter.device, dtype)
-                        for name, dtype in _state_dtypes(group, parameter).items()
+                        for name, dtype in _state_dtypes(group, parameter.dtype).items()
                         if name in state
                     }
 
@@ -139,23 +138,11 @@ class AdamW(torch.optim.AdamW):
             if gradient.layout != torch.strided:
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam for them")
             key = (parameter.device, parameter.dtype)
-            call = calls.get(key) or calls.setdefault(key, _Call(parameter.device))
-            call.add(parameter, gradient, self._state(parameter, group), number)
+            call = calls.get(key)
+            if call is None:
+                call = calls[key] = _Call(parameter.device, _state_dtypes(group, parameter.dtype))
+            call.add(parameter, gradient, self.state[parameter], number)
         return list(calls.values())
-
-    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's, as far as this step uses it; what is missing, all of it before the first step, is made."""
-        state, used = self.state[parameter], _state_dtypes(group, parameter)
-        for name, dtype in used.items():
-            if name in state:
-                continue
-            if name == "step":
-                state[name] = torch.zeros((), dtype=dtype, device=parameter.device)
-            elif name == "master":
-                state[name] = parameter.detach().to(dtype)
-            else:
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        return {name: state[name] for name in used}
 
     def _multiplier(self, gradient_scale: Tensor | float | None, device: torch.device) -> Tensor | None:
         """What gradients are multiplied by: the caller's scale, and out of a GradScaler's."""
@@ -170,11 +157,11 @@ class AdamW(torch.optim.AdamW):
         return None if found is None else found.to(device, torch.float32, non_blocking=True)
 
 
-def _state_dtypes(group: dict[str, Any], parameter: Tensor) -> dict[str, torch.dtype]:
-    """What the group's options keep of a parameter, in which dtypes."""
-    has_master = group["master_weights"] and parameter.dtype in SIXTEEN_BITS
-    moments = torch.float32 if has_master else parameter.dtype
-    if group["state_dtype"] is not None and parameter.dtype != torch.float64:
+def _state_dtypes(group: dict[str, Any], weights: torch.dtype) -> dict[str, torch.dtype]:
+    """What the group's options keep of a parameter of that dtype, and in which dtypes."""
+    has_master = group["master_weights"] and weights in SIXTEEN_BITS
+    moments = torch.float32 if has_master else weights
+    if group["state_dtype"] is not None and weights != torch.float64:
         moments = group["state_dtype"]
     dtypes = {"step": torch.float32, "exp_avg": moments, "exp_avg_sq": moments}
     if group["amsgrad"]:
@@ -184,37 +171,41 @@ def _state_dtypes(group: dict[str, Any], parameter: Tensor) -> dict[str, torch.d
     return dtypes
 
 
-@dataclass
+def _first_state(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if name == "step":
+        return torch.zeros((), dtype=dtype, device=parameter.device)
+    if name == "master":
+        return parameter.detach().to(dtype)
+    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+
+
 class _Call:
     """The lists of one call of the operator."""
 
-    device: torch.device
-    parameters: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    masters: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    def __init__(self, device: torch.device, state_dtypes: dict[str, torch.dtype]) -> None:
+        self.device = device
+        self.parameters: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.numbers: list[int] = []
+        self.state_dtypes = state_dtypes
+        self.states: dict[str, list[Tensor]] = {name: [] for name in state_dtypes}
 
     def add(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], number: int) -> None:
+        """What the state lacks, all of it before the first step, is made."""
         self.parameters.append(parameter)
         self.gradients.append(gradient)
-        self.exp_avgs.append(state["exp_avg"])
-        self.exp_avg_sqs.append(state["exp_avg_sq"])
-        if "max_exp_avg_sq" in state:
-            self.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
-        if "master" in state:
-            self.masters.append(state["master"])
-        self.steps.append(state["step"])
         self.numbers.append(number)
+        for name, tensors in self.states.items():
+            if name not in state:
+                state[name] = _first_state(name, parameter, self.state_dtypes[name])
+            tensors.append(state[name])
 
     def run(self, group: dict[str, Any], multiplier: Tensor | None, found_inf: Tensor | None) -> None:
         lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
         beta1, beta2 = group["betas"]
+        states = self.states
         ops.adamw(
-            self.parameters, self.gradients, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.masters,
-            self.steps, self.numbers, lr, multiplier, found_inf, beta1, beta2, group["eps"], group["weight_decay"],
-            group["maximize"], group["stochastic_rounding"], group["seed"],
+            self.parameters, self.gradients, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []),
+            states.get("master", []), states["step"], self.numbers, lr, multiplier, found_inf, beta1, beta2,
+            group["eps"], group["weight_decay"], group["maximize"], group["stochastic_rounding"], group["seed"],
         )  # fmt: skip

@@ -28,7 +28,7 @@ from llmengine.training.finetuning import Finetuning
 from llmengine.training.interrupt import StopRequest
 from llmengine.training.metrics import Metrics, Record
 from llmengine.training.observer import Observer, Observers
-from llmengine.training.optimizer import clip, load_state_tensors, state_tensors
+from llmengine.training.optimizer import clipping, load_state_tensors, state_tensors
 from llmengine.training.pretraining import Pretraining
 from llmengine.training.run import Folder, Run, pick_device, surroundings
 from llmengine.training.sections import Config
@@ -168,18 +168,19 @@ class _Loop:
         run, config = self.run, self.config
         reseed(config.seed, TRAINING_STEP, self.step)
         loss, losses = run.gradients(batch, self.step)
-        norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
-        self._check_finite(self.step + 1, **losses, gradient_norm=norm)
+        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norm, scale = clipping(gradients, config.optimizer.clip_norm)
+        self._check_finite(self.step + 1, **losses, gradient_norm=float(norm))
         rate = run.rate(self.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        run.optimizer.step()
+        run.optimizer.step(gradient_scale=scale)
         run.optimizer.zero_grad()
         if run.average is not None:
             run.average.update(self.step + 1)
         self.tokens += sum(map(tokens_of, batch.micro_batches))
         self.flops += run.flops(batch)
-        return {"loss": loss, "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
+        return {"loss": loss, "losses": losses, "lr": rate, "grad_norm": float(norm), "epoch": batch.progress}
 
     def _check_finite(self, step: int, **numbers: float) -> None:
         if all(map(math.isfinite, numbers.values())):

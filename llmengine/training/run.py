@@ -17,6 +17,7 @@ import llmengine
 from llmengine.data.batches import Step, StepBatches
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
+from llmengine.optim import AdamW
 from llmengine.training.gradients import accumulate
 from llmengine.training.memory import StreamMemory
 from llmengine.training.metrics import Record
@@ -88,7 +89,7 @@ class Run(ABC):
     tokenizer: Tokenizer
     model: Module
     """What is trained: its call takes a micro-batch and num_items_in_batch and gives .loss and .losses."""
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     batches: StepBatches
     held_out: StepBatches | None
     """What is evaluated on and never trained on."""
