@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_calls import Guarded, mutations, recorded_calls, signature
+from native_calls import guarded, mutations, recorded_calls, signature
 from programs import compiled, printed_by
 
 import llmengine
@@ -220,13 +220,13 @@ def test_no_argument_crashes_a_kernel(name: str, data: st.DataObject):
     arguments = dict(call.arguments)
     for key in spoilt:
         arguments[key] = data.draw(mutations(arguments[key]))
-    guarded = {key: Guarded(value) for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    watched = {key: guarded(value) for key, value in arguments.items()}
     try:
-        getattr(_cpu, name)(**arguments | {key: guard.tensor for key, guard in guarded.items()})
+        getattr(_cpu, name)(**{key: value for key, (value, _) in watched.items()})
     except ValueError as error:
         assert any(key in str(error) for key in arguments), f"names no argument: {error}"
-    for key, guard in guarded.items():
-        assert guard.intact(), f"{name} wrote outside of {key}"
+    for key, (_, guards) in watched.items():
+        assert all(guard.intact() for guard in guards), f"{name} wrote outside of {key}"
 
 
 def test_every_kernel_is_fuzzed():

@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AdamW>(module, "adamw");
   bind_cpu<ops::AttentionForward>(module, "attention_forward");
   bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::ChainFieldForward>(module, "chain_field_forward");

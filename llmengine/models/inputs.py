@@ -33,7 +33,10 @@ class Tokens:
         _integers(f"{side}input_ids", ids)
         if ids.numel() == 0:
             raise ValueError(f"Transformer: {side}input_ids is empty, shape {tuple(ids.shape)}")
-        _range(f"{side}input_ids", ids, config.vocab_size, "vocab_size")
+        if config.encoder_vocab_size is None or side:
+            _range(f"{side}input_ids", ids, config.vocab_size, "vocab_size")
+        else:
+            _range("input_ids", ids, config.encoder_vocab_size, "encoder_vocab_size")
         if self.cu_seqlens is not None:
             if mask is not None:
                 raise ValueError(
@@ -225,7 +228,7 @@ def target_of(
     max_seqlen: int | None, side: str,
 ) -> Tokens:  # fmt: skip
     """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
-    if labels is None and config.token_task is None:
+    if labels is None and config.token_task is None and config.share_embeddings:
         ids, bounds = source.input_ids, source.cu_seqlens
         if bounds is not None:
             return Tokens(shift_packed(ids, config, bounds), None, bounds, source.max_seqlen, side)

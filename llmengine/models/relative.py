@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +73,19 @@ class RelativeContext:
     key_segments: Tensor | None
     key_ranks: Tensor | None
     causal: bool
+    cached: Cached | None = None
+    """Where keys and values are kept between passes; None: nowhere."""
+
+
+class Cached(Protocol):
+    """What remembers keys and values in generation."""
+
+    def project(self, attention: RelativeAttention, content: Tensor, context: RelativeContext) -> Projected:
+        """Those of this pass's content, and of what is remembered."""
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and position keys, (…, heads, head_dim)."""
 
 
 class RelativeAttention(Module):
@@ -95,8 +108,7 @@ class RelativeAttention(Module):
     def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
         """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
         q = self.q(x).unflatten(1, (self.heads, self.head_dim))
-        k, v = self.kv(keys).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
-        r = self.r(context.encoding.to(x.dtype)).unflatten(1, (self.heads, self.head_dim))
+        k, v, r = self.project(keys, context) if context.cached is None else context.cached.project(self, keys, context)
         attended, first = [], 0
         for rows in context.streams:
             count = rows.count
@@ -131,6 +143,14 @@ class RelativeAttention(Module):
             first += count
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self.out(together.flatten(1))
+
+    def project(self, keys: Tensor, context: RelativeContext) -> Projected:
+        """Of keys (tokens, d_model), and of every distance."""
+        k, v = self.keys_and_values(keys)
+        return k, v, self.r(context.encoding.to(keys.dtype)).unflatten(1, (self.heads, self.head_dim))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.kv(x).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
 
 
 class RelativeLayer(Module):
@@ -236,11 +256,7 @@ class RelativeStack(Module):
         config, device = self.config, x.device
         starts = torch.tensor([0, *accumulate(recall.past)], dtype=torch.int32, device=device)
         longest_k, zero = max(recall.lengths), layout.max_seqlen - 1
-        distances = torch.arange(-zero, longest_k + 1, device=device)
-        if config.position_clamp is not None:
-            distances = distances.clamp(-config.position_clamp, config.position_clamp)
-        encoding = waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(x.dtype, torch.float32))
-        encoding = _torch.dropout(encoding, config.dropout, self.training)
+        encoding = _torch.dropout(self.encoding(-zero, longest_k, x), config.dropout, self.training)
         segments = None if segments is None else segments.int()
         key_segments = None if segments is None else recall.behind_each(0, segments)
         ranks = key_ranks = None
@@ -267,6 +283,14 @@ class RelativeStack(Module):
             tuple(streams), encoding, zero, layout.cu_seqlens + starts, longest_k, key_segments, key_ranks,
             causal=config.relative_causal,
         )  # fmt: skip
+
+    def encoding(self, first: int, last: int, like: Tensor) -> Tensor:
+        """(last - first + 1, d_model): of these distances, float32 or wider."""
+        config = self.config
+        distances = torch.arange(first, last + 1, device=like.device)
+        if config.position_clamp is not None:
+            distances = distances.clamp(-config.position_clamp, config.position_clamp)
+        return waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(like.dtype, torch.float32))
 
 
 # ---- orders ----------------------------------------------------------------------------------------------------------

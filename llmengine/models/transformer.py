@@ -84,8 +84,9 @@ class Transformer(Generation):
 
     @property
     def words(self) -> Embedding:
-        """The word embedding, of both stacks."""
-        word = (self.decoder if self.encoder is None else self.encoder).embeddings.word  # type: ignore[union-attr]
+        """The word embedding of both stacks, or the decoder's where each has its own."""
+        stack = self.stack if self.encoder is None or not self.config.share_embeddings else self.encoder
+        word = stack.embeddings.word
         assert word is not None
         return word
 

@@ -131,6 +131,8 @@ def backend(name: str) -> Iterator[None]:
 
 def device_type(args: tuple) -> str:
     for arg in args:
+        if isinstance(arg, list) and arg:
+            arg = arg[0]
         if isinstance(arg, torch.Tensor):
             return arg.device.type
     return "cpu"
