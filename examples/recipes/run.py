@@ -45,7 +45,7 @@ RECIPES = {
     "entities": Recipe("minilm", "persons, places and organisations in news", "span_f1", 0.80),
     "descriptions": Recipe("writer", "a page's subject in a few words (encoder-decoder pretrained here)", "chrf", 25.0),
     "corrections": Recipe(
-        "corrector", "English sentences without their mistake (encoder-decoder pretrained here)", "exact_match", 0.05
+        "corrector", "English sentences without their mistake (encoder-decoder pretrained here)", "exact_match", 0.08
     ),
     "translations": Recipe(
         "translator", "from English to German, what a program says (encoder-decoder pretrained here)", "chrf", 33.0
