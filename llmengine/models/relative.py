@@ -24,7 +24,7 @@ from llmengine import functional
 from llmengine.models.config import TransformerConfig
 from llmengine.models.dtypes import into
 from llmengine.models.layers import make_norm
-from llmengine.models.layout import Packed
+from llmengine.models.layout import IGNORED, Packed
 from llmengine.models.memory import Memory, Recall
 from llmengine.models.positions import waves
 from llmengine.nn.feed_forward import FeedForward
@@ -229,7 +229,7 @@ class RelativeStack(Module):
         if order is not None and order.targets is not None:
             g = self.embeddings.query_stream.to(x.dtype).expand(len(order.targets), -1)
             x = torch.cat([x, _torch.dropout(g, drop, self.training)])
-        recall = Recall.of(layout, memory)
+        recall = Recall(layout, memory)
         remembers = recall.next(config) if remember else ()
         context = self._context(layout, segments, order, recall, x)
         kept: list[Tensor] = [x[:tokens]]
@@ -255,7 +255,7 @@ class RelativeStack(Module):
     ) -> RelativeContext:
         config, device = self.config, x.device
         starts = torch.tensor([0, *accumulate(recall.past)], dtype=torch.int32, device=device)
-        longest_k, zero = max(recall.lengths), layout.max_seqlen - 1
+        longest_k, zero = recall.longest, layout.max_seqlen - 1
         encoding = _torch.dropout(self.encoding(-zero, longest_k, x), config.dropout, self.training)
         segments = None if segments is None else segments.int()
         key_segments = None if segments is None else recall.behind_each(0, segments)
@@ -357,14 +357,17 @@ def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:
     columns = target_positions.clamp(min=0).long()
     if len(layout.shape) == 2 and target_positions.dim() == 2 and len(target_positions) == layout.shape[0]:
         rows = torch.arange(layout.shape[0], device=columns.device)[:, None]
-        places = (rows * layout.shape[1] + columns)[real]
+        all_places = (rows * layout.shape[1] + columns).flatten()
     elif target_positions.dim() == 1:
-        places = columns[real]
+        all_places = columns
     else:
         raise ValueError(
             f"Transformer: target_positions has shape {tuple(target_positions.shape)}; expected "
             f"({layout.sequences}, targets), or (targets,) in a packed batch"
         )
+    if torch.compiler.is_compiling():
+        return all_places, AllTargets(target_positions.shape, _bounds(layout, all_places), real)
+    places = all_places[real.flatten()]
     if len(places) == 0 or int(columns.max()) >= layout.shape[-1]:
         raise ValueError(
             f"Transformer: target_positions must name at least one token, from 0 to {layout.shape[-1] - 1}; -1: none"
@@ -373,7 +376,27 @@ def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:
         inverse = places.new_full((int(layout.indices.max()) + 1,), -1)
         inverse[layout.indices] = torch.arange(len(layout.indices), device=places.device)
         places = inverse[places]
-    counts = torch.bincount(layout.sequence(places), minlength=layout.sequences)
-    cu_seqlens = _torch.pad(counts.cumsum(0), (1, 0)).int()
+    cu_seqlens = _bounds(layout, places)
     indices = None if real.all() else real.flatten().nonzero().squeeze(1)
-    return places, Packed(target_positions.shape, cu_seqlens, int(counts.max()), False, indices)
+    return places, Packed(target_positions.shape, cu_seqlens, int(cu_seqlens.diff().max()), False, indices)
+
+
+def _bounds(layout: Packed, places: Tensor) -> Tensor:
+    """cu_seqlens of tokens that are named sequence by sequence."""
+    sequences = torch.arange(layout.sequences + 1, device=places.device)
+    return torch.searchsorted(layout.sequence(places), sequences).int()
+
+
+class AllTargets(Packed):
+    """Predicted tokens under torch.compile, where shapes must not depend on data: a place that names none (-1) is
+    computed as column 0, has no label, and gives zeros."""
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor, real: Tensor) -> None:
+        super().__init__(shape, cu_seqlens, shape[-1], False)
+        self.real = real.flatten()
+
+    def leave(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        return super().leave(torch.where(self.real[:, None], x, padding))
+
+    def labels(self, labels: Tensor) -> Tensor:
+        return torch.where(self.real, labels.flatten(), IGNORED)

@@ -296,7 +296,7 @@ class Transformer(Generation):
     ) -> tuple[Tensor, Layout, list[Tensor] | None, list[Tensor] | Memory | None]:  # fmt: skip
         """XLNet's stack: the last hidden states and their layout, all of them, and the memory for the next segment."""
         if not isinstance(layout, Packed):
-            raise ValueError('Transformer: positions "relative" neither compiles nor takes padding between tokens')
+            raise ValueError('Transformer: positions "relative" takes no holes of padding, and compiled no padding')
         check_like("token_type_ids", segments, input_ids, 2**31, "int32")
         past = check_memory(self.config, layout, mems)
         order, predicted = order_of(layout, *xlnet)

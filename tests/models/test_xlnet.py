@@ -223,6 +223,34 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         assert_near(found[1][name], gradient, 1e-6, name)
 
 
+def test_compiles_without_breaks(tmp_path):
+    """Dense and packed batches, with orders, targets (-1: none), segments, memory and losses."""
+    ours = ours_of(hf_model("XLNetLMHeadModel", n_layer=1), tmp_path)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    ids, (query_ranks, key_ranks, targets) = random_ids(BATCH, LENGTH), order(3)
+    some = targets.clone()
+    some[1, 2:] = -1
+    told = {"query_ranks": query_ranks, "key_ranks": key_ranks, "token_type_ids": ids % 2}
+    labels = ids.gather(1, targets)
+    bounds = torch.tensor([0, LENGTH, LENGTH + 5, BATCH * LENGTH]).int()
+    packed = {name: value.flatten() for name, value in told.items()} | {"cu_seqlens": bounds, "max_seqlen": 13}
+    for given, batch in {
+        "mems": (ids, told | {"mems": memory(ours)[:1], "use_mems": True}),
+        "some targets": (ids, told | {"target_positions": some, "labels": labels}),
+        "packed": (ids.flatten(), packed | {"target_positions": torch.tensor([2, 8, 10, 26]), "labels": labels[0]}),
+    }.values():
+        expected, got = ours(given, **batch, return_logits=True), compiled(given, **batch, return_logits=True)
+        assert_near(got.logits, expected.logits, 1e-6)
+        if "labels" in batch:
+            assert_near(got.loss, expected.loss, 1e-6)
+            gradients = [torch.autograd.grad(out.loss, list(ours.parameters()), allow_unused=True)
+                         for out in (got, expected)]  # fmt: skip
+            for a, b in zip(*gradients, strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+        for a, b in zip(got.mems or (), expected.mems or (), strict=True):
+            assert_near(a, b, 1e-6)
+
+
 def test_generates_as_hugging_face(tmp_path):
     theirs = hf_model("XLNetLMHeadModel", seed=3)
     with torch.no_grad():
