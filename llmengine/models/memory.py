@@ -136,3 +136,12 @@ def _check_rows(config: TransformerConfig, layout: Packed, mems: Sequence[Tensor
 def is_dense(layout: Packed) -> bool:
     """Whether the caller's batch is (batch, length) without padding: Hugging Face's form of mems fits it."""
     return layout.indices is None and len(layout.shape) == 2 and layout.shape[0] == layout.sequences
+
+
+def as_given(
+    memory: Memory | None, layout: Packed, mems: Sequence[Tensor] | Memory | None
+) -> list[Tensor] | Memory | None:
+    """What a pass remembered, in Hugging Face's form where that fits the batch and the caller does not use ours."""
+    if memory is None or isinstance(mems, Memory) or not is_dense(layout):
+        return memory
+    return memory.rows()

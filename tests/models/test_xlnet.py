@@ -80,6 +80,38 @@ def test_permutation_language_model(kind, segments, past, dense_masks, tmp_path)
     compare_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["bi", "uni"])
+@pytest.mark.parametrize("past", [False, True], ids=["alone", "mems"])
+@pytest.mark.parametrize("targets", [False, True], ids=["content", "targets"])
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+def test_a_mask_that_is_no_order(segments, targets, past, kind, tmp_path):
+    """Any perm_mask in which a token sees another: logits, memory and gradients are Hugging Face's."""
+    theirs = hf_model("XLNetLMHeadModel", attn_type=kind)
+    ours = ours_of(theirs, tmp_path)
+    ids, generator = random_ids(BATCH, LENGTH), torch.Generator().manual_seed(4)
+    mask = (torch.rand(BATCH, LENGTH, LENGTH, generator=generator) < 0.5).float()
+    mask[:, :, 0] = 0  # a row that sees nothing is the mean of all to them, and zero to us
+    rows = slice(1 if kind == "uni" else BATCH)  # theirs adds both masks for one sequence only
+    batch = {"input_ids": ids, "perm_mask": mask}
+    at = torch.tensor([[1, 4, 8], [2, 3, 5], [8, 7, 1]])
+    if targets:
+        batch["target_mapping"] = torch.nn.functional.one_hot(at, LENGTH).float()
+    if segments:
+        batch["token_type_ids"] = (torch.arange(LENGTH) // 4).expand(BATCH, -1)
+    if past:
+        batch["mems"] = memory(theirs)
+    batch["labels"] = ids.gather(1, at) if targets else ids
+    batch = {name: [x[:, rows] for x in given] if name == "mems" else given[rows] for name, given in batch.items()}
+    expected, got = (model(**batch, use_mems=True) for model in (theirs, ours))
+    assert_near(got.logits, expected.logits, 1e-5, "logits")
+    assert_near(got.loss, expected.loss, 1e-5, "loss")
+    for a, b in zip(got.mems, expected.mems, strict=True):
+        assert_near(a, b, 1e-5, "mems")
+    expected.loss.backward()
+    got.loss.backward()
+    compare_gradients(ours, theirs)
+
+
 @pytest.mark.parametrize(("side", "kind"), [("none", "bi"), ("left", "bi"), ("right", "bi"), ("none", "uni")])
 def test_content_stream(side, kind, tmp_path):
     """Without an order: an encoder that sees everything, or what precedes, padded on either side."""
@@ -270,10 +302,20 @@ def test_generates_as_hugging_face(tmp_path):
         assert torch.equal(together[1, 6:], alone[0, 4:]), side
 
 
+NO_ORDER = torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"perm_mask": torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])}, "perm_mask follows from no order"),
+        (
+            {"perm_mask": NO_ORDER, "attention_mask": torch.tensor([[1, 1, 0]])},
+            "perm_mask follows from no order",
+        ),
+        (
+            {"perm_mask": NO_ORDER[:, :2], "target_positions": torch.tensor([[0]])},
+            r"perm_mask has shape \(1, 2, 3\); expected \(1, 3, 3\)",
+        ),
         ({"query_ranks": torch.zeros(1, 3).int()}, "query_ranks and key_ranks go together"),
         ({"target_positions": torch.tensor([[7]])}, "target_positions must name at least one token, from 0 to 2"),
         ({"target_mapping": torch.ones(1, 2, 3)}, "target_mapping must have one 1 in each row"),
