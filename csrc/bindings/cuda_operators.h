@@ -6,7 +6,9 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#include "cuda/cross_entropy.h"
 #include "cuda/norm.h"
+#include "cuda/rotary.h"
 #include "cuda/softmax.h"
 
 namespace llmengine {
@@ -31,8 +33,12 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
           around(params, [&] { cuda::run(params, cuda::Stream{params.stream}); });
         });
   };
+  operation("cross_entropy_forward", cuda::CrossEntropyForward{});
+  operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
+  operation("rotary_forward", cuda::RotaryForward{});
+  operation("rotary_backward", cuda::RotaryBackward{});
   operation("softmax_forward", cuda::SoftmaxForward{});
   operation("softmax_backward", cuda::SoftmaxBackward{});
   module.def(

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +32,7 @@ def gather() -> dict[str, Any]:
 
     import llmengine
     from llmengine.ops.registry import report
+    from llmengine.roofline import processor
 
     registry = report()
     return {
@@ -45,12 +45,13 @@ def gather() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": processor(),
             "logical_cores": os.cpu_count(),
             "usable_cores": _usable_cores(),
             "threads": torch.get_num_threads(),
             "instruction_sets": registry["cpu_isas_supported"],
             "active_instruction_set": registry["cpu_isa"],
+            "notice": registry["cpu_isa_notice"],
         },
         "memory_gib": _memory_gib(),
         "gpus": [_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())],
@@ -72,6 +73,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("platform", facts["platform"]),
         ("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['logical_cores']} logical cores usable"),
         ("kernels", sets + active),
+        *([("notice", cpu["notice"])] if cpu["notice"] else []),
         ("threads", str(cpu["threads"])),
         ("memory", memory),
         ("gpus", gpus),
@@ -114,16 +116,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _usable_cores() -> int | None:

@@ -95,7 +95,8 @@ def _check(folder: Folder, resume: bool) -> None:
     if resume and not folder.config.is_file():
         raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
     if not resume and not folder.is_empty():
-        raise FileExistsError(f"output {path} is not empty; give another folder, or resume the run that is there")
+        there = f", or go on with the run that is there: --resume {path}" if folder.config.is_file() else ""
+        raise FileExistsError(f"output {path} is not empty; give another folder{there}")
     path.mkdir(parents=True, exist_ok=True)
 
 
