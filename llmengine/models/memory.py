@@ -49,25 +49,33 @@ class Memory:
         return [torch.stack(parts) for parts in zip(*(s.split(self.lengths) for s in self.states), strict=True)]
 
 
-@dataclass(frozen=True)
 class Recall:
     """Where the keys of one pass lie: each sequence's memory, `past` of them, and then its `tokens`."""
 
-    past: tuple[int, ...]
-    tokens: tuple[int, ...]
+    def __init__(self, layout: Packed, memory: Memory | None) -> None:
+        self._layout = layout
+        self._tokens: tuple[int, ...] | None = None
+        self.past = (0,) * layout.sequences if memory is None else memory.lengths
 
-    @classmethod
-    def of(cls, layout: Packed, memory: Memory | None) -> Recall:
-        if layout.max_seqlen * layout.sequences == layout.tokens:  # known without reading a GPU's tensor
-            tokens = (layout.max_seqlen,) * layout.sequences
-        else:
-            tokens = tuple(layout.cu_seqlens.diff().tolist())
-        return cls((0,) * layout.sequences if memory is None else memory.lengths, tokens)
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of each sequence; asked for where something is remembered only, as it may have to be read from a GPU."""
+        layout = self._layout
+        if self._tokens is None and layout.max_seqlen * layout.sequences == layout.tokens:
+            self._tokens = (layout.max_seqlen,) * layout.sequences
+        elif self._tokens is None:
+            self._tokens = tuple(layout.cu_seqlens.diff().tolist())
+        return self._tokens
 
     @property
     def lengths(self) -> list[int]:
         """Keys of each sequence."""
         return [past + tokens for past, tokens in zip(self.past, self.tokens, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """The most keys of a sequence, or a bound of it."""
+        return max(self.lengths) if any(self.past) else self._layout.max_seqlen
 
     def behind(self, past: Tensor | None, x: Tensor) -> Tensor:
         """(keys, ...): each sequence's part of `past` (remembered tokens, ...), and then its tokens (tokens, ...)."""
@@ -128,3 +136,12 @@ def _check_rows(config: TransformerConfig, layout: Packed, mems: Sequence[Tensor
 def is_dense(layout: Packed) -> bool:
     """Whether the caller's batch is (batch, length) without padding: Hugging Face's form of mems fits it."""
     return layout.indices is None and len(layout.shape) == 2 and layout.shape[0] == layout.sequences
+
+
+def as_given(
+    memory: Memory | None, layout: Packed, mems: Sequence[Tensor] | Memory | None
+) -> list[Tensor] | Memory | None:
+    """What a pass remembered, in Hugging Face's form where that fits the batch and the caller does not use ours."""
+    if memory is None or isinstance(mems, Memory) or not is_dense(layout):
+        return memory
+    return memory.rows()

@@ -26,24 +26,13 @@ from llmengine.models.dtypes import into
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import Packed
 from llmengine.models.memory import Memory, Recall
+from llmengine.models.orders import Order
 from llmengine.models.positions import waves
+from llmengine.models.relative_dense import dense_relative_attention
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import add_norm, touched
 
 _torch = torch.nn.functional
-
-
-@dataclass(frozen=True)
-class Order:
-    """Who sees whom, and who is predicted; each (tokens,) or (targets,) of the packed batch, int32."""
-
-    query_ranks: Tensor
-    """A token sees keys of lower rank than this, and itself."""
-    key_ranks: Tensor
-    """Below 0: every token sees it."""
-    targets: Tensor | None = None
-    """Tokens that are predicted, sequence by sequence; None: no query stream."""
-    target_layout: Packed | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,8 @@ class Rows:
     ranks: Tensor | None
     positions: Tensor | None = None
     include_self: bool = False
+    hidden: Tensor | None = None
+    """(sequences, rows, keys) instead of ranks; positions are then given."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +109,19 @@ class RelativeAttention(Module):
                     "segment_bias": self.segment_bias, "segment_key": self.segment_key,
                     "query_segments": rows.segments, "key_segments": context.key_segments,
                 }  # fmt: skip
+            given = (q[first : first + count], k, v, r, self.content_bias, self.position_bias)
+            dropout_p = self.dropout if self.training else 0.0
+            if rows.hidden is not None and rows.positions is not None:
+                attended.append(dense_relative_attention(
+                    *given, rows.hidden, rows.positions, context.zero_distance, dropout_p=dropout_p, **options
+                ))  # fmt: skip
+                first += count
+                continue
             if rows.ranks is not None:
                 options |= {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
             attended.append(
                 functional.relative_attention(
-                    q[first : first + count],
-                    k,
-                    v,
-                    r,
-                    self.content_bias,
-                    self.position_bias,
+                    *given,
                     rows.cu_seqlens,
                     context.cu_seqlens_k,
                     rows.longest,
@@ -136,7 +130,7 @@ class RelativeAttention(Module):
                     query_positions=rows.positions,
                     include_self=rows.include_self,
                     is_causal=context.causal,
-                    dropout_p=self.dropout if self.training else 0.0,
+                    dropout_p=dropout_p,
                     **options,
                 )
             )
@@ -229,7 +223,7 @@ class RelativeStack(Module):
         if order is not None and order.targets is not None:
             g = self.embeddings.query_stream.to(x.dtype).expand(len(order.targets), -1)
             x = torch.cat([x, _torch.dropout(g, drop, self.training)])
-        recall = Recall.of(layout, memory)
+        recall = Recall(layout, memory)
         remembers = recall.next(config) if remember else ()
         context = self._context(layout, segments, order, recall, x)
         kept: list[Tensor] = [x[:tokens]]
@@ -255,7 +249,7 @@ class RelativeStack(Module):
     ) -> RelativeContext:
         config, device = self.config, x.device
         starts = torch.tensor([0, *accumulate(recall.past)], dtype=torch.int32, device=device)
-        longest_k, zero = max(recall.lengths), layout.max_seqlen - 1
+        longest_k, zero = recall.longest, layout.max_seqlen - 1
         encoding = _torch.dropout(self.encoding(-zero, longest_k, x), config.dropout, self.training)
         segments = None if segments is None else segments.int()
         key_segments = None if segments is None else recall.behind_each(0, segments)
@@ -279,6 +273,8 @@ class RelativeStack(Module):
                     positions,
                 )
             )
+        if order is not None and order.hidden is not None:
+            streams = hide(streams, order.hidden, recall, config.relative_causal)
         return RelativeContext(
             tuple(streams), encoding, zero, layout.cu_seqlens + starts, longest_k, key_segments, key_ranks,
             causal=config.relative_causal,
@@ -293,87 +289,25 @@ class RelativeStack(Module):
         return waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(like.dtype, torch.float32))
 
 
-# ---- orders ----------------------------------------------------------------------------------------------------------
-
-
-def order_of_mask(perm_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks (batch, length) of queries and of keys that give a dense perm_mask (batch, length, length): 1 where row i
-    does not see key j.
-
-    What rows see are nested sets where there is an order: the keys that few rows lack come first. ValueError where
-    there is none.
-    """
-    hidden = perm_mask != 0
-    lacking = hidden.sum(1)  # how many rows do not see the key
-    key_ranks = lacking - 1  # -1: all see it
-    beyond = torch.iinfo(torch.int32).max
-    query_ranks = torch.where(hidden, lacking[:, None, :] - 1, beyond).amin(2)
-    if not torch.equal(key_ranks[:, None, :] >= query_ranks[:, :, None], hidden):
-        raise ValueError(
-            "Transformer: perm_mask follows from no order of the tokens (what rows see must be nested sets); "
-            "give query_ranks and key_ranks"
-        )
-    return query_ranks.int(), key_ranks.int()
-
-
-def order_of(
-    layout: Packed, query_ranks: Tensor | None, key_ranks: Tensor | None, perm_mask: Tensor | None,
-    target_positions: Tensor | None, target_mapping: Tensor | None,
-) -> tuple[Order | None, Packed | None]:  # fmt: skip
-    """The order that forward's arguments describe, and where the predicted tokens lie."""
-    if perm_mask is not None:
-        if query_ranks is not None or key_ranks is not None:
-            raise ValueError("Transformer: give perm_mask, or query_ranks and key_ranks, not both")
-        query_ranks, key_ranks = order_of_mask(perm_mask)
-    if (query_ranks is None) != (key_ranks is None):
-        raise ValueError("Transformer: query_ranks and key_ranks go together, but only one was given")
-    if target_mapping is not None:
-        if target_positions is not None:
-            raise ValueError("Transformer: give target_positions or target_mapping, not both")
-        if not ((target_mapping != 0).sum(-1) == 1).all():
-            raise ValueError("Transformer: target_mapping must have one 1 in each row: the place that is predicted")
-        target_positions = target_mapping.argmax(-1)
-    if query_ranks is None or key_ranks is None:
-        if target_positions is None:
-            return None, None
-        # no order: all see all, and themselves, as Hugging Face's query stream then does
-        query_ranks = torch.zeros(layout.shape, dtype=torch.int32, device=layout.cu_seqlens.device)
-        key_ranks = query_ranks - 1
-    for name, given in (("query_ranks", query_ranks), ("key_ranks", key_ranks)):
-        if given.shape != layout.shape:
-            raise ValueError(
-                f"Transformer: {name} has shape {tuple(given.shape)}; expected {tuple(layout.shape)}, as input_ids"
-            )
-    order = Order(layout.enter(query_ranks).int(), layout.enter(key_ranks).int())
-    if target_positions is None:
-        return order, None
-    targets, predicted = _targets(layout, target_positions)
-    return replace(order, targets=targets, target_layout=predicted), predicted
-
-
-def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:
-    """The predicted tokens among the packed ones, and their layout in the caller's shape."""
-    real = target_positions >= 0
-    columns = target_positions.clamp(min=0).long()
-    if len(layout.shape) == 2 and target_positions.dim() == 2 and len(target_positions) == layout.shape[0]:
-        rows = torch.arange(layout.shape[0], device=columns.device)[:, None]
-        places = (rows * layout.shape[1] + columns)[real]
-    elif target_positions.dim() == 1:
-        places = columns[real]
-    else:
-        raise ValueError(
-            f"Transformer: target_positions has shape {tuple(target_positions.shape)}; expected "
-            f"({layout.sequences}, targets), or (targets,) in a packed batch"
-        )
-    if len(places) == 0 or int(columns.max()) >= layout.shape[-1]:
-        raise ValueError(
-            f"Transformer: target_positions must name at least one token, from 0 to {layout.shape[-1] - 1}; -1: none"
-        )
-    if layout.indices is not None:
-        inverse = places.new_full((int(layout.indices.max()) + 1,), -1)
-        inverse[layout.indices] = torch.arange(len(layout.indices), device=places.device)
-        places = inverse[places]
-    counts = torch.bincount(layout.sequence(places), minlength=layout.sequences)
-    cu_seqlens = _torch.pad(counts.cumsum(0), (1, 0)).int()
-    indices = None if real.all() else real.flatten().nonzero().squeeze(1)
-    return places, Packed(target_positions.shape, cu_seqlens, int(counts.max()), False, indices)
+def hide(streams: list[Rows], hidden: Tensor, recall: Recall, causal: bool) -> list[Rows]:
+    """The content stream, and the query stream if there is one, with dense masks instead of ranks. All see what is
+    remembered, and content sees itself."""
+    batch, length, _ = hidden.shape
+    if len({*recall.past}) > 1:
+        raise ValueError("Transformer: a perm_mask that follows from no order needs mems of one length")
+    past = recall.past[0]
+    result = []
+    for i, rows in enumerate(streams):
+        if rows.count % batch or rows.longest * batch != rows.count:
+            raise ValueError("Transformer: a perm_mask that follows from no order needs as many targets in each row")
+        own = torch.arange(length, device=hidden.device).repeat(batch) + past
+        positions = own if rows.positions is None else rows.positions.long()
+        at = (positions - past).view(batch, -1, 1)
+        seen_not = hidden.gather(1, at.expand(-1, -1, length))
+        keys = torch.arange(length, device=hidden.device)
+        if i == 0:
+            seen_not = seen_not & (at != keys)
+        if causal:
+            seen_not = seen_not | (keys > at)
+        result.append(replace(rows, positions=positions, hidden=_torch.pad(seen_not, (past, 0))))
+    return result

@@ -29,9 +29,10 @@ from llmengine.models.inputs import (
     target_of,
 )
 from llmengine.models.layout import Layout, Packed
-from llmengine.models.memory import Memory, check_memory, is_dense
+from llmengine.models.memory import Memory, as_given, check_memory
+from llmengine.models.orders import order_of
 from llmengine.models.output import TransformerOutput, in_this_mode
-from llmengine.models.relative import RelativeStack, order_of
+from llmengine.models.relative import RelativeStack
 from llmengine.models.stack import Stack
 from llmengine.nn.fusing import touched
 
@@ -296,7 +297,7 @@ class Transformer(Generation):
     ) -> tuple[Tensor, Layout, list[Tensor] | None, list[Tensor] | Memory | None]:  # fmt: skip
         """XLNet's stack: the last hidden states and their layout, all of them, and the memory for the next segment."""
         if not isinstance(layout, Packed):
-            raise ValueError('Transformer: positions "relative" neither compiles nor takes padding between tokens')
+            raise ValueError('Transformer: positions "relative" takes no holes of padding, and compiled no padding')
         check_like("token_type_ids", segments, input_ids, 2**31, "int32")
         past = check_memory(self.config, layout, mems)
         order, predicted = order_of(layout, *xlnet)
@@ -305,9 +306,7 @@ class Transformer(Generation):
             layout, layout.enter(input_ids), segments, order, past, keep=keep, remember=use_mems,
             checkpoint=self.gradient_checkpointing,
         )  # fmt: skip
-        if remembered is not None and is_dense(layout) and not isinstance(mems, Memory):
-            remembered = remembered.rows()
-        return x, layout if predicted is None else predicted, hidden, remembered
+        return x, layout if predicted is None else predicted, hidden, as_given(remembered, layout, mems)
 
     def _decode(
         self, layout: Layout, input_ids: Tensor, memory: Tensor, keep: bool

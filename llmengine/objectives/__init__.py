@@ -83,9 +83,10 @@ def model_heads(name: str) -> tuple[str, ...]:
 
 def memory_fields(name: str, **options: Any) -> dict[str, int]:
     """The model's fields that an objective with memory decides; none without."""
+    if not options.get("memory"):
+        return {}
     chosen = options_of(name, **options)
-    memory = getattr(chosen, "memory", 0)
-    return {"memory_length": memory, "memory_reuse": chosen.reuse} if memory else {}
+    return {"memory_length": chosen.memory, "memory_reuse": chosen.reuse}
 
 
 def make_model(name: str, config: TransformerConfig, **options: Any) -> Transformer | Electra:

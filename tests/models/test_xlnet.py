@@ -80,6 +80,38 @@ def test_permutation_language_model(kind, segments, past, dense_masks, tmp_path)
     compare_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["bi", "uni"])
+@pytest.mark.parametrize("past", [False, True], ids=["alone", "mems"])
+@pytest.mark.parametrize("targets", [False, True], ids=["content", "targets"])
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+def test_a_mask_that_is_no_order(segments, targets, past, kind, tmp_path):
+    """Any perm_mask in which a token sees another: logits, memory and gradients are Hugging Face's."""
+    theirs = hf_model("XLNetLMHeadModel", attn_type=kind)
+    ours = ours_of(theirs, tmp_path)
+    ids, generator = random_ids(BATCH, LENGTH), torch.Generator().manual_seed(4)
+    mask = (torch.rand(BATCH, LENGTH, LENGTH, generator=generator) < 0.5).float()
+    mask[:, :, 0] = 0  # a row that sees nothing is the mean of all to them, and zero to us
+    rows = slice(1 if kind == "uni" else BATCH)  # theirs adds both masks for one sequence only
+    batch = {"input_ids": ids, "perm_mask": mask}
+    at = torch.tensor([[1, 4, 8], [2, 3, 5], [8, 7, 1]])
+    if targets:
+        batch["target_mapping"] = torch.nn.functional.one_hot(at, LENGTH).float()
+    if segments:
+        batch["token_type_ids"] = (torch.arange(LENGTH) // 4).expand(BATCH, -1)
+    if past:
+        batch["mems"] = memory(theirs)
+    batch["labels"] = ids.gather(1, at) if targets else ids
+    batch = {name: [x[:, rows] for x in given] if name == "mems" else given[rows] for name, given in batch.items()}
+    expected, got = (model(**batch, use_mems=True) for model in (theirs, ours))
+    assert_near(got.logits, expected.logits, 1e-5, "logits")
+    assert_near(got.loss, expected.loss, 1e-5, "loss")
+    for a, b in zip(got.mems, expected.mems, strict=True):
+        assert_near(a, b, 1e-5, "mems")
+    expected.loss.backward()
+    got.loss.backward()
+    compare_gradients(ours, theirs)
+
+
 @pytest.mark.parametrize(("side", "kind"), [("none", "bi"), ("left", "bi"), ("right", "bi"), ("none", "uni")])
 def test_content_stream(side, kind, tmp_path):
     """Without an order: an encoder that sees everything, or what precedes, padded on either side."""
@@ -223,6 +255,34 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         assert_near(found[1][name], gradient, 1e-6, name)
 
 
+def test_compiles_without_breaks(tmp_path):
+    """Dense and packed batches, with orders, targets (-1: none), segments, memory and losses."""
+    ours = ours_of(hf_model("XLNetLMHeadModel", n_layer=1), tmp_path)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    ids, (query_ranks, key_ranks, targets) = random_ids(BATCH, LENGTH), order(3)
+    some = targets.clone()
+    some[1, 2:] = -1
+    told = {"query_ranks": query_ranks, "key_ranks": key_ranks, "token_type_ids": ids % 2}
+    labels = ids.gather(1, targets)
+    bounds = torch.tensor([0, LENGTH, LENGTH + 5, BATCH * LENGTH]).int()
+    packed = {name: value.flatten() for name, value in told.items()} | {"cu_seqlens": bounds, "max_seqlen": 13}
+    for given, batch in {
+        "mems": (ids, told | {"mems": memory(ours)[:1], "use_mems": True}),
+        "some targets": (ids, told | {"target_positions": some, "labels": labels}),
+        "packed": (ids.flatten(), packed | {"target_positions": torch.tensor([2, 8, 10, 26]), "labels": labels[0]}),
+    }.values():
+        expected, got = ours(given, **batch, return_logits=True), compiled(given, **batch, return_logits=True)
+        assert_near(got.logits, expected.logits, 1e-6)
+        if "labels" in batch:
+            assert_near(got.loss, expected.loss, 1e-6)
+            gradients = [torch.autograd.grad(out.loss, list(ours.parameters()), allow_unused=True)
+                         for out in (got, expected)]  # fmt: skip
+            for a, b in zip(*gradients, strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+        for a, b in zip(got.mems or (), expected.mems or (), strict=True):
+            assert_near(a, b, 1e-6)
+
+
 def test_generates_as_hugging_face(tmp_path):
     theirs = hf_model("XLNetLMHeadModel", seed=3)
     with torch.no_grad():
@@ -242,10 +302,20 @@ def test_generates_as_hugging_face(tmp_path):
         assert torch.equal(together[1, 6:], alone[0, 4:]), side
 
 
+NO_ORDER = torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"perm_mask": torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])}, "perm_mask follows from no order"),
+        (
+            {"perm_mask": NO_ORDER, "attention_mask": torch.tensor([[1, 1, 0]])},
+            "perm_mask follows from no order",
+        ),
+        (
+            {"perm_mask": NO_ORDER[:, :2], "target_positions": torch.tensor([[0]])},
+            r"perm_mask has shape \(1, 2, 3\); expected \(1, 3, 3\)",
+        ),
         ({"query_ranks": torch.zeros(1, 3).int()}, "query_ranks and key_ranks go together"),
         ({"target_positions": torch.tensor([[7]])}, "target_positions must name at least one token, from 0 to 2"),
         ({"target_mapping": torch.ones(1, 2, 3)}, "target_mapping must have one 1 in each row"),
