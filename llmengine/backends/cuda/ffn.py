@@ -37,16 +37,16 @@ def kernels(native: Native) -> dict[str, Kernel]:
     @kernel(table, "ffn_backward", backward_refuses)
     def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
         gated, dtype = w_gate is not None, input.dtype
-        grad_up, grad_gate, hidden = None, None, None
+        grad_up = grad_gate = hidden = input.new_empty(0)
         if any(wanted[:6]):
             # until the kernel has turned it, the hidden layer's
             grad_up = native.product(grad_output, w_down.to(dtype))
-            grad_gate = torch.empty_like(grad_up) if gated else None
-            hidden = torch.empty_like(grad_up) if wanted[5] else None
+            grad_gate = torch.empty_like(grad_up) if gated else grad_gate
+            hidden = torch.empty_like(grad_up) if wanted[5] else hidden
             native.call(
                 "ffn_hidden_backward", up, grad_hidden=grad_up, up=unit_last_stride(up),
                 gate=unit_last_stride(gate) if gated else None, seed=seed, activation=activation, dropout_p=dropout_p,
-                grad_up=grad_up, grad_gate=grad_gate, hidden=hidden,
+                grad_up=grad_up, grad_gate=grad_gate if gated else None, hidden=hidden if wanted[5] else None,
             )  # fmt: skip
 
         def grad_input():
