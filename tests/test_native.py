@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_calls import Guarded, mutations, recorded_calls, signature
+from native_calls import guarded, mutations, recorded_calls, signature
+from programs import compiled, printed_by
 
 import llmengine
 from llmengine import _cpu, functional
@@ -76,7 +77,9 @@ def test_all_of_the_operator_suite_on_every_instruction_set(isa: str, file: str)
     run_tests(file, "", 3500, LLMENGINE_CPU_ISA=isa)
 
 
-@pytest.mark.parametrize("isa", sorted({"generic", "avx2", "avx512", "sse9"} - set(_cpu.supported_isas())))
+@pytest.mark.parametrize(
+    "isa", sorted({"generic", "avx2", "avx512", "avx512_bf16", "amx", "sse9"} - set(_cpu.supported_isas()))
+)
 def test_an_instruction_set_that_is_missing_is_an_error(isa: str):
     script = """
 import torch, llmengine
@@ -93,6 +96,12 @@ for _ in range(2):  # not only the first time
 
 def test_the_best_instruction_set_is_the_default():
     assert printed("from llmengine import _cpu; print(_cpu.isa())", LLMENGINE_CPU_ISA="") == _cpu.supported_isas()[-1]
+
+
+def test_the_choice_on_other_machines(tmp_path: Path):
+    """Above all one whose system refuses AMX's tiles."""
+    sources = ["tests/csrc/isa_test.cpp", "csrc/cpu/isa.cpp"]
+    assert printed_by(compiled(sources, tmp_path / "isa_test", [])) == "passed\n"
 
 
 # ---- threads, forks, the GIL -----------------------------------------------------------------------------------------
@@ -211,13 +220,13 @@ def test_no_argument_crashes_a_kernel(name: str, data: st.DataObject):
     arguments = dict(call.arguments)
     for key in spoilt:
         arguments[key] = data.draw(mutations(arguments[key]))
-    guarded = {key: Guarded(value) for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    watched = {key: guarded(value) for key, value in arguments.items()}
     try:
-        getattr(_cpu, name)(**arguments | {key: guard.tensor for key, guard in guarded.items()})
+        getattr(_cpu, name)(**{key: value for key, (value, _) in watched.items()})
     except ValueError as error:
         assert any(key in str(error) for key in arguments), f"names no argument: {error}"
-    for key, guard in guarded.items():
-        assert guard.intact(), f"{name} wrote outside of {key}"
+    for key, (_, guards) in watched.items():
+        assert all(guard.intact() for guard in guards), f"{name} wrote outside of {key}"
 
 
 def test_every_kernel_is_fuzzed():

@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
@@ -40,6 +41,7 @@ void bind_cpu(py::module_& module, const char* name) {
 PYBIND11_MODULE(_cpu, module) {
   module.def("set_thread_count_source", [](py::object source) { thread_count() = std::move(source); });
   module.def("isa", [] { return std::string(cpu::name(cpu::active_isa())); });
+  module.def("isa_notice", &cpu::isa_notice);
   module.def("supported_isas", [] {
     py::list names;
     for (int i = 0; i < cpu::kIsaCount; ++i) {
@@ -48,6 +50,7 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AdamW>(module, "adamw");
   bind_cpu<ops::AttentionForward>(module, "attention_forward");
   bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::ChainFieldForward>(module, "chain_field_forward");

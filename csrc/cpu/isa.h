@@ -1,16 +1,33 @@
-// Instruction sets: every kernel file is compiled once per set (see CMakeLists.txt) and the best one that this
-// processor has is picked at run time. LLMENGINE_CPU_ISA=generic|avx2|avx512 forces a lower one; forcing one that is
-// missing is an error.
+// Instruction sets: every kernel file is compiled once per set that it profits from (see CMakeLists.txt), and the best
+// one that this processor has is picked at run time. LLMENGINE_CPU_ISA=generic|avx2|avx512|avx512_bf16|amx forces a
+// lower one; forcing one that is missing is an error.
 #pragma once
+
+#include <string>
 
 namespace llmengine::cpu {
 
-enum class Isa { generic, avx2, avx512 };
-inline constexpr int kIsaCount = 3;
+enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
+inline constexpr int kIsaCount = 5;
 
 const char* name(Isa isa);
-bool supported(Isa isa);  // by this processor and by this build
-Isa active_isa();         // throws std::invalid_argument where LLMENGINE_CPU_ISA cannot be honoured
+bool supported(Isa isa);   // by this processor, this system and this build
+Isa active_isa();          // throws std::invalid_argument where LLMENGINE_CPU_ISA cannot be honoured
+std::string isa_notice();  // why a set that the processor has is not used, or nothing
+
+// What the choice is made from, so that tests can make it for machines that they do not run on.
+struct Machine {
+  bool (*has)(Isa);                // the processor and the build
+  std::string (*ask_for_tiles)();  // AMX's registers are the system's to grant: why it refuses, or nothing
+};
+struct Choice {
+  bool supported[kIsaCount];
+  std::string notice;
+
+  explicit Choice(const Machine& machine);
+  Isa best() const;
+  Isa forced(const std::string& name) const;  // throws as active_isa()
+};
 
 // The kernels for one Params type, one per instruction set. A kernel file ends with
 //   const Registrar<ops::NormForward> forward{norm_forward};

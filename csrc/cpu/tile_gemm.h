@@ -29,6 +29,30 @@ enum class Lies { along, across };  // A(row, k): a[row stride + k] or a[k strid
 // C = AB, beta[0] AB, C + AB, beta[0] (C + AB), beta[row] C + AB
 enum class Into { place, times, add, add_times, scaled };
 
+// Sums as they go into C's row r, which lies at c.
+template <Into into>
+inline F brought_into(const float* c, F sum, int r, const float* beta) {
+  if constexpr (into == Into::times) return sum * beta[0];
+  if constexpr (into == Into::add) return load(c) + sum;
+  if constexpr (into == Into::add_times) return beta[0] * (load(c) + sum);
+  if constexpr (into == Into::scaled) return load(c) * beta[r] + sum;
+  return sum;
+}
+
+// The first `rows` rows of a tile in registers.
+template <int kVectors, Into into>
+inline void store_tile(const F (&sum)[kTileRows][kVectors], int rows, float* c, int64_t c_stride, const float* beta) {
+#pragma GCC unroll 6
+  for (int r = 0; r < kTileRows; ++r) {
+    if (r >= rows) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = c + r * c_stride + v * kLanes;
+      store(out, brought_into<into>(out, sum[r][v], r, beta));
+    }
+  }
+}
+
 template <int kVectors, Lies lies, Into into>
 inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                           float* c, int64_t c_stride, const float* beta) {
@@ -44,19 +68,7 @@ inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_str
       for (int v = 0; v < kVectors; ++v) sum[r][v] += x * line[v];
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < kTileRows; ++r) {
-    if (r >= rows) return;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* out = c + r * c_stride + v * kLanes;
-      if constexpr (into == Into::times) sum[r][v] *= beta[0];
-      if constexpr (into == Into::add) sum[r][v] = load(out) + sum[r][v];
-      if constexpr (into == Into::add_times) sum[r][v] = beta[0] * (load(out) + sum[r][v]);
-      if constexpr (into == Into::scaled) sum[r][v] = load(out) * beta[r] + sum[r][v];
-      store(out, sum[r][v]);
-    }
-  }
+  store_tile<kVectors, into>(sum, rows, c, c_stride, beta);
 }
 
 // The same for 1 <= vectors <= kTileVectors. Rows beyond `rows` are read from A, whatever they hold, and not stored.
@@ -66,7 +78,7 @@ inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, 
   switch (vectors) {
     case 1: return multiply_tile<1, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
     case 2: return multiply_tile<2, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
-#if defined(__AVX512F__)
+#if LLMENGINE_LANES == 16
     case 3: return multiply_tile<3, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
     case 4: return multiply_tile<4, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
 #endif

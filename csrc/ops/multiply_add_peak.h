@@ -11,7 +11,7 @@ namespace llmengine::ops {
 struct MultiplyAddPeak {
   TensorView unit;     // empty: its dtype is that of the operands
   int64_t rounds = 1;  // products on each thread
-  TensorView flops;    // float32 (1,): receives the operations done, a multiply-add being two
+  TensorView flops;    // float64 (1,): receives the operations done, a multiply-add being two
 
   static constexpr auto fields() {
     using P = MultiplyAddPeak;
@@ -22,7 +22,7 @@ struct MultiplyAddPeak {
 inline void validate(const MultiplyAddPeak& p) {
   const Checker at{"multiply_add_peak"};
   at.dtype(p.unit, "unit", {DType::f32, DType::bf16});
-  at.dtype(p.flops, "flops", {DType::f32});
+  at.dtype(p.flops, "flops", {DType::f64});
   at.shape(p.flops, "flops", {1});
   if (p.rounds < 1) at.fail_at("rounds", "is " + std::to_string(p.rounds) + "; must be at least 1");
 }

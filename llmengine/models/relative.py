@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from llmengine.models.config import TransformerConfig
 from llmengine.models.dtypes import into
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import Packed
+from llmengine.models.memory import Memory, Recall
 from llmengine.models.positions import waves
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import add_norm, touched
@@ -71,6 +73,19 @@ class RelativeContext:
     key_segments: Tensor | None
     key_ranks: Tensor | None
     causal: bool
+    cached: Cached | None = None
+    """Where keys and values are kept between passes; None: nowhere."""
+
+
+class Cached(Protocol):
+    """What remembers keys and values in generation."""
+
+    def project(self, attention: RelativeAttention, content: Tensor, context: RelativeContext) -> Projected:
+        """Those of this pass's content, and of what is remembered."""
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and position keys, (…, heads, head_dim)."""
 
 
 class RelativeAttention(Module):
@@ -93,8 +108,7 @@ class RelativeAttention(Module):
     def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
         """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
         q = self.q(x).unflatten(1, (self.heads, self.head_dim))
-        k, v = self.kv(keys).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
-        r = self.r(context.encoding.to(x.dtype)).unflatten(1, (self.heads, self.head_dim))
+        k, v, r = self.project(keys, context) if context.cached is None else context.cached.project(self, keys, context)
         attended, first = [], 0
         for rows in context.streams:
             count = rows.count
@@ -129,6 +143,14 @@ class RelativeAttention(Module):
             first += count
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self.out(together.flatten(1))
+
+    def project(self, keys: Tensor, context: RelativeContext) -> Projected:
+        """Of keys (tokens, d_model), and of every distance."""
+        k, v = self.keys_and_values(keys)
+        return k, v, self.r(context.encoding.to(keys.dtype)).unflatten(1, (self.heads, self.head_dim))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.kv(x).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
 
 
 class RelativeLayer(Module):
@@ -189,17 +211,17 @@ class RelativeStack(Module):
         input_ids: Tensor,
         segments: Tensor | None,
         order: Order | None = None,
-        memory: list[Tensor] | None = None,
+        memory: Memory | None = None,
         *,
         keep: bool = False,
         remember: bool = False,
         checkpoint: bool = False,
-    ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
+    ) -> tuple[Tensor, list[Tensor] | None, Memory | None]:
         """input_ids, segments (tokens,) of the packed batch -> the last hidden states, all of h's if they are to be
-        kept, and each layer's memory for the next segment.
+        kept, and the memory for the next segment.
 
-        memory: for each layer (length, sequences, d_model), of sequences that are all equally long. checkpoint: a
-        layer's inner results are computed again in the backward instead of kept.
+        memory: what the sequences remember of an earlier one. checkpoint: a layer's inner results are computed again
+        in the backward instead of kept.
         """
         config, drop = self.config, self.config.embed_dropout
         x = _torch.dropout(self.embeddings.word(input_ids), drop, self.training)
@@ -207,14 +229,16 @@ class RelativeStack(Module):
         if order is not None and order.targets is not None:
             g = self.embeddings.query_stream.to(x.dtype).expand(len(order.targets), -1)
             x = torch.cat([x, _torch.dropout(g, drop, self.training)])
-        context = self._context(layout, segments, order, 0 if memory is None else len(memory[0]), x)
-        kept, remembered = [x[:tokens]], []
+        recall = Recall.of(layout, memory)
+        remembers = recall.next(config) if remember else ()
+        context = self._context(layout, segments, order, recall, x)
+        kept: list[Tensor] = [x[:tokens]]
+        remembered: list[Tensor] = []
         for i, layer in enumerate(self.each_layer()):
             x = into(layer.attention.q, x)
-            past = None if memory is None else memory[i]
+            keys = recall.behind(None if memory is None else memory.states[i], x[:tokens])
             if remember:
-                remembered.append(self._remember(x[:tokens], past, layout.sequences))
-            keys = _behind(past, x[:tokens], layout.sequences)
+                remembered.append(torch.cat([keys.detach()[part] for part in remembers]))
             if checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpointing.checkpoint(layer, x, keys, context, use_reentrant=False)
             else:
@@ -223,30 +247,28 @@ class RelativeStack(Module):
         result = x if len(x) == tokens else x[tokens:]
         if self.training and config.final_dropout > 0:
             result = _torch.dropout(result, config.final_dropout, True)
-        return result, kept if keep else None, remembered if remember else None
+        lengths = tuple(part.stop - part.start for part in remembers)
+        return result, kept if keep else None, Memory(tuple(remembered), lengths) if remember else None
 
     def _context(
-        self, layout: Packed, segments: Tensor | None, order: Order | None, past: int, x: Tensor
+        self, layout: Packed, segments: Tensor | None, order: Order | None, recall: Recall, x: Tensor
     ) -> RelativeContext:
         config, device = self.config, x.device
-        starts = torch.arange(layout.sequences + 1, dtype=torch.int32, device=device) * past
-        longest_k, zero = layout.max_seqlen + past, layout.max_seqlen - 1
-        distances = torch.arange(-zero, longest_k + 1, device=device)
-        if config.position_clamp is not None:
-            distances = distances.clamp(-config.position_clamp, config.position_clamp)
-        encoding = waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(x.dtype, torch.float32))
-        encoding = _torch.dropout(encoding, config.dropout, self.training)
+        starts = torch.tensor([0, *accumulate(recall.past)], dtype=torch.int32, device=device)
+        longest_k, zero = max(recall.lengths), layout.max_seqlen - 1
+        encoding = _torch.dropout(self.encoding(-zero, longest_k, x), config.dropout, self.training)
         segments = None if segments is None else segments.int()
-        key_segments = segments if segments is None else _behind_each(segments, past, layout.sequences, 0)
+        key_segments = None if segments is None else recall.behind_each(0, segments)
         ranks = key_ranks = None
         if order is not None:
-            ranks, key_ranks = order.query_ranks, _behind_each(order.key_ranks, past, layout.sequences, -1)
+            ranks, key_ranks = order.query_ranks, recall.behind_each(-1, order.key_ranks)
         streams = [
             Rows(layout.tokens, layout.cu_seqlens, layout.max_seqlen, segments, ranks, include_self=ranks is not None)
         ]
         if order is not None and order.targets is not None and order.target_layout is not None:
             at, predicted = order.targets, order.target_layout
-            positions = (at - layout.cu_seqlens[:-1].long()[layout.sequence(at)] + past).int()
+            # among a sequence's keys
+            positions = (at + (starts[1:] - layout.cu_seqlens[:-1] - starts[:-1])[layout.sequence(at)]).int()
             streams.append(
                 Rows(
                     len(at),
@@ -262,27 +284,13 @@ class RelativeStack(Module):
             causal=config.relative_causal,
         )  # fmt: skip
 
-    def _remember(self, x: Tensor, past: Tensor | None, sequences: int) -> Tensor:
-        """(length, sequences, d_model): what the next segment may see of this one, without gradients."""
-        x = x.detach().unflatten(0, (sequences, -1)).transpose(0, 1)
-        if self.config.memory_reuse:
-            x = x[: self.config.memory_reuse]
-        x = x if past is None else torch.cat([past.to(x.dtype), x])
-        return x[-self.config.memory_length :] if self.config.memory_length else x
-
-
-def _behind(past: Tensor | None, x: Tensor, sequences: int) -> Tensor:
-    """Each sequence's memory, and then its tokens."""
-    if past is None:
-        return x
-    return torch.cat([past.transpose(0, 1).to(x.dtype), x.unflatten(0, (sequences, -1))], 1).flatten(0, 1)
-
-
-def _behind_each(x: Tensor, past: int, sequences: int, value: int) -> Tensor:
-    """(tokens,) integers with `past` times `value` before each sequence's."""
-    if past == 0:
-        return x
-    return _torch.pad(x.view(sequences, -1), (past, 0), value=value).flatten()
+    def encoding(self, first: int, last: int, like: Tensor) -> Tensor:
+        """(last - first + 1, d_model): of these distances, float32 or wider."""
+        config = self.config
+        distances = torch.arange(first, last + 1, device=like.device)
+        if config.position_clamp is not None:
+            distances = distances.clamp(-config.position_clamp, config.position_clamp)
+        return waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(like.dtype, torch.float32))
 
 
 # ---- orders ----------------------------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def backend(name: str) -> Iterator[None]:
 
 def device_type(args: tuple) -> str:
     for arg in args:
+        if isinstance(arg, list) and arg:
+            arg = arg[0]
         if isinstance(arg, torch.Tensor):
             return arg.device.type
     return "cpu"
@@ -227,4 +229,5 @@ def report() -> dict:
         "backends": rows,
         "cpu_isa": module.isa() if module else None,
         "cpu_isas_supported": list(module.supported_isas()) if module else [],
+        "cpu_isa_notice": module.isa_notice() if module else "",
     }

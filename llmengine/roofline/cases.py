@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
+from llmengine.optim import AdamW
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
+BOTH = "forward + backward"
 
 # Rows do not fit a processor's last cache where they stand for memory's speed ("cpu": 64 MiB of float32 and more).
 SHAPES: dict[str, dict[str, list[Shape]]] = {
@@ -23,6 +26,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
         "rotary": [(16384, 32, 128)],  # tokens, heads, head_dim
+        "adamw": [(148, 1 << 22)],  # parameters, elements of each
     },
     "cpu": {
         "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
@@ -31,6 +35,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(512, 768), (16384, 1024)],
         "logits": [(512, 50257)],
         "rotary": [(16384, 16, 64)],
+        "adamw": [(74, 1 << 19)],
     },
     "small": {
         "attention": [(1, 2, 40, 16)],
@@ -39,6 +44,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(5, 48)],
         "logits": [(6, 50)],
         "rotary": [(6, 2, 16)],
+        "adamw": [(3, 40)],
     },
 }
 
@@ -51,6 +57,7 @@ class Case:
         bytes_moved, flops: what the forward cannot do without: each tensor read or written once; a multiply-add is two
             operations, and those of elementwise parts are not counted.
         backward_bytes, backward_flops: the same of the backward, beyond the forward.
+        passes: what is timed: all but `BOTH` is a call without gradients.
     """
 
     operator: str
@@ -62,6 +69,7 @@ class Case:
     flops: float = 0.0
     backward_bytes: float = 0.0
     backward_flops: float = 0.0
+    passes: tuple[str, ...] = ("forward", BOTH)
 
 
 def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[str] | None = None) -> Iterator[Case]:
@@ -224,6 +232,36 @@ def _rotary(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("rotary", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 2 * make.bytes(x))
 
 
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """float32 weights, whatever the dtype of the products; 28 bytes an element, 4 of them the gradient's."""
+    if make.device == "cpu" and make.dtype == torch.bfloat16:
+        return  # float32 has told it
+    count, size = shape
+    values, gradients = (torch.randn(count, size, device=make.device) for _ in range(2))
+
+    def step(optimizer: type[torch.optim.Optimizer], **options: Any) -> Callable[[], Tensor]:
+        parameters = [torch.nn.Parameter(value.clone()) for value in values]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        chosen = optimizer(parameters, **options)
+
+        def call() -> Tensor:
+            chosen.step()
+            return parameters[0]
+
+        return call
+
+    run = {
+        "llmengine": step(AdamW),
+        "torch": step(torch.optim.AdamW, fused=True),
+        "torch foreach": step(torch.optim.AdamW, foreach=True),
+    }
+    yield Case("adamw", _name(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
+
+
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
     "ffn": ("ffn", _ffn),
@@ -234,4 +272,5 @@ OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = 
     "softmax": ("rows", _softmax),
     "cross_entropy": ("logits", _cross_entropy),
     "rotary": ("rotary", _rotary),
+    "adamw": ("adamw", _adamw),
 }

@@ -58,7 +58,7 @@ def _native_tflops(clock: Clock, dtype: torch.dtype, small: bool) -> float:
     if load("cpu").unavailable is not None or dtype == torch.float16:
         return 0.0
     module = importlib.import_module("llmengine._cpu")
-    unit, flops = torch.empty(0, dtype=dtype), torch.zeros(1)
+    unit, flops = torch.empty(0, dtype=dtype), torch.zeros(1, dtype=torch.float64)
     rounds = 10 if small else 20000
 
     ms = clock.least(lambda: module.multiply_add_peak(unit=unit, rounds=rounds, flops=flops))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import llmengine
-from llmengine.roofline.cases import Case
+from llmengine.roofline.cases import BOTH, Case
 from llmengine.roofline.ceilings import NAMES, Ceilings
 from llmengine.roofline.clock import Clock
 
@@ -21,7 +21,7 @@ COMPILED = "torch.compile"
 def measure(
     case: Case, clock: Clock, ceilings: Ceilings, *, backends: Sequence[str] = (), compiled: bool = False
 ) -> Iterator[Row]:
-    """A row per peer and pass ("forward", "forward + backward"). A peer that fails gives a row with its error.
+    """A row per peer and pass. A peer that fails gives a row with its error.
 
     Args:
         backends: a row "llmengine NAME" for each; without any, "llmengine" is what the registry picks.
@@ -32,10 +32,10 @@ def measure(
     for name, function in case.run.items():
         ours = {f"llmengine {backend}": _demanding(backend, function) for backend in backends}
         runs |= ours if ours and name == "llmengine" else {name: function}
-    if compiled:
+    if compiled and case.tensors:
         runs[COMPILED] = torch.compile(case.run["torch"])
     leaves = [t.detach().requires_grad_() for t in case.tensors]
-    for which in ("forward", "forward + backward"):
+    for which in case.passes:
         yield from _pass(case, which, runs, leaves, clock, ceilings)
 
 
@@ -50,7 +50,7 @@ def _demanding(backend: str, function: Callable[..., Tensor]) -> Callable[..., T
 def _pass(
     case: Case, which: str, runs: dict[str, Callable[..., Tensor]], leaves: list[Tensor], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
-    backward = which != "forward"
+    backward = which == BOTH
     moved = case.bytes_moved + backward * case.backward_bytes
     flops = case.flops + backward * case.backward_flops
     floor = limits.floor_ms(case.dtype, moved, flops)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmengine.files import replace_bytes
+from llmengine.roofline.cases import BOTH
 from llmengine.roofline.ceilings import NAMES, Ceilings
 from llmengine.roofline.measure import Row
-
-BOTH = "forward + backward"
 
 
 def draw(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str = "") -> None:
@@ -19,7 +18,7 @@ def draw(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str = "") -
     over operations per byte, with the cases that multiply. The file is replaced whole or not at all."""
     from matplotlib.figure import Figure
 
-    timed = [row for row in rows if row["pass"] == BOTH and "error" not in row]
+    timed = [row for row in rows if row["pass"] != "forward" and "error" not in row]
     if not timed:
         return
     count = len({_case(row) for row in timed})

@@ -95,7 +95,8 @@ def _check(folder: Folder, resume: bool) -> None:
     if resume and not folder.config.is_file():
         raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
     if not resume and not folder.is_empty():
-        raise FileExistsError(f"output {path} is not empty; give another folder, or resume the run that is there")
+        there = f", or go on with the run that is there: --resume {path}" if folder.config.is_file() else ""
+        raise FileExistsError(f"output {path} is not empty; give another folder{there}")
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -245,6 +246,8 @@ class _Loop:
         }
         if run.average is not None:
             groups["average"] = run.average.state()
+        if run.memory is not None:
+            groups["memory"] = run.memory.state()
         if run.selection is not None:
             facts["selection"] = run.selection.facts()
         self.checkpoint = checkpoint.save(run.folder.checkpoints, self.step, groups, facts)
@@ -270,6 +273,8 @@ class _Loop:
         load_state_tensors(run.optimizer, run.model, saved.tensors("optimizer"))
         if run.average is not None:
             run.average.load_state(saved.tensors("average"))
+        if run.memory is not None:
+            run.memory.load_state(saved.tensors("memory"), run.device)
         if run.selection is not None:
             run.selection.restore(facts["selection"], saved.step)
         self.step, self.tokens, self.seconds = saved.step, facts["tokens"], facts["seconds"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmengine import Transformer
+from llmengine.models.memory import Memory
 from llmengine.testing import assert_near
 
 from .peers import gradients_as_theirs, gradients_of, hf_model, ours_of, padding_mask, random_ids
@@ -158,6 +161,49 @@ def test_a_long_text_in_segments(tmp_path):
     assert_near(torch.cat(parts, 1), whole, 1e-5)
 
 
+@pytest.mark.parametrize(("length", "reuse"), [(0, 0), (7, 0), (7, 3)], ids=["all", "last", "reuse"])
+@pytest.mark.parametrize("form", ["packed", "padded"])
+def test_sequences_that_remember_unequally_much(form, length, reuse, tmp_path):
+    """Each as it is alone, with Hugging Face's form of mems; the first of them has nothing to remember."""
+    theirs = hf_model("XLNetLMHeadModel", mem_len=length or None, reuse_len=reuse or None)
+    ours = ours_of(theirs, tmp_path)
+    sizes, pasts = [4, LENGTH, 6], [0, 5, 2]
+    generator = torch.Generator().manual_seed(5)
+    remembered = [torch.randn(3, past, 32, generator=generator) for past in pasts]
+    ids = [random_ids(size, seed=size) for size in sizes]
+    ranks = [torch.randperm(size, generator=generator).int() for size in sizes]
+    targets = [rank.argsort()[-2:].sort().values for rank in ranks]
+    told = {"mems": Memory.join(remembered, remembered[0][:, :0]), "use_mems": True}
+    if form == "packed":
+        bounds = torch.tensor([0, *itertools.accumulate(sizes)]).int()
+        places = torch.cat([at + begin for at, begin in zip(targets, bounds.tolist(), strict=False)])
+        out = ours(
+            torch.cat(ids), cu_seqlens=bounds, query_ranks=torch.cat(ranks), key_ranks=torch.cat(ranks),
+            target_positions=places, token_type_ids=torch.cat(ids) % 2, **told,
+        )  # fmt: skip
+        logits = out.logits.view(3, 2, -1)
+    else:
+        mask, rows = padding_mask("left", sizes, LENGTH), torch.zeros(3, LENGTH, dtype=torch.long)
+        several = [rows.masked_scatter(mask.bool(), torch.cat(each).long()) for each in (ids, ranks)]
+        at = torch.stack([at + LENGTH - size for at, size in zip(targets, sizes, strict=True)])
+        out = ours(
+            several[0], mask, query_ranks=several[1], key_ranks=several[1], target_positions=at,
+            token_type_ids=several[0] % 2, **told,
+        )  # fmt: skip
+        logits = out.logits
+    for i, past in enumerate(pasts):
+        alone = theirs(
+            ids[i][None], token_type_ids=ids[i][None] % 2, use_mems=True,
+            mems=list(remembered[i][:, :, None]) if past else None,
+            perm_mask=(ranks[i][None, :] >= ranks[i][:, None])[None].float(),
+            target_mapping=torch.nn.functional.one_hot(targets[i], sizes[i])[None].float(),
+        )  # fmt: skip
+        assert_near(logits[i], alone.logits[0], 1e-5)
+        kept = out.mems.split()[i]
+        assert not kept.requires_grad
+        assert_near(kept, torch.cat(alone.mems, 1).transpose(0, 1), 1e-5, "mems")
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     ours = ours_of(hf_model("XLNetLMHeadModel", dropout=0.0), tmp_path).train()
     ids, (query_ranks, key_ranks, targets) = random_ids(BATCH, LENGTH), order(3)
@@ -204,8 +250,16 @@ def test_generates_as_hugging_face(tmp_path):
         ({"target_positions": torch.tensor([[7]])}, "target_positions must name at least one token, from 0 to 2"),
         ({"target_mapping": torch.ones(1, 2, 3)}, "target_mapping must have one 1 in each row"),
         ({"mems": [torch.zeros(2, 1, 32)]}, "mems has 1 tensors; expected one per layer, 3"),
+        ({"mems": Memory((torch.zeros(2, 32),) * 3, (1, 1))}, "mems is of 2 sequences; the batch has 1"),
+        (
+            {"mems": Memory((torch.zeros(2, 32),) * 3, (3,))},
+            r"mems.states\[0\] has shape \(2, 32\); expected \(3, 32\)",
+        ),
         ({"mems": [torch.zeros(2, 2, 32)] * 3}, r"mems\[0\] has shape \(2, 2, 32\); expected \(length, 1, 32\)"),
-        ({"use_mems": True, "attention_mask": torch.tensor([[1, 1, 0]])}, "mems need a batch without padding"),
+        (
+            {"mems": [torch.zeros(2, 1, 32)] * 3, "attention_mask": torch.tensor([[1, 1, 0]])},
+            r"mems of \(length, batch, d_model\) need a batch \(batch, length\) without padding",
+        ),
     ],
 )
 def test_bad_input_is_named(batch, message, tmp_path):

@@ -37,6 +37,14 @@ def test_peers_compute_the_same(operator, dtype):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
 
 
+def test_an_optimizer_is_timed_by_its_step():
+    rows = list(roofline.measure(small("adamw"), CLOCK, CEILINGS, compiled=True))
+    assert [(row["pass"], row["peer"]) for row in rows] == [
+        ("step", peer) for peer in ("llmengine", "torch", "torch foreach")
+    ]
+    assert all(row["gbytes_per_s"] * row["ms"] * 1e6 == pytest.approx(28 * 3 * 40) for row in rows)
+
+
 @pytest.mark.parametrize("operator", ["ffn", "linear_cross_entropy"])
 def test_operations_are_those_that_pytorch_counts(operator):
     case = small(operator)
@@ -67,7 +75,7 @@ def test_native_peak_counts_its_operations_and_scales_with_rounds():
     if load("cpu").unavailable is not None:
         pytest.fail("the native module is not built")
     module = importlib.import_module("llmengine._cpu")
-    one, ten = torch.zeros(1), torch.zeros(1)
+    one, ten = torch.zeros(2, 1, dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         unit = torch.empty(0, dtype=dtype)
         module.multiply_add_peak(unit=unit, rounds=1, flops=one)

@@ -172,13 +172,16 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     config = tiny(tmp_path, "clm", "steps=1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty; give another folder, or resume"):
+    with pytest.raises(FileExistsError, match=r"run is not empty; give another folder$"):
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train(config, tmp_path / "run", resume=True)
     with pytest.raises(FileExistsError, match="is a file"):
         train(config, tmp_path / "run" / "thesis.txt")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError, match="give another folder, or go on with the run that is there: --resume"):
+        train(config, tmp_path / "run")
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("objective", ["clm", "bert"])
+@pytest.mark.parametrize("objective", ["clm", "bert", "plm"])
 def test_a_crashed_and_an_interrupted_run_end_as_an_uninterrupted_one(tmp_path, objective, precision, workers):
     config = tiny(tmp_path, objective, f"precision={precision}")
     run(config, tmp_path / "whole")

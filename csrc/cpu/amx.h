@@ -1,0 +1,142 @@
+// Intel AMX's tiles, as far as products of bf16 need them: eight registers of 16 rows of 64 bytes, and the instruction
+//
+//   C (16 x 16 float) += A (16 rows of 32 bf16) B (16 rows of 16 pairs of bf16: rows 2 i and 2 i + 1, interleaved)
+//
+// Four tiles hold C (two by two), two A and two B. These functions are all that knows the intrinsics; where
+// LLMENGINE_AMX_EMULATED is defined, twins in plain C++ stand in their place, so that tests run the kernels above on
+// machines without such tiles.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/vec.h"
+
+#if defined(__AMX_BF16__) || defined(LLMENGINE_AMX_EMULATED)
+#define LLMENGINE_AMX
+
+namespace llmengine::cpu::LLMENGINE_ISA {
+
+inline constexpr int kAmxRows = 16, kAmxRowBytes = 64;
+// tile numbers: C at (i, j) is number 2 i + j
+inline constexpr int kAmxA = 4, kAmxB = 6;
+
+#if defined(LLMENGINE_AMX_EMULATED)
+
+struct AmxTile {
+  alignas(64) unsigned char bytes[kAmxRows][kAmxRowBytes];
+};
+inline thread_local AmxTile amx_tiles[8];
+inline thread_local bool amx_configured = false;
+
+inline void amx_configure() {
+  amx_configured = true;
+  std::memset(amx_tiles, 0, sizeof amx_tiles);
+}
+// What a released tile held is lost: NaN betrays a kernel that goes on without.
+inline void amx_release() {
+  amx_configured = false;
+  std::memset(amx_tiles, 0xff, sizeof amx_tiles);
+}
+template <int tile>
+void amx_zero() {
+  std::memset(&amx_tiles[tile], amx_configured ? 0 : 0xff, sizeof(AmxTile));
+}
+template <int tile>
+void amx_load(const void* from, int64_t row_bytes) {
+  for (int row = 0; row < kAmxRows; ++row) {
+    std::memcpy(amx_tiles[tile].bytes[row], static_cast<const char*>(from) + row * row_bytes, kAmxRowBytes);
+  }
+}
+template <int tile>
+void amx_store(void* to, int64_t row_bytes) {
+  for (int row = 0; row < kAmxRows; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * row_bytes, amx_tiles[tile].bytes[row], kAmxRowBytes);
+  }
+}
+
+// The instruction takes denormals for zero, in operands and in results.
+inline float amx_flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+
+template <int i, int j>
+void amx_multiply() {
+  constexpr int kPairs = kAmxRowBytes / 4;
+  float c[kAmxRows][16];
+  bf16 a[kAmxRows][2 * kPairs], b[kPairs][32];
+  std::memcpy(c, &amx_tiles[2 * i + j], sizeof c);
+  std::memcpy(a, &amx_tiles[kAmxA + i], sizeof a);
+  std::memcpy(b, &amx_tiles[kAmxB + j], sizeof b);
+  for (int row = 0; row < kAmxRows; ++row) {
+    for (int k = 0; k < 2 * kPairs; ++k) {
+      const float x = amx_flushed(widen(a[row][k]));
+      for (int n = 0; n < 16; ++n) {
+        c[row][n] = amx_flushed(c[row][n] + x * amx_flushed(widen(b[k / 2][2 * n + k % 2])));
+      }
+    }
+  }
+  std::memcpy(&amx_tiles[2 * i + j], c, sizeof c);
+}
+
+#else
+
+// GCC's intrinsics are assembly that does not say what memory it reads and writes: without these fences (which emit
+// nothing) the compiler may keep back a store that a tile is about to load.
+inline void amx_memory() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+// GCC 12's _tile_loadconfig names only the first eight bytes as its operand, and stores to the rest of a local would be
+// dropped: this one is constant.
+struct AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};  // of eight tiles: what is beyond must be zero
+};
+static_assert(sizeof(AmxConfig) == 64);
+alignas(64) inline constexpr AmxConfig kAmxConfig{};
+
+inline void amx_configure() {
+  amx_memory();
+  _tile_loadconfig(&kAmxConfig);
+}
+inline void amx_release() { _tile_release(); }
+
+// The intrinsics paste their argument into the instruction: it must be a digit.
+template <int tile>
+void amx_zero() {
+  if constexpr (tile == 0) _tile_zero(0);
+  if constexpr (tile == 1) _tile_zero(1);
+  if constexpr (tile == 2) _tile_zero(2);
+  if constexpr (tile == 3) _tile_zero(3);
+}
+template <int tile>
+void amx_load(const void* from, int64_t row_bytes) {
+  amx_memory();
+  if constexpr (tile == 0) _tile_loadd(0, from, row_bytes);
+  if constexpr (tile == 1) _tile_loadd(1, from, row_bytes);
+  if constexpr (tile == 2) _tile_loadd(2, from, row_bytes);
+  if constexpr (tile == 3) _tile_loadd(3, from, row_bytes);
+  if constexpr (tile == 4) _tile_loadd(4, from, row_bytes);
+  if constexpr (tile == 5) _tile_loadd(5, from, row_bytes);
+  if constexpr (tile == 6) _tile_loadd(6, from, row_bytes);
+  if constexpr (tile == 7) _tile_loadd(7, from, row_bytes);
+}
+template <int tile>
+void amx_store(void* to, int64_t row_bytes) {
+  if constexpr (tile == 0) _tile_stored(0, to, row_bytes);
+  if constexpr (tile == 1) _tile_stored(1, to, row_bytes);
+  if constexpr (tile == 2) _tile_stored(2, to, row_bytes);
+  if constexpr (tile == 3) _tile_stored(3, to, row_bytes);
+  amx_memory();
+}
+template <int i, int j>
+void amx_multiply() {
+  if constexpr (i == 0 && j == 0) _tile_dpbf16ps(0, 4, 6);
+  if constexpr (i == 0 && j == 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (i == 1 && j == 0) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (i == 1 && j == 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+#endif
+
+}  // namespace llmengine::cpu::LLMENGINE_ISA
+#endif
