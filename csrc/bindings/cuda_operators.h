@@ -7,6 +7,7 @@
 
 #include "bindings/bind.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/ffn.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
@@ -35,6 +36,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   };
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
+  operation("ffn_hidden_forward", cuda::HiddenForward{});
+  operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

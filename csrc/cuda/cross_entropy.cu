@@ -22,7 +22,7 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.cuh"
-#include "cuda/ptx/math.cuh"
+#include "cuda/maths.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
 #include "cuda/row_shape.h"
@@ -36,9 +36,6 @@ constexpr int kFloats = 32;    // of a row in a thread before the row is given m
 constexpr int kUnrolled = 4;   // vectors that a thread asks for at once
 constexpr int kSumWarps = 32;  // of the block that adds up the losses
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-constexpr float kLog2e = 1.44269504f;
-
-__device__ __forceinline__ float exp_of(float x) { return ptx::exp2_approx(x * kLog2e); }
 
 // ---- what a row's loss is made of -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ equal bits under every schedule, and kernels with one line broken, each of which
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import subprocess
@@ -19,6 +20,7 @@ from llmengine import functional
 from llmengine.backends import cuda_sim
 from llmengine.testing import assert_law, simulator
 from llmengine.testing.law import GRADIENT, OUTPUT
+from llmengine.testing.samples import ffn
 from llmengine.testing.simulator import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,23 +35,27 @@ def native():
     return _cuda_sim
 
 
-def check(call, leaves: list[Tensor], others: tuple = (), schedules=SCHEDULES, native=None) -> None:
-    """`call(*leaves, *others)` and its gradients on cuda_sim, by the law; equal bits under the schedules."""
+def check(call, leaves: list[Tensor], native=None, schedules=SCHEDULES, plain_call=None) -> None:
+    """`call(*leaves)` and its gradients on cuda_sim, by the law; equal bits under the schedules.
 
-    def run(backend: str, *tensors: Tensor) -> list[Tensor]:
+    plain_call: the same in PyTorch's own operators; without it the reference backend is the peer in precision.
+    """
+
+    def run(call, backend: str, *tensors: Tensor) -> list[Tensor]:
         given = [t.detach().requires_grad_() for t in tensors]
         torch.manual_seed(3)
         with llmengine.backend(backend):
-            y = call(*given, *others)
+            y = call(*given)
             upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
             return [y.detach(), *torch.autograd.grad(y, given, upstream.to(y.dtype))]
 
-    oracle, plain = run("reference", *(t.double() for t in leaves)), run("reference", *leaves)
+    oracle = run(call, "reference", *(t.double() for t in leaves))
+    plain = run(plain_call or call, "reference", *leaves)
     first = None
     for order in schedules:
         if native is not None:
             native.set_schedule(order, 7)
-        found = run("cuda_sim", *leaves)
+        found = run(call, "cuda_sim", *leaves)
         first = first or found
         for i, (y, p, o) in enumerate(zip(found, plain, oracle, strict=True)):
             assert_law(y, p, o, GRADIENT if i else OUTPUT, f"{order}: {i}")
@@ -81,19 +87,19 @@ def test_cross_entropy_of_every_width(native, dtype: torch.dtype, classes: int, 
     def loss(x):
         return functional.cross_entropy(x, target, weight.to(x) if options else None, **options)
 
-    check(loss, [x], native=native)
+    check(loss, [x], native)
 
 
 @DTYPES
 def test_cross_entropy_where_logits_and_gradient_lie_differently(native, dtype: torch.dtype):
     """Rows of a slice begin 2 or 4 bytes past those of the gradient: no vector fits both."""
     x, target, _ = logits_and_labels(4, 601, dtype)
-    check(lambda x: functional.cross_entropy(x[:, 1:], target % 600, ignore_index=-1), [x], native=native)
+    check(lambda x: functional.cross_entropy(x[:, 1:], target % 600, ignore_index=-1), [x], native)
 
 
 def test_the_losses_of_many_rows_are_added_up(native):
     x, target, weight = logits_and_labels(5002, 3, torch.float32)
-    check(lambda x: functional.cross_entropy(x, target, weight.to(x)), [x], (), ("random",), native)
+    check(lambda x: functional.cross_entropy(x, target, weight.to(x)), [x], native, ("random",))
 
 
 def test_a_target_that_is_no_class_makes_its_row_nan(native):
@@ -134,7 +140,49 @@ def test_rotary_embedding_of_every_size(native, dtype: torch.dtype, interleaved:
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rotary_embedding(x, angles.cos().to(wide), angles.sin().to(wide), interleaved=interleaved)
 
-    check(turn, [torch.randn(shape, generator=g).to(dtype)], (), ("forward", "random"), native)
+    check(turn, [torch.randn(shape, generator=g).to(dtype)], native, ("forward", "random"))
+
+
+# ---- feed-forward block ----------------------------------------------------------------------------------------------
+
+
+def block(tokens: int, f: int, dtype: torch.dtype, gated: bool) -> tuple[list[Tensor], list[str]]:
+    """Tensors of a block of two features, so that nearly all of it is the hidden layer, and their names."""
+    g = torch.Generator().manual_seed(f)
+    shapes = {"input": (tokens, 2), "w_up": (f, 2), "w_down": (2, f), "b_up": (f,)}
+    shapes |= {"w_gate": (f, 2), "b_gate": (f,)} if gated else {}
+    return [torch.randn(s, generator=g).to(dtype) for s in shapes.values()], list(shapes)
+
+
+# Fewer than a line of vectors and more; rows in the middle of a block; no whole vectors.
+@pytest.mark.parametrize("tokens, f", [(3, 24), (19, 515), (33, 264)])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@DTYPES
+def test_hidden_layers_of_every_size(native, dtype: torch.dtype, gated: bool, tokens: int, f: int):
+    leaves, names = block(tokens, f, dtype, gated)
+    for activation, dropout_p in (("gelu", 0.2), ("gelu_tanh", 0.0), ("silu", 0.3), ("relu", 0.0)):
+
+        def call(function, *given, options={"activation": activation, "dropout_p": dropout_p}):  # noqa: B006
+            return function(**dict(zip(names, given, strict=True)), **options)
+
+        of_torch = functools.partial(call, ffn.plain)
+        check(functools.partial(call, functional.ffn), leaves, native, ("forward", "random"), of_torch)
+
+
+@pytest.mark.parametrize("activation", sorted(ffn.ACTIVATIONS))
+def test_activations_over_the_whole_line(native, activation: str):
+    """Through unit weights: far tails, what overflows on the way, infinity and NaN; value and slope."""
+    x = torch.cat([torch.linspace(-40, 40, 2001), torch.tensor([1e4, -1e4, 1e30, -1e30, torch.inf, torch.nan])])
+    x, one = x[:, None].requires_grad_(), torch.ones(1, 1)
+    expected = ffn.ACTIVATIONS[activation](x.double())
+    (slopes,) = torch.autograd.grad(expected.sum(), x)
+    with llmengine.backend("cuda_sim"):
+        ours = functional.ffn(x, one, one, activation=activation)
+        (gradient,) = torch.autograd.grad(ours.sum(), x)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    finite = x.detach().abs() < 1e30  # at infinity autograd's formulas give NaN where ours keep the limit
+    torch.testing.assert_close(gradient[finite], slopes[finite], rtol=1e-6, atol=1e-6)
+    assert gradient[-4] == 1 and gradient[-3] == 0 and gradient[-1].isnan() == (activation != "relu")
 
 
 # ---- one line broken -------------------------------------------------------------------------------------------------
@@ -158,9 +206,12 @@ BREAKS = {
         "cross_entropy_sum: .* of losses .*, across its end",
     ),
     "the head of a row": (
-        "cross_entropy", "row.cuh", "head = past ? n - past : 0", "head = past", "reads 16 bytes .* not a multiple of 16",
+        "cross_entropy", "row.cuh", "head = past ? n - past : 0", "head = past",
+        "reads 16 bytes .* not a multiple of 16",
     ),
-    "the tail of a row": ("cross_entropy", "row.cuh", "columns - singles() + single;", "single;", "races: .* grad_input"),
+    "the tail of a row": (
+        "cross_entropy", "row.cuh", "columns - singles() + single;", "single;", "races: .* of grad_input",
+    ),
     "rows that lie differently": (
         "cross_entropy", "row.cuh", "apart % 16 == 0 ?", "true ?", "writes 16 bytes .* not a multiple of 16",
     ),
@@ -172,6 +223,12 @@ BREAKS = {
     "the rest is taken for aligned": (
         "rotary", "rotary.cu", "p.whole(p.from_aligned, turned)", "p.from_aligned", "not a multiple of 16",
     ),
+    "a row past the last": ("ffn", "ffn.cu", "if (row >= p.rows) continue;", "", "past the end of up"),
+    "lines of a hidden layer": ("ffn", "ffn.cu", "blockIdx.y * 32", "blockIdx.y * 31", "races: .* of hidden"),
+    "the gate is not activated": (
+        "ffn", "ffn.cu", "value_of<activation>(h[i]) * u[i]", "h[i] * value_of<activation>(u[i])", "exceeds",
+    ),
+    "dropout of another row": ("ffn", "ffn.cu", "seed, row, column, keep", "seed, row + 1, column, keep", "exceeds"),
     "tokens of a block": ("rotary", "rotary.cu", "* blockDim.z + threadIdx.z;", "* blockDim.z;", "races: .* of output"),
 }  # fmt: skip
 
@@ -202,8 +259,8 @@ def try_cross_entropy() -> None:
     for classes, options in ((33, {}), (1401, EVERYTHING)):
         x, target, weight = logits_and_labels(5, classes, torch.float32)
         x[:, -1] = 9.0  # the largest comes last
-        check(lambda x: functional.cross_entropy(x, target, weight.to(x), **options), [x], (), ("random",))  # noqa: B023
-    check(lambda x: functional.cross_entropy(x[:, 1:], target, ignore_index=-100), [x], (), ("random",))
+        check(lambda x: functional.cross_entropy(x, target, weight.to(x), **options), [x], schedules=("random",))  # noqa: B023
+    check(lambda x: functional.cross_entropy(x[:, 1:], target, ignore_index=-100), [x], schedules=("random",))
 
 
 def try_rotary() -> None:
@@ -215,10 +272,15 @@ def try_rotary() -> None:
             wide = torch.promote_types(x.dtype, torch.float32)
             return functional.rotary_embedding(x, angles.cos().to(wide), angles.sin().to(wide))
 
-        check(turn, [torch.randn(2, 5, 3, 16, generator=g)], (), ("random",))
+        check(turn, [torch.randn(2, 5, 3, 16, generator=g)], schedules=("random",))
 
 
-TRIES = {"cross_entropy": try_cross_entropy, "rotary": try_rotary}
+def try_ffn() -> None:
+    leaves, names = block(19, 260, torch.float32, gated=True)
+    check(lambda *t: functional.ffn(**dict(zip(names, t, strict=True)), dropout_p=0.3), leaves, schedules=("random",))
+
+
+TRIES = {"cross_entropy": try_cross_entropy, "rotary": try_rotary, "ffn": try_ffn}
 
 
 @pytest.mark.parametrize("source", TRIES)
