@@ -42,26 +42,6 @@ struct Rows {
   T* row(int64_t r) const { return data + r * stride; }
 };
 
-struct Floats {
-  const float* data;
-  int64_t stride;
-};
-
-template <class T>
-Floats pack(const Rows<T>& x, int64_t first, int64_t count, float* to) {
-  pack_rows(x.row(first), x.stride, count, x.columns, to, padded(x.columns));
-  return {to, padded(x.columns)};
-}
-
-// Rows for the micro-kernel's broadcast operand, of which it reads whole stripes: where they lie, if it may.
-template <class T>
-Floats lie_or_pack(const Rows<T>& x, int64_t first, int64_t count, float* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (count % kTileRows == 0) return {x.row(first), x.stride};
-  }
-  return pack(x, first, count, to);
-}
-
 // Rows of floats, `stride` apart and multiplied by `factor`, to a tensor.
 template <class T>
 void store_rows(const float* from, int64_t stride, int64_t count, float factor, const Rows<T>& to) {
@@ -70,26 +50,59 @@ void store_rows(const float* from, int64_t stride, int64_t count, float factor, 
   }
 }
 
-// tile = scale x transposed^T: `transposed` holds `rows` query rows, packed in panels by pack_transposed.
-inline void multiply_scores(const Floats& x, int64_t keys, int64_t depth, float scale, const float* transposed,
-                            int64_t rows, float* tile) {
-  multiply<Lies::along, Into::times>(kPanelVectors, keys, count_of(rows, kLanes), depth, x.data, x.stride, transposed,
-                                     kPanel, depth * kPanel, tile, kRows, &scale);
-}
-
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
+// The rows [row, row + rows) and keys [key, key + keys) of a sequence, both counted from 0 within the tile below. Where
+// a band hides part of the tile, only those vectors of scores are made whose stripe of keys (which a product makes at
+// once) some row of the vector sees. A stripe of rows (which products read at once) may straddle two vectors: what one
+// is made for includes therefore what its neighbours' nearest rows see.
 struct TilePlace {
-  int64_t row, rows, key, keys;  // within the sequence; key is a multiple of 4
+  int64_t row, rows, key, keys;  // key is a multiple of 4
+  int64_t stripe;                // of keys
+  const ops::Band* band;         // null: all vectors are made
+
+  TilePlace(int64_t row, int64_t rows, int64_t key, int64_t keys, int64_t stripe, const ops::Band* band)
+      : row(row), rows(rows), key(key), keys(keys), stripe(stripe), band(band) {
+    constexpr int64_t kNearest = kTileRows - 1;
+    for (int64_t v = 0; v < vectors(); ++v) {
+      const Span seen = keys_seen(v * kLanes - kNearest, kLanes + 2 * kNearest);
+      made_[v] = {seen.begin / stripe * stripe, std::min(keys, round_up(seen.end, stripe))};
+      if (seen.count() <= 0) made_[v] = {keys, keys};
+    }
+  }
+
   int64_t vectors() const { return count_of(rows, kLanes); }
+
+  // The keys that any of rows [r, r + count) sees.
+  Span keys_seen(int64_t r, int64_t count) const {
+    if (!band) return {0, keys};
+    const int64_t first = row + std::max<int64_t>(r, 0), last = row + std::min(r + count, rows) - 1;
+    return {ops::clamp_index(band->begin(first) - key, 0, keys), ops::clamp_index(band->end(last) - key, 0, keys)};
+  }
+  // The keys for which a vector is made, and the vectors that are made for a stripe of keys.
+  Span keys_of(int64_t vector) const { return made_[vector]; }
+  Span vectors_of(int64_t stripe_key) const {
+    Span found{0, vectors()};
+    while (found.begin < found.end && !is_made(found.begin, stripe_key)) ++found.begin;
+    while (found.begin < found.end && !is_made(found.end - 1, stripe_key)) --found.end;
+    return found;
+  }
+
+ private:
+  bool is_made(int64_t v, int64_t key) const { return made_[v].begin <= key && key < made_[v].end; }
+
+  Span made_[kRows / kLanes];
 };
 
-// Calls body(vector, key, score) for the vectors of scores in a tile.
+// Calls body(vector, key, score) for the vectors of scores that are made of a tile.
 template <class Body>
 inline void for_scores(const TilePlace& at, float* tile, const Body& body) {
-  for (int64_t c = 0; c < at.keys; ++c) {
-    for (int64_t v = 0; v < at.vectors(); ++v) body(v, c, tile + c * kRows + v * kLanes);
-  }
+  for_stripes(at.keys, at.stripe, [&](int64_t stripe, int count) {
+    const Span vectors = at.vectors_of(stripe);
+    for (int64_t c = stripe; c < stripe + count; ++c) {
+      for (int64_t v = vectors.begin; v < vectors.end; ++v) body(v, c, tile + c * kRows + v * kLanes);
+    }
+  });
 }
 
 // The scores of a tile at one distance lie on a diagonal: number index(c, r) of the diagonals for its key c and row r.
@@ -121,6 +134,8 @@ class Diagonals {
   // added in a register, and the line is updated once for all of them.
   void sum(const float* tile, float* line) const {
     const int64_t vectors = at_.vectors(), blocks = count_of(at_.keys, kLanes);
+    Span made[kRows / kLanes];
+    for (int64_t v = 0; v < vectors; ++v) made[v] = at_.keys_of(v);
     std::fill_n(line, kCount, 0.0f);
     for (int64_t key = 0; key < kLanes; ++key) {
       for (int64_t diagonal = 1 - blocks; diagonal < vectors; ++diagonal) {
@@ -128,7 +143,7 @@ class Diagonals {
         const int64_t end = std::min(vectors, blocks + diagonal);
         for (int64_t v = std::max<int64_t>(0, diagonal); v < end; ++v) {
           const int64_t c = (v - diagonal) * kLanes + key;
-          if (c < at_.keys) total += load(tile + c * kRows + v * kLanes);
+          if (c >= made[v].begin && c < made[v].end) total += load(tile + c * kRows + v * kLanes);
         }
         float* sums = line + index(key, diagonal * kLanes);
         store(sums, load(sums) + total);
@@ -156,9 +171,11 @@ class Scores {
         stream_(static_cast<uint32_t>(s.index * p.heads() + head)),
         dropout_(p.dropout_p, p.seed) {}
 
-  // The keys that rows [row, row_end) see, from a multiple of 4 on.
-  int64_t first_key(int64_t row) const { return band_.begin(row) / 4 * 4; }
-  int64_t last_key(int64_t row_end) const { return band_.end(row_end - 1); }
+  // The keys that rows [row, row_end) see.
+  Span keys(int64_t row, int64_t row_end) const { return {band_.begin(row), band_.end(row_end - 1)}; }
+  TilePlace place(int64_t row, int64_t rows, int64_t key, int64_t keys, int64_t stripe) const {
+    return {row, rows, key, keys, stripe, band_.covers(row, row + rows, key, key + keys) ? nullptr : &band_};
+  }
 
   bool capped() const { return p_.softcap > 0; }
   bool drops() const { return dropout_.active; }
@@ -169,7 +186,7 @@ class Scores {
     if (p_.alibi_slopes.defined()) add_alibi(at, tile);
     if (p_.distance_bias.defined()) add_distance_bias(at, tile);
     if (p_.mask.defined()) add_mask(at, tile);
-    if (!band_.covers(at.row, at.row + at.rows, at.key, at.key + at.keys)) apply_band(at, tile);
+    if (at.band) apply_band(at, tile);
   }
 
   // keep / (1 - dropout_p)

@@ -128,17 +128,20 @@ class RelativeScores {
     // the micro-kernel reads whole stripes of its own, and whole columns of them
     const auto [query, products] = scratch.take((kRows + kTileRows) * width_, (kRows + kTileRows) * kBand + kBand);
     query_ = query, products_ = products;
-    pack(Rows<const T>(p.position_query, 0, head, s.row0 + row), 0, rows_, query_);
+    const Rows<const T> rows(p.position_query, 0, head, s.row0 + row);
+    pack_rows(rows.data, rows.stride, rows_, rows.columns, query_, width_);
     for (int64_t r = 0; r < kRows; ++r) place_[r] = static_cast<int32_t>(p.position(s, row + std::min(r, rows_ - 1)));
     cut_stripes();
     if (p.segment_scores.defined()) read_segments();
     if (p.query_ranks.defined()) read_ranks();
   }
 
-  int64_t first_key(int64_t) const { return 0; }
-  int64_t last_key(int64_t) const {
-    if (!p_.is_causal) return s_.keys;
-    return ops::clamp_index(*std::max_element(place_, place_ + rows_) + int64_t{1}, 0, s_.keys);
+  Span keys(int64_t, int64_t) const {
+    if (!p_.is_causal) return {0, s_.keys};
+    return {0, ops::clamp_index(*std::max_element(place_, place_ + rows_) + int64_t{1}, 0, s_.keys)};
+  }
+  TilePlace place(int64_t row, int64_t rows, int64_t key, int64_t keys, int64_t stripe) const {
+    return {row, rows, key, keys, stripe, nullptr};
   }
   bool capped() const { return false; }
   bool drops() const { return dropout_.drops(); }

@@ -111,27 +111,49 @@ inline void multiply_tile_in_runs(int vectors, int rows, int64_t depth, const fl
                                        c, c_stride, beta);
 }
 
-// C of any size, a panel of columns and a stripe of rows at a time. B(k, column) of panel i: b[i panel_stride + k
-// b_stride + column - i columns of a panel], a panel being kPanelVectors or kTileVectors wide.
+// Neighbours [begin, end).
+struct Span {
+  int64_t begin, end;
+  constexpr int64_t count() const { return end - begin; }
+};
+constexpr Span common(Span a, Span b) { return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end}; }
+
+// Calls body(stripe, rows of it) for the stripes of so many rows, all of `height` but the last.
+template <class Body>
+inline void for_stripes(int64_t rows, int64_t height, const Body& body) {
+  for (int64_t r = 0; r < rows; r += height) body(r, static_cast<int>(rows - r < height ? rows - r : height));
+}
+
+// A stripe of C, in the vectors of columns of a span. B(k, column) of panel i: b[i panel_stride + k b_stride + column -
+// i columns of a panel], a panel being kPanelVectors or kTileVectors wide.
+template <Lies lies, Into into>
+inline void multiply_stripe(int panel_vectors, int rows, Span vectors, int64_t depth, const float* a, int64_t a_stride,
+                            const float* b, int64_t b_stride, int64_t panel_stride, float* c, int64_t c_stride,
+                            const float* beta = nullptr) {
+  for (int64_t v = vectors.begin; v < vectors.end;) {
+    const int64_t panel = v / panel_vectors, next = (panel + 1) * panel_vectors;
+    const int width = static_cast<int>((next < vectors.end ? next : vectors.end) - v);
+    const float* columns = b + panel * panel_stride + (v - panel * panel_vectors) * kLanes;
+    float* tile = c + v * kLanes;
+    if constexpr (into == Into::times) {
+      multiply_tile_in_runs<lies>(width, rows, depth, a, a_stride, columns, b_stride, tile, c_stride, beta);
+    } else {
+      multiply_tile<lies, into>(width, rows, depth, a, a_stride, columns, b_stride, tile, c_stride, beta);
+    }
+    v += width;
+  }
+}
+
+// C of any size, stripe by stripe.
 template <Lies lies, Into into>
 inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride,
                      const float* b, int64_t b_stride, int64_t panel_stride, float* c, int64_t c_stride,
                      const float* beta = nullptr) {
-  for (int64_t r = 0; r < rows; r += kTileRows) {
-    const float* stripe = lies == Lies::along ? a + r * a_stride : a + r;
-    const int count = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-    for (int64_t v = 0, panel = 0; v < vectors; v += panel_vectors, ++panel) {
-      const int width = static_cast<int>(vectors - v < panel_vectors ? vectors - v : panel_vectors);
-      float* tile = c + r * c_stride + v * kLanes;
-      if constexpr (into == Into::times) {
-        multiply_tile_in_runs<lies>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride, tile,
-                                    c_stride, beta);
-      } else {
-        multiply_tile<lies, into>(width, count, depth, stripe, a_stride, b + panel * panel_stride, b_stride, tile,
-                                  c_stride, into == Into::scaled ? beta + r : beta);
-      }
-    }
-  }
+  for_stripes(rows, kTileRows, [&](int64_t r, int count) {
+    multiply_stripe<lies, into>(panel_vectors, count, {0, vectors}, depth,
+                                lies == Lies::along ? a + r * a_stride : a + r, a_stride, b, b_stride, panel_stride,
+                                c + r * c_stride, c_stride, into == Into::scaled ? beta + r : beta);
+  });
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------
@@ -160,16 +182,22 @@ inline void transpose(F (&x)[kLanes]) {
   if constexpr (step > 1) transpose<step / 2>(x);
 }
 
-// Rows of a tensor, widened, `width` floats apart; columns up to `width` become zero.
+// Rows of a tensor, widened, to_stride floats apart; columns up to `width` become zero.
 template <class T>
-inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width) {
+inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width,
+                      int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = from + r * from_stride;
-    float* line = to + r * width;
+    float* line = to + r * to_stride;
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) store(line + c, load(x + c));
     if (c < width) store(line + c, load_part(x + c, columns - c));
   }
+}
+
+template <class T>
+inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width) {
+  pack_rows(from, from_stride, rows, columns, to, width, width);
 }
 
 // kLanes x kLanes elements transposed, the rows of the result `step` apart.

@@ -29,25 +29,41 @@ inline F exp(F x) {
   return select(x != x, x, y);
 }
 
-// exp(x) for x <= 88, within 2 ulp: the softmax's, whose arguments are differences from a maximum. 0 below -87.33, NaN
-// stays NaN.
-inline F exp_of_nonpositive(F x) {
-  const F clamped = max(x, broadcast(-87.33654f));
+// exp of n vectors for x <= 88, within 2 ulp: the softmax's, whose arguments are differences from a maximum. 0 below
+// -87.33, NaN stays NaN. Side by side, since the processor looks too few instructions ahead to begin with another
+// vector while one waits for its own last result.
+template <int n>
+inline void exp_of_nonpositive(F (&x)[n]) {
+  // x = k ln 2 + r, as in exp
   const float magic = 12582912.0f;
-  const F shifted = clamped * 1.44269504f + magic;
-  const F n = shifted - magic;
-  F r = clamped - n * 0.693145752f;
-  r = r - n * 1.42860677e-6f;
-  F p = broadcast(1.3941079e-3f);
-  p = p * r + 8.3631798e-3f;
-  p = p * r + 4.1666376e-2f;
-  p = p * r + 1.6666577e-1f;
-  p = p * r + 5.0000000e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // The low bits of `shifted` are the integer n: added to p's exponent they multiply by 2^n.
-  const U exponent = __builtin_bit_cast(U, shifted) << 23;
-  const F y = __builtin_bit_cast(F, __builtin_bit_cast(U, p) + exponent);
-  return select(x < -87.33654f, F{}, y);
+  F shifted[n], r[n], p[n];
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) shifted[i] = x[i] * 1.44269504f + magic;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) r[i] = x[i] - (shifted[i] - magic) * 0.693145752f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) r[i] = r[i] - (shifted[i] - magic) * 1.42860677e-6f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) p[i] = r[i] * 1.3941079e-3f + 8.3631798e-3f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) p[i] = p[i] * r[i] + 4.1666376e-2f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) p[i] = p[i] * r[i] + 1.6666577e-1f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) p[i] = p[i] * r[i] + 5.0000000e-1f;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
+  // The low bits of `shifted` are the integer k: added to p's exponent they multiply by 2^k.
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    const U exponent = __builtin_bit_cast(U, shifted[i]) << 23;
+    x[i] = select(x[i] < -87.33654f, F{}, __builtin_bit_cast(F, __builtin_bit_cast(U, p[i]) + exponent));
+  }
+}
+inline F exp_of_nonpositive(F x) {
+  F one[1] = {x};
+  exp_of_nonpositive(one);
+  return one[0];
 }
 
 // log(x), within 2 ulp, for x of at least the smallest normal number and below infinity. NaN stays NaN.

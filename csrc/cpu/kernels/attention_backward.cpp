@@ -23,7 +23,6 @@
 #include <numeric>
 
 #include "cpu/attention_rows.h"
-#include "cpu/parallel.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
@@ -126,11 +125,10 @@ class Backward {
     std::vector<int64_t> shares;
     for (const ops::Sequence& s : sequences_) {
       const int64_t wanted = total ? count_of(kTasks * s.rows * s.keys, total) : 1;
-      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
+      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, RowTiles(p_, s).count())));
     }
     return shares;
   }
-  int64_t row_tiles(const ops::Sequence& s) const { return p_.group() * count_of(s.rows, kRows); }
 
   // Accumulators of a key head: grad_key (keys, depth_), then grad_value (keys, width_).
   int64_t floats(const ops::Sequence& s) const { return s.keys * (depth_ + width_); }
@@ -140,37 +138,40 @@ class Backward {
 
   template <class T>
   void task(const SequenceTasks::Task& at) const {
+    using RowTile = BackwardRows<T, ops::AttentionBackward, Scores>;
     const ops::Sequence& s = at.sequence;
     const int64_t shares = shares_[at.which], key_head = at.number / shares, share = at.number % shares;
-    thread_local Scratch tiles, accumulators;
+    thread_local Scratch scratch, accumulators;
     float* grad_key = shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(s))[0];
     float* grad_value = grad_key + s.keys * depth_;
     std::fill_n(grad_key, floats(s), 0.0f);
-    Workspace<T, ops::AttentionBackward> work(p_, s, key_head, tiles);
-    const int64_t per_head = count_of(s.rows, kRows);
-    for (int64_t tile = share; tile < row_tiles(s); tile += shares) {
-      const int64_t head = key_head * p_.group() + tile / per_head;
-      rows(work, at, share, head, tile % per_head * kRows, grad_key, grad_value);
+
+    const RowTiles places(p_, s);
+    const int64_t together = tiles_together(RowTile::floats(p_));
+    using Keys = KeyTiles<T, ops::AttentionBackward>;
+    const auto [keys, memory, scores] =
+        scratch.take(Keys::floats(p_), RowTile::floats(p_) * together, TileBuffers<T>::kFloats);
+    const Keys key_tiles(p_, s, key_head, keys);
+    const TileBuffers<T> tiles(scores);
+    [[maybe_unused]] const typename Products<T>::Session session;
+    std::vector<RowTile> all;
+    all.reserve(static_cast<size_t>(together));
+    for (int64_t n = share; n < places.count();) {
+      all.clear();
+      for (float* own = memory; n < places.count() && std::ssize(all) < together; n += shares) {
+        const int64_t head = places.head(n, key_head);
+        all.emplace_back(p_, s, head, places.row(n), Scores(p_, s, head), own);
+        own += RowTile::floats(p_);
+      }
+      const auto make = [&](int64_t first) { return key_tiles.backward(first); };
+      for_key_tiles(s.keys, all, make, [&](RowTile& rows, const KeyTile<T>& tile) {
+        const TilePlace place = rows.make_tiles(tile, tiles);
+        if (distances_.wanted()) distances_.add(at, rows.head(), share, place, tiles.g);
+        rows.accumulate(place, tile, tiles, grad_key, grad_value);
+      });
+      for (const RowTile& rows : all) rows.write();
     }
     if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
-  }
-
-  template <class T>
-  void rows(Workspace<T, ops::AttentionBackward>& work, const SequenceTasks::Task& task, int64_t share, int64_t head,
-            int64_t row, float* grad_key, float* grad_value) const {
-    const ops::Sequence& s = task.sequence;
-    const int64_t count = std::min(kRows, s.rows - row);
-    const Scores scores(p_, s, head);
-    work.open_rows(head, row);
-    work.begin_grad_query();
-    const int64_t end = scores.last_key(row + count);
-    for (int64_t key = scores.first_key(row); key < end; key += kKeys) {
-      const TilePlace at{row, count, key, std::min(kKeys, end - key)};
-      work.make_tiles(scores, at);
-      if (distances_.wanted()) distances_.add(task, head, share, at, work.g_tile());
-      work.accumulate(scores, grad_key, grad_value);
-    }
-    work.store_grad_query(head, row);
   }
 
   // keys [first, first + count) of a key head, from accumulators that begin there
@@ -257,15 +258,18 @@ class MaskGradient {
 
   template <class T>
   void add_scores(int64_t b, int64_t h, int64_t first_row, int64_t key, float* sum) const {
+    using RowTile = BackwardRows<T, ops::AttentionBackward, Scores>;
     thread_local Scratch scratch;
+    using Keys = KeyTiles<T, ops::AttentionBackward>;
+    const auto [keys, memory, buffers] = scratch.take(Keys::floats(p_), RowTile::floats(p_), TileBuffers<T>::kFloats);
+    const TileBuffers<T> tiles(buffers);
+    [[maybe_unused]] const typename Products<T>::Session session;
     const ops::Sequence sequence{b, b, 0, rows_.full, 0, keys_};
-    Workspace<T, ops::AttentionBackward> work(p_, sequence, h / p_.group(), scratch);
-    const Scores scores(p_, sequence, h);
+    const KeyTile<T> tile = Keys(p_, sequence, h / p_.group(), keys).backward(key);
     for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); row += kRows) {
-      const TilePlace at{row, std::min(kRows, rows_.full - row), key, std::min(kKeys, keys_ - key)};
-      work.open_rows(h, row);
-      work.make_tiles(scores, at);
-      for_scores(at, sum, [&](int64_t, int64_t, float* x) { store(x, load(x) + load(work.g_tile() + (x - sum))); });
+      const RowTile rows(p_, sequence, h, row, Scores(p_, sequence, h), memory);
+      const TilePlace at = rows.make_tiles(tile, tiles);
+      for_scores(at, sum, [&](int64_t, int64_t, float* x) { store(x, load(x) + load(tiles.g + (x - sum))); });
     }
   }
 

@@ -10,22 +10,14 @@
 //   Memory: query and output once, key and value once a task, from the second-level cache. Limit: the multiply-add
 //   ports; with head_dim 64 the exponentials take a fifth beside them.
 #include "cpu/attention_rows.h"
-#include "cpu/parallel.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
 void attention_forward(const ops::AttentionForward& p) {
-  const auto sequences = ops::sequences_of(p);
-  const SequenceTasks tasks(sequences, [&](size_t s) { return p.heads() * count_of(sequences[s].rows, kRows); });
   visit_float(p.query.dtype, [&]<class T>(T) {
-    parallel_each(tasks.size(), [&](int64_t index) {
-      const auto [sequence, which, number] = tasks[index];
-      const int64_t tiles = count_of(sequence.rows, kRows);
-      // the last rows first: where attention is causal they have the most keys
-      const int64_t head = number / tiles, row = (tiles - 1 - number % tiles) * kRows;
-      forward_rows<T>(p, sequence, head, row, Scores(p, sequence, head));
-    });
+    forward_all<T>(p, ops::sequences_of(p),
+                   [&](const ops::Sequence& s, int64_t, int64_t head, int64_t) { return Scores(p, s, head); });
   });
 }
 

@@ -72,37 +72,35 @@ class Backward {
     const int64_t head = task.number / a.shares, share = task.number % a.shares;
     float* grad_key = floats(task.which, head, share);
     std::fill_n(grad_key, a.floats, 0.0f);
-    thread_local Scratch tiles;
-    Workspace<T, ops::RelativeAttentionBackward> work(p_, s, head, tiles);
-    for (int64_t row = share * kRows; row < s.rows; row += a.shares * kRows) {
-      rows<T>(work, s, a, head, row, grad_key);
-    }
+    for (int64_t row = share * kRows; row < s.rows; row += a.shares * kRows) rows<T>(s, a, head, row, grad_key);
   }
 
   template <class T>
-  void rows(Workspace<T, ops::RelativeAttentionBackward>& work, const ops::Sequence& s, const Accumulators& a,
-            int64_t head, int64_t row, float* grad_key) const {
+  void rows(const ops::Sequence& s, const Accumulators& a, int64_t head, int64_t row, float* grad_key) const {
+    using RowTile = BackwardRows<T, ops::RelativeAttentionBackward, RelativeScores>;
     float *grad_value = grad_key + s.keys * depth_, *grad_distances = grad_value + s.keys * width_;
-    const int64_t count = std::min(kRows, s.rows - row);
     thread_local Scratch scratch, more;
-    const RelativeScores scores(p_, s, head, row, position_keys_, scratch, T{});
-    float* grad_query = more.take(kRows * depth_)[0];
+    using Keys = KeyTiles<T, ops::RelativeAttentionBackward>;
+    const auto [keys, memory, buffers, grad_query] =
+        scratch.take(Keys::floats(p_), RowTile::floats(p_), TileBuffers<T>::kFloats, kRows * depth_);
+    const Keys key_tiles(p_, s, head, keys);
+    const TileBuffers<T> tiles(buffers);
+    [[maybe_unused]] const typename Products<T>::Session session;
+    std::vector<RowTile> one;
+    one.emplace_back(p_, s, head, row, RelativeScores(p_, s, head, row, position_keys_, more, T{}), memory);
     SegmentSums segments;
     std::fill_n(grad_query, kRows * depth_, 0.0f);
-    work.open_rows(head, row);
-    work.begin_grad_query();
-    const int64_t end = scores.last_key(row + count);
-    for (int64_t key = scores.first_key(row); key < end; key += kKeys) {
-      const TilePlace at{row, count, key, std::min(kKeys, end - key)};
-      work.make_tiles(scores, at);
-      work.accumulate(scores, grad_key, grad_value);
-      scores.accumulate_positions(at, work.g_tile(), grad_query, grad_distances, a.first);
-      if (p_.segment_scores.defined()) scores.accumulate_segments(at, work.p_tile(), work.g_tile(), segments);
-    }
-    work.store_grad_query(head, row);
-    store_rows(grad_query, depth_, count, static_cast<float>(p_.scale),
+    const auto make = [&](int64_t first) { return key_tiles.backward(first); };
+    for_key_tiles(s.keys, one, make, [&](RowTile& tile, const KeyTile<T>& of) {
+      const TilePlace at = tile.make_tiles(of, tiles);
+      tile.accumulate(at, of, tiles, grad_key, grad_value);
+      tile.scores().accumulate_positions(at, tiles.g, grad_query, grad_distances, a.first);
+      if (p_.segment_scores.defined()) tile.scores().accumulate_segments(at, tiles.p, tiles.g, segments);
+    });
+    one[0].write();
+    store_rows(grad_query, depth_, std::min(kRows, s.rows - row), static_cast<float>(p_.scale),
                Rows<T>(p_.grad_position_query, 0, head, s.row0 + row));
-    if (p_.segment_scores.defined()) scores.store_segments(segments, p_.grad_lse, p_.grad_segment_scores);
+    if (p_.segment_scores.defined()) one[0].scores().store_segments(segments, p_.grad_lse, p_.grad_segment_scores);
   }
 
   template <class T>

@@ -13,16 +13,12 @@ namespace {
 
 void relative_attention_forward(const ops::RelativeAttentionForward& p) {
   const auto sequences = ops::sequences_of(p);
-  const SequenceTasks tasks(sequences, [&](size_t s) { return p.heads() * count_of(sequences[s].rows, kRows); });
   PositionKeys keys(p, sequences);
   visit_float(p.query.dtype, [&]<class T>(T type) {
     keys.pack<T>();
-    parallel_each(tasks.size(), [&](int64_t index) {
-      const auto [sequence, which, number] = tasks[index];
-      const int64_t tiles = count_of(sequence.rows, kRows);
-      const int64_t head = number / tiles, row = (tiles - 1 - number % tiles) * kRows;
-      thread_local Scratch scratch;
-      forward_rows<T>(p, sequence, head, row, RelativeScores(p, sequence, head, row, keys, scratch, type));
+    forward_all<T>(p, sequences, [&](const ops::Sequence& s, int64_t n, int64_t head, int64_t row) {
+      thread_local Scratch scratch[kTogether];
+      return RelativeScores(p, s, head, row, keys, scratch[n], type);
     });
   });
 }
