@@ -332,6 +332,7 @@ def test_wrong_rows(wordpiece, answers, message):
         task.examples([{"question": "Who?", "context": CONTEXT, "answers": answers}])
 
 
+@pytest.mark.filterwarnings("ignore:task .qa.*max_question_tokens", "ignore:task .qa.*no window holds")
 def test_answers_that_no_window_holds_are_told(wordpiece):
     """Windows of six tokens that share two: of ROWS only the answers of few tokens can be in one."""
     short = make("qa", wordpiece, [], max_length=12, max_question_tokens=3, doc_stride=2)
