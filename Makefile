@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo        pretrain a BERT and a GPT on six novels (about 5 minutes on 2 cores); results in $(RUNS)/"
-	@echo "make recipe NAME=intents   fine-tune on real data: topics, tweets, reviews, intents, entities, descriptions, replies"
+	@echo "make recipe NAME=intents   fine-tune on real data: intents, topics, tweets, reviews, entities,"
+	@echo "                           descriptions, corrections, translations, replies"
 	@echo "make test        all tests        make test-heavy  also the large matrices"
 	@echo "make bench       every operator beside PyTorch"
 	@echo "make lint format dev info clean"
@@ -40,9 +41,12 @@ $(VENV)/.dev: $(VENV)/.tested
 	$(BIN)/pip install --quiet --no-build-isolation -e .
 	@touch $@
 
+# a run that is there already goes on, or tells again what came out
+begun = $(if $(wildcard $(RUNS)/$(1)/config.yaml),--resume $(RUNS)/$(1),examples/train_$(1).yaml --output $(RUNS)/$(1))
+
 demo: $(VENV)/.installed
-	$(BIN)/llmengine train examples/train_bert.yaml --output $(RUNS)/bert $(BERT)
-	$(BIN)/llmengine train examples/train_gpt.yaml --output $(RUNS)/gpt $(GPT)
+	$(BIN)/llmengine train $(call begun,bert) $(BERT)
+	$(BIN)/llmengine train $(call begun,gpt) $(GPT)
 
 recipe: $(VENV)/.installed
 	$(BIN)/python examples/recipes/run.py $(NAME) --folder $(RUNS)/recipes $(RECIPE)

@@ -1,4 +1,4 @@
-"""What a call costs before any work is done: layer_norm of 8x8, so small that only the way to the kernel counts."""
+"""What a call costs before any work is done: rows of 8x8, so small that only the way to the kernel counts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def hundred(call):
 
 @pytest.mark.parametrize("peer", ["llmengine", "torch"])
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-def bench_hundred_calls(side_by_side, peer, direction):
-    x, w, b = torch.randn(8, 8), torch.randn(8), torch.randn(8)
+@pytest.mark.parametrize("operator", ["layer_norm", "softmax", "cross_entropy"])
+def bench_hundred_calls(side_by_side, peer, operator, direction):
+    x, w, b, target = torch.randn(8, 8), torch.randn(8), torch.randn(8), torch.arange(8)
+    tensors = (x, w, b) if operator == "layer_norm" else (x,)
 
     def call(room):
-        def layer_norm(x, w, b):
-            return room.layer_norm(x, (8,), w, b)
-
-        return hundred(
-            forward_backward(layer_norm, x, w, b) if "backward" in direction else lambda: layer_norm(x, w, b)
-        )
+        function = {
+            "layer_norm": lambda x, w, b: room.layer_norm(x, (8,), w, b),
+            "softmax": lambda x: room.softmax(x, -1),
+            "cross_entropy": lambda x: room.cross_entropy(x, target),
+        }[operator]
+        return hundred(forward_backward(function, *tensors) if "backward" in direction else lambda: function(*tensors))
 
     side_by_side(peer, {"llmengine": call(functional), "torch": call(torch_functional)})

@@ -8,17 +8,13 @@ pytest benchmarks/bench_norm.py --benchmark-only -k bf16    one of them
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import llmengine
-from llmengine.ops.registry import report
+from llmengine.roofline import machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,27 +58,6 @@ def forward_backward(function: Callable[..., torch.Tensor], *tensors: torch.Tens
         torch.autograd.grad(output, leaves, grad if output.ndim else None)
 
     return call
-
-
-def machine() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit,
-        "processor": _processor(),
-        "cpu_isa": report()["cpu_isa"],
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "llmengine": llmengine.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @pytest.hookimpl(trylast=True)

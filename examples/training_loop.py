@@ -1,4 +1,4 @@
-"""Your own training loop: a small GPT on the built-in novels, with nothing of llmengine but the model and its data.
+"""Your own training loop: a small GPT on the built-in novels, of llmengine only model, optimizer and data.
 
     python examples/training_loop.py [steps]
 
@@ -28,7 +28,7 @@ config = llmengine.TransformerConfig.preset(
     bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
 )  # fmt: skip
 model = llmengine.Transformer(config)
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+optimizer = llmengine.optim.AdamW(model.parameters(), lr=3e-3)
 
 for step in range(1, steps + 1):
     input_ids = sequences[torch.randint(len(sequences), (16,))]

@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmengine import functional, nn
+    from llmengine import functional, nn, optim
     from llmengine.models import Transformer, TransformerConfig
     from llmengine.ops.registry import backend, explain
 
 __version__ = "0.1.0"
-__all__ = ["Transformer", "TransformerConfig", "__version__", "backend", "explain", "functional", "nn"]
+__all__ = ["Transformer", "TransformerConfig", "__version__", "backend", "explain", "functional", "nn", "optim"]
 
 _HOMES = {
     "Transformer": "llmengine.models",
@@ -23,7 +23,7 @@ _HOMES = {
 
 def __getattr__(name: str):
     # imported at first use: PyTorch is not needed to tell what the program can do, nor pydantic for the operators
-    if name in ("functional", "nn"):
+    if name in ("functional", "nn", "optim"):
         return importlib.import_module(f"llmengine.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

@@ -66,6 +66,8 @@ def _evaluate(operator: Operator, sample) -> None:
 
 
 def _copy(value):
+    if isinstance(value, list):
+        return [_copy(v) for v in value]
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -79,6 +81,8 @@ def mutations(value) -> st.SearchStrategy:
         return st.sampled_from([0.0, -1.0, 0.5, 1.0, 1e30, float("nan"), float("inf"), float("-inf")])
     if isinstance(value, str):
         return st.sampled_from(["", "none", "sum", "mean", "other"])
+    if isinstance(value, list):
+        return _list_mutations(value)
     if value is None:
         shapes = st.lists(st.integers(0, 5), max_size=4)
         return st.builds(lambda shape, dtype: torch.zeros(shape).to(dtype), shapes, st.sampled_from(DTYPES))
@@ -93,6 +97,17 @@ def mutations(value) -> st.SearchStrategy:
     )
 
 
+def _list_mutations(values: list) -> st.SearchStrategy:
+    """One element spoilt, left out, or repeated."""
+    if not values:
+        return st.sampled_from([[torch.zeros(2)], [torch.zeros(2, dtype=torch.bfloat16)] * 2])
+    place = st.integers(0, len(values) - 1)
+    spoilt = place.flatmap(lambda i: mutations(values[i]).map(lambda v: [*values[:i], v, *values[i + 1 :]]))
+    return st.one_of(
+        spoilt, place.map(lambda i: values[:i] + values[i + 1 :]), place.map(lambda i: [*values, values[i]])
+    )
+
+
 def _other_shapes(value: Tensor) -> list:
     makers = [lambda t: t[None], lambda t: t.reshape((1,) * (9 - t.ndim) + t.shape), lambda t: t.new_zeros(0)]
     for dim in range(value.ndim):
@@ -101,6 +116,17 @@ def _other_shapes(value: Tensor) -> list:
         makers.append(lambda t, dim=dim: t.narrow(dim, 0, 0))
         makers.append(lambda t, dim=dim: t.sum(dim).to(t.dtype))
     return makers
+
+
+def guarded(value):
+    """The argument, with all its tensors in watched memory, and their guards."""
+    if isinstance(value, Tensor):
+        guard = Guarded(value)
+        return guard.tensor, [guard]
+    if isinstance(value, list):
+        pairs = [guarded(v) for v in value]
+        return [v for v, _ in pairs], [guard for _, guards in pairs for guard in guards]
+    return value, []
 
 
 class Guarded:

@@ -21,10 +21,10 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     operators = {row["operator"] for row in rows}
     assert operators == {
         "attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
-        "ffn",
+        "ffn", "rotary", "adamw",
     }  # fmt: skip
     for operator in operators:
-        for which in ("forward", "forward + backward"):
+        for which in ("step",) if operator == "adamw" else ("forward", "forward + backward"):
             peers = {row["peer"] for row in rows if row["operator"] == operator and row["pass"] == which}
             assert {"llmengine triton", "torch"} <= peers, (operator, which)
         assert (tmp_path / f"gpu_{operator}.png").stat().st_size > 1000

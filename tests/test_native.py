@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_calls import Guarded, mutations, recorded_calls, signature
+from native_calls import guarded, mutations, recorded_calls, signature
 from programs import compiled, printed_by
 
 import llmengine
@@ -220,13 +220,13 @@ def test_no_argument_crashes_a_kernel(name: str, data: st.DataObject):
     arguments = dict(call.arguments)
     for key in spoilt:
         arguments[key] = data.draw(mutations(arguments[key]))
-    guarded = {key: Guarded(value) for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    watched = {key: guarded(value) for key, value in arguments.items()}
     try:
-        getattr(_cpu, name)(**arguments | {key: guard.tensor for key, guard in guarded.items()})
+        getattr(_cpu, name)(**{key: value for key, (value, _) in watched.items()})
     except ValueError as error:
         assert any(key in str(error) for key in arguments), f"names no argument: {error}"
-    for key, guard in guarded.items():
-        assert guard.intact(), f"{name} wrote outside of {key}"
+    for key, (_, guards) in watched.items():
+        assert all(guard.intact() for guard in guards), f"{name} wrote outside of {key}"
 
 
 def test_every_kernel_is_fuzzed():
@@ -282,11 +282,11 @@ def test_tensors_without_an_exchange_table():
             _cpu.softmax_forward(input=Duck(spoilt), output=output)
 
 
-# ---- sanitizers ------------------------------------------------------------------------------------------------------
+# ---- other builds ----------------------------------------------------------------------------------------------------
 
 
-def build_with_sanitizers(directory: Path) -> None:
-    """A copy of the package in `directory`, its module built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+def build(directory: Path, *options: str) -> None:
+    """A copy of the package in `directory`, its module built with these options of CMakeLists.txt."""
     import pybind11
 
     package = directory / "llmengine"
@@ -294,7 +294,7 @@ def build_with_sanitizers(directory: Path) -> None:
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(directory / "build"), f"-DCMAKE_INSTALL_PREFIX={package}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        "-DLLMENGINE_SANITIZE=address,undefined", "-DLLMENGINE_CUDA=OFF",
+        "-DLLMENGINE_CUDA=OFF", *options,
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", str(directory / "build"), "--target", "install"]):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -302,10 +302,21 @@ def build_with_sanitizers(directory: Path) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(4 * 3600)
+def test_the_operator_suite_on_emulated_tiles(tmp_path: Path):
+    """AMX's kernels on any machine: its tiles are emulated, all else is theirs."""
+    build(tmp_path, "-DLLMENGINE_AMX_EMULATED=ON")
+    environment = {"LLMENGINE_CPU_ISA": "amx"}
+    assert printed("from llmengine import _cpu; print(_cpu.isa())", 120, tmp_path, **environment) == "amx"
+    for file in SUITE:
+        run_tests(file, "", 3500, tmp_path, **environment)
+
+
+@pytest.mark.heavy
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers' libraries by their Linux names")
 def test_laws_and_fuzz_under_sanitizers(tmp_path: Path):
-    build_with_sanitizers(tmp_path)
+    build(tmp_path, "-DLLMENGINE_SANITIZE=address,undefined")
     find = ["g++", "-print-file-name=libasan.so", "-print-file-name=libubsan.so", "-print-file-name=libstdc++.so"]
     environment = {
         "LD_PRELOAD": ":".join(

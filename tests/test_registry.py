@@ -181,6 +181,7 @@ def test_report():
         {"norm_forward", "softmax_backward"} <= set(report["backends"]["cpu"]["operators"]) <= set(report["operators"])
     )
     assert report["cpu_isa"] in report["cpu_isas_supported"]
+    assert report["cpu_isa_notice"] == "" or "amx" not in report["cpu_isas_supported"]
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.triton import cross_entropy, gemm, linear_cross_entropy, norm, rows
+from llmengine.backends.reference.adamw import stochastic_bfloat16
+from llmengine.backends.triton import adamw, cross_entropy, gemm, linear_cross_entropy, norm, rows
 from llmengine.testing import Operator, Sample, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
@@ -123,3 +126,39 @@ def test_product_split_along_k(dtype: torch.dtype, monkeypatch):
             product = gemm.gemm(a, b, dtype=out_dtype)
             assert product.dtype == out_dtype
             assert (product - exact).abs().max() <= torch.finfo(out_dtype).eps * exact.abs().max() * 2
+
+
+@triton.jit
+def round_all(x, noise, out, N: tl.constexpr):
+    places = tl.arange(0, N)
+    bits = adamw.stochastic_bits(tl.load(x + places), tl.load(noise + places).to(tl.uint32))
+    tl.store(out + places, bits.to(tl.int16, bitcast=True))
+
+
+def test_stochastic_rounding_to_bfloat16():
+    """By its bits, as the interpreter has no bfloat16."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    x[:6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40])
+    noise = torch.randint(0, 1 << 16, (1024,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    for target in TRITON:
+        out = torch.empty(1024, dtype=torch.int16, device=target.device)
+        round_all[(1,)](x.to(target.device), noise.to(target.device), out, N=1024)
+        rounded = out.cpu().view(torch.bfloat16)
+        torch.testing.assert_close(rounded, stochastic_bfloat16(x, noise), rtol=0, atol=0, equal_nan=True)
+
+
+def test_adamw_on_many_parameters_of_all_alignments():
+    """As the reference; also where the table of addresses is used a second time."""
+    for target in TRITON:
+        results = []
+        for backend in ("triton", "reference"):
+            weights = [randn(n + 1).to(target.device, torch.float32)[n % 2 :] for n in range(0, 6000, 499)]
+            optimizer = llmengine.optim.AdamW([w.requires_grad_() for w in weights], 0.1, amsgrad=True)
+            for _ in range(2):
+                for weight in weights:
+                    weight.grad = weight.detach().clone()
+                with llmengine.backend(backend):
+                    optimizer.step()
+            results.append([w.detach() for w in weights])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "bindings/caster.h"
 #include "ops/fields.h"
@@ -13,13 +15,20 @@
 namespace llmengine {
 
 // What Python gives for a field: tensors as objects, which become views under the name of their argument.
+using TensorList = std::vector<TensorView>;
 template <class T>
-using Given = std::conditional_t<std::is_same_v<T, TensorView>, TensorObject, T>;
+using Given = std::conditional_t<std::is_same_v<T, TensorView>, TensorObject,
+                                 std::conditional_t<std::is_same_v<T, TensorList>, std::vector<TensorObject>, T>>;
 
 template <class T>
 T taken(const Argument& argument, Given<T>&& value) {
   if constexpr (std::is_same_v<T, TensorView>) {
     return view_of(argument, value.object);
+  } else if constexpr (std::is_same_v<T, TensorList>) {
+    TensorList views;
+    views.reserve(value.size());
+    for (const TensorObject& tensor : value) views.push_back(view_of(argument, tensor.object));
+    return views;
   } else {
     return std::move(value);
   }

@@ -6,11 +6,13 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
 #include "ops/ffn.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/multiply_add_peak.h"
 #include "ops/norm.h"
 #include "ops/relative_attention.h"
 #include "ops/rotary.h"
@@ -48,6 +50,7 @@ PYBIND11_MODULE(_cpu, module) {
     return names;
   });
 
+  bind_cpu<ops::AdamW>(module, "adamw");
   bind_cpu<ops::AttentionForward>(module, "attention_forward");
   bind_cpu<ops::AttentionBackward>(module, "attention_backward");
   bind_cpu<ops::ChainFieldForward>(module, "chain_field_forward");
@@ -59,6 +62,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
+  bind_cpu<ops::MultiplyAddPeak>(module, "multiply_add_peak");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");
   bind_cpu<ops::RelativeAttentionForward>(module, "relative_attention_forward");

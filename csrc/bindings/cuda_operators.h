@@ -6,7 +6,10 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#include "cuda/cross_entropy.h"
+#include "cuda/ffn.h"
 #include "cuda/norm.h"
+#include "cuda/rotary.h"
 #include "cuda/softmax.h"
 
 namespace llmengine {
@@ -31,8 +34,14 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
           around(params, [&] { cuda::run(params, cuda::Stream{params.stream}); });
         });
   };
+  operation("cross_entropy_forward", cuda::CrossEntropyForward{});
+  operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
+  operation("ffn_hidden_forward", cuda::HiddenForward{});
+  operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
+  operation("rotary_forward", cuda::RotaryForward{});
+  operation("rotary_backward", cuda::RotaryBackward{});
   operation("softmax_forward", cuda::SoftmaxForward{});
   operation("softmax_backward", cuda::SoftmaxBackward{});
   module.def(

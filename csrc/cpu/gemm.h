@@ -4,15 +4,17 @@
 //   C_into(rows, columns) = sum over terms of A(rows, depth) B(depth, columns)
 //
 //   Terms of one accumulator add up (the two halves of a gated layer's gradient); two accumulators share their tiles (a
-//   gated layer's two projections). Operands are float32 or bfloat16, transposed or not, widened to float while packed;
-//   sums are float. Each element is summed over depth in blocks of a fixed length, in order, so that no number of
-//   threads changes a bit. csrc/cpu/kernels/gemm.cpp has the algorithm.
+//   gated layer's two projections). Operands are float32 or bfloat16, transposed or not. Where both operands of a term
+//   are bfloat16 and the processor multiplies such (cpu/pair_tile.h) it does, with denormals for zero; otherwise they
+//   are widened to float while packed. Sums are float. Each element is summed over depth in blocks of a fixed length,
+//   in order, so that no number of threads changes a bit. csrc/cpu/kernels/gemm.cpp has the algorithm.
 #pragma once
 
 #include <initializer_list>
+#include <numeric>
 #include <type_traits>
 
-#include "cpu/tile_gemm.h"
+#include "cpu/pair_tile.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 
@@ -50,8 +52,9 @@ struct Term {
 inline constexpr int kAccumulators = 2;
 inline constexpr int64_t kTileColumns =
     384;  // of C; tiles begin at its multiples. Divisible by every panel, and by 64.
-inline constexpr int64_t kRowBlock = 4 * kTileRows;  // tiles begin at multiples of it, too
-static_assert(kTileColumns % kPanel == 0);
+inline constexpr int64_t kRowStep = std::lcm(kTileRows, kPairRows);      // rows that products come in
+inline constexpr int64_t kRowBlock = round_up(4 * kTileRows, kRowStep);  // tiles begin at multiples of it, too
+static_assert(kTileColumns % kPanel == 0 && kTileColumns % kPairPanel == 0);
 
 // A finished tile of C: element (row + r, column + c) of accumulator i at c[i][r stride + c]. The epilogue owns it: it
 // may write there, up to `stride` floats a row.

@@ -27,13 +27,14 @@ inline float weighted_sum(const float* weight, const float* z, int64_t n) {
 }
 
 // Writes the gradient of classes [first, first + n) of one row, whose uncapped logits begin at x; x and grad may be
-// one. The target's is finished in float before its one rounding: (p_y - 1) rounded apart would lose it as p_y nears 1.
+// one, and need not be of one type. The target's is finished in float before its one rounding: (p_y - 1) rounded apart
+// would lose it as p_y nears 1.
 struct LogitsGradient {
   const ops::TokenLoss& token;
   const Cap cap;
 
-  template <class T>
-  void operator()(const T* x, T* grad, int64_t first, int64_t n, int64_t target, float lse,
+  template <class From, class To>
+  void operator()(const From* x, To* grad, int64_t first, int64_t n, int64_t target, float lse,
                   const ops::TokenLoss::Gradient& factors) const {
     const int64_t y = target - first;
     const bool here = y >= 0 && y < n;
@@ -57,8 +58,9 @@ struct LogitsGradient {
     return cap.active() ? grad * (1.0f - t * t) : grad;
   }
 
-  template <bool capped, class T>
-  void write(const T* x, T* grad, int64_t first, int64_t n, float lse, const ops::TokenLoss::Gradient& factors) const {
+  template <bool capped, class From, class To>
+  void write(const From* x, To* grad, int64_t first, int64_t n, float lse,
+             const ops::TokenLoss::Gradient& factors) const {
     const float* weight = token.weight && factors.smoothing != 0.0f ? token.weight + first : nullptr;
     for_lanes(n, [&](int64_t c, auto count) {
       F z = load_n(x + c, count);

@@ -1,6 +1,6 @@
 // The vector type of the CPU kernels: kLanes floats, in the compiler's own vector extension, so that one source serves
-// every instruction set (and Arm), without intrinsics but for one conversion. Included by kernel files only, which the
-// build compiles once per set.
+// every instruction set (and Arm), without intrinsics but for a conversion and the square root. Included by kernel
+// files only, which the build compiles once per set.
 //
 // Everything here lives in the instruction set's own namespace: were two sets to share a function, the linker would
 // keep one of the two copies for both.
@@ -44,6 +44,18 @@ inline F select(I condition, F yes, F no) { return condition ? yes : no; }
 inline F max(F a, F b) { return a < b ? b : a; }
 inline F min(F a, F b) { return a > b ? b : a; }
 
+// Correctly rounded; NaN below 0.
+inline F sqrt(F x) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F, _mm512_maskz_sqrt_ps(0xffff, __builtin_bit_cast(__m512, x)));
+#elif defined(__AVX2__)
+  return __builtin_bit_cast(F, _mm256_sqrt_ps(__builtin_bit_cast(__m256, x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 inline float sum(F x) {
   float lanes[kLanes];
   std::memcpy(lanes, &x, sizeof x);
@@ -60,6 +72,56 @@ inline float reduce_max(F x) {
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
   }
   return lanes[0];
+}
+
+// ---- words: what the random generator is made of ----
+
+inline U lane_numbers() {
+  U numbers;
+  for (uint32_t i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
+
+struct Product {
+  U low, high;
+};
+
+// The 64-bit products of 32-bit words. Processors multiply every second lane: GCC does not see it in portable code.
+inline Product multiply(U a, uint32_t b) {
+#if defined(__AVX2__)
+  typedef uint64_t W __attribute__((vector_size(4 * kLanes)));
+#if defined(__AVX512F__)
+  const auto times_b = [y = _mm512_set1_epi32(static_cast<int>(b))](W x) {
+    return __builtin_bit_cast(W, _mm512_maskz_mul_epu32(0xff, __builtin_bit_cast(__m512i, x), y));
+  };
+#else
+  const auto times_b = [y = _mm256_set1_epi32(static_cast<int>(b))](W x) {
+    return __builtin_bit_cast(W, _mm256_mul_epu32(__builtin_bit_cast(__m256i, x), y));
+  };
+#endif
+  const W x = __builtin_bit_cast(W, a), even = times_b(x), odd = times_b(x >> 32);
+  const I second = -(__builtin_bit_cast(I, lane_numbers()) & 1);
+  return {second ? __builtin_bit_cast(U, odd << 32) : __builtin_bit_cast(U, even),
+          second ? __builtin_bit_cast(U, odd) : __builtin_bit_cast(U, even >> 32)};
+#else
+  Product product;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t wide = static_cast<uint64_t>(a[i]) * b;
+    product.low[i] = static_cast<uint32_t>(wide);
+    product.high[i] = static_cast<uint32_t>(wide >> 32);
+  }
+  return product;
+#endif
+}
+
+struct Pair {
+  U first, second;
+};
+
+// a0 b0 a1 b1 ..., in two vectors.
+inline Pair zip(U a, U b) {
+  const U place = lane_numbers(), from_b = (place & 1) * kLanes;
+  return {__builtin_shuffle(a, b, place / 2 + from_b), __builtin_shuffle(a, b, place / 2 + kLanes / 2 + from_b)};
 }
 
 // ---- element types: float and bf16; arithmetic is always float ----
@@ -84,7 +146,7 @@ inline F load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// The one place with intrinsics: GCC makes three shuffles of this conversion where the machine has an instruction.
+// An intrinsic, as GCC makes three shuffles of this conversion where the machine has an instruction.
 inline U zero_extend(H h) {
 #if defined(__AVX512F__)
   return __builtin_bit_cast(U, _mm512_maskz_cvtepu16_epi32(0xffff, __builtin_bit_cast(__m256i, h)));
@@ -102,6 +164,15 @@ inline F load(const bf16* p) {
 
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, F v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes denormals for zero, and a NaN for another: those come below.
+  constexpr int kNanOrDenormal = 0x01 | 0x20 | 0x80;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(v, kNanOrDenormal), 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   const U u = __builtin_bit_cast(U, v);
   const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const U nan = U{} + 0x7fc0;

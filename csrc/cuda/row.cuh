@@ -32,6 +32,15 @@ __device__ __forceinline__ uint32_t pair_of<f16>(float low, float high) {
   return ptx::f16x2_of(low, high);
 }
 
+template <class T>
+__device__ __forceinline__ T narrowed(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else {
+    return {static_cast<uint16_t>(pair_of<T>(x, 0.0f))};
+  }
+}
+
 // The floats in a 32-bit word of T.
 __device__ __forceinline__ void unpack_word(uint32_t word, float (&x)[1], float) { x[0] = __uint_as_float(word); }
 __device__ __forceinline__ void unpack_word(uint32_t word, float (&x)[2], bf16) {
@@ -137,6 +146,33 @@ __device__ __forceinline__ void store_vector(T* row, int column, int columns, bo
       to[i].bits = static_cast<uint16_t>(bits);
     }
   }
+}
+
+// A row that may begin anywhere: elements one by one until the first multiple of 16 bytes, vectors, and the elements
+// that are left. For rows whose stride is no multiple of 16 bytes (50257 classes), which need not be read one by one.
+struct RowParts {
+  int head, vectors, tail;  // elements, vectors, elements
+
+  __device__ int singles() const { return head + tail; }
+  // the column of a single element, in a row of `columns`
+  __device__ int column_of(int single, int columns) const {
+    return single < head ? single : columns - singles() + single;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ RowParts parts_of(const T* row, int columns) {
+  constexpr int n = kLanes<T>;
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % n), head = past ? n - past : 0;
+  if (head >= columns) return {columns, 0, 0};
+  return {head, (columns - head) / n, (columns - head) % n};
+}
+
+// Of two rows at once: all singles where they do not lie alike.
+template <class T>
+__device__ __forceinline__ RowParts parts_of(const T* one, const T* other, int columns) {
+  const auto apart = reinterpret_cast<uintptr_t>(one) - reinterpret_cast<uintptr_t>(other);
+  return apart % 16 == 0 ? parts_of(one, columns) : RowParts{columns, 0, 0};
 }
 
 // ---- parameters -----------------------------------------------------------------------------------------------------

@@ -56,14 +56,6 @@ __device__ __forceinline__ void load_logits(const Forward<T>& p, int64_t row, in
   for (int i = 0; i < kLanes<T>; ++i) x[i] = column + i < p.columns ? x[i] : -INFINITY;
 }
 
-template <int n>
-__device__ __forceinline__ float largest_of(const float (&x)[n]) {
-  float largest = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < n; ++i) largest = fmaxf(largest, x[i]);
-  return largest;
-}
-
 // Makes exponentials of the logits and returns their sum.
 template <int n>
 __device__ __forceinline__ float exponentials(float (&x)[n], float shift) {

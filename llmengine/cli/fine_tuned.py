@@ -84,6 +84,7 @@ def load(path: Path, device: str = "auto") -> FineTuned:
     from llmengine import tasks
     from llmengine.data import Tokenizer
     from llmengine.models import Transformer
+    from llmengine.tasks.preference import Preferences
     from llmengine.training import FinetuneConfig
     from llmengine.training.run import Folder, model_directory, pick_device
 
@@ -96,7 +97,21 @@ def load(path: Path, device: str = "auto") -> FineTuned:
     config = FinetuneConfig.from_file(file) if file.is_file() else None
     task = tasks.load(directory, Tokenizer.load(directory))
     model = Transformer.from_pretrained(directory).to(pick_device(device)).eval()
+    if config is not None and isinstance(task, Preferences) and task.loss.needs_reference:
+        origin = _origin(config, task)
+        if origin is not None:
+            task.compare_with(origin.to(pick_device(device)))
     return FineTuned(model, task, config, directory)
+
+
+def _origin(config: FinetuneConfig, task: Task) -> Transformer | None:
+    """The model that a run began with; None: it is gone, or was made for the run."""
+    from llmengine.models import Transformer
+    from llmengine.training.run import model_directory
+
+    if not isinstance(config.model, str) or not Path(config.model).exists():
+        return None
+    return Transformer.from_pretrained(model_directory(config.model), objectives=[task.objective], **config.fields)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -173,4 +188,9 @@ def question(task: Task, text: str, pair: str | None = None) -> Row:
 
 def asking(task: Task, row: Row) -> Row:
     """A row as it is; where it has a text and not the column that the task asks for, the question that the text is."""
-    return row if "text" not in row or task.asked[0] in row else {**row, **question(task, row["text"])}
+    from llmengine.data.rows import PlacedRow
+
+    if "text" not in row or task.asked[0] in row:
+        return row
+    columns = {**row, **question(task, row["text"])}
+    return PlacedRow(row.place, columns) if isinstance(row, PlacedRow) else columns

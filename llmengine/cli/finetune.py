@@ -16,6 +16,7 @@ from llmengine.cli.common import (
     Resume,
     as_overrides,
     one_or_several,
+    program,
     reported,
     resumed,
 )
@@ -144,11 +145,11 @@ def _beside(name: str, lines: list[str]) -> list[str]:
 
 
 def _next_commands(config: FinetuneConfig, result: Result) -> list[str]:
-    run = shlex.quote(str(result.output))
-    commands = [f"llmengine finetune --resume {run}"] if result.interrupted else []
-    commands.append(f"llmengine predict {run} {_question(config)}")
+    call, run = program(), shlex.quote(str(result.output))
+    commands = [f"{call} finetune --resume {run}"] if result.interrupted else []
+    commands.append(f"{call} predict {run} {_question(config)}")
     if config.test is not None or config.validation != 0:
-        commands.append(f"llmengine evaluate {run}")
+        commands.append(f"{call} evaluate {run}")
     return commands
 
 

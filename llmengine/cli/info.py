@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +32,7 @@ def gather() -> dict[str, Any]:
 
     import llmengine
     from llmengine.ops.registry import report
+    from llmengine.roofline import processor
 
     registry = report()
     return {
@@ -45,7 +45,7 @@ def gather() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": processor(),
             "logical_cores": os.cpu_count(),
             "usable_cores": _usable_cores(),
             "threads": torch.get_num_threads(),
@@ -116,16 +116,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _usable_cores() -> int | None:

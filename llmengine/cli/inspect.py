@@ -118,6 +118,10 @@ def _packing(batch: Step, step: int, batch_tokens: int) -> Iterator[str]:
             f"  micro-batch {i}: {tokens:,} tokens ({filled:.1f} % of batch_tokens) in {count} sequences, "
             f"longest {micro['max_seqlen']}{_target(micro)}"
         )
+    if batch.streams is not None:
+        parts = [part for row in batch.streams for part in row]
+        goes_on = sum(part.behind > 0 for part in parts)
+        yield f"  streams: {goes_on} of {len(parts)} sequences go on where their stream's last one was, with its memory"
     items = ", ".join(f"{count:,} {name}" for name, count in batch.items.items())
     yield f"  losses are divided by: {items}"
 

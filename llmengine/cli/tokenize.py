@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmengine.cli.common import Debug, reported
+from llmengine.cli.common import Debug, program, reported
 
 if TYPE_CHECKING:
     from llmengine.data.shard_writer import Progress
@@ -62,7 +62,7 @@ def command(
     typer.echo(
         f"{len(shards):,} documents{empty}{segments}, {len(shards.tokens.ids):,} tokens of {index.dtype}, "
         f"{size / 2**20:,.1f} MiB in {len(index.shards):,} shard{'s' if len(index.shards) > 1 else ''}\n"
-        f"next      llmengine train --corpus {output} --objective {'bert' if sentences else 'clm'}"
+        f"next      {program()} train --corpus {output} --objective {'bert' if sentences else 'clm'}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +17,14 @@ from llmengine.cli.common import (
     Resume,
     as_overrides,
     one_or_several,
+    program,
     reported,
     resumed,
 )
 
 if TYPE_CHECKING:
     from llmengine.training import Result, RunConfig
+    from llmengine.training.metrics import Record
 
 EXAMPLES = """\
   llmengine train examples/train_gpt.yaml --output runs/gpt
@@ -115,6 +119,7 @@ def summary(config: RunConfig, result: Result) -> str:
     from llmengine.training.plot import smoothed
     from llmengine.training.progress import duration, evaluation_line
     from llmengine.training.run import Folder
+    from llmengine.training.samples import FILE
 
     folder = Folder(result.output)
     records = [r for r in metrics.read(folder.metrics) if r["kind"] == "train"]
@@ -128,21 +133,40 @@ def summary(config: RunConfig, result: Result) -> str:
         ]
     if result.evaluation is not None:
         lines.append(f"held out  {evaluation_line(result.evaluation).partition('held out: ')[2]}")
+        lines += [f"          {sentence}" for sentence in in_words(result.evaluation)]
     lines += [
-        f"files     {folder.path}/: loss.png, samples.md, metrics.jsonl, config.yaml, checkpoints/",
+        f"read      {folder.path / FILE}: what it made of the same texts before, while and after it learnt",
+        f"files     {folder.path}/: loss.png, metrics.jsonl, config.yaml, checkpoints/",
         f"model     {folder.model} (transformers' from_pretrained loads it)",
         "next      " + "\n          ".join(_next_commands(config, result)),
     ]
     return "\n".join(lines)
 
 
+MEANINGS = {
+    "mlm": "of the hidden tokens it guesses {}",
+    "plm": "of the hidden tokens it guesses {}",
+    "nsp": "whether one text follows another it tells in {} of the cases (by chance: in half of them)",
+    "sop": "which of two texts comes first it tells in {} of the cases (by chance: in half of them)",
+    "rtd": "whether a token was replaced it tells in {} of the cases (most were not)",
+}  # of accuracies
+
+
+def in_words(evaluation: Record) -> Iterator[str]:
+    """What an evaluation's scores mean, on texts that the model was not trained on."""
+    for head, share in evaluation.get("accuracy", {}).items():
+        yield MEANINGS[head].format(f"{100 * share:.0f} %")
+    if not {"mlm", "plm"} & evaluation["losses"].keys():
+        yield f"it is as unsure of a token as among {evaluation['perplexity']:,.0f} equally probable ones (perplexity)"
+
+
 def _next_commands(config: RunConfig, result: Result) -> list[str]:
     from llmengine.objectives import model_heads
 
-    run = result.output
-    commands = [f"llmengine train --resume {run}"] if result.interrupted else []
+    call, run = program(), shlex.quote(str(result.output))
+    commands = [f"{call} train --resume {run}"] if result.interrupted else []
     if config.objective == "clm":
-        commands.append(f'llmengine generate {run} --prompt "It was"')
+        commands.append(f'{call} generate {run} --prompt "It was"')
     elif "mlm" in model_heads(config.objective):
-        commands.append(f'llmengine fill {run} "She was [MASK] happy."')
-    return [*commands, f"llmengine evaluate {run}"]
+        commands.append(f'{call} fill {run} "She was [MASK] happy."')
+    return [*commands, f"{call} evaluate {run}"]

@@ -35,6 +35,15 @@ def _stack(side: str, mark: str) -> tuple[Rule, ...]:
     )
 
 
+def _words(ours: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """One embedding, or one of each side."""
+    if ours["share_embeddings"]:
+        return (copy("encoder.embeddings.word.weight", "model.shared.weight"),)
+    return tuple(
+        copy(f"{side}.embeddings.word.weight", f"model.{side}.embed_tokens.weight") for side in ("encoder", "decoder")
+    )
+
+
 def _logits_bias() -> Rule:
     """A buffer of theirs, which most models leave at zero; Marian's are trained."""
 
@@ -157,12 +166,12 @@ BART = Family(
     class_fields={"BartForSequenceClassification": {"classifier": "dense_tanh", "summary": "last"}},
     evidence={"seq2seq": "final_logits_bias"},
     tensors=(
-        copy("encoder.embeddings.word.weight", "model.shared.weight"),
         *_stack("encoder", "{i}"),
         *_stack("decoder", "{j}"),
         copy("token_head.weight", "lm_head.weight"),
         _logits_bias(),
     ),
+    variants=_words,
     heads_of={
         "classification": (
             *leaf("heads.classification.dense", "classification_head.dense"),
@@ -175,6 +184,7 @@ BART = Family(
         "model.encoder.embed_tokens.weight": "model.shared.weight",
         "model.decoder.embed_tokens.weight": "model.shared.weight",
     },
+    tied_apart={"lm_head.weight": "model.decoder.embed_tokens.weight"},
 )
 MBART = replace(
     BART,
@@ -192,9 +202,23 @@ MBART = replace(
 
 
 def _marian(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    if theirs.get("decoder_vocab_size") not in (None, theirs["vocab_size"]):
-        raise ValueError("config.json of family marian: decoder_vocab_size differs from vocab_size")
-    return _translate(theirs)
+    source, target = theirs["vocab_size"], theirs.get("decoder_vocab_size")
+    target = source if target is None else target
+    shared = theirs["share_encoder_decoder_embeddings"]
+    if shared and target != source:
+        raise ValueError(
+            "config.json of family marian: decoder_vocab_size differs from vocab_size, but both share words"
+        )
+    apart = {"share_embeddings": shared, "vocab_size": target, "encoder_vocab_size": unless_equal(source, target)}
+    return _translate(theirs) | apart
+
+
+def _marian_back(ours: Mapping[str, Any]) -> dict[str, Any]:
+    return _write_back(ours) | {
+        "vocab_size": ours["encoder_vocab_size"],
+        "decoder_vocab_size": ours["vocab_size"],
+        "share_encoder_decoder_embeddings": ours["share_embeddings"],
+    }
 
 
 MARIAN = replace(
@@ -214,17 +238,17 @@ MARIAN = replace(
         "eos_token_id": 0,
         "bos_token_id": None,
         "num_labels": 2,
+        "share_encoder_decoder_embeddings": True,
     },
     demanded={
         **BART.demanded,
         "normalize_embedding": (True, False),
         "static_position_embeddings": (True, False),
         "extra_pos_embeddings": (2, 0, 58101),
-        "share_encoder_decoder_embeddings": (True,),
     },
-    translated=BART.translated | {"decoder_vocab_size"},
+    translated=BART.translated | {"decoder_vocab_size", "share_encoder_decoder_embeddings"},
     translate=_marian,
-    write_back=lambda ours: _write_back(ours) | {"decoder_vocab_size": ours["vocab_size"]},
+    write_back=_marian_back,
     classes={"MarianMTModel": ("seq2seq",), "MarianModel": ()},
     class_fields={},
     heads_of={},

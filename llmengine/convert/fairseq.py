@@ -17,7 +17,7 @@ from torch import Tensor
 from llmengine.convert.bart import BART, MBART
 from llmengine.convert.bert import ROBERTA
 from llmengine.convert.family import unless_equal
-from llmengine.convert.foreign import Foreign, demand, depth, of_both, one_vocabulary, renamed
+from llmengine.convert.foreign import Foreign, demand, depth, of_both, renamed, words_of
 
 # Every dictionary of Fairseq's begins with <s>, <pad>, </s>, <unk>; decoders start with </s>.
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
@@ -156,14 +156,12 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
     def has(leaf: str) -> bool:
         return both(f"whether it has {leaf}", *(f"model.{side}.{leaf}.weight" in tensors for side in SIDES))
 
-    words = one_vocabulary("Fairseq", *(tensors[f"model.{side}.embed_tokens.weight"] for side in SIDES))
-    tensors["model.shared.weight"] = words
+    words = words_of(tensors)
     layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in SIDES)
     widths = [len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in SIDES]
     training = _training(options)
     heads = training["n_heads"]
     pre = both("normalize_before", *(bool(options.get(f"{side}_normalize_before")) for side in SIDES))
-    head = tensors.get("lm_head.weight")
     labels = _classifier(tensors, "classification_head")
     fields = {
         **training,
@@ -172,8 +170,7 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
         "objectives": ["seq2seq", "classification"] if labels else ["seq2seq"],
         **labels,
         "summary": "last" if labels else "first",
-        "vocab_size": words.shape[0],
-        "d_model": words.shape[1],
+        **words,
         "n_layers": layers,
         "n_decoder_layers": unless_equal(decoder_layers, layers),
         "n_decoder_heads": unless_equal(options.get("decoder_attention_heads", heads), heads),
@@ -183,18 +180,18 @@ def _transformer(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fore
         "final_norm": has("layer_norm"),
         "embed_norm": has("layernorm_embedding"),
         "embed_scale": not options.get("no_scale_embedding", False),
-        "tie_embeddings": head is None or torch.equal(head, words),
         "decoder_start_token_id": TOKENS["eos_token_id"],
         "position_of": "token",
         **_positions(options, tensors, learned=has("embed_positions")),
     }
     family = BART
-    if str(_name(options)).startswith(("bart", "mbart")) and fields["embed_norm"] and has("embed_positions"):
+    shared = words.get("share_embeddings", True)
+    if shared and str(_name(options)).startswith(("bart", "mbart")) and fields["embed_norm"] and has("embed_positions"):
         # as Hugging Face has them: padding on the right, and a bias on the logits that begins at zero
         family = MBART if pre else BART
         fields |= {"family": family.name, "position_of": "column", "head_bias": True}
         fields["decoder_start_token_id"] = None if pre else TOKENS["eos_token_id"]
-        tensors["final_logits_bias"] = words.new_zeros(1, len(words))
+        tensors["final_logits_bias"] = tensors["model.shared.weight"].new_zeros(1, words["vocab_size"])
     return Foreign(family, fields, tensors)
 
 

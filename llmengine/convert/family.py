@@ -153,6 +153,8 @@ class Family:
     """The tensor whose presence tells that a file has this pooler."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Their second names for a tensor, which files may repeat. Without tied embeddings they use the second."""
+    tied_apart: Mapping[str, str] = field(default_factory=dict)
+    """`tied` of an encoder-decoder whose sides have words of their own."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -304,11 +306,11 @@ class Family:
             raise ValueError(f'family "{self.name}" has no name for {_some(nameless)}')
         if missing := sorted({theirs for rule in rules for theirs in rule.theirs} - names):
             raise ValueError(f"checkpoint of family {self.name} lacks {_some(missing)}")
-        known = {theirs for rule in self.rules(every) for theirs in rule.theirs} | self.tied.keys()
+        known = {theirs for rule in self.rules(every) for theirs in rule.theirs} | self._tied(fields).keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
-        tied = fields["tie_embeddings"]
-        for second, first in self.tied.items():
+        tied, second_of = fields["tie_embeddings"], self._tied(fields)
+        for second, first in second_of.items():
             if tied and {first, second} <= names and not torch.equal(get(first), get(second)):
                 raise ValueError(
                     f"checkpoint of family {self.name}: {second} differs from {first}, but they are one parameter "
@@ -326,7 +328,10 @@ class Family:
     def _second_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """Those of `tied` that no tensor of ours has to itself."""
         own = {name for rule in self.rules(fields) for name in rule.theirs}
-        return {second: first for second, first in self.tied.items() if second not in own}
+        return {second: first for second, first in self._tied(fields).items() if second not in own}
+
+    def _tied(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        return self.tied if fields["share_embeddings"] else self.tied_apart
 
 
 PROBLEMS = {"single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression"}
@@ -366,6 +371,7 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
         "n_decoder_layers": fields["n_decoder_layers"] or fields["n_layers"],
         "n_decoder_heads": fields["n_decoder_heads"] or heads,
         "d_decoder_ff": fields["d_decoder_ff"] or fields["d_ff"],
+        "encoder_vocab_size": fields["encoder_vocab_size"] or fields["vocab_size"],
     }
 
 

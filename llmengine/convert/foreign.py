@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmengine.convert.family import Family
+from llmengine.convert.family import Family, unless_equal
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,17 @@ def of_both(toolkit: str, what: str, encoder: Any, decoder: Any) -> Any:
     return encoder
 
 
-def one_vocabulary(toolkit: str, encoder: Tensor, decoder: Tensor) -> Tensor:
-    """The word embedding, which in our encoder-decoders is one for source and target."""
-    if len(encoder) != len(decoder):
-        raise ValueError(
-            f"{toolkit} checkpoint: the source has {len(encoder)} words and the target {len(decoder)}; llmengine's "
-            "encoder-decoders have one vocabulary for both"
-        )
-    if not torch.equal(encoder, decoder):
-        raise ValueError(
-            f"{toolkit} checkpoint: encoder and decoder have word embeddings of their own; in llmengine's "
-            "encoder-decoders they share one"
-        )
-    return encoder
+def words_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields of the word embeddings, by Hugging Face's names of them. One that source and target share also gets its
+    name there."""
+    encoder, decoder = (tensors[f"model.{side}.embed_tokens.weight"] for side in ("encoder", "decoder"))
+    head = tensors.get("lm_head.weight")
+    fields: dict[str, Any] = {
+        "vocab_size": decoder.shape[0],
+        "d_model": decoder.shape[1],
+        "tie_embeddings": head is None or torch.equal(head, decoder),
+    }
+    if torch.equal(encoder, decoder):
+        tensors["model.shared.weight"] = encoder
+        return fields
+    return fields | {"share_embeddings": False, "encoder_vocab_size": unless_equal(len(encoder), len(decoder))}

@@ -10,11 +10,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from llmengine.convert.bart import BART
 from llmengine.convert.family import unless_equal
-from llmengine.convert.foreign import Foreign, demand, depth, one_vocabulary, renamed
+from llmengine.convert.foreign import Foreign, demand, depth, renamed, words_of
 
 ROLES = {"pad_token_id": "<blank>", "bos_token_id": "<s>", "eos_token_id": "</s>"}
 POSITIONS = 5000  # rows of its table
@@ -67,8 +65,6 @@ def read(content: Mapping[str, Any]) -> Foreign:
     for needed in ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"):
         if needed not in tensors:
             raise ValueError(f"OpenNMT-py checkpoint: it lacks {needed}, by the name that llmengine gives it")
-    words = one_vocabulary("OpenNMT-py", *(tensors[f"model.{s}.embed_tokens.weight"] for s in ("encoder", "decoder")))
-    tensors["model.shared.weight"] = words
     if "final_logits_bias" in tensors:
         tensors["final_logits_bias"] = tensors["final_logits_bias"][None]
     layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in ("encoder", "decoder"))
@@ -78,8 +74,7 @@ def read(content: Mapping[str, Any]) -> Foreign:
         "family": "custom",
         "architecture": "encoder_decoder",
         "objectives": ["seq2seq"],
-        "vocab_size": words.shape[0],
-        "d_model": words.shape[1],
+        **words_of(tensors),
         "n_layers": layers,
         "n_decoder_layers": unless_equal(decoder_layers, layers),
         "n_heads": options.get("heads", 8),
@@ -96,7 +91,6 @@ def read(content: Mapping[str, Any]) -> Foreign:
         "attention_bias": f"{first}self_attn.out_proj.bias" in tensors,
         "feed_forward_bias": f"{first}fc1.bias" in tensors,
         "head_bias": "final_logits_bias" in tensors,
-        "tie_embeddings": torch.equal(tensors["lm_head.weight"], words),
         **_dropouts(options),
         **_tokens(content.get("vocab")),
     }
@@ -118,14 +112,16 @@ def _dropouts(options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tokens(vocabulary: Any) -> dict[str, Any]:
-    """Ids of the special tokens, where the file has the list of the target's words."""
+    """Ids of the special tokens, where the file has the list of the target's words. The source's padding is another
+    token where the lists differ in it; its embedding is then no frozen row."""
     words = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
     if not isinstance(words, list):
         return {}
+    source = vocabulary.get("src") or words
     ids = {field: words.index(token) for field, token in ROLES.items() if token in words}
     start = vocabulary.get("decoder_start_token", ROLES["bos_token_id"])
     return {
         **ids,
         "decoder_start_token_id": words.index(start) if start in words else None,
-        "freeze_padding_row": "pad_token_id" in ids,
+        "freeze_padding_row": "pad_token_id" in ids and source[ids["pad_token_id"] :][:1] == [ROLES["pad_token_id"]],
     }

@@ -3,6 +3,8 @@
 An epoch's examples are shuffled and, in that order, packed: a pack is a micro-batch of at most batch_tokens tokens, and
 `accumulation` packs make a step. So that no epoch ends in a step of a few tokens, packs are filled to the lowest limit
 that needs no more steps than batch_tokens does: steps of an epoch are about equally large, each example is in one.
+
+Examples that continue each other (`Examples.follows`) are not packed but laid out in streams (data/streams.py).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llmengine.data.draws import Draws, Purpose, check_seed
 from llmengine.data.examples import Examples, Latest
+from llmengine.data.streams import StreamPart, StreamPlan, plan_streams
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Step:
         next-token prediction after the shift), "sequences": pairs, "read": all tokens} (only where pairs, or all
         tokens, are judged); each is 1 at least.
     epoch: which epoch the step belongs to, from 0. progress: epochs done when the step is done.
+    streams: of examples that continue each other, which stream each sequence of each micro-batch is part of.
     """
 
     micro_batches: list[dict[str, Any]]
     items: dict[str, int]
     epoch: int
     progress: float
+    streams: list[list[StreamPart]] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,14 @@ class _Plan:
     order: np.ndarray
     ends: np.ndarray
     steps: int
+
+    def examples(self, step: int) -> list[np.ndarray]:
+        """The examples of each micro-batch of a step; micro-batches are spread evenly over the steps."""
+        first, last = (len(self.ends) * i // self.steps for i in (step, step + 1))
+        return [self.order[self.ends[i - 1] if i else 0 : self.ends[i]] for i in range(first, last)]
+
+    def parts(self, _step: int) -> None:
+        """No streams."""
 
 
 class StepBatches(Dataset):
@@ -91,17 +104,13 @@ class StepBatches(Dataset):
             raise IndexError(f"StepBatches: step must be 0 or more, got {step}")
         epoch, within = self._place(step)
         plan = self._plan(epoch)
-        # micro-batches spread evenly over the steps
-        first, last = (len(plan.ends) * i // plan.steps for i in (within, within + 1))
-        micro_batches = []
-        for i in range(first, last):
-            begin = plan.ends[i - 1] if i else 0
-            examples = [self.examples[epoch, int(j)] for j in plan.order[begin : plan.ends[i]]]
-            micro_batches.append(self.examples.collate(examples))
+        micro_batches = [
+            self.examples.collate([self.examples[epoch, int(i)] for i in indices]) for indices in plan.examples(within)
+        ]
         items = [self.examples.items(micro_batch) for micro_batch in micro_batches]
         # where nothing has a label the loss is 0, not 0 / 0
         total = {name: max(1, sum(each[name] for each in items)) for name in items[0]}
-        return Step(micro_batches, total, epoch, epoch + (within + 1) / plan.steps)
+        return Step(micro_batches, total, epoch, epoch + (within + 1) / plan.steps, plan.parts(within))
 
     def _place(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and its number within."""
@@ -110,7 +119,7 @@ class StepBatches(Dataset):
         epoch = bisect_right(self._ends, step) - 1
         return epoch, step - self._ends[epoch]
 
-    def _make_plan(self, epoch: int) -> _Plan:
+    def _make_plan(self, epoch: int) -> _Plan | StreamPlan:
         lengths = self.examples.lengths(epoch)
         if len(lengths) == 0:
             raise ValueError("StepBatches: the corpus gives no example; give more text")
@@ -119,8 +128,11 @@ class StepBatches(Dataset):
                 f"StepBatches: batch_tokens is {self.batch_tokens}, but a sequence has {longest} tokens; "
                 f"give {longest} or more, or a smaller sequence_length"
             )
-        n = len(lengths)
-        order = Draws(self.seed, epoch, Purpose.ORDER).order(n) if self.shuffle else np.arange(n)
+        n, draws = len(lengths), Draws(self.seed, epoch, Purpose.ORDER) if self.shuffle else None
+        follows = self.examples.follows(epoch)
+        if follows is not None:
+            return plan_streams(follows, self.batch_tokens // longest, self.accumulation, draws)
+        order = np.arange(n) if draws is None else draws.order(n)
         order = order.astype(np.int32 if n < 2**31 else np.int64)
         ends, steps = fill(lengths[order], self.batch_tokens, self.accumulation)
         return _Plan(order, ends, steps)

@@ -49,6 +49,11 @@ class Examples(ABC):
         like them. Numbers (0-d): one per sequence.
         """
 
+    def follows(self, epoch: int) -> np.ndarray | None:
+        """(examples,) bool: whether each example continues the one before it, and is to be read with its memory; None:
+        examples stand alone."""
+        return None
+
     def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Examples as the arguments of one call of the model: packed, unless an objective knows better."""
         return pack(examples)

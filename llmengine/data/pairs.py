@@ -52,17 +52,17 @@ class Pairs:
 def read_pairs(source: str | Path | Sequence[str | Path]) -> Pairs:
     """Pairs from files of rows with the columns source and target, or from two text files, line by line.
 
-    Raises FileNotFoundError, or ValueError naming file and line, or row.
+    Raises FileNotFoundError, or ValueError naming file and line.
     """
     paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
     suffixes = {suffix for name, kind in KINDS.items() if name != "text" for suffix in kind.suffixes}
     plain = not any(Path(without_compression(path)).suffix.lower() in suffixes for path in paths)
     columns = {name: name for name in ("source", "target")}
     rows = []
-    for number, row in enumerate(iterate_rows(paths, kind="parallel" if plain else None, columns=columns), 1):
+    for row in iterate_rows(paths, kind="parallel" if plain else None, columns=columns):
         for name in columns:
             if not isinstance(row[name], str):
-                raise ValueError(f"corpus: row {number}: {name} is {row[name]!r}; expected a text")
+                raise ValueError(f"corpus: {row.place}: {name} is {row[name]!r}; expected a text")
         rows.append((row["source"], row["target"]))
     if not rows:
         raise ValueError(f"corpus: {', '.join(map(str, paths))}: no pair; give texts and their translations")

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmengine.data.formats.conll import read_conll
 from llmengine.data.formats.dataset import is_dataset, read_dataset
-from llmengine.data.formats.faults import Faults, Placed, Row
+from llmengine.data.formats.faults import Faults, Placed
 from llmengine.data.formats.lines import read_jsonl, read_parallel, read_text
 from llmengine.data.formats.objects import read_json, read_squad
 from llmengine.data.formats.tables import read_csv, read_tsv
@@ -51,7 +51,17 @@ KINDS = {
 Source = str | os.PathLike | Sequence[str | os.PathLike] | Any
 
 
-def read_rows(source: Source, **options: Any) -> list[Row]:
+class PlacedRow(dict[str, Any]):
+    """A row that knows where it was read ("reviews.csv, line 7"), for what is found wrong with it later."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: str, columns: Mapping[str, Any]) -> None:
+        super().__init__(columns)
+        self.place = place
+
+
+def read_rows(source: Source, **options: Any) -> list[PlacedRow]:
     """All rows of `iterate_rows`. Raises ValueError where there is none."""
     rows = list(iterate_rows(source, **options))
     if not rows:
@@ -62,8 +72,8 @@ def read_rows(source: Source, **options: Any) -> list[Row]:
 def iterate_rows(
     source: Source, *, kind: str | None = None, columns: Mapping[str, str | int] | None = None, bad: str = "raise",
     notice: Callable[[str], object] = warnings.warn, **options: Any,
-) -> Iterator[Row]:  # fmt: skip
-    """The rows of a data set, one by one: dicts from names of columns to values.
+) -> Iterator[PlacedRow]:  # fmt: skip
+    """The rows of a data set, one by one: dicts from names of columns to values, which know their `place`.
 
     source: a file or several, each of which may be compressed (.gz, .xz); or a Hugging Face `datasets.Dataset`.
     kind: the format: "jsonl" (an object a line), "json" (a list of objects, or SQuAD's layout), "csv" and "tsv" (with a
@@ -166,7 +176,7 @@ def _numbers(columns: Mapping[str, str], kinds: Sequence[Kind]) -> dict[str, int
         ) from None
 
 
-def _rows(placed: Iterator[Placed], columns: Mapping[str, str], faults: Faults) -> Iterator[Row]:
+def _rows(placed: Iterator[Placed], columns: Mapping[str, str], faults: Faults) -> Iterator[PlacedRow]:
     """Rows with their columns renamed."""
     taken = {*columns, *columns.values()}
     for place, row in placed:
@@ -174,5 +184,5 @@ def _rows(placed: Iterator[Placed], columns: Mapping[str, str], faults: Faults) 
             faults(place, f"has no column {', '.join(map(repr, missing))}; its columns: {', '.join(map(repr, row))}")
             continue
         others = {name: value for name, value in row.items() if name not in taken}
-        yield {name: row[theirs] for name, theirs in columns.items()} | others
+        yield PlacedRow(place, {name: row[theirs] for name, theirs in columns.items()} | others)
     faults.tell()

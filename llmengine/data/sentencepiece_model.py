@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,14 @@ def _splits(model: SentencePiece) -> list[Any]:
         splits.append(pre_tokenizers.Split(Regex(f"{SPACE}+"), "merged_with_next"))
     if model.kind == UNIGRAM:
         hidden = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL, BYTE) and len(text) > 1]
-        pattern = "|".join(_tail(text, set(usual)) for text in hidden)
-        splits.append(pre_tokenizers.Split(Regex(pattern), "merged_with_next"))
+        splits.append(parting(hidden, set(usual)))
     return splits
+
+
+def parting(hidden: Iterable[str], usual: Container[str]) -> Any:
+    """What splits a text within the hidden pieces that it spells out. usual: the pieces that texts give."""
+    pattern = "|".join(_tail(text, usual) for text in hidden)
+    return pre_tokenizers.Split(Regex(pattern), "merged_with_next")
 
 
 def _tail(text: str, known: Container[str]) -> str:

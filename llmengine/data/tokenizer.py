@@ -185,9 +185,9 @@ class Tokenizer:
         return [(e.ids, _begins(e, text)) for e, text in zip(encodings, texts, strict=True)]
 
     def encodings(self, texts: Sequence[Any], *, words: bool = False) -> list[tokenizers.Encoding]:
-        """Each text (words=True: list of words) with offsets and words of its tokens, none added. A special token
-        written out in it is that token."""
-        self.backend.encode_special_tokens = False
+        """Each text (words=True: list of words) with offsets and words of its tokens, none added. No text gives a
+        special token."""
+        self.backend.encode_special_tokens = True
         return self.backend.encode_batch(list(texts), is_pretokenized=words, add_special_tokens=False)
 
     def template(self, pair: bool = False) -> Template:

@@ -43,8 +43,10 @@ def load(path: Path) -> Parts:
     if (directory / CHAT_TEMPLATE).is_file():
         config["chat_template"] = (directory / CHAT_TEMPLATE).read_text("utf-8")
     if file.suffix == ".json" and file.name != "vocab.json":
-        backend, defaults = _from_json(file), WORDPIECE | BPE
-        return backend, _roles(backend, directory, config, defaults), config
+        backend = _from_json(file)
+        roles = _roles(backend, directory, config, WORDPIECE | BPE)
+        _hide(backend, roles.get("unk_token"))
+        return backend, roles, config
     kind = MERGES if file.name in (MERGES, "vocab.json") else WORDS if file.suffix == ".txt" else "sentencepiece"
     _check_family(file, kind, config)
     if kind == "sentencepiece":
@@ -107,6 +109,21 @@ def _from_json(file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"Tokenizer.load: {file} is not a tokenizer: {error}") from None
+
+
+def _hide(backend: tokenizers.Tokenizer, unknown: str | None) -> None:
+    """Special tokens are among a unigram model's pieces, which it finds in any text: one that spells them out is parted
+    within them, and so remains text. What is unknown may be so however it is written."""
+    if not isinstance(backend.model, models.Unigram):
+        return
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    pieces = set(backend.get_vocab(with_added_tokens=False))
+    hidden = [piece for piece in sorted(special & pieces) if len(piece) > 1 and piece != unknown]
+    backend.encode_special_tokens = True
+    if any(backend.token_to_id(piece) in backend.encode(piece, add_special_tokens=False).ids for piece in hidden):
+        steps = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
+        parting = sentencepiece_model.parting(hidden, pieces - special)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, parting])
 
 
 def _from_words(file: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:

@@ -27,11 +27,13 @@ def check_float(op: str, argument: str, value: Tensor) -> None:
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
-    first, *rest = [(name, t) for name, t in tensors.items() if t is not None]
+    """The first tensor must be given."""
+    (first, other), *rest = tensors.items()
+    device = other.device  # type: ignore[union-attr]
     for name, tensor in rest:
-        if tensor.device != first[1].device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; all must share one device"
+                f"{op}: {name} is on {tensor.device} but {first} is on {device}; all must share one device"
             )
 
 
@@ -85,7 +87,7 @@ def parameter_like(op: str, argument: str, parameter: Parameter, shape: tuple[in
     if parameter is None:
         return None
     check_float(op, argument, parameter)
-    if tuple(parameter.shape) != shape:
+    if parameter.shape != shape:
         raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}; expected {shape}")
     if parameter.dtype == input.dtype or (parameter.dtype == torch.float32 and input.dtype != torch.float64):
         return parameter

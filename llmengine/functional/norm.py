@@ -118,8 +118,8 @@ def _check(
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """Validates, and returns the number of normalised elements, and the parameters as input's dtype takes them."""
     check_float(op, "input", input)
-    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    if not shape or tuple(input.shape[-len(shape) :]) != shape or len(shape) > input.ndim:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}")
     weight, bias = parameter_like(op, "weight", weight, shape, input), parameter_like(op, "bias", bias, shape, input)
     check_same_device(op, input=input, weight=weight, bias=bias)

@@ -6,44 +6,69 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmengine.metrics.score import Judgement, bootstrap, check_paired, ratio
+from llmengine.metrics.score import Judgement, Table, bootstrap, check_paired, ratio
 
 
 def regression(
-    gold: Sequence[float] | Sequence[Sequence[float]], predicted: Sequence[float] | Sequence[Sequence[float]]
+    gold: Sequence[float] | Sequence[Sequence[float]],
+    predicted: Sequence[float] | Sequence[Sequence[float]],
+    outputs: Sequence[str] | None = None,
 ) -> Judgement:
     """mse (the main score; lower is better), mae, pearson, spearman (ties have their mean rank) and r2.
 
     mse is what training lowers, and sees answers that are all too large or on another scale, as correlations do not.
-    Rows of several numbers, as many in each, are scored over all their numbers, and resampled as rows.
+    Rows may hold several numbers, as many in each: each output is scored on its own, and has a row in a table; the
+    scores are means over the outputs, as scikit-learn's are. outputs: their names; None: numbers from 0.
     Where one side is constant, pearson and spearman are 0; where gold is, r2 is 1 for exact answers and otherwise 0.
     """
     check_paired("regression", gold=gold, predicted=predicted)
-    rows_of_x, rows_of_y = _numbers("gold", gold), _numbers("predicted", predicted)
-    each = rows_of_x.shape[1]
-    if rows_of_y.shape[1] != each and len(gold):
-        raise ValueError(f"regression: gold has {each} numbers in each row, predicted {rows_of_y.shape[1]}")
-    x, y = rows_of_x.flatten(), rows_of_y.flatten()
-    x_order, y_order = _Ranks(x), _Ranks(y)
-    # correlations and r2 do not change with the origin, and sums of squares are exact near it
-    origin = x.mean() if len(x) else 0.0
-    moved, error = x - origin, y - x
+    x, y = _numbers("gold", gold), _numbers("predicted", predicted)
+    each = x.shape[1]
+    if y.shape[1] != each and len(gold):
+        raise ValueError(f"regression: gold has {each} numbers in each row, predicted {y.shape[1]}")
+    if outputs is not None and len(outputs) != each and len(gold):
+        raise ValueError(f"regression: {len(outputs)} names of outputs for the {each} numbers of each row")
+    of_outputs = [_Output(*columns) for columns in zip(x.T, y.T, strict=False)]
 
     def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
-        weights = weights.repeat(each, axis=-1)
-        rows = weights.sum(-1)
-        squares = weights @ error**2
-        variance = weights @ moved**2 - ratio((weights @ moved) ** 2, rows)
-        return {
-            "mse": ratio(squares, rows),
-            "mae": ratio(weights @ np.abs(error), rows),
-            "pearson": _correlation(weights, x[None], y[None]),
-            "spearman": _correlation(weights, x_order(weights), y_order(weights)),
-            "r2": np.where(_constant(weights, x[None]), squares == 0, 1 - ratio(squares, variance)),
-        }
+        found = [output.metrics(weights) for output in of_outputs]
+        return {name: np.mean([one[name] for one in found], 0) for name in found[0]}
 
     scores = bootstrap(np.arange(len(gold)), metrics)
-    return Judgement(scores, "mse", len(gold), lower_is_better=True)
+    tables = (_table(of_outputs, outputs or list(map(str, range(each)))),) if each > 1 and len(gold) else ()
+    return Judgement(scores, "mse", len(gold), lower_is_better=True, tables=tables)
+
+
+class _Output:
+    """One number of each row: right ones x and given ones y (rows,)."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.x, self.y, self.error = x, y, y - x
+        self.x_order, self.y_order = _Ranks(x), _Ranks(y)
+        # correlations and r2 do not change with the origin, and sums of squares are exact near it
+        self.moved = x - (x.mean() if len(x) else 0.0)
+
+    def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """weights (draws, rows) -> each metric (draws,)."""
+        rows = weights.sum(-1)
+        squares = weights @ self.error**2
+        variance = weights @ self.moved**2 - ratio((weights @ self.moved) ** 2, rows)
+        return {
+            "mse": ratio(squares, rows),
+            "mae": ratio(weights @ np.abs(self.error), rows),
+            "pearson": _correlation(weights, self.x[None], self.y[None]),
+            "spearman": _correlation(weights, self.x_order(weights), self.y_order(weights)),
+            "r2": np.where(_constant(weights, self.x[None]), squares == 0, 1 - ratio(squares, variance)),
+        }
+
+
+def _table(outputs: Sequence[_Output], names: Sequence[str]) -> Table:
+    """A row of metrics for each output."""
+    found = [output.metrics(np.ones((1, len(output.x)))) for output in outputs]
+    rows: list[tuple[str | float, ...]] = []
+    for name, each in zip(names, found, strict=True):
+        rows.append((name, *(float(value[0]) for value in each.values())))
+    return Table("Outputs", ("output", *found[0]), tuple(rows))
 
 
 def _correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -6,13 +6,23 @@ row of the cache: there is no padding inside, and every position is the token's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from llmengine import functional
+from llmengine.models.config import TransformerConfig
+from llmengine.models.inputs import Tokens
 from llmengine.models.layout import Packed, Scores
+
+
+def packed_prompts(tokens: Tokens, config: TransformerConfig, causal: bool) -> Packed:
+    """Where the tokens of generate's arguments lie."""
+    packed = tokens.layout(config, causal=causal)
+    if not isinstance(packed, Packed) or torch.compiler.is_compiling():
+        raise RuntimeError("generate: torch.compile may trace forward, but not generate; call it uncompiled")
+    return packed
 
 
 class Cache:
@@ -22,10 +32,10 @@ class Cache:
     def __init__(self, lengths: Tensor, slots: int) -> None:
         self.lengths = lengths
         self.slots = slots
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.keys: dict[Hashable, Tensor] = {}
+        self.values: dict[Hashable, Tensor] = {}
 
-    def write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: Hashable, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         for kept, x in ((self.keys, k), (self.values, v)):
             if layer not in kept:
                 # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN there would be NaN

@@ -30,7 +30,7 @@ class Difference:
 def random_tokens(models: Sequence[Transformer], sequences: int, length: int, seed: int) -> Tensor:
     """Ids that every one of the models knows, (sequences, length), or shorter where a model's positions end before."""
     limits = [model.config.max_positions for model in models if model.config.max_positions is not None]
-    vocabulary = min(model.config.vocab_size for model in models)
+    vocabulary = min(min(model.config.vocab_size, model.config.source_vocab_size) for model in models)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (sequences, min([length, *limits])), generator=generator)
 

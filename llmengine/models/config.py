@@ -109,6 +109,10 @@ class TransformerConfig(BaseModel):
     """One layer, applied n_layers times (Lan et al. 2019)."""
 
     # ---- embeddings and positions
+    share_embeddings: bool = True
+    """Whether both sides of an encoder-decoder have one word embedding."""
+    encoder_vocab_size: Positive | None = None
+    """Of an encoder-decoder whose encoder has words of its own; None: vocab_size."""
     type_vocab_size: Annotated[int, Field(ge=0)] = 0
     """Number of token types (segments); 0: no such embedding."""
     embed_norm: bool = False
@@ -272,6 +276,11 @@ class TransformerConfig(BaseModel):
         return self.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     @property
+    def source_vocab_size(self) -> int:
+        """Of input_ids: where an encoder-decoder reads other words than it writes, the encoder's."""
+        return self.encoder_vocab_size or self.vocab_size
+
+    @property
     def causal(self) -> bool:
         """Whether each token's label is the next token of the same sequence."""
         return self.architecture == "decoder"
@@ -359,6 +368,10 @@ def _check_shape(c: TransformerConfig) -> None:
     for name in ("n_decoder_layers", "n_decoder_heads", "d_decoder_ff"):
         if getattr(c, name) is not None and c.architecture != "encoder_decoder":
             raise ValueError(f'{name} is for architecture "encoder_decoder"; this is "{c.architecture}"')
+    if not c.share_embeddings and c.architecture != "encoder_decoder":
+        raise ValueError(f'share_embeddings false is for architecture "encoder_decoder"; this is "{c.architecture}"')
+    if c.encoder_vocab_size is not None and c.share_embeddings:
+        raise ValueError("encoder_vocab_size is for an encoder with words of its own; set share_embeddings to false")
     if c.share_layers and c.architecture != "encoder":
         raise ValueError(f'share_layers is for architecture "encoder"; this is "{c.architecture}"')
     if c.layer_types is not None:
@@ -394,8 +407,8 @@ def _check_tokens(c: TransformerConfig) -> None:
         for token in tokens if isinstance(tokens, tuple) else [tokens]:
             if token is not None and token >= c.vocab_size:
                 raise ValueError(f"{name} ({token}) must be below vocab_size ({c.vocab_size})")
-    if c.freeze_padding_row and c.pad_token_id is None:
-        raise ValueError("freeze_padding_row needs pad_token_id")
+    if c.freeze_padding_row and (c.pad_token_id is None or c.pad_token_id >= c.source_vocab_size):
+        raise ValueError("freeze_padding_row needs pad_token_id, a row of every word embedding")
 
 
 def _check_objectives(c: TransformerConfig) -> None:

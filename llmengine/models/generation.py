@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module
 
-from llmengine.models.cache import Cache, Prompt, Source, Step
+from llmengine.models.cache import Cache, Prompt, Source, Step, packed_prompts
 from llmengine.models.config import TransformerConfig
 from llmengine.models.decoding import Hypotheses, Processor, greedy, processors_of, sampler
 from llmengine.models.heads import TokenHead
 from llmengine.models.inputs import Tokens
-from llmengine.models.layout import Packed
 from llmengine.models.modes import resting
 from llmengine.models.relative import RelativeStack
+from llmengine.models.relative_generation import Continuing, Rereading
 
 if TYPE_CHECKING:
     from llmengine.models.stack import Stack
@@ -61,6 +61,7 @@ class Generation(Module):
         stopping_criteria: Sequence[Stop] = (),
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        reread: bool | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> Tensor:
@@ -79,6 +80,12 @@ class Generation(Module):
 
         repetition_penalty, no_repeat_ngram_size, min_new_tokens and logits_processor change logits before the choice;
         a processor is called with (ids so far, float32 logits), as Hugging Face's are.
+
+        reread: of XLNet, whose tokens see those behind them too. True: for each new token the whole text is read
+            again, and all of it sees the tokens that came last. False: what was read stays, so that a step costs one
+            token: the prompt sees itself, and a new token the prompt and the new ones before it, as in training a
+            predicted token sees what is not predicted and what precedes it in the order. None: True, but False where
+            tokens never see what is behind them (relative_causal) and both are the same.
         """
         config = self.config
         if config.token_task not in ("clm", "seq2seq", "plm"):
@@ -96,11 +103,7 @@ class Generation(Module):
             generator = torch.Generator(input_ids.device).manual_seed(seed)
         with resting(self):
             source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
-            reader: Reader = (
-                Rereading(self, prompts)
-                if config.token_task == "plm"
-                else Cached(self, source, prompts, max_new_tokens)
-            )
+            reader = self._reader(source, prompts, max_new_tokens, reread)
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
             rules = processors_of(
                 repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends, prompts.attention_mask
@@ -115,6 +118,15 @@ class Generation(Module):
         ids = prompts.input_ids.repeat_interleave(num_return_sequences, 0)
         return torch.cat([ids, new.to(ids.dtype)], dim=1)
 
+    def _reader(self, source: Source | None, prompts: Tokens, steps: int, reread: bool | None) -> Reader:
+        if self.config.token_task != "plm":
+            if reread is not None:
+                raise ValueError(f"generate: reread is for XLNet; got {reread}, but decoders never read anything twice")
+            return Cached(self, source, prompts, steps)
+        if not self.config.relative_causal if reread is None else reread:
+            return Rereading(self, prompts)
+        return Continuing(self, prompts, steps)
+
     def _read_source(
         self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor | None
     ) -> tuple[Source | None, Tokens]:
@@ -122,7 +134,7 @@ class Generation(Module):
         tokens = Tokens(input_ids, attention_mask)
         if self.encoder is None or isinstance(self.encoder, RelativeStack):
             return None, tokens
-        packed = _packed(tokens, self.config, causal=False)
+        packed = packed_prompts(tokens, self.config, causal=False)
         memory, _ = self.encoder(packed, packed.enter(input_ids), packed.positions(self.config.position_of == "token"))
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
@@ -154,7 +166,7 @@ class Cached:
 
     def __init__(self, model: Generation, source: Source | None, prompts: Tokens, steps: int) -> None:
         config = model.config
-        packed = _packed(prompts, config, causal=True)
+        packed = packed_prompts(prompts, config, causal=True)
         longest = int(packed.cu_seqlens.diff().max())
         if config.max_positions is not None and longest + steps > config.max_positions:
             raise ValueError(
@@ -181,47 +193,6 @@ class Cached:
         else:
             x, _ = model.decoder(layout, tokens, positions, word=model.words, memory=source.memory)
         return model.token_head(layout.last(x), model.words.weight).float()
-
-
-class Rereading:
-    """XLNet: the next token is what a query stream predicts behind all that has been, which sees each other but not it.
-
-    Every step reads the whole sequence again: what stands before changes with what follows, so that nothing is kept.
-    """
-
-    def __init__(self, model: Generation, prompts: Tokens) -> None:
-        _packed(prompts, model.config, causal=False)  # checks
-        ids, mask = prompts.input_ids, prompts.attention_mask
-        mask = torch.ones_like(ids) if mask is None else mask.long()
-        order = mask.argsort(dim=1, stable=True)  # padding to the left: new tokens follow the last real one
-        self.model = model
-        self.ids, self.mask = ids.gather(1, order), mask.gather(1, order)
-        self.scores = self._scores()
-
-    def step(self, tokens: Tensor) -> None:
-        self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.dtype)], 1)
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self.scores = self._scores()
-
-    def select(self, rows: Tensor) -> None:
-        self.ids, self.mask = self.ids.index_select(0, rows), self.mask.index_select(0, rows)
-
-    def _scores(self) -> Tensor:
-        return self.model(**predicting_next(self.ids, self.mask)).logits[:, 0].float()
-
-
-def predicting_next(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """What XLNet's forward takes to predict the token behind these (batch, length), logits (batch, 1, vocab_size)."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    ids, mask = (torch.nn.functional.pad(x, (0, 1), value=value) for x, value in ((ids, 0), (mask, 1)))
-    query_ranks = torch.zeros_like(ids)
-    key_ranks = query_ranks - 1
-    key_ranks[:, -1] = 0
-    last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
-    return {
-        "input_ids": ids, "attention_mask": mask, "query_ranks": query_ranks, "key_ranks": key_ranks,
-        "target_positions": last,
-    }  # fmt: skip
 
 
 class _Run:
@@ -309,13 +280,6 @@ class _Run:
             rows += [row for _, row in hypotheses.kept[:wanted]]
         length = max(map(len, rows))
         return torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=device)
-
-
-def _packed(tokens: Tokens, config: TransformerConfig, causal: bool) -> Packed:
-    packed = tokens.layout(config, causal=causal)
-    if not isinstance(packed, Packed) or torch.compiler.is_compiling():
-        raise RuntimeError("generate: torch.compile may trace forward, but not generate; call it uncompiled")
-    return packed
 
 
 def _ends(eos: int | Sequence[int] | None) -> list[int]:

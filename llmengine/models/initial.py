@@ -57,7 +57,9 @@ def initialise(model: Transformer, only: tuple[str, ...] = ()) -> None:
             assert not isinstance(stack, RelativeStack)  # the config asks for learned positions
             _look_at_neighbours(stack, causal=stack is model.decoder)
     if config.freeze_padding_row:
-        model.words.weight[config.pad_token_id].zero_()
+        for stack in stacks:
+            if (word := stack.embeddings.word) is not None:
+                word.weight[config.pad_token_id].zero_()
 
 
 # What a head's score at its offset exceeds those elsewhere by, at first: exp(10) against some hundred other places.

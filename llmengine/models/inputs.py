@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,10 @@ class Tokens:
         _integers(f"{side}input_ids", ids)
         if ids.numel() == 0:
             raise ValueError(f"Transformer: {side}input_ids is empty, shape {tuple(ids.shape)}")
-        _range(f"{side}input_ids", ids, config.vocab_size, "vocab_size")
+        if config.encoder_vocab_size is None or side:
+            _range(f"{side}input_ids", ids, config.vocab_size, "vocab_size")
+        else:
+            _range("input_ids", ids, config.encoder_vocab_size, "encoder_vocab_size")
         if self.cu_seqlens is not None:
             if mask is not None:
                 raise ValueError(
@@ -221,30 +223,12 @@ def _numbers(name: str, x: Tensor, sequences: int, config: TransformerConfig) ->
         raise ValueError(f'Transformer: {name} must hold 0 and 1 only where problem is "multi"')
 
 
-def check_memory(config: TransformerConfig, layout: Packed, mems: Sequence[Tensor] | None, use_mems: bool) -> None:
-    """What an earlier segment left, for each layer (length, sequences, d_model)."""
-    if mems is None and not use_mems:
-        return
-    if layout.indices is not None or layout.max_seqlen * layout.sequences != layout.tokens:
-        raise ValueError("Transformer: mems need a batch without padding, of sequences that are equally long")
-    if mems is None:
-        return
-    if len(mems) != config.n_layers:
-        raise ValueError(f"Transformer: mems has {len(mems)} tensors; expected one per layer, {config.n_layers}")
-    for i, past in enumerate(mems):
-        if past.dim() != 3 or past.shape[1:] != (layout.sequences, config.d_model) or len(past) != len(mems[0]):
-            raise ValueError(
-                f"Transformer: mems[{i}] has shape {tuple(past.shape)}; expected (length, {layout.sequences}, "
-                f"{config.d_model}), all of one length"
-            )
-
-
 def target_of(
     source: Tokens, labels: Tensor | None, config: TransformerConfig, mask: Tensor | None, cu_seqlens: Tensor | None,
     max_seqlen: int | None, side: str,
 ) -> Tokens:  # fmt: skip
     """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
-    if labels is None and config.token_task is None:
+    if labels is None and config.token_task is None and config.share_embeddings:
         ids, bounds = source.input_ids, source.cu_seqlens
         if bounds is not None:
             return Tokens(shift_packed(ids, config, bounds), None, bounds, source.max_seqlen, side)

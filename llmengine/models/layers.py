@@ -43,14 +43,14 @@ def make_norm(config: TransformerConfig, features: int) -> Module:
 class Embeddings(Module):
     """Sum of word, position and token-type embeddings, normed, dropped out and projected as the family does.
 
-    A decoder may share the encoder's words: then `word` is None here and given to each call.
+    words: how many; None: a decoder that shares the encoder's has no `word`, and is given it at each call.
     """
 
-    def __init__(self, config: TransformerConfig, *, own_words: bool = True) -> None:
+    def __init__(self, config: TransformerConfig, words: int | None) -> None:
         super().__init__()
         width = config.embed_dim
         padding = config.pad_token_id if config.freeze_padding_row else None
-        self.word = Embedding(config.vocab_size, width, padding_idx=padding) if own_words else None
+        self.word = None if words is None else Embedding(words, width, padding_idx=padding)
         self.position = None
         if config.positions == "learned":
             self.position = Embedding((config.max_positions or 0) + config.position_offset, width)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from llmengine.models.memory import Memory
+
 FIELDS = {
     "loss": "(): the weighted sum of losses; None without labels",
     "losses": "{objective: ()}",
@@ -23,7 +25,7 @@ FIELDS = {
     "hidden_states": "(*input_ids.shape, d_model) for the embeddings and after each layer, as last_hidden_state",
     "encoder_last_hidden_state": "(*input_ids.shape, d_model), of an encoder-decoder",
     "replaced": "like input_ids, 1 where ELECTRA's generator put another token, else 0, -100 at padding",
-    "mems": "for each layer (length, batch, d_model), of XLNet",
+    "mems": "of XLNet: for each layer (length, batch, d_model); a Memory where the batch was packed or padded",
     "encoder_hidden_states": "as hidden_states, of an encoder-decoder's encoder",
 }
 ALIASES = {"prediction_logits": "logits"}
@@ -52,7 +54,7 @@ class TransformerOutput:
     encoder_last_hidden_state: Tensor | None
     encoder_hidden_states: tuple[Tensor, ...] | None
     replaced: Tensor | None
-    mems: list[Tensor] | None
+    mems: list[Tensor] | Memory | None
 
     def __init__(self, keyed: dict[str, Any], others: dict[str, Any]) -> None:
         """Both map FIELDS to values, to None, or to functions that compute the value when it is asked for."""

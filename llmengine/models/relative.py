@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,24 +25,14 @@ from llmengine.models.config import TransformerConfig
 from llmengine.models.dtypes import into
 from llmengine.models.layers import make_norm
 from llmengine.models.layout import Packed
+from llmengine.models.memory import Memory, Recall
+from llmengine.models.orders import Order
 from llmengine.models.positions import waves
+from llmengine.models.relative_dense import dense_relative_attention
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import add_norm, touched
 
 _torch = torch.nn.functional
-
-
-@dataclass(frozen=True)
-class Order:
-    """Who sees whom, and who is predicted; each (tokens,) or (targets,) of the packed batch, int32."""
-
-    query_ranks: Tensor
-    """A token sees keys of lower rank than this, and itself."""
-    key_ranks: Tensor
-    """Below 0: every token sees it."""
-    targets: Tensor | None = None
-    """Tokens that are predicted, sequence by sequence; None: no query stream."""
-    target_layout: Packed | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,8 @@ class Rows:
     ranks: Tensor | None
     positions: Tensor | None = None
     include_self: bool = False
+    hidden: Tensor | None = None
+    """(sequences, rows, keys) instead of ranks; positions are then given."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,19 @@ class RelativeContext:
     key_segments: Tensor | None
     key_ranks: Tensor | None
     causal: bool
+    cached: Cached | None = None
+    """Where keys and values are kept between passes; None: nowhere."""
+
+
+class Cached(Protocol):
+    """What remembers keys and values in generation."""
+
+    def project(self, attention: RelativeAttention, content: Tensor, context: RelativeContext) -> Projected:
+        """Those of this pass's content, and of what is remembered."""
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and position keys, (…, heads, head_dim)."""
 
 
 class RelativeAttention(Module):
@@ -93,8 +99,7 @@ class RelativeAttention(Module):
     def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
         """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
         q = self.q(x).unflatten(1, (self.heads, self.head_dim))
-        k, v = self.kv(keys).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
-        r = self.r(context.encoding.to(x.dtype)).unflatten(1, (self.heads, self.head_dim))
+        k, v, r = self.project(keys, context) if context.cached is None else context.cached.project(self, keys, context)
         attended, first = [], 0
         for rows in context.streams:
             count = rows.count
@@ -104,16 +109,19 @@ class RelativeAttention(Module):
                     "segment_bias": self.segment_bias, "segment_key": self.segment_key,
                     "query_segments": rows.segments, "key_segments": context.key_segments,
                 }  # fmt: skip
+            given = (q[first : first + count], k, v, r, self.content_bias, self.position_bias)
+            dropout_p = self.dropout if self.training else 0.0
+            if rows.hidden is not None and rows.positions is not None:
+                attended.append(dense_relative_attention(
+                    *given, rows.hidden, rows.positions, context.zero_distance, dropout_p=dropout_p, **options
+                ))  # fmt: skip
+                first += count
+                continue
             if rows.ranks is not None:
                 options |= {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
             attended.append(
                 functional.relative_attention(
-                    q[first : first + count],
-                    k,
-                    v,
-                    r,
-                    self.content_bias,
-                    self.position_bias,
+                    *given,
                     rows.cu_seqlens,
                     context.cu_seqlens_k,
                     rows.longest,
@@ -122,13 +130,21 @@ class RelativeAttention(Module):
                     query_positions=rows.positions,
                     include_self=rows.include_self,
                     is_causal=context.causal,
-                    dropout_p=self.dropout if self.training else 0.0,
+                    dropout_p=dropout_p,
                     **options,
                 )
             )
             first += count
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self.out(together.flatten(1))
+
+    def project(self, keys: Tensor, context: RelativeContext) -> Projected:
+        """Of keys (tokens, d_model), and of every distance."""
+        k, v = self.keys_and_values(keys)
+        return k, v, self.r(context.encoding.to(keys.dtype)).unflatten(1, (self.heads, self.head_dim))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.kv(x).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
 
 
 class RelativeLayer(Module):
@@ -189,17 +205,17 @@ class RelativeStack(Module):
         input_ids: Tensor,
         segments: Tensor | None,
         order: Order | None = None,
-        memory: list[Tensor] | None = None,
+        memory: Memory | None = None,
         *,
         keep: bool = False,
         remember: bool = False,
         checkpoint: bool = False,
-    ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
+    ) -> tuple[Tensor, list[Tensor] | None, Memory | None]:
         """input_ids, segments (tokens,) of the packed batch -> the last hidden states, all of h's if they are to be
-        kept, and each layer's memory for the next segment.
+        kept, and the memory for the next segment.
 
-        memory: for each layer (length, sequences, d_model), of sequences that are all equally long. checkpoint: a
-        layer's inner results are computed again in the backward instead of kept.
+        memory: what the sequences remember of an earlier one. checkpoint: a layer's inner results are computed again
+        in the backward instead of kept.
         """
         config, drop = self.config, self.config.embed_dropout
         x = _torch.dropout(self.embeddings.word(input_ids), drop, self.training)
@@ -207,14 +223,16 @@ class RelativeStack(Module):
         if order is not None and order.targets is not None:
             g = self.embeddings.query_stream.to(x.dtype).expand(len(order.targets), -1)
             x = torch.cat([x, _torch.dropout(g, drop, self.training)])
-        context = self._context(layout, segments, order, 0 if memory is None else len(memory[0]), x)
-        kept, remembered = [x[:tokens]], []
+        recall = Recall(layout, memory)
+        remembers = recall.next(config) if remember else ()
+        context = self._context(layout, segments, order, recall, x)
+        kept: list[Tensor] = [x[:tokens]]
+        remembered: list[Tensor] = []
         for i, layer in enumerate(self.each_layer()):
             x = into(layer.attention.q, x)
-            past = None if memory is None else memory[i]
+            keys = recall.behind(None if memory is None else memory.states[i], x[:tokens])
             if remember:
-                remembered.append(self._remember(x[:tokens], past, layout.sequences))
-            keys = _behind(past, x[:tokens], layout.sequences)
+                remembered.append(torch.cat([keys.detach()[part] for part in remembers]))
             if checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpointing.checkpoint(layer, x, keys, context, use_reentrant=False)
             else:
@@ -223,30 +241,28 @@ class RelativeStack(Module):
         result = x if len(x) == tokens else x[tokens:]
         if self.training and config.final_dropout > 0:
             result = _torch.dropout(result, config.final_dropout, True)
-        return result, kept if keep else None, remembered if remember else None
+        lengths = tuple(part.stop - part.start for part in remembers)
+        return result, kept if keep else None, Memory(tuple(remembered), lengths) if remember else None
 
     def _context(
-        self, layout: Packed, segments: Tensor | None, order: Order | None, past: int, x: Tensor
+        self, layout: Packed, segments: Tensor | None, order: Order | None, recall: Recall, x: Tensor
     ) -> RelativeContext:
         config, device = self.config, x.device
-        starts = torch.arange(layout.sequences + 1, dtype=torch.int32, device=device) * past
-        longest_k, zero = layout.max_seqlen + past, layout.max_seqlen - 1
-        distances = torch.arange(-zero, longest_k + 1, device=device)
-        if config.position_clamp is not None:
-            distances = distances.clamp(-config.position_clamp, config.position_clamp)
-        encoding = waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(x.dtype, torch.float32))
-        encoding = _torch.dropout(encoding, config.dropout, self.training)
+        starts = torch.tensor([0, *accumulate(recall.past)], dtype=torch.int32, device=device)
+        longest_k, zero = recall.longest, layout.max_seqlen - 1
+        encoding = _torch.dropout(self.encoding(-zero, longest_k, x), config.dropout, self.training)
         segments = None if segments is None else segments.int()
-        key_segments = segments if segments is None else _behind_each(segments, past, layout.sequences, 0)
+        key_segments = None if segments is None else recall.behind_each(0, segments)
         ranks = key_ranks = None
         if order is not None:
-            ranks, key_ranks = order.query_ranks, _behind_each(order.key_ranks, past, layout.sequences, -1)
+            ranks, key_ranks = order.query_ranks, recall.behind_each(-1, order.key_ranks)
         streams = [
             Rows(layout.tokens, layout.cu_seqlens, layout.max_seqlen, segments, ranks, include_self=ranks is not None)
         ]
         if order is not None and order.targets is not None and order.target_layout is not None:
             at, predicted = order.targets, order.target_layout
-            positions = (at - layout.cu_seqlens[:-1].long()[layout.sequence(at)] + past).int()
+            # among a sequence's keys
+            positions = (at + (starts[1:] - layout.cu_seqlens[:-1] - starts[:-1])[layout.sequence(at)]).int()
             streams.append(
                 Rows(
                     len(at),
@@ -257,115 +273,41 @@ class RelativeStack(Module):
                     positions,
                 )
             )
+        if order is not None and order.hidden is not None:
+            streams = hide(streams, order.hidden, recall, config.relative_causal)
         return RelativeContext(
             tuple(streams), encoding, zero, layout.cu_seqlens + starts, longest_k, key_segments, key_ranks,
             causal=config.relative_causal,
         )  # fmt: skip
 
-    def _remember(self, x: Tensor, past: Tensor | None, sequences: int) -> Tensor:
-        """(length, sequences, d_model): what the next segment may see of this one, without gradients."""
-        x = x.detach().unflatten(0, (sequences, -1)).transpose(0, 1)
-        if self.config.memory_reuse:
-            x = x[: self.config.memory_reuse]
-        x = x if past is None else torch.cat([past.to(x.dtype), x])
-        return x[-self.config.memory_length :] if self.config.memory_length else x
+    def encoding(self, first: int, last: int, like: Tensor) -> Tensor:
+        """(last - first + 1, d_model): of these distances, float32 or wider."""
+        config = self.config
+        distances = torch.arange(first, last + 1, device=like.device)
+        if config.position_clamp is not None:
+            distances = distances.clamp(-config.position_clamp, config.position_clamp)
+        return waves("sinusoid_halves", distances, config.d_model).to(torch.promote_types(like.dtype, torch.float32))
 
 
-def _behind(past: Tensor | None, x: Tensor, sequences: int) -> Tensor:
-    """Each sequence's memory, and then its tokens."""
-    if past is None:
-        return x
-    return torch.cat([past.transpose(0, 1).to(x.dtype), x.unflatten(0, (sequences, -1))], 1).flatten(0, 1)
-
-
-def _behind_each(x: Tensor, past: int, sequences: int, value: int) -> Tensor:
-    """(tokens,) integers with `past` times `value` before each sequence's."""
-    if past == 0:
-        return x
-    return _torch.pad(x.view(sequences, -1), (past, 0), value=value).flatten()
-
-
-# ---- orders ----------------------------------------------------------------------------------------------------------
-
-
-def order_of_mask(perm_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks (batch, length) of queries and of keys that give a dense perm_mask (batch, length, length): 1 where row i
-    does not see key j.
-
-    What rows see are nested sets where there is an order: the keys that few rows lack come first. ValueError where
-    there is none.
-    """
-    hidden = perm_mask != 0
-    lacking = hidden.sum(1)  # how many rows do not see the key
-    key_ranks = lacking - 1  # -1: all see it
-    beyond = torch.iinfo(torch.int32).max
-    query_ranks = torch.where(hidden, lacking[:, None, :] - 1, beyond).amin(2)
-    if not torch.equal(key_ranks[:, None, :] >= query_ranks[:, :, None], hidden):
-        raise ValueError(
-            "Transformer: perm_mask follows from no order of the tokens (what rows see must be nested sets); "
-            "give query_ranks and key_ranks"
-        )
-    return query_ranks.int(), key_ranks.int()
-
-
-def order_of(
-    layout: Packed, query_ranks: Tensor | None, key_ranks: Tensor | None, perm_mask: Tensor | None,
-    target_positions: Tensor | None, target_mapping: Tensor | None,
-) -> tuple[Order | None, Packed | None]:  # fmt: skip
-    """The order that forward's arguments describe, and where the predicted tokens lie."""
-    if perm_mask is not None:
-        if query_ranks is not None or key_ranks is not None:
-            raise ValueError("Transformer: give perm_mask, or query_ranks and key_ranks, not both")
-        query_ranks, key_ranks = order_of_mask(perm_mask)
-    if (query_ranks is None) != (key_ranks is None):
-        raise ValueError("Transformer: query_ranks and key_ranks go together, but only one was given")
-    if target_mapping is not None:
-        if target_positions is not None:
-            raise ValueError("Transformer: give target_positions or target_mapping, not both")
-        if not ((target_mapping != 0).sum(-1) == 1).all():
-            raise ValueError("Transformer: target_mapping must have one 1 in each row: the place that is predicted")
-        target_positions = target_mapping.argmax(-1)
-    if query_ranks is None or key_ranks is None:
-        if target_positions is None:
-            return None, None
-        # no order: all see all, and themselves, as Hugging Face's query stream then does
-        query_ranks = torch.zeros(layout.shape, dtype=torch.int32, device=layout.cu_seqlens.device)
-        key_ranks = query_ranks - 1
-    for name, given in (("query_ranks", query_ranks), ("key_ranks", key_ranks)):
-        if given.shape != layout.shape:
-            raise ValueError(
-                f"Transformer: {name} has shape {tuple(given.shape)}; expected {tuple(layout.shape)}, as input_ids"
-            )
-    order = Order(layout.enter(query_ranks).int(), layout.enter(key_ranks).int())
-    if target_positions is None:
-        return order, None
-    targets, predicted = _targets(layout, target_positions)
-    return replace(order, targets=targets, target_layout=predicted), predicted
-
-
-def _targets(layout: Packed, target_positions: Tensor) -> tuple[Tensor, Packed]:
-    """The predicted tokens among the packed ones, and their layout in the caller's shape."""
-    real = target_positions >= 0
-    columns = target_positions.clamp(min=0).long()
-    if len(layout.shape) == 2 and target_positions.dim() == 2 and len(target_positions) == layout.shape[0]:
-        rows = torch.arange(layout.shape[0], device=columns.device)[:, None]
-        places = (rows * layout.shape[1] + columns)[real]
-    elif target_positions.dim() == 1:
-        places = columns[real]
-    else:
-        raise ValueError(
-            f"Transformer: target_positions has shape {tuple(target_positions.shape)}; expected "
-            f"({layout.sequences}, targets), or (targets,) in a packed batch"
-        )
-    if len(places) == 0 or int(columns.max()) >= layout.shape[-1]:
-        raise ValueError(
-            f"Transformer: target_positions must name at least one token, from 0 to {layout.shape[-1] - 1}; -1: none"
-        )
-    if layout.indices is not None:
-        inverse = places.new_full((int(layout.indices.max()) + 1,), -1)
-        inverse[layout.indices] = torch.arange(len(layout.indices), device=places.device)
-        places = inverse[places]
-    counts = torch.bincount(layout.sequence(places), minlength=layout.sequences)
-    cu_seqlens = _torch.pad(counts.cumsum(0), (1, 0)).int()
-    indices = None if real.all() else real.flatten().nonzero().squeeze(1)
-    return places, Packed(target_positions.shape, cu_seqlens, int(counts.max()), False, indices)
+def hide(streams: list[Rows], hidden: Tensor, recall: Recall, causal: bool) -> list[Rows]:
+    """The content stream, and the query stream if there is one, with dense masks instead of ranks. All see what is
+    remembered, and content sees itself."""
+    batch, length, _ = hidden.shape
+    if len({*recall.past}) > 1:
+        raise ValueError("Transformer: a perm_mask that follows from no order needs mems of one length")
+    past = recall.past[0]
+    result = []
+    for i, rows in enumerate(streams):
+        if rows.count % batch or rows.longest * batch != rows.count:
+            raise ValueError("Transformer: a perm_mask that follows from no order needs as many targets in each row")
+        own = torch.arange(length, device=hidden.device).repeat(batch) + past
+        positions = own if rows.positions is None else rows.positions.long()
+        at = (positions - past).view(batch, -1, 1)
+        seen_not = hidden.gather(1, at.expand(-1, -1, length))
+        keys = torch.arange(length, device=hidden.device)
+        if i == 0:
+            seen_not = seen_not & (at != keys)
+        if causal:
+            seen_not = seen_not | (keys > at)
+        result.append(replace(rows, positions=positions, hidden=_torch.pad(seen_not, (past, 0))))
+    return result

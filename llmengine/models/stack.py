@@ -34,7 +34,8 @@ class Stack(Module):
         self.cross = causal and config.architecture == "encoder_decoder"
         depth = config.decoder_layers if causal else config.n_layers
         self.depth = depth
-        self.embeddings = Embeddings(config, own_words=not self.cross)
+        words = config.vocab_size if causal else config.source_vocab_size
+        self.embeddings = Embeddings(config, None if self.cross and config.share_embeddings else words)
         self.layers = ModuleList(Layer(config, i, cross=self.cross) for i in range(1 if config.share_layers else depth))
         self.final_norm = make_norm(config, config.d_model) if config.final_norm else None
         self.distance_buckets = DistanceBuckets(config, causal) if config.positions == "buckets" else None
@@ -59,8 +60,8 @@ class Stack(Module):
     ) -> tuple[Tensor, list[Tensor] | None]:
         """(tokens,) -> the last hidden state (tokens, d_model), and, if they are to be kept, all of them.
 
-        word: the encoder's, where it is shared. memory: the encoder's last hidden state. checkpoint: a layer's inner
-        results are computed again in the backward instead of kept (Chen et al. 2016).
+        word: a decoder's, be it its own or the encoder's. memory: the encoder's last hidden state. checkpoint: a
+        layer's inner results are computed again in the backward instead of kept (Chen et al. 2016).
         """
         config, dropout_p = self.config, self.config.dropout if self.training else 0.0
         x, residual = self.embeddings(input_ids, position_ids, token_type_ids, word), None

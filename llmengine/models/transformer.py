@@ -24,14 +24,15 @@ from llmengine.models.inputs import (
     check_choices,
     check_labels,
     check_like,
-    check_memory,
     denominators,
     layouts_of,
     target_of,
 )
 from llmengine.models.layout import Layout, Packed
+from llmengine.models.memory import Memory, as_given, check_memory
+from llmengine.models.orders import order_of
 from llmengine.models.output import TransformerOutput, in_this_mode
-from llmengine.models.relative import RelativeStack, order_of
+from llmengine.models.relative import RelativeStack
 from llmengine.models.stack import Stack
 from llmengine.nn.fusing import touched
 
@@ -84,8 +85,9 @@ class Transformer(Generation):
 
     @property
     def words(self) -> Embedding:
-        """The word embedding, of both stacks."""
-        word = (self.decoder if self.encoder is None else self.encoder).embeddings.word  # type: ignore[union-attr]
+        """The word embedding of both stacks, or the decoder's where each has its own."""
+        stack = self.stack if self.encoder is None or not self.config.share_embeddings else self.encoder
+        word = stack.embeddings.word
         assert word is not None
         return word
 
@@ -190,7 +192,7 @@ class Transformer(Generation):
         target_positions: Tensor | None = None,
         perm_mask: Tensor | None = None,
         target_mapping: Tensor | None = None,
-        mems: Sequence[Tensor] | None = None,
+        mems: Sequence[Tensor] | Memory | None = None,
         use_mems: bool = False,
         output_hidden_states: bool = False,
         return_logits: bool | None = None,
@@ -218,7 +220,8 @@ class Transformer(Generation):
             is lower than its own query rank (rank -1: all see it), and itself unless it is predicted.
             target_positions (batch, targets): the columns that are predicted, -1 for none; logits and labels are then
             of this shape. perm_mask and target_mapping say the same as Hugging Face's dense tensors. mems: what an
-            earlier segment's output holds, for each layer (length, batch, d_model); use_mems asks for it.
+            earlier segment's output holds, for each layer (length, batch, d_model), or a `Memory` where the batch is
+            packed or padded; use_mems asks for it.
         num_items_in_batch: what the losses are divided by, for gradient accumulation: labelled tokens of the whole
             optimiser step (after the shift), or {"tokens": n, "sequences": m} where losses count both. None: each loss
             is the mean over this batch's labels. A mean over no labels is 0.
@@ -290,21 +293,20 @@ class Transformer(Generation):
 
     def _relative(
         self, layout: Layout, input_ids: Tensor, segments: Tensor | None, xlnet: tuple[Tensor | None, ...],
-        mems: Sequence[Tensor] | None, use_mems: bool, keep: bool,
-    ) -> tuple[Tensor, Layout, list[Tensor] | None, list[Tensor] | None]:  # fmt: skip
+        mems: Sequence[Tensor] | Memory | None, use_mems: bool, keep: bool,
+    ) -> tuple[Tensor, Layout, list[Tensor] | None, list[Tensor] | Memory | None]:  # fmt: skip
         """XLNet's stack: the last hidden states and their layout, all of them, and the memory for the next segment."""
         if not isinstance(layout, Packed):
-            raise ValueError('Transformer: positions "relative" neither compiles nor takes padding between tokens')
+            raise ValueError('Transformer: positions "relative" takes no holes of padding, and compiled no padding')
         check_like("token_type_ids", segments, input_ids, 2**31, "int32")
-        check_memory(self.config, layout, mems, use_mems)
+        past = check_memory(self.config, layout, mems)
         order, predicted = order_of(layout, *xlnet)
         segments = None if segments is None else layout.enter(segments)
-        memory = None if mems is None else list(mems)
         x, hidden, remembered = self.encoder(  # type: ignore[misc]
-            layout, layout.enter(input_ids), segments, order, memory, keep=keep, remember=use_mems,
+            layout, layout.enter(input_ids), segments, order, past, keep=keep, remember=use_mems,
             checkpoint=self.gradient_checkpointing,
         )  # fmt: skip
-        return x, layout if predicted is None else predicted, hidden, remembered
+        return x, layout if predicted is None else predicted, hidden, as_given(remembered, layout, mems)
 
     def _decode(
         self, layout: Layout, input_ids: Tensor, memory: Tensor, keep: bool

@@ -21,7 +21,16 @@ from llmengine.objectives.sop import SopExamples
 from llmengine.objectives.span_corruption import SpanCorruptionExamples
 from llmengine.objectives.tlm import TlmExamples
 
-__all__ = ["OBJECTIVES", "build", "decoder_start", "load_model", "make_model", "model_heads", "options_of"]
+__all__ = [
+    "OBJECTIVES",
+    "build",
+    "decoder_start",
+    "load_model",
+    "make_model",
+    "memory_fields",
+    "model_heads",
+    "options_of",
+]
 
 # Any: each class takes its own Options
 OBJECTIVES: dict[str, Any] = {
@@ -70,6 +79,14 @@ def options_of(name: str, **options: Any) -> Any:
 def model_heads(name: str) -> tuple[str, ...]:
     """The `objectives` of the model that a run's config describes."""
     return OBJECTIVES[name].model_heads or OBJECTIVES[name].heads
+
+
+def memory_fields(name: str, **options: Any) -> dict[str, int]:
+    """The model's fields that an objective with memory decides; none without."""
+    if not options.get("memory"):
+        return {}
+    chosen = options_of(name, **options)
+    return {"memory_length": chosen.memory, "memory_reuse": chosen.reuse}
 
 
 def make_model(name: str, config: TransformerConfig, **options: Any) -> Transformer | Electra:

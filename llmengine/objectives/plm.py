@@ -11,7 +11,10 @@ so that a prediction depends on the ones before it.
 
 XLNet's released models were trained on [reuse | A [sep] B [sep] [cls]]: options reuse and two_segments. The first part
 has an order of its own and never sees the second, so that its states can serve as memory; the second sees all of the
-first. Memory of an earlier segment itself is not used here: the sequences of a batch do not continue those of the last.
+first. Option memory uses it so: each sequence begins where the reuse part of the one before in its document ends, reads
+the states that this part had, and more before it, as keys that all see; they have no gradients. Successive steps of
+training read successive sequences (data/streams.py). At the beginning of a document there is none: the paper reuses
+memory within a context only. (XLNet's own program joins a file's documents, and memory goes on from one to the next.)
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from llmengine.data.draws import Draws, Purpose
 from llmengine.data.examples import Examples
 from llmengine.data.shards import Corpus, corpus_tokens
 from llmengine.data.tokenizer import Tokenizer
-from llmengine.objectives.cutting import Cuts
+from llmengine.objectives.cutting import Cuts, Windows
 from llmengine.objectives.masking import check_share, special_ids
 
 TEXT, SECOND, CLS = 0, 1, 2  # token types
@@ -35,7 +38,7 @@ TEXT, SECOND, CLS = 0, 1, 2  # token types
 @dataclass(frozen=True, kw_only=True)
 class PlmOptions:
     """Options. Yang et al. (2019) have k 6, longest_gram 5, whole_word; and for sequence_length 512 two_segments with
-    random_next 0.5, reuse 256, perm_size 256 (and a memory of 384 tokens, which is not used here).
+    random_next 0.5, reuse 256, perm_size 256, memory 384.
 
     k: one token in k is predicted: tokens // k, one at least.
     longest_gram: the most words of a span. whole_word: spans are of whole words; else every token counts as a word.
@@ -43,6 +46,8 @@ class PlmOptions:
     two_segments: the text, or what follows its reuse part, is divided at the beginning of a word, as A [sep] B [sep];
         random_next of the Bs are replaced by as many tokens from a random place of the corpus.
     reuse: tokens of the first part, which does not see the rest; a text that is not two tokens longer has no such part.
+    memory: the most tokens whose states are remembered of earlier sequences' reuse parts; 0: nothing is. A sequence
+        then begins `reuse` tokens behind the one before, so that a token is in several sequences of an epoch.
     """
 
     k: int = 6
@@ -52,21 +57,29 @@ class PlmOptions:
     two_segments: bool = False
     random_next: float = 0.5
     reuse: int = 0
+    memory: int = 0
 
     def __post_init__(self) -> None:
         for name in ("k", "longest_gram", "perm_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"objective: {name} must be 1 or more, got {value}")
-        if self.reuse < 0:
-            raise ValueError(f"objective: reuse must be 0 or more, got {self.reuse}")
+        for name in ("reuse", "memory"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective: {name} must be 0 or more, got {getattr(self, name)}")
+        if self.memory and not self.reuse:
+            raise ValueError(
+                f"objective: memory ({self.memory}) is of the reuse part of earlier texts; give reuse too, half of "
+                "sequence_length, say"
+            )
         check_share("random_next", self.random_next)
 
 
 class PlmExamples(Examples):
     """Text [sep] [cls] of up to sequence_length tokens, none across documents; orders are drawn anew each epoch.
 
-    Every token of the corpus is in exactly one text of an epoch; with two_segments, those whose place a random second
+    Every token of the corpus is in exactly one text of an epoch (with memory, in all that begin `reuse` tokens after
+    each other); with two_segments, those whose place a random second
     segment takes are left out of that epoch. A text of one token has no second segment. Options: those of `PlmOptions`.
     """
 
@@ -86,12 +99,17 @@ class PlmExamples(Examples):
         self._tokens = corpus_tokens(documents, tokenizer, words=True)
         if not len(self._tokens.ids):
             raise ValueError("objective 'plm': the documents hold no token; give more text")
-        self._cuts = Cuts(self._tokens, sequence_length - specials, seed)
+        longest = sequence_length - specials
+        self._windows = Windows(self._tokens, longest, options.reuse) if options.memory else None
+        self._cuts = self._windows or Cuts(self._tokens, longest, seed)
         self._seed, self._options = seed, options
 
     def lengths(self, epoch: int) -> np.ndarray:
         texts = self._cuts.lengths(epoch)
         return texts + np.where(self._options.two_segments & (texts > 1), 3, 2)
+
+    def follows(self, epoch: int) -> np.ndarray | None:
+        return None if self._windows is None else self._windows.follows()
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = place

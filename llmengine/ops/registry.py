@@ -27,6 +27,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 FALLBACK = ("reference",)  # devices without kernels of their own
 BACKENDS = ("cuda", "triton", "cpu", "cuda_sim", "reference")  # cuda_sim, a simulator, only when it is demanded
+VARIABLE = "LLMENGINE_BACKEND"
 OPERATORS: dict[str, str] = {}  # name -> schema
 
 
@@ -110,7 +111,9 @@ _warned: set[tuple[str, str]] = set()
 
 def demanded() -> str | None:
     """The backend that ``with llmengine.backend(...)`` or LLMENGINE_BACKEND demands, if any."""
-    name = getattr(_choice, "name", None) or os.environ.get("LLMENGINE_BACKEND") or None
+    name = getattr(_choice, "name", None)
+    if name is None and VARIABLE in os.environ:  # asked at every call: os.environ.get would raise and catch an error
+        name = os.environ[VARIABLE] or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
     return name
@@ -131,6 +134,8 @@ def backend(name: str) -> Iterator[None]:
 
 def device_type(args: tuple) -> str:
     for arg in args:
+        if isinstance(arg, list) and arg:
+            arg = arg[0]
         if isinstance(arg, torch.Tensor):
             return arg.device.type
     return "cpu"
@@ -215,7 +220,8 @@ def explain(function: str | Callable, *args, **kwargs) -> str:
 
 def report() -> dict:
     """What `llmengine info` prints: for each backend why it is unavailable, if it is, and the operators it has."""
-    importlib.import_module("llmengine.functional")
+    for door in ("functional", "optim"):
+        importlib.import_module(f"llmengine.{door}")
     rows = {}
     for name in BACKENDS:
         loaded = load(name)

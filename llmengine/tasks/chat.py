@@ -16,7 +16,7 @@ from llmengine.data.examples import IGNORED
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.objectives.likelihood import each_log_likelihood
-from llmengine.tasks.rows import check_characters, tell, text_of, wrong
+from llmengine.tasks.rows import check_characters, placed, tell, text_of, wrong
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
 from llmengine.tasks.writing import Writing, written
 
@@ -79,9 +79,9 @@ class Chat(Task):
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> TaskExamples:
         made, long, mute = [], 0, 0
-        for i, row in enumerate(rows):
-            messages, reply = conversation(self.name, row, i)
-            example = self._example(i, [*messages, *reply], self.options.turns == "last")
+        for place, row in placed(rows):
+            messages, reply = conversation(self.name, row, place)
+            example = self._example(place, [*messages, *reply], self.options.turns == "last")
             long += len(example["input_ids"]) > self.max_length
             example = self._cut(example, self.options.keep)
             if (example["labels"] == IGNORED).all():
@@ -98,12 +98,12 @@ class Chat(Task):
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
         self._check(model)
         prompts, replied, room, long = [], [], self.max_length - self.max_new_tokens, 0
-        for i, row in enumerate(rows):
-            messages, reply = conversation(self.name, row, i)
-            prompt = in_row(self.name, i, self.template.prompt, messages)
+        for place, row in placed(rows):
+            messages, reply = conversation(self.name, row, place)
+            prompt = in_row(self.name, place, self.template.prompt, messages)
             long += len(prompt) > room
             prompts.append(prompt[-room:])
-            replied.append([self._cut(self._example(i, [*messages, *reply], True), "end")] if reply else [])
+            replied.append([self._cut(self._example(place, [*messages, *reply], True), "end")] if reply else [])
         tell(self.name, long, len(rows), f"prompts are longer than the {room} tokens that max_new_tokens "
              f"{self.max_new_tokens} leaves, and lose their beginning")  # fmt: skip
         texts = written(model, prompts, self._ends, new_tokens=self.max_new_tokens, options=self.options,
@@ -120,8 +120,8 @@ class Chat(Task):
         """How near answers are to the rows' own replies, and how probable those are: perplexity. Rows without a reply
         are left out."""
         judged, replies = [], []
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            for reply in conversation(self.name, row, i)[1]:
+        for (place, row), answer in zip(placed(rows), answers, strict=True):
+            for reply in conversation(self.name, row, place)[1]:
                 judged.append(answer)
                 replies.append(reply["content"])
         judgement = metrics.texts([answer["text"] for answer in judged], replies)
@@ -139,8 +139,8 @@ class Chat(Task):
                 f"{list(model.config.objectives)}"
             )
 
-    def _example(self, number: int, messages: Sequence[Message], last_only: bool) -> dict[str, Tensor]:
-        ids, replies = in_row(self.name, number, self.template.encode, messages, last_only=last_only)
+    def _example(self, place: str, messages: Sequence[Message], last_only: bool) -> dict[str, Tensor]:
+        ids, replies = in_row(self.name, place, self.template.encode, messages, last_only=last_only)
         input_ids = torch.tensor(ids, dtype=torch.int64)
         return {"input_ids": input_ids, "labels": torch.where(torch.tensor(replies), input_ids, IGNORED)}
 
@@ -151,39 +151,39 @@ class Chat(Task):
         return example
 
 
-def conversation(task: str, row: Row, number: int) -> tuple[list[Message], list[Message]]:
+def conversation(task: str, row: Row, place: str) -> tuple[list[Message], list[Message]]:
     """A row's messages up to the last turn of the assistant, and that turn: one message, or none."""
     if "messages" not in row:
-        messages: list[Message] = [{"role": "user", "content": text_of(task, row, number, "prompt")}]
+        messages: list[Message] = [{"role": "user", "content": text_of(task, row, place, "prompt")}]
         if row.get("response") is None:
             return messages, []
-        return messages, [{"role": ASSISTANT, "content": text_of(task, row, number, "response")}]
-    messages = list(messages_of(task, row, number, "messages"))
+        return messages, [{"role": ASSISTANT, "content": text_of(task, row, place, "response")}]
+    messages = list(messages_of(task, row, place, "messages"))
     if messages[-1]["role"] != ASSISTANT:
         return messages, []
     if len(messages) == 1:
-        raise ValueError(f"task {task!r}: row {number + 1}: messages holds a reply alone; expected what it replies to")
+        raise ValueError(f"task {task!r}: {place}: messages holds a reply alone; expected what it replies to")
     return messages[:-1], messages[-1:]
 
 
-def messages_of(task: str, row: Row, number: int, column: str) -> Sequence[Message]:
+def messages_of(task: str, row: Row, place: str, column: str) -> Sequence[Message]:
     """A row's column, which must be a conversation."""
     messages = row[column]
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise wrong(task, number, column, messages, "a list of messages")
+        raise wrong(task, place, column, messages, "a list of messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(
-                f"task {task!r}: row {number + 1}: message {i + 1} is {reprlib.repr(message)}; expected "
+                f"task {task!r}: {place}: message {i + 1} is {reprlib.repr(message)}; expected "
                 "{role, content}, two texts"
             )
-        check_characters(task, number, f"content of message {i + 1}", message["content"])
+        check_characters(task, place, f"content of message {i + 1}", message["content"])
     return messages
 
 
-def in_row(task: str, number: int, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+def in_row(task: str, place: str, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """What a template gives; its errors name the row."""
     try:
         return call(*arguments, **options)
     except ValueError as error:
-        raise ValueError(f"task {task!r}: row {number + 1}: {error}") from None
+        raise ValueError(f"task {task!r}: {place}: {error}") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmengine import metrics
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
-from llmengine.tasks.rows import integer, tell, text_of, texts_of, value_of, wrong
+from llmengine.tasks.rows import integer, placed, tell, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 
@@ -40,9 +40,10 @@ class Choice(Reading):
     Options = ChoiceOptions
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> SequenceExamples:
-        made, truncated = self._read(list(enumerate(rows)))
-        for number, (row, example) in enumerate(zip(rows, made, strict=True)):
-            example["labels"] = torch.tensor(self._label(row, number))
+        block = placed(rows)
+        made, truncated = self._read(block)
+        for (place, row), example in zip(block, made, strict=True):
+            example["labels"] = torch.tensor(self._label(row, place))
         tell(self.name, truncated, len(rows), self.cut)
         return SequenceExamples(made, self, truncated)
 
@@ -57,7 +58,7 @@ class Choice(Reading):
         tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        gold = [self._label(row, number) for number, row in enumerate(rows)]
+        gold = [self._label(row, place) for place, row in placed(rows)]
         given = [answer["choice"] for answer in answers]
         places = [str(i) for i in range(max([*gold, *given], default=0) + 1)]
         return metrics.classification(list(map(str, gold)), list(map(str, given)), places)
@@ -72,11 +73,11 @@ class Choice(Reading):
             "choices": torch.tensor([len(example["lengths"]) for example in examples]),
         }
 
-    def _read(self, block: Sequence[tuple[int, Row]]) -> tuple[list[Example], int]:
-        """Inputs of numbered rows, and how many of them were cut. lengths: of each choice, all of which are one
+    def _read(self, block: Sequence[tuple[str, Row]]) -> tuple[list[Example], int]:
+        """Inputs of placed rows, and how many of them were cut. lengths: of each choice, all of which are one
         example."""
-        questions = self.tokenizer.encodings([text_of(self.name, row, i, "question") for i, row in block])
-        choices = [self._choices(row, i) for i, row in block]
+        questions = self.tokenizer.encodings([text_of(self.name, row, place, "question") for place, row in block])
+        choices = [self._choices(row, place) for place, row in block]
         encoded = self.tokenizer.encodings([choice for each in choices for choice in each])
         made, truncated, bounds = [], 0, accumulate(map(len, choices), initial=0)
         for question, (begin, end) in zip(questions, pairwise(bounds), strict=True):
@@ -87,17 +88,17 @@ class Choice(Reading):
             truncated += any(cut for _, cut in fitted)
         return made, truncated
 
-    def _choices(self, row: Row, number: int) -> list[str]:
-        choices = texts_of(self.name, row, number, "choices")
+    def _choices(self, row: Row, place: str) -> list[str]:
+        choices = texts_of(self.name, row, place, "choices")
         if not choices:
-            raise wrong(self.name, number, "choices", choices, "one choice or more")
+            raise wrong(self.name, place, "choices", choices, "one choice or more")
         return choices
 
-    def _label(self, row: Row, number: int) -> int:
-        count = len(self._choices(row, number))
-        label = integer(value_of(self.name, row, number, "label"))
+    def _label(self, row: Row, place: str) -> int:
+        count = len(self._choices(row, place))
+        label = integer(value_of(self.name, row, place, "label"))
         if label is None or not 0 <= label < count:
-            raise wrong(self.name, number, "label", row["label"], f"a number from 0 to {count - 1}")
+            raise wrong(self.name, place, "label", row["label"], f"a number from 0 to {count - 1}")
         return label
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -15,7 +14,7 @@ from torch import Tensor
 from llmengine import metrics
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Example, Reading, SequenceExamples, blocks
-from llmengine.tasks.rows import tell, text_of, value_of, wrong
+from llmengine.tasks.rows import placed, tell, tell_unknown, text_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 NUMBER = "value"  # the name of a regression's only output; several are value_0, value_1, …
@@ -54,11 +53,11 @@ class Classification(Reading):
     def labels_of(cls, rows: Sequence[Row], options: ClassificationOptions) -> tuple[str, ...]:
         """The classes of the rows, sorted, numbers by their value; of a regression the names of its numbers."""
         if options.problem == "regression":
-            count = len(_numbers(rows[0], 0)) if rows else 1
+            count = len(_numbers(rows[0], placed(rows[:1])[0][0])) if rows else 1
             return (NUMBER,) if count == 1 else tuple(f"{NUMBER}_{i}" for i in range(count))
         names: set[str] = set()
-        for number, row in enumerate(rows):
-            names.update([_class(row, number)] if options.problem == "single" else _classes(row, number))
+        for place, row in placed(rows):
+            names.update([_class(row, place)] if options.problem == "single" else _classes(row, place))
         least = 2 if options.problem == "single" else 1
         if len(names) < least:
             raise ValueError(
@@ -72,9 +71,10 @@ class Classification(Reading):
         return {"n_labels": len(self.labels), "labels": self.labels, "problem": self.options.problem}
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> SequenceExamples:
-        made, truncated = self._read(list(enumerate(rows)))
-        for number, (row, example) in enumerate(zip(rows, made, strict=True)):
-            example["labels"] = self._target(row, number)
+        block = placed(rows)
+        made, truncated = self._read(block)
+        for (place, row), example in zip(block, made, strict=True):
+            example["labels"] = self._target(row, place)
         tell(self.name, truncated, len(rows), self.cut)
         return SequenceExamples(made, self, truncated)
 
@@ -88,16 +88,16 @@ class Classification(Reading):
         tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        numbered = list(enumerate(rows))
+        block = placed(rows)
         if self.options.problem == "regression":
-            gold = [self._values(row, i) for i, row in numbered]
-            return metrics.regression(gold, [_several(answer["value"]) for answer in answers])
+            gold = [self._values(row, place) for place, row in block]
+            return metrics.regression(gold, [_several(answer["value"]) for answer in answers], self.labels)
         if self.options.problem == "multi":
-            sets = [_classes(row, i) for i, row in numbered]
+            sets = [_classes(row, place) for place, row in block]
             self._tell_unknown(sets)
             known = self._with(name for names in sets for name in names)
             return metrics.multi_label(sets, [answer["labels"] for answer in answers], known)
-        names = [_class(row, i) for i, row in numbered]
+        names = [_class(row, place) for place, row in block]
         self._tell_unknown([[name] for name in names])
         return metrics.classification(names, [answer["label"] for answer in answers], self._with(names))
 
@@ -106,19 +106,16 @@ class Classification(Reading):
         return (*self.labels, *sorted(set(names) - set(self.labels)))
 
     def _tell_unknown(self, sets: Sequence[Sequence[str]]) -> None:
-        unknown = self._with(name for names in sets for name in names)[len(self.labels) :]
-        count = sum(not set(unknown).isdisjoint(names) for names in sets)
-        named = reprlib.repr(list(unknown)).strip("[]")
-        what = f"rows have a label that the model does not know ({named}): no answer to them is all right"
-        tell(self.name, count, len(sets), what)
+        tell_unknown(self.name, "label", self.labels, sets, "no answer to them is all right")
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def _read(self, block: Sequence[tuple[int, Row]]) -> tuple[list[Example], int]:
-        """Inputs of numbered rows, and how many of them were cut."""
-        first = [text_of(self.name, row, i, "text") for i, row in block]
+    def _read(self, block: Sequence[tuple[str, Row]]) -> tuple[list[Example], int]:
+        """Inputs of placed rows, and how many of them were cut."""
+        first = [text_of(self.name, row, place, "text") for place, row in block]
         paired = [row.get("text_pair") is not None for _, row in block]
-        second = [text_of(self.name, row, i, "text_pair") for (i, row), pair in zip(block, paired, strict=True) if pair]
+        pairs = (each for each, pair in zip(block, paired, strict=True) if pair)
+        second = [text_of(self.name, row, place, "text_pair") for place, row in pairs]
         encoded = (encoding.ids for encoding in self.tokenizer.encodings(second))
         made = [
             self.fitted(encoding.ids, next(encoded) if pair else None)
@@ -126,22 +123,22 @@ class Classification(Reading):
         ]
         return [self.example(inputs) for inputs, _ in made], sum(cut for _, cut in made)
 
-    def _target(self, row: Row, number: int) -> Tensor:
+    def _target(self, row: Row, place: str) -> Tensor:
         """A row's label as the model takes it."""
         if self.options.problem == "regression":
-            return torch.tensor([self._values(row, number)])
-        names = [_class(row, number)] if self.options.problem == "single" else _classes(row, number)
+            return torch.tensor([self._values(row, place)])
+        names = [_class(row, place)] if self.options.problem == "single" else _classes(row, place)
         if unknown := [name for name in names if name not in self.labels]:
-            raise wrong(self.name, number, "label", unknown[0], f"one of {', '.join(self.labels)}")
+            raise wrong(self.name, place, "label", unknown[0], f"one of {', '.join(self.labels)}")
         places = torch.tensor([self.labels.index(name) for name in names], dtype=torch.int64)
         if self.options.problem == "single":
             return places[0]
         return torch.zeros(1, len(self.labels)).index_fill(1, places, 1.0)
 
-    def _values(self, row: Row, number: int) -> list[float]:
-        values = _numbers(row, number)
+    def _values(self, row: Row, place: str) -> list[float]:
+        values = _numbers(row, place)
         if len(values) != len(self.labels):
-            raise wrong(self.name, number, "label", row["label"], f"as many numbers as the others, {len(self.labels)}")
+            raise wrong(self.name, place, "label", row["label"], f"as many numbers as the others, {len(self.labels)}")
         return values
 
     def _answer(self, logits: Tensor) -> Answer:
@@ -163,26 +160,26 @@ def _logits(out: Any, batch: dict[str, Any]) -> list[Tensor]:
     return list(out.head_logits["classification"].float().cpu())
 
 
-def _class(row: Row, number: int) -> str:
-    name = value_of("classification", row, number, "label")
+def _class(row: Row, place: str) -> str:
+    name = value_of("classification", row, place, "label")
     if not isinstance(name, str | Integral):
-        raise wrong("classification", number, "label", name, "the name of a class")
+        raise wrong("classification", place, "label", name, "the name of a class")
     return str(name)
 
 
-def _classes(row: Row, number: int) -> list[str]:
-    names = value_of("classification", row, number, "label")
+def _classes(row: Row, place: str) -> list[str]:
+    names = value_of("classification", row, place, "label")
     if isinstance(names, Sequence) and not isinstance(names, str):
-        return [_class({"label": name}, number) for name in names]
-    raise wrong("classification", number, "label", names, "a list of names of classes")
+        return [_class({"label": name}, place) for name in names]
+    raise wrong("classification", place, "label", names, "a list of names of classes")
 
 
-def _numbers(row: Row, number: int) -> list[float]:
-    values = value_of("classification", row, number, "label")
+def _numbers(row: Row, place: str) -> list[float]:
+    values = value_of("classification", row, place, "label")
     try:
         numbers = [float(value) for value in _several(values)]
     except (TypeError, ValueError):
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise wrong("classification", number, "label", values, "a finite number, or several")
+        raise wrong("classification", place, "label", values, "a finite number, or several")
     return numbers

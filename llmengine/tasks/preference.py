@@ -16,10 +16,11 @@ from llmengine.data.examples import IGNORED, pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement, intervals
 from llmengine.metrics.score import check_paired
+from llmengine.models import Transformer
 from llmengine.objectives.likelihood import each_log_likelihood
 from llmengine.objectives.preference import Preference, PreferenceLoss
 from llmengine.tasks.chat import in_row, messages_of
-from llmengine.tasks.rows import tell, text_of
+from llmengine.tasks.rows import placed, tell, text_of
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
 
 SIDES = ("chosen", "rejected")
@@ -48,9 +49,9 @@ class Preferences(Task):
     and their ends. Of a pair longer than max_length both prompts lose as many tokens at their beginning, and, where a
     single one is left, answers lose their end. Rows whose answers are the same are left out of training.
 
-    The answer to a row is the margin of the loss, and whether by it the chosen answer is preferred. While `wrap`'s
-    model has its reference, so has the margin of dpo and ipo; of a model that was loaded, of which nobody knows what it
-    was before, it is beta times the difference of the log-probabilities alone.
+    The answer to a row is the margin of the loss, and whether by it the chosen answer is preferred. The margin of dpo
+    and ipo compares the model with its reference: `wrap`'s, or, of a model that was loaded, the one that `compare_with`
+    names. Where nobody knows what the model was before, it is beta times the difference of the log-probabilities alone.
     """
 
     name = "preference"
@@ -72,19 +73,29 @@ class Preferences(Task):
         self.template = ChatTemplate(tokenizer, options.template)
         self.loss = PreferenceLoss(**{field.name: getattr(options, field.name) for field in fields(PreferenceLoss)})
         self._learner: Preference | None = None
+        self._origin: Transformer | None = None  # of a model that was loaded
         self._known: dict[bytes, Tensor] = {}  # the reference's log-probabilities of pairs
 
     def wrap(self, model: Any) -> Preference:
         self._learner = Preference(model, self.loss, passing=self.options.reference == "precomputed")
         return self._learner
 
+    def compare_with(self, origin: Transformer) -> None:
+        """origin: what a model that was loaded, and is asked for answers, was before its training."""
+        self._origin = origin.eval()
+
+    def foresee(self, rows: Sequence[Row]) -> None:
+        if self.options.reference == "precomputed" and self._learner is not None:
+            pairs = [self._pair(row, place)[0] for place, row in placed(rows)]
+            self._reference(self._learner.reference, pairs, 4096)
+
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> PairExamples:
         pairs, long, same = [], 0, 0
-        for i, row in enumerate(rows):
-            if text_of(self.name, row, i, "chosen") == text_of(self.name, row, i, "rejected"):
+        for place, row in placed(rows):
+            if text_of(self.name, row, place, "chosen") == text_of(self.name, row, place, "rejected"):
                 same += 1
                 continue
-            pair, cut = self._pair(row, i)
+            pair, cut = self._pair(row, place)
             pairs.append(pair)
             long += cut
         tell(
@@ -95,25 +106,26 @@ class Preferences(Task):
             raise ValueError("task 'preference': no row has two different answers")
         known: list[Tensor] | None = None
         if self.options.reference == "precomputed" and self._learner is not None:
-            known = self._reference(self._learner, pairs, 4096)
+            known = self._reference(self._learner.reference, pairs, 4096)
         return PairExamples(pairs, known, self)
 
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
-        learner = (
-            self._learner if self._learner is not None and model in (self._learner, self._learner.policy) else None
-        )
+        learner, origin = self._learner, self._origin
+        mine = learner is not None and model in (learner, learner.policy)
+        if mine and learner is not None:
+            origin = learner.reference
         policy = model.policy if isinstance(model, Preference) else model
-        pairs = [self._pair(row, i)[0] for i, row in enumerate(rows)]
+        pairs = [self._pair(row, place)[0] for place, row in placed(rows)]
         both = list(each_log_likelihood(policy, [side for pair in pairs for side in pair], batch_tokens))
         if not both:
             return
         sums, counts = torch.tensor(both, dtype=torch.float64).view(-1, 2, 2).unbind(-1)
-        known = None if learner is None else self._reference(learner, pairs, batch_tokens)
+        known = self._reference(origin, pairs, batch_tokens) if mine or origin is not None else None
         reference = None if known is None else torch.stack(known).double()
         if reference is None and self.loss.needs_reference:
             warnings.warn(
-                "task 'preference': the model as it was before training is not at hand; the margins of "
-                f"{self.loss.loss} compare the two answers' probabilities alone",
+                "task 'preference': the model as it was before training is not at hand (a run's folder knows it, its "
+                f"model alone does not); the margins of {self.loss.loss} compare the two answers' probabilities alone",
                 stacklevel=2,
             )
         for margin in self.loss.margins(sums, counts, reference).tolist():
@@ -129,17 +141,17 @@ class Preferences(Task):
         )
         return Judgement(scores, "accuracy", len(rows))
 
-    def _pair(self, row: Row, number: int) -> tuple[list[dict[str, Tensor]], bool]:
+    def _pair(self, row: Row, place: str) -> tuple[list[dict[str, Tensor]], bool]:
         """Input ids and labels of the chosen and of the rejected answer, and whether they were cut."""
         prompt: Sequence[Message]
         if isinstance(row.get("prompt"), str) or "prompt" not in row:
-            prompt = [{"role": "user", "content": text_of(self.name, row, number, "prompt")}]
+            prompt = [{"role": "user", "content": text_of(self.name, row, place, "prompt")}]
         else:
-            prompt = messages_of(self.name, row, number, "prompt")
+            prompt = messages_of(self.name, row, place, "prompt")
         pair = []
         for side in SIDES:
-            messages = [*prompt, {"role": ASSISTANT, "content": text_of(self.name, row, number, side)}]
-            ids, replies = in_row(self.name, number, self.template.encode, messages, last_only=True)
+            messages = [*prompt, {"role": ASSISTANT, "content": text_of(self.name, row, place, side)}]
+            ids, replies = in_row(self.name, place, self.template.encode, messages, last_only=True)
             input_ids = torch.tensor(ids, dtype=torch.int64)
             pair.append({"input_ids": input_ids, "labels": torch.where(torch.tensor(replies), input_ids, IGNORED)})
         return self._cut(pair)
@@ -154,7 +166,7 @@ class Preferences(Task):
         return [{name: x[begin : begin + self.max_length] for name, x in side.items()} for side in pair], True
 
     def _reference(
-        self, learner: Preference, pairs: Sequence[list[dict[str, Tensor]]], batch_tokens: int
+        self, origin: Transformer | None, pairs: Sequence[list[dict[str, Tensor]]], batch_tokens: int
     ) -> list[Tensor] | None:
         """(2,) of each pair; None where the loss has no reference, or it is gone and there are pairs that it did not
         read."""
@@ -162,12 +174,12 @@ class Preferences(Task):
             return None
         keys = [b"|".join(side["input_ids"].numpy().tobytes() for side in pair) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
-        if new and learner.reference is None:
+        if new and origin is None:
             return None
         if new:
-            assert learner.reference is not None
+            assert origin is not None
             sides = [side for pair in new.values() for side in pair]
-            found = torch.tensor([total for total, _ in each_log_likelihood(learner.reference, sides, batch_tokens)])
+            found = torch.tensor([total for total, _ in each_log_likelihood(origin, sides, batch_tokens)])
             self._known |= zip(new, found.view(-1, 2), strict=True)
         return [self._known[key] for key in keys]
 

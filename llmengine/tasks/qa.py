@@ -17,7 +17,7 @@ from llmengine.data.template import Inputs, spans
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
 from llmengine.tasks.reading import Reading, SequenceExamples, blocks, by_sequence
-from llmengine.tasks.rows import integer, tell, text_of, texts_of, value_of, wrong
+from llmengine.tasks.rows import integer, placed, tell, text_of, texts_of, value_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 
@@ -56,6 +56,10 @@ class Window(NamedTuple):
     end: int
     place: int
     cls: int
+
+    def holds(self, span: tuple[int, int]) -> bool:
+        """Whether it has these tokens of the context, the first to the last."""
+        return self.begin <= span[0] <= span[1] < self.end
 
 
 class Reader(NamedTuple):
@@ -106,23 +110,34 @@ class QA(Reading):
     def __init__(self, tokenizer: Tokenizer, max_length: int, labels: Sequence[str], options: QAOptions) -> None:
         super().__init__(tokenizer, max_length, labels, options)
         self.max_question_tokens = options.max_question_tokens or max(max_length // 6, 1)
-        room = max_length - self.templates[1].added - self.max_question_tokens
-        self._stride = min(max_length // 3, room - 1) if options.doc_stride is None else options.doc_stride
-        if not 0 <= self._stride < room:
+        taken = self.templates[1].added + self.max_question_tokens
+        room = max_length - taken
+        if room < 1:
             raise ValueError(
-                f"task 'qa': max_length {max_length} leaves {room} tokens for a window of the context beside "
-                f"max_question_tokens {self.max_question_tokens}; doc_stride ({self._stride}) must be less"
+                f"task 'qa': max_length {max_length} leaves no token for the context beside {self.templates[1].added} "
+                f"special tokens and max_question_tokens {self.max_question_tokens}; give max_length {taken + 1} or "
+                "more, or less of the question"
+            )
+        self._stride = min(max_length // 3, room - 1) if options.doc_stride is None else options.doc_stride
+        if self._stride >= room:
+            raise ValueError(
+                f"task 'qa': doc_stride ({self._stride}) must be less than the {room} tokens of the context that a "
+                f"window holds (max_length {max_length} less special tokens and max_question_tokens "
+                f"{self.max_question_tokens})"
             )
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> SpanExamples:
-        readers, truncated = self._read(list(enumerate(rows)))
-        made = []
-        for (number, row), reader in zip(enumerate(rows), readers, strict=True):
-            span = self._span(row, number, reader)
+        block, made, lost = placed(rows), [], 0
+        readers, truncated = self._read(block)
+        for (place, row), reader in zip(block, readers, strict=True):
+            span = self._span(row, place, reader)
+            lost += span is not None and not any(window.holds(span) for window in reader.windows)
             for window in reader.windows:
                 start, end = self._labels(window, span)
                 made.append(self.example(window.inputs, start_positions=start, end_positions=end))
         tell(self.name, truncated, len(rows), self.cut)
+        tell(self.name, lost, len(rows), f"rows have an answer that no window holds whole, and that is not learnt: "
+             f"max_length {self.max_length}, of which two windows share {self._stride} tokens")  # fmt: skip
         return SpanExamples(made, self, truncated)
 
     def answers(self, model: Any, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Iterator[Answer]:
@@ -138,15 +153,15 @@ class QA(Reading):
         tell(self.name, truncated, len(rows), self.cut)
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        gold = [_texts(row, number) for number, row in enumerate(rows)]
+        gold = [_texts(row, place) for place, row in placed(rows)]
         return metrics.answers(gold, [answer["answer"] for answer in answers])
 
     # ---- windows -----------------------------------------------------------------------------------------------------
 
-    def _read(self, block: Sequence[tuple[int, Row]]) -> tuple[list[Reader], int]:
-        """Of numbered rows, and how many of their questions were cut."""
-        contexts = [text_of(self.name, row, number, "context") for number, row in block]
-        questions = [text_of(self.name, row, number, "question").lstrip() for number, row in block]
+    def _read(self, block: Sequence[tuple[str, Row]]) -> tuple[list[Reader], int]:
+        """Of placed rows, and how many of their questions were cut."""
+        contexts = [text_of(self.name, row, place, "context") for place, row in block]
+        questions = [text_of(self.name, row, place, "question").lstrip() for place, row in block]
         readers, truncated, most = [], 0, self.max_question_tokens
         encodings = zip(self.tokenizer.encodings(questions), self.tokenizer.encodings(contexts), strict=True)
         for context, (question, encoding) in zip(contexts, encodings, strict=True):
@@ -166,27 +181,25 @@ class QA(Reading):
             made.append(Window(inputs, begin, end, inputs.starts[1], cls))
         return made
 
-    def _span(self, row: Row, number: int, reader: Reader) -> tuple[int, int] | None:
+    def _span(self, row: Row, place: str, reader: Reader) -> tuple[int, int] | None:
         """The first answer's first and last token in the context; None: there is none."""
-        texts = _texts(row, number)
+        texts = _texts(row, place)
         if not texts:
             if self.options.unanswerable:
                 return None
-            raise wrong(self.name, number, "answers", row["answers"], "an answer, or option unanswerable")
+            raise wrong(self.name, place, "answers", row["answers"], "an answer, or option unanswerable")
         places = row["answers"].get("answer_start")
         start = integer(places[0]) if isinstance(places, Sequence) and len(places) == len(texts) else None
         if start is None:
-            raise wrong(self.name, number, "answers.answer_start", places, f"as many numbers as text, {len(texts)}")
+            raise wrong(self.name, place, "answers.answer_start", places, f"as many numbers as text, {len(texts)}")
         end = start + len(texts[0])
         if start < 0 or not texts[0] or reader.context[start:end] != texts[0]:
             found = reader.context[max(start, 0) : end]
-            raise wrong(
-                self.name, number, "answers.text", texts[0], f"what context has at character {start}, {found!r}"
-            )
+            raise wrong(self.name, place, "answers.text", texts[0], f"what context has at character {start}, {found!r}")
         return reader.tokens(start, end)
 
     def _labels(self, window: Window, span: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        if span is not None and window.begin <= span[0] <= span[1] < window.end:
+        if span is not None and window.holds(span):
             shift = window.place - window.begin
             return torch.tensor(span[0] + shift), torch.tensor(span[1] + shift)
         unknown = span is not None and (self.options.outside == "ignore" or span[0] > span[1])
@@ -244,9 +257,9 @@ def _logits(out: Any, batch: dict[str, Any]) -> list[Tensor]:
     return by_sequence(out.head_logits["qa"], batch)
 
 
-def _texts(row: Row, number: int) -> list[str]:
+def _texts(row: Row, place: str) -> list[str]:
     """The answers' texts."""
-    answers = value_of("qa", row, number, "answers")
+    answers = value_of("qa", row, place, "answers")
     if not isinstance(answers, Mapping):
-        raise wrong("qa", number, "answers", answers, "{text: [...], answer_start: [...]}")
-    return texts_of("qa", answers, number, "text")
+        raise wrong("qa", place, "answers", answers, "{text: [...], answer_start: [...]}")
+    return texts_of("qa", answers, place, "text")

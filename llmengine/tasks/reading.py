@@ -1,6 +1,7 @@
 """Tasks whose answers are read off a text: what they ask of rows, how texts become inputs, a model's outputs for many.
 
-A text is tokenised and put together as transformers' tokenizers of the same files do it, token types included.
+A text is tokenised and put together as transformers' tokenizers of the same files do it, token types included; but a
+special token that is written out in it is text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llmengine.data.examples import IGNORED, pack, tokens_of
 from llmengine.data.template import Inputs, longest_first
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models.modes import evaluating
+from llmengine.tasks.rows import placed
 from llmengine.tasks.task import Row, Task, TaskExamples
 
 ROWS = 1024  # that are read before the first of their answers is given
@@ -159,7 +161,7 @@ def by_sequence(values: Tensor, batch: dict[str, Any]) -> list[Tensor]:
     return list(values.float().cpu().split(batch["cu_seqlens"].diff().tolist()))
 
 
-def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[int, Row]]]:
-    """Rows with their numbers, some at a time."""
+def blocks(rows: Sequence[Row]) -> Iterator[list[tuple[str, Row]]]:
+    """Rows with their places, some at a time."""
     for begin in range(0, len(rows), ROWS):
-        yield list(enumerate(rows[begin : begin + ROWS], begin))
+        yield placed(rows[begin : begin + ROWS], begin)

@@ -13,7 +13,7 @@ from llmengine import metrics
 from llmengine.data.examples import IGNORED, pack
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
-from llmengine.tasks.rows import tell, text_of
+from llmengine.tasks.rows import placed, tell, text_of
 from llmengine.tasks.task import Answer, Row, Task, TaskExamples
 from llmengine.tasks.writing import Writing, end_of, written
 
@@ -57,7 +57,8 @@ class Seq2Seq(Task):
     tokens before a text, if any, the text, and eos (sep, where the tokenizer has none). A decoder reads those before a
     text, the source and the separator, and goes on with the target and its end; only these have labels.
 
-    What is too long is cut at its end, and told. Special tokens written out in a text are text.
+    What is too long is cut at its end, and told. Special tokens written out in a row are text; in prefix and separator
+    they are tokens.
     """
 
     name = "seq2seq"
@@ -74,17 +75,19 @@ class Seq2Seq(Task):
         self.objective = ARCHITECTURES[options.architecture]
         self._decoder = options.architecture == "decoder"
         self._before, self._behind = tokenizer.template().sides
+        control, self._prefix = _parted(options.prefix, tokenizer)
+        self._ahead = [*self._before, *tokenizer.encode(control)]
         self._end = end_of(self.name, tokenizer)
         self.max_target_length = options.max_target_length or (max_length // 2 if self._decoder else max_length)
         room = max_length
         if self._decoder:
-            (self._behind,) = tokenizer.encode_many([options.separator])
+            self._behind = tokenizer.encode(options.separator)
             room -= self.max_target_length
             if options.separator and not self._behind:
                 raise ValueError(
                     f"task 'seq2seq': separator {options.separator!r} gives no token of this tokenizer; choose another"
                 )
-        self._room = room - len(self._before) - len(self._behind)
+        self._room = room - len(self._ahead) - len(self._behind)
         # a target needs a token and its end, and an encoder-decoder's those before a text
         if self._room < 1 or self.max_target_length < 2 + (0 if self._decoder else len(self._before)):
             raise ValueError(
@@ -106,7 +109,7 @@ class Seq2Seq(Task):
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> TaskExamples:
         sources, cut_sources = self._sources(rows)
-        texts = self.tokenizer.encode_many([text_of(self.name, row, i, "target") for i, row in enumerate(rows)])
+        texts = self.tokenizer.encode_many([text_of(self.name, row, place, "target") for place, row in placed(rows)])
         before = [] if self._decoder else self._before
         room = self.max_target_length - len(before) - 1
         targets = [[*before, *ids[:room], self._end] for ids in texts]
@@ -127,17 +130,17 @@ class Seq2Seq(Task):
             yield {"text": self.tokenizer.decode(ids)}
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        references = [text_of(self.name, row, i, "target") for i, row in enumerate(rows)]
+        references = [text_of(self.name, row, place, "target") for place, row in placed(rows)]
         return metrics.texts([answer["text"] for answer in answers], references)
 
     def _sources(self, rows: Sequence[Row]) -> tuple[list[list[int]], int]:
         """What the model reads of each row, and how many were cut."""
-        prefix = self.options.prefix
-        texts = [prefix + text_of(self.name, row, i, "source") for i, row in enumerate(rows)]
+        block = placed(rows)
+        texts = [self._prefix + text_of(self.name, row, place, "source") for place, row in block]
         encoded = self.tokenizer.encode_many(texts)
-        sources = [[*self._before, *ids[: self._room], *self._behind] for ids in encoded]
+        sources = [[*self._ahead, *ids[: self._room], *self._behind] for ids in encoded]
         if [] in sources:
-            raise ValueError(f"task 'seq2seq': row {sources.index([]) + 1}: source is empty; expected a text")
+            raise ValueError(f"task 'seq2seq': {block[sources.index([])][0]}: source is empty; expected a text")
         return sources, sum(len(ids) > self._room for ids in encoded)
 
     def _tell(self, rows: int, **cut: int) -> None:
@@ -172,6 +175,13 @@ class SourcesAndTargets(TaskExamples):
         lengths = torch.tensor([0] + [len(example["labels"]) for example in examples])
         shape = {"decoder_cu_seqlens": lengths.cumsum(0).to(torch.int32), "decoder_max_seqlen": int(lengths.max())}
         return pack(examples) | shape
+
+
+def _parted(prefix: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """A prefix up to its last special token, and the rest, which is one text with what follows."""
+    special = map(tokenizer.token, tokenizer.special_ids)
+    end = max((prefix.rfind(token) + len(token) for token in special if token in prefix), default=0)
+    return prefix[:end], prefix[end:]
 
 
 def _continued(prompt: Sequence[int], target: Sequence[int]) -> dict[str, Tensor]:

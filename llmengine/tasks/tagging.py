@@ -18,7 +18,7 @@ from llmengine.metrics import Judgement
 from llmengine.metrics.spans import is_of_spans
 from llmengine.models.crf import ChainField
 from llmengine.tasks.reading import Reading, ReadingExamples, blocks, by_sequence
-from llmengine.tasks.rows import texts_of, wrong
+from llmengine.tasks.rows import placed, tell_unknown, texts_of, wrong
 from llmengine.tasks.task import Answer, Row
 
 OUTSIDE, BEGIN, INSIDE = "O", "B-", "I-"
@@ -85,8 +85,8 @@ class Tagging(Reading):
         """The tags of the rows, sorted, "O" before all others."""
         begins = {True: 0, False: 0}  # of spans: whether a tag begins one as BIO has it
         found: set[str] = set()
-        for number, row in enumerate(rows):
-            tags = texts_of(cls.name, row, number, "tags")
+        for place, row in placed(rows):
+            tags = texts_of(cls.name, row, place, "tags")
             found.update(tags)
             for before, tag in zip(["", *tags], tags, strict=False):
                 if tag.startswith(BEGIN) or not allowed(before, tag):
@@ -104,9 +104,9 @@ class Tagging(Reading):
         return {"n_labels": len(self.labels), "labels": self.labels, "crf": self.options.crf}
 
     def examples(self, rows: Sequence[Row], *, seed: int = 0) -> ReadingExamples:
-        made = []
-        for (number, row), windows in zip(enumerate(rows), self._windows(list(enumerate(rows))), strict=True):
-            tags = self._tags(row, number)
+        made, block = [], placed(rows)
+        for (place, row), windows in zip(block, self._windows(block), strict=True):
+            tags = self._tags(row, place)
             for window in windows:
                 if window.words:
                     labels = torch.full((len(window.inputs.ids),), IGNORED)
@@ -130,16 +130,21 @@ class Tagging(Reading):
                 yield {"tags": self._all(known, len(row["words"]))}
 
     def judge(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Judgement:
-        """F1 of spans where all labels are tags of spans, and otherwise the accuracy of tags."""
-        judged = metrics.spans if all(map(is_of_spans, self.labels)) else metrics.tags
-        gold = [texts_of(self.name, row, number, "tags") for number, row in enumerate(rows)]
-        return judged(gold, [answer["tags"] for answer in answers])
+        """F1 of spans where all labels are tags of spans, and otherwise the accuracy of tags. Tags that the model does
+        not know are told, and never right."""
+        of_spans, gold = all(map(is_of_spans, self.labels)), []
+        for place, row in placed(rows):
+            gold.append(self._given(row, place))
+            if of_spans and (strange := [tag for tag in gold[-1] if not is_of_spans(tag)]):
+                raise wrong(self.name, place, "tags", strange[0], "O, or B-, I- and a type, as the model's tags are")
+        tell_unknown(self.name, "tag", self._places, gold, "no answer to them is all right")
+        return (metrics.spans if of_spans else metrics.tags)(gold, [answer["tags"] for answer in answers])
 
     # ---- words and tokens --------------------------------------------------------------------------------------------
 
-    def _windows(self, block: Sequence[tuple[int, Row]]) -> list[list[Window]]:
+    def _windows(self, block: Sequence[tuple[str, Row]]) -> list[list[Window]]:
         """Of each row; none of a sentence without a token."""
-        texts = [texts_of(self.name, row, i, "words") for i, row in block]
+        texts = [texts_of(self.name, row, place, "words") for place, row in block]
         if self._space:
             texts = [[word if word.startswith(" ") else " " + word for word in words] for words in texts]
         return [self._cut(encoding) for encoding in self.tokenizer.encodings(texts, words=True)]
@@ -155,12 +160,17 @@ class Tagging(Reading):
             made.append(Window(inputs, [word_of[i] for i in mine], places))
         return made
 
-    def _tags(self, row: Row, number: int) -> list[int]:
-        words, tags = (texts_of(self.name, row, number, column) for column in ("words", "tags"))
+    def _given(self, row: Row, place: str) -> list[str]:
+        """A row's tags."""
+        words, tags = (texts_of(self.name, row, place, column) for column in ("words", "tags"))
         if len(words) != len(tags):
-            raise wrong(self.name, number, "tags", tags, f"as many as words, {len(words)}, not {len(tags)}")
+            raise wrong(self.name, place, "tags", tags, f"as many as words, {len(words)}, not {len(tags)}")
+        return tags
+
+    def _tags(self, row: Row, place: str) -> list[int]:
+        tags = self._given(row, place)
         if unknown := [tag for tag in tags if tag not in self._places]:
-            raise wrong(self.name, number, "tags", unknown[0], f"one of {', '.join(self.labels)}")
+            raise wrong(self.name, place, "tags", unknown[0], f"one of {', '.join(self.labels)}")
         return [self._places[tag] for tag in tags]
 
     # ---- the best tags -----------------------------------------------------------------------------------------------

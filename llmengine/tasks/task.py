@@ -83,6 +83,9 @@ class Task(ABC):
         and .losses, and which has .config, .words and .save_pretrained as a Transformer does."""
         return model
 
+    def foresee(self, rows: Sequence[Row]) -> None:  # noqa: B027
+        """Called before training with rows that are answered after it, for what only the untrained model knows."""
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike) -> None:

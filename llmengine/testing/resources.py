@@ -122,6 +122,7 @@ def _demangled(names: list[str]) -> dict[str, str]:
 
 def _short(name: str) -> str:
     name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|llmengine::(?:cuda::)?|^void ", "", name)
+    name = re.sub(r"\([\w:]+\)(?=\d)", "", name)  # an enumerator is its number
     depth = 0
     for i, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")

@@ -37,7 +37,7 @@ class Target:
 
     def has(self, operator: Operator) -> bool:
         kernels = importlib.import_module(f"llmengine.backends.{self.backend}").KERNELS
-        return {f"{operator.node}_forward", f"{operator.node}_backward"} <= set(kernels)
+        return operator.nodes() <= set(kernels)
 
 
 def targets() -> list[Target]:

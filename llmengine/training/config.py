@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from llmengine.data.shards import TOKENIZER, shards_of
 from llmengine.models.config import PRETRAINING, TransformerConfig
 from llmengine.models.presets import PRESETS
-from llmengine.objectives import OBJECTIVES, decoder_start, model_heads
+from llmengine.objectives import OBJECTIVES, decoder_start, memory_fields, model_heads
 from llmengine.training.config_errors import hint
 from llmengine.training.sections import (
     Config,
@@ -181,7 +181,11 @@ class RunConfig(Config):
         heads = list(model_heads(self.objective))
         # a pooler that no head reads would never be trained
         unpooled = {} if {"nsp", "sop"} & set(heads) else {"pooler": "none"}
-        given = {**self.model, **tokens, **unpooled, "objectives": heads, "vocab_size": vocab_size}
+        memory = memory_fields(self.objective, **self.data.options)
+        for name, value in memory.items():
+            if (other := self.model.get(name, value)) != value:
+                raise ValueError(f"model.{name} is {other}, but data.options say {value}; leave it out")
+        given = {**self.model, **tokens, **unpooled, **memory, "objectives": heads, "vocab_size": vocab_size}
         try:
             return TransformerConfig.from_dict(given)
         except ValueError as error:

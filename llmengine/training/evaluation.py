@@ -17,6 +17,7 @@ from llmengine.data.examples import IGNORED
 from llmengine.models import Transformer
 from llmengine.models.modes import resting
 from llmengine.objectives.electra import Electra
+from llmengine.training.memory import StreamMemory
 
 PAIRS = ("nsp", "sop")  # heads whose loss is a mean over sequences
 
@@ -25,6 +26,8 @@ def evaluate(
     model: Transformer | Electra, batches: StepBatches, device: torch.device, precision: str
 ) -> dict[str, Any]:
     """One pass over `batches`' first epoch, without dropout; the model's mode is left as it was.
+
+    Streams are read with a memory that begins empty and is gone afterwards: training's has no part in it.
 
     Returns {"loss": the heads' weighted sum, "losses": {head: mean over all labels}, "perplexity": exp of the token
     head's loss, "accuracy": {"mlm", "plm", "nsp", "sop", "rtd" (of all tokens)}: those that the model has}.
@@ -83,12 +86,16 @@ def _pass(
     totals: Counter[str] = Counter()
     items: Counter[str] = Counter()
     right: Counter[str] = Counter()
+    memory, summed = StreamMemory(), {"tokens": 1, "sequences": 1, "read": 1}
     for step in range(batches.steps_per_epoch):
         packed = batches[step]
-        for batch in packed.micro_batches:
+        for i, batch in enumerate(packed.micro_batches):
             batch = on(device, batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = model(**batch, num_items_in_batch={"tokens": 1, "sequences": 1, "read": 1})
+                if packed.streams is None:
+                    out = model(**batch, num_items_in_batch=summed)
+                else:
+                    out = memory.call(model, batch, packed.streams[i], num_items_in_batch=summed)
                 right.update(_right(model, batch, out))
             totals.update({head: float(loss) for head, loss in out.losses.items()})
         items.update(packed.items)

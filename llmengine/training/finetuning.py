@@ -137,6 +137,7 @@ class Finetuning(Run):
         """Before any training: rows can be judged, and the task has the score that selects."""
         if self.rows.test:
             self.judge(self.rows.test[:1])
+            self.task.foresee(self.rows.test)
         if self.config.select not in (None, "loss", "-loss"):
             self._selected(self.judge(self.rows.held_out[:2]))
 

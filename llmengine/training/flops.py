@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmengine.data.streams import StreamPart
 from llmengine.models import Transformer
 from llmengine.models.config import TransformerConfig
 from llmengine.objectives.electra import Electra
@@ -15,27 +16,32 @@ from llmengine.objectives.electra import Electra
 
 def forward_flops(
     config: TransformerConfig, lengths: Iterable[int], labelled: int, *, target_lengths: Iterable[int] = (),
-    query_stream: int = 0, seen: int | None = None,
+    query_stream: int = 0, seen: int | None = None, remembered: Iterable[int] = (),
 ) -> int:  # fmt: skip
     """One forward of sequences of these lengths with `labelled` tokens through the token head.
 
     target_lengths: an encoder-decoder's target. XLNet: query_stream, the tokens that are predicted; seen, the pairs
-    that the order leaves in both streams (None: all).
+    that the order leaves in both streams, those with memory among them (None: all); remembered, of each sequence.
 
     Matrix products count 2 FLOPs per multiply-add; lookups, norms, activations and softmax are not counted. Attention
     counts the pairs that its mask leaves: n^2 of a sequence of n tokens, n (n + 1) / 2 where it is causal, or those
     in a layer's window.
     """
     lengths, targets = [int(n) for n in lengths], [int(n) for n in target_lengths]
+    past = [int(n) for n in remembered] or [0] * len(lengths)
     tokens, d, both = sum(lengths), config.d_model, config.architecture == "encoder_decoder"
     flops = 0
     for layer in range(config.n_layers):
-        pairs = seen if seen is not None else _pairs(config, lengths, layer, config.causal)
-        flops += _attention(config, tokens + query_stream, tokens, pairs)
+        pairs = seen
+        if pairs is None:
+            behind = sum(n * m for n, m in zip(lengths, past, strict=True))
+            pairs = _pairs(config, lengths, layer, config.causal) + behind
+        flops += _attention(config, tokens + query_stream, tokens + sum(past), pairs)
         flops += _feed_forward(config, tokens + query_stream)
     if config.positions == "relative" and lengths:
         # every layer projects the encoding of every distance
-        flops += config.n_layers * 2 * (2 * max(lengths) - 1) * d * config.n_heads * config.head_dim
+        distances = 2 * max(lengths) - 1 + max(past)
+        flops += config.n_layers * 2 * distances * d * config.n_heads * config.head_dim
     side = config.decoder_side
     for layer in range(config.decoder_layers if both else 0):
         flops += _attention(side, sum(targets), sum(targets), _pairs(config, targets, layer, True))
@@ -47,24 +53,38 @@ def forward_flops(
     return flops + _heads(config, tokens, len(lengths), labelled)
 
 
-def training_flops(config: TransformerConfig, micro_batches: Iterable[Mapping[str, Any]], labelled: int) -> int:
-    """Forward and backward (twice the forward: gradients of inputs and of weights) of packed micro-batches."""
+def training_flops(
+    config: TransformerConfig, micro_batches: Sequence[Mapping[str, Any]], labelled: int,
+    streams: Sequence[Sequence[StreamPart]] | None = None,
+) -> int:  # fmt: skip
+    """Forward and backward (twice the forward: gradients of inputs and of weights) of packed micro-batches.
+
+    streams: of texts that are read with memory. Its keys are counted as others, though nothing flows back into it.
+    """
     total = _heads(config, 0, 0, labelled)
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches):
         lengths = batch["cu_seqlens"].diff().tolist()
         parts: dict[str, Any] = {}
         if config.architecture == "encoder_decoder":  # without a target of its own its decoder reads the source
             parts["target_lengths"] = batch.get("decoder_cu_seqlens", batch["cu_seqlens"]).diff().tolist()
+        if streams is not None:
+            parts["remembered"] = [min(p.behind * config.memory_reuse, config.memory_length) for p in streams[i]]
         if "query_ranks" in batch:
-            parts |= {"query_stream": len(batch["target_positions"]), "seen": _seen(batch)}
+            seen = _seen(batch, parts.get("remembered", [0] * len(lengths)))
+            parts |= {"query_stream": len(batch["target_positions"]), "seen": seen}
         total += forward_flops(config, lengths, 0, **parts)
     return 3 * total
 
 
-def model_flops(model: Transformer | Electra, micro_batches: Sequence[Mapping[str, Any]], labelled: int) -> int:
+def model_flops(
+    model: Transformer | Electra, micro_batches: Sequence[Mapping[str, Any]], labelled: int,
+    streams: Sequence[Sequence[StreamPart]] | None = None,
+) -> int:  # fmt: skip
     """`training_flops` of a model, or of both that are trained together."""
     parts = [model] if isinstance(model, Transformer) else [model.generator, model.discriminator]
-    return sum(training_flops(part.config, micro_batches, labelled if part.config.token_task else 0) for part in parts)
+    return sum(
+        training_flops(part.config, micro_batches, labelled if part.config.token_task else 0, streams) for part in parts
+    )
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int, pairs: int) -> int:
@@ -96,13 +116,14 @@ def _pairs(config: TransformerConfig, lengths: Sequence[int], layer: int, causal
     return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
 
 
-def _seen(batch: Mapping[str, Any]) -> int:
-    """Pairs that a permutation leaves in the content stream, where a token sees itself too, and in the query stream."""
+def _seen(batch: Mapping[str, Any], remembered: Sequence[int]) -> int:
+    """Pairs that a permutation leaves in the content stream, where a token sees itself too, and in the query stream;
+    both see all that a sequence remembers."""
     query, key, targets = batch["query_ranks"], batch["key_ranks"], batch["target_positions"]
     total = int((key >= query).sum())  # themselves, unseen but for that
     predicted = query.new_zeros(len(query)).index_fill(0, targets, 1) + 1  # the streams that a token queries in
     bounds = batch["cu_seqlens"].tolist()
-    for begin, end in pairwise(bounds):
+    for (begin, end), past in zip(pairwise(bounds), remembered, strict=True):
         seen = key[begin:end].sort().values.contiguous()
-        total += int((torch.searchsorted(seen, query[begin:end]) * predicted[begin:end]).sum())
+        total += int(((torch.searchsorted(seen, query[begin:end]) + past) * predicted[begin:end]).sum())
     return total

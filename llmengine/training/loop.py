@@ -28,7 +28,7 @@ from llmengine.training.finetuning import Finetuning
 from llmengine.training.interrupt import StopRequest
 from llmengine.training.metrics import Metrics, Record
 from llmengine.training.observer import Observer, Observers
-from llmengine.training.optimizer import clip, load_state_tensors, state_tensors
+from llmengine.training.optimizer import clipping, load_state_tensors, state_tensors
 from llmengine.training.pretraining import Pretraining
 from llmengine.training.run import Folder, Run, pick_device, surroundings
 from llmengine.training.sections import Config
@@ -95,7 +95,8 @@ def _check(folder: Folder, resume: bool) -> None:
     if resume and not folder.config.is_file():
         raise FileNotFoundError(f"output {path} holds no run to resume: it has no {folder.config.name}")
     if not resume and not folder.is_empty():
-        raise FileExistsError(f"output {path} is not empty; give another folder, or resume the run that is there")
+        there = f", or go on with the run that is there: --resume {path}" if folder.config.is_file() else ""
+        raise FileExistsError(f"output {path} is not empty; give another folder{there}")
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -167,18 +168,19 @@ class _Loop:
         run, config = self.run, self.config
         reseed(config.seed, TRAINING_STEP, self.step)
         loss, losses = run.gradients(batch, self.step)
-        norm = float(clip([p.grad for p in run.model.parameters() if p.grad is not None], config.optimizer.clip_norm))
-        self._check_finite(self.step + 1, **losses, gradient_norm=norm)
+        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norm, scale = clipping(gradients, config.optimizer.clip_norm)
+        self._check_finite(self.step + 1, **losses, gradient_norm=float(norm))
         rate = run.rate(self.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        run.optimizer.step()
+        run.optimizer.step(gradient_scale=scale)
         run.optimizer.zero_grad()
         if run.average is not None:
             run.average.update(self.step + 1)
         self.tokens += sum(map(tokens_of, batch.micro_batches))
         self.flops += run.flops(batch)
-        return {"loss": loss, "losses": losses, "lr": rate, "grad_norm": norm, "epoch": batch.progress}
+        return {"loss": loss, "losses": losses, "lr": rate, "grad_norm": float(norm), "epoch": batch.progress}
 
     def _check_finite(self, step: int, **numbers: float) -> None:
         if all(map(math.isfinite, numbers.values())):
@@ -245,6 +247,8 @@ class _Loop:
         }
         if run.average is not None:
             groups["average"] = run.average.state()
+        if run.memory is not None:
+            groups["memory"] = run.memory.state()
         if run.selection is not None:
             facts["selection"] = run.selection.facts()
         self.checkpoint = checkpoint.save(run.folder.checkpoints, self.step, groups, facts)
@@ -270,6 +274,8 @@ class _Loop:
         load_state_tensors(run.optimizer, run.model, saved.tensors("optimizer"))
         if run.average is not None:
             run.average.load_state(saved.tensors("average"))
+        if run.memory is not None:
+            run.memory.load_state(saved.tensors("memory"), run.device)
         if run.selection is not None:
             run.selection.restore(facts["selection"], saved.step)
         self.step, self.tokens, self.seconds = saved.step, facts["tokens"], facts["seconds"]

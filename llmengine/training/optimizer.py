@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module
 
+from llmengine.optim import AdamW
 from llmengine.training.layer_rates import shares
 from llmengine.training.sections import OptimizerSection, ScheduleSection
 
 
-def adamw(model: Module, config: OptimizerSection, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters that are trained: matrices decay; embeddings, biases and norms do not.
+def adamw(model: Module, config: OptimizerSection, layer_decay: float = 1.0) -> AdamW:
+    """AdamW over all parameters that are trained: matrices decay; embeddings, biases and norms do not.
 
     layer_decay: see `layer_rates`. A group's "share" is what its learning rate is of that of the step.
     """
@@ -32,7 +33,7 @@ def adamw(model: Module, config: OptimizerSection, layer_decay: float = 1.0) -> 
         for (share, decay), parameters in groups.items()
         if parameters
     ]
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int) -> float:
@@ -46,12 +47,12 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
     return peak * (schedule.final + (1 - schedule.final) * left)
 
 
-def clip(gradients: list[Tensor], limit: float | None) -> Tensor:
-    """Scales gradients in place so that their common norm is at most `limit`; returns the norm before, ()."""
+def clipping(gradients: list[Tensor], limit: float | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients' common norm, (), and what the step must scale them by so that it is at most `limit` (None: 1)."""
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if limit is not None and norm > limit:  # a NaN compares false: the caller sees it in the norm
-        torch._foreach_mul_(gradients, limit / norm)
-    return norm
+        return norm, limit / norm
+    return norm, None
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from llmengine.objectives.electra import Electra
 from llmengine.training.config import RunConfig
 from llmengine.training.evaluation import evaluate
 from llmengine.training.flops import model_flops
+from llmengine.training.memory import StreamMemory
 from llmengine.training.metrics import Record
 from llmengine.training.optimizer import adamw
 from llmengine.training.run import Folder, Run
@@ -42,6 +43,7 @@ class Pretraining(Run):
             tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
         )
         check_can_be_saved(shape)
+        batches = _batches(config, documents, tokenizer, shuffle=True)
         reseed(config.seed, INITIAL_WEIGHTS)
         model = objectives.make_model(config.objective, shape, **config.data.options).to(
             device
@@ -56,14 +58,15 @@ class Pretraining(Run):
             tokenizer=tokenizer,
             model=model,
             optimizer=adamw(model, config.optimizer),
-            batches=_batches(config, documents, tokenizer, shuffle=True),
+            batches=batches,
             held_out=_batches(config, held_out, tokenizer, shuffle=False) if held_out else None,
             digest=digest,
             source=f"the texts of corpus {config.corpus!r}",
+            memory=None if batches.examples.follows(0) is None else StreamMemory(),
         )
 
     def flops(self, batch: Step) -> int:
-        return model_flops(self.model, batch.micro_batches, batch.items["tokens"])
+        return model_flops(self.model, batch.micro_batches, batch.items["tokens"], batch.streams)
 
     def evaluate(self) -> Record | None:
         if self.held_out is None:

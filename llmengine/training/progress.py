@@ -31,10 +31,12 @@ class ProgressLine(Observer):
         total = sum(p.numel() for p in run.model.parameters())
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         parameters = f"{total:,} parameters" + (f", {trained:,} trained," if trained < total else "")
+        todo = f"steps {step + 1} to {run.steps}" if step < run.steps else f"all {run.steps} steps are done"
         self.console.print(
             f"{run.title}: {parameters} on {run.device}, {run.config.precision}, "
-            f"steps {step + 1} to {run.steps}, about {run.batches.steps_per_epoch:,} steps an epoch",
+            f"{todo}, about {run.batches.steps_per_epoch:,} steps an epoch",
             highlight=False,
+            soft_wrap=True,
         )
         for record in records:
             if record["kind"] == "train":

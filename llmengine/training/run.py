@@ -17,7 +17,9 @@ import llmengine
 from llmengine.data.batches import Step, StepBatches
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.metrics import Judgement
+from llmengine.optim import AdamW
 from llmengine.training.gradients import accumulate
+from llmengine.training.memory import StreamMemory
 from llmengine.training.metrics import Record
 from llmengine.training.optimizer import learning_rate
 from llmengine.training.regularisers import Ema, Fgm, Neftune
@@ -87,7 +89,7 @@ class Run(ABC):
     tokenizer: Tokenizer
     model: Module
     """What is trained: its call takes a micro-batch and num_items_in_batch and gives .loss and .losses."""
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     batches: StepBatches
     held_out: StepBatches | None
     """What is evaluated on and never trained on."""
@@ -100,6 +102,8 @@ class Run(ABC):
     noise: Neftune | None = None
     adversary: Fgm | None = None
     average: Ema | None = None
+    memory: StreamMemory | None = None
+    """What streams remember; None: examples stand alone."""
 
     def begin(self) -> None:
         """Writes what a run's folder holds from the start."""
@@ -113,7 +117,7 @@ class Run(ABC):
     def gradients(self, batch: Step, step: int) -> tuple[float, dict[str, float]]:
         """Adds a step's gradients to the parameters'; returns the loss and its parts."""
         given = (self.model, batch, self.device, self.config.precision)
-        loss, losses = accumulate(*given, self._noise(EMBEDDING_NOISE, step))
+        loss, losses = accumulate(*given, self._noise(EMBEDDING_NOISE, step), self.memory)
         if self.adversary is not None:
             with self.adversary.perturbed():
                 losses["fgm"] = accumulate(*given, self._noise(ADVERSARIAL_NOISE, step))[0]

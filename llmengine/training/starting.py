@@ -39,11 +39,14 @@ def make(config: FinetuneConfig, rows: Sequence[Row]) -> Start:
     else:
         task, transformer = _new(config, config.model, rows)
     shape = transformer.config
-    if task.tokenizer.vocab_size > shape.vocab_size:
+    words = min(shape.vocab_size, shape.source_vocab_size)
+    if task.tokenizer.vocab_size > words:
         raise ValueError(
-            f"model: its tokenizer has {task.tokenizer.vocab_size} tokens, the model itself {shape.vocab_size}; "
+            f"model: its tokenizer has {task.tokenizer.vocab_size} tokens, the model itself {words}; "
             "they do not belong together"
         )
+    if not shape.share_embeddings and (config.neftune or config.fgm):
+        raise ValueError("neftune and fgm disturb one word embedding; this model's encoder and decoder have their own")
     try:
         check_can_be_saved(shape)
     except ValueError as error:

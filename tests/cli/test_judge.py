@@ -15,7 +15,7 @@ from llmengine.cli.predict import describe
 from llmengine.data import Tokenizer
 from llmengine.training import train
 from tests.cli.conftest import call, succeed
-from tests.training.finetunes import rows, tiny, write
+from tests.training.finetunes import preferring, rows, tiny, write
 
 TEST = rows(40, seed=5)
 
@@ -195,6 +195,25 @@ def test_answers_are_told(row, answer, expected):
     assert list(describe(row, answer)) == expected
 
 
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora={r: 2}",), ("options={reference: precomputed}",)])
+def test_a_run_of_preferences_is_judged_beside_the_model_that_it_began_with(tmp_path, overrides):
+    """As when it was trained; the model alone knows nothing of that, and says so."""
+    train(preferring(tmp_path, *overrides), tmp_path / "run")
+    scores = tmp_path / "run" / "evaluation" / "scores.json"
+    tested = json.loads(scores.read_text())["scores"]
+    again = json.loads(succeed("evaluate", tmp_path / "run", "--json"))["scores"]
+    assert abs(tested["margin"]["value"]) > 1e-4, "it learnt something"
+    for name, score in tested.items():
+        assert again[name] == pytest.approx(score, rel=1e-3, abs=1e-6)
+    result = call("evaluate", tmp_path / "run" / "model", "--data", tmp_path / "test.jsonl", "--json")
+    assert "is not at hand (a run's folder knows it, its model alone does not)" in result.stderr
+    alone = json.loads(result.stdout)["scores"]["margin"]["value"]
+    assert alone != pytest.approx(tested["margin"]["value"], rel=1e-3, abs=1e-6)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +229,7 @@ def test_answers_are_told(row, answer, expected):
         (["evaluate", "{run}/model", "--corpus", "a"], "--corpus: a fine-tuned model is judged on rows"),
         (["evaluate", "{run}", "--column", "a=b"], "--column: goes with --data"),
         (["evaluate", "{run}/model", "--data", "{data}", "--column", "text"], "write NAME=THEIRS, as text=sentence"),
-        (["evaluate", "{run}/model", "--data", "{data}"], "row 1 has no 'label'"),
+        (["evaluate", "{run}/model", "--data", "{data}"], "rows.jsonl, line 1 has no 'label'"),
         (["evaluate", "{plain}", "--data", "{data}"], "--data: only for fine-tuned models"),
     ],
 )

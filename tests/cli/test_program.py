@@ -10,10 +10,12 @@ import pytest
 
 import llmengine
 from llmengine.cli import app
+from llmengine.cli.common import program
 from tests.cli.conftest import call, succeed
 
 COMMANDS = [
-    "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify", "info",
+    "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify",
+    "bench", "info",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,20 @@ def test_the_module_is_the_program():
     done = python("-m", "llmengine", "generate", "nowhere", "--prompt", "x")
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere does not exist") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("called", "found", "told"),
+    [
+        ("/usr/bin/llmengine", "/usr/bin/llmengine", "llmengine"),
+        (".venv/bin/llmengine", None, ".venv/bin/llmengine"),  # as the Makefile calls it
+        ("/somewhere/llmengine/__main__.py", "/usr/bin/llmengine", "python -m llmengine"),
+    ],
+)
+def test_commands_that_are_told_can_be_called(monkeypatch, called, found, told):
+    monkeypatch.setattr(sys, "argv", [called, "train"])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert program() == told
 
 
 def test_help_needs_no_pytorch():

@@ -42,6 +42,13 @@ def test_says_at_the_end_what_came_out_and_what_to_do_next(runs, objective: str)
     assert f"perplexity {evaluation['perplexity']:.1f}" in printed
     first = records(run)[0]["loss"]
     assert re.search(rf"loss +{first:.3f} -> \d+\.\d+ in 4 steps", printed)
+    assert f"read      {run / 'samples.md'}: what it made of the same texts" in printed
+    accuracy = {head: f"{100 * share:.0f} %" for head, share in evaluation.get("accuracy", {}).items()}
+    if objective == "bert":
+        assert f"          of the hidden tokens it guesses {accuracy['mlm']}\n" in printed
+        assert f"          whether one text follows another it tells in {accuracy['nsp']} of the cases" in printed
+    else:
+        assert f"as unsure of a token as among {evaluation['perplexity']:,.0f} equally probable ones" in printed
     assert f"llmengine evaluate {run}" in printed
     assert ("llmengine generate" in printed) == (objective == "clm")
     assert ("llmengine fill" in printed) == (objective == "bert")

@@ -13,6 +13,7 @@ import yaml
 
 import llmengine
 from llmengine import TransformerConfig
+from llmengine.cli.info import describe, gather
 from llmengine.data import Tokenizer
 from llmengine.testing import poison
 from llmengine.training.predict import continuations
@@ -262,3 +263,11 @@ def test_info_tells_which_backend_runs_what():
         assert row == usable and row[-1] == "yes", "plain PyTorch runs every operator"
     for backend in facts["backends"].values():
         assert backend["unavailable"] is None or backend["unavailable"] in printed
+
+
+def test_info_tells_of_an_instruction_set_that_the_system_refuses():
+    facts = gather()
+    facts["cpu"]["notice"] = ""
+    assert not re.search("^notice", describe(facts), flags=re.M)
+    facts["cpu"]["notice"] = "refused: using avx2"
+    assert re.search("^notice +refused: using avx2$", describe(facts), flags=re.M)

@@ -1,5 +1,5 @@
 // Products of pairs of bf16 (csrc/cpu/pair_tile.h) against double precision: every packing, every way into C, ragged
-// sizes, and values that are not finite. Compiled once per instruction set by tests/test_pair_tile.py, and once for AMX
+// sizes, and values that are not finite. Compiled once per instruction set by tests/test_products.py, and once for AMX
 // with emulated tiles. Prints what failed; the exit code counts it.
 #include "cpu/pair_tile.h"
 

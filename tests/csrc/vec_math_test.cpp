@@ -124,6 +124,24 @@ void check_normal() {
   expect(std::isnan(at(cdf, NAN)) && std::isnan(at(density, NAN)), "normal keeps NaN", NAN, at(cdf, NAN));
 }
 
+// By absolute error, which stands in for both beyond the polynomials' ends.
+void check_near_normal() {
+  const auto cdf = [](F x) { return near_cdf(x); };
+  const auto slope = [](F x) { return near_gelu_slope(x); };
+  const auto absolute = [](float y, double exact) { return std::fabs(y - exact); };
+  const auto exact_cdf = [](double x) { return 0.5 * std::erfc(-x * std::sqrt(0.5)); };
+  const auto exact_slope = [&](double x) {
+    return exact_cdf(x) + x * std::exp(-0.5 * x * x) / std::sqrt(8.0 * std::atan(1.0));
+  };
+  check("near cdf, absolute", 1e-6, -1e30f, 1e30f, cdf, exact_cdf, absolute);
+  check("near slope of gelu, absolute, |x| <= 5", 1e-6, -5.0f, 5.0f, slope, exact_slope, absolute);
+  check("near slope of gelu, absolute", 8e-6, -1e30f, 1e30f, slope, exact_slope, absolute);
+  for (float x : {-5.01f, -1e30f, -kInfinity}) {
+    expect(at(cdf, x) == 0.0f && at(slope, x) == 0.0f, "near normal ends", x, at(cdf, x));
+  }
+  expect(std::isnan(at(cdf, NAN)) && std::isnan(at(slope, NAN)), "near normal keeps NaN", NAN, at(cdf, NAN));
+}
+
 void check_bf16() {
   for (uint32_t upper = 0; upper <= 0xffff; ++upper) {
     for (uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
@@ -150,6 +168,7 @@ int main() {
   check_log();
   check_tanh();
   check_normal();
+  check_near_normal();
   check_bf16();
   return failures != 0;
 }

@@ -43,11 +43,15 @@ def test_nothing_is_spilled_and_nothing_lies_on_a_stack(architecture: str):
     assert not bad
 
 
+# What they write is a number a row, or a column.
+FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum")
+
+
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
     for name, taken in reported(architecture).items():
         assert taken["wide_loads"] > 0, name
-        assert taken["wide_stores"] > 0 or name == "norm_backward_sum", name
+        assert taken["wide_stores"] > 0 or name.startswith(FEW_STORES), name
 
 
 @pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel")

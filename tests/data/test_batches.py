@@ -273,3 +273,54 @@ def test_bad_places():
     with pytest.raises(ValueError, match="no example; give more text"):
         StepBatches(Made([]), batch_tokens=16, seed=0)[0]
     assert list(loader(batches, 2, 2)) == []
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Continued(Made):
+    """Documents of so many examples each, of 4 tokens, the last of a document shorter."""
+
+    def __init__(self, documents: list[int]) -> None:
+        super().__init__([length for count in documents for length in [4] * (count - 1) + [2]])
+        self._follows = np.array([place > 0 for count in documents for place in range(count)])
+
+    def follows(self, epoch):
+        return self._follows
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(4, 40), st.integers(1, 3), st.booleans())
+def test_streams(documents, batch_tokens, accumulation, shuffle):
+    """Every example once; a stream reads a document's examples one after another, always in the same micro-batch."""
+    examples = Continued(documents)
+    batches = StepBatches(examples, batch_tokens=batch_tokens, accumulation=accumulation, seed=3, shuffle=shuffle)
+    room, first = batch_tokens // int(examples.lengths(0).max()) * accumulation, 0
+    assert batches.steps_per_epoch == -(-sum(documents) // room)
+    for epoch in range(2):
+        seen, last, home = [], {}, {}
+        for number in range(first, first + batches.steps_per_epoch):
+            step = batches[number]
+            assert step.streams is not None and step.epoch == epoch and len(step.micro_batches) <= accumulation
+            for place, (micro, parts) in enumerate(zip(step.micro_batches, step.streams, strict=True)):
+                starts = micro["cu_seqlens"][:-1].long()
+                assert len(micro["input_ids"]) <= batch_tokens and len(parts) == len(starts) > 0
+                for example, (stream, behind) in zip((micro["input_ids"][starts] % 1000).tolist(), parts, strict=True):
+                    assert home.setdefault(stream, place) == place
+                    before, memory = last.get(stream, (None, -1))
+                    goes_on = before == example - 1 and bool(examples.follows(epoch)[example])
+                    assert behind == (memory + 1 if goes_on else 0)
+                    last[stream] = (example, behind)
+                    seen.append(example)
+            streams = [part.stream for parts in step.streams for part in parts]
+            assert streams == list(range(len(streams)))
+        assert sorted(seen) == list(range(sum(documents)))
+        first += batches.steps_per_epoch
+
+
+def test_streams_continue_their_documents():
+    """Where there is room for two streams, all of two documents but their first examples are continued."""
+    batches = StepBatches(Continued([5, 5]), batch_tokens=8, seed=0)
+    parts = [batches[i].streams[0] for i in range(5)]
+    assert parts == [[(0, i), (1, i)] for i in range(5)]
+    steps = [StepBatches(Continued([1] * 9), batch_tokens=36, seed=seed)[0] for seed in range(5)]
+    assert len({str(step.micro_batches[0]["input_ids"].tolist()) for step in steps}) == 5, "documents are shuffled"

@@ -61,19 +61,28 @@ def test_resamples_are_ranked_anew():
     assert (score.low, score.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-12)
 
 
-def test_rows_of_several_numbers_are_resampled_as_rows():
+def test_outputs_are_scored_one_by_one_and_rows_resampled_whole():
+    """Outputs of unlike scales: pooled, the larger one alone would decide the correlations."""
     generator = np.random.default_rng(0)
-    gold = generator.normal(size=(30, 1)) + generator.normal(scale=0.1, size=(30, 4))
-    predicted = 0.5 * gold + generator.normal(size=(30, 1))
-    judged = regression(gold.tolist(), predicted.tolist())
-    flat = regression(gold.flatten().tolist(), predicted.flatten().tolist())
-    assert judged.rows == 30 and values(judged) == pytest.approx(values(flat), rel=1e-12)
+    gold = generator.normal(size=(30, 1)) * [1, 10, 100] + generator.normal(scale=0.1, size=(30, 3)) + [0, 5, 1000]
+    predicted = np.where([True, False, True], gold, -gold) + generator.normal(size=(30, 3))
+    judged = regression(gold.tolist(), predicted.tolist(), ["a", "b", "c"])
+    alone = [values(regression(x.tolist(), y.tolist())) for x, y in zip(gold.T, predicted.T, strict=True)]
+    (table,) = judged.tables
+    assert table.columns == ("output", *alone[0]) and [row[0] for row in table.rows] == ["a", "b", "c"]
+    for row, one in zip(table.rows, alone, strict=True):
+        assert row[1:] == pytest.approx(list(one.values()), rel=1e-12)
+    means = {name: np.mean([one[name] for one in alone]) for name in alone[0]}
+    assert judged.rows == 30 and values(judged) == pytest.approx(means, rel=1e-12)
+    assert means["r2"] == pytest.approx(sklearn.r2_score(gold, predicted))
     draws, drawn = np.random.default_rng(0), []
     for _ in range(1000):
         rows = draws.integers(0, 30, 30)
-        drawn.append(scipy.stats.spearmanr(gold[rows].flatten(), predicted[rows].flatten())[0])
+        pairs = zip(gold[rows].T, predicted[rows].T, strict=True)
+        drawn.append(np.mean([scipy.stats.spearmanr(x, y)[0] for x, y in pairs]))
     score = judged.scores["spearman"]
     assert (score.low, score.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-12)
+    assert regression([1.0, 2.0], [1.0, 3.0]).tables == ()  # of one output the scores say all
 
 
 @pytest.mark.parametrize("constant", [0.1, 1e8 / 3])
@@ -123,6 +132,7 @@ def test_perplexity_of_no_tokens_is_unknown_and_beyond_numbers_infinite():
             "gold must hold a number for each row, or as many in each",
         ),
         (lambda: regression([[1.0, 2.0]], [0.0]), "gold has 2 numbers in each row, predicted 1"),
+        (lambda: regression([[1.0, 2.0]], [[0.0, 1.0]], ["a"]), "1 names of outputs for the 2 numbers of each row"),
         (lambda: perplexity([1.0, math.nan], [1, 1]), "nll of row 2 is nan; expected a finite number >= 0"),
         (lambda: perplexity([1.0], [-1]), "tokens of row 1 is -1.0"),
     ],

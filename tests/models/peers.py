@@ -108,7 +108,8 @@ def gradients_of(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     family = model.config.model_type
     renamed = {"lm_head.weight": "embed_out.weight"} if family == "gpt_neox" else {}
     if model.config.tie_word_embeddings:
-        renamed |= FAMILIES[family].tied
+        shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
+        renamed |= FAMILIES[family].tied if shared else FAMILIES[family].tied_apart
     named = {renamed.get(n, n): p for n, p in model.named_parameters() if p.requires_grad}
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
 

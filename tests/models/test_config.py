@@ -180,6 +180,15 @@ def test_a_seed_gives_the_weights():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"encoder_vocab_size": 9}, "encoder_vocab_size is for an encoder with words of its own"),
+        (
+            {"architecture": "decoder", "share_embeddings": False, "objectives": []},
+            'share_embeddings false is for architecture "encoder_decoder"; this is "decoder"',
+        ),
+        (
+            {"share_embeddings": False, "encoder_vocab_size": 2, "pad_token_id": 3, "freeze_padding_row": True},
+            "freeze_padding_row needs pad_token_id, a row of every word embedding",
+        ),
         ({"n_decoder_heads": 3}, r"n_decoder_heads \(3\) must divide d_model"),
         (
             {"n_decoder_heads": 8, "n_kv_heads": 3, "n_heads": 6, "d_head": 4},

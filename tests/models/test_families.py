@@ -59,6 +59,11 @@ ENCODER_DECODERS = [
     ("MBartForConditionalGeneration", {}),
     ("MarianMTModel", {"activation_function": "swish", "scale_embedding": True}),
     ("MarianMTModel", {"encoder_attention_heads": 8, "encoder_ffn_dim": 72}),
+    ("MarianMTModel", {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 80}),
+    (
+        "MarianMTModel",
+        {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 61, "tie_word_embeddings": False},
+    ),
     ("T5ForConditionalGeneration", {}),
     ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 ]

@@ -17,7 +17,7 @@ from llmengine import Transformer
 from llmengine.testing import assert_near
 
 from .peers import hf_model, random_ids
-from .translators import PAD, WORDS, Fairseq, OpenNMT
+from .translators import HEADS, INNER, PAD, SOURCE_WORDS, WIDTH, WORDS, Fairseq, OpenNMT
 
 # what fairseq's loader gives (padding of the source on the left, of the target on the right), and OpenNMT's
 LEFT = torch.tensor([[PAD, PAD, 5, 9, 30, 2], [4, 8, 15, 16, 23, 2]])
@@ -35,6 +35,14 @@ def logits_of(model: Transformer, source: Tensor, target: Tensor) -> Tensor:
     return out.logits[target != PAD]
 
 
+def check_words(ours: Transformer, apart: bool) -> None:
+    """That there are as many word embeddings as vocabularies, of their sizes."""
+    sizes = [len(p) for name, p in ours.named_parameters() if name.endswith("embeddings.word.weight")]
+    assert sizes == ([SOURCE_WORDS, WORDS] if apart else [WORDS])
+    assert ours.config.share_embeddings != apart and ours.config.vocab_size == WORDS
+    assert ours.config.source_vocab_size == (SOURCE_WORDS if apart else WORDS)
+
+
 # ---- Fairseq ---------------------------------------------------------------------------------------------------------
 
 FAIRSEQ = {
@@ -43,6 +51,8 @@ FAIRSEQ = {
     "learned positions": Fairseq(learned=True, activation="gelu", scaled=False),
     "pre-LN, normed embeddings": Fairseq(pre_norm=True, learned=True, embed_norm=True),
     "its own output embedding": Fairseq(tied=False, embed_norm=True),
+    "two dictionaries": Fairseq(apart=True),
+    "two dictionaries, its own output embedding": Fairseq(apart=True, tied=False, pre_norm=True),
 }
 
 
@@ -55,6 +65,7 @@ def test_fairseq_translation(name, source, tmp_path):
     assert_near(logits_of(ours, source, TARGET), theirs.logits(state, source, TARGET)[TARGET != PAD], 1e-5)
     assert ours.config.tie_embeddings == theirs.tied and ours.config.decoder_start_token_id == 2
     assert (ours.token_head.weight is None) == theirs.tied
+    check_words(ours, theirs.apart)
     ours.save_pretrained(tmp_path / "ours")
     again = Transformer.from_pretrained(tmp_path / "ours")
     assert torch.equal(logits_of(again, source, TARGET), logits_of(ours, source, TARGET))
@@ -215,6 +226,8 @@ OPENNMT = {
     "version 2": OpenNMT(),
     "tied": OpenNMT(tied=True, activation="gelu"),
     "no attention bias": OpenNMT(attention_bias=False, layers=(2, 2)),
+    "two vocabularies": OpenNMT(apart=True),
+    "two vocabularies, tied": OpenNMT(apart=True, tied=True),
 }
 
 
@@ -223,7 +236,8 @@ def opennmt(theirs: OpenNMT, sequential: bool = False) -> dict:
     state, generator = theirs.state()
     if sequential:
         generator = {f"0.{kind}": tensor for kind, tensor in generator.items()}
-    vocabulary = {"src": VOCABULARY, "tgt": VOCABULARY, "data_task": "seq2seq", "decoder_start_token": "<s>"}
+    source = [*VOCABULARY, *(f"s{i}" for i in range(SOURCE_WORDS - WORDS))] if theirs.apart else VOCABULARY
+    vocabulary = {"src": source, "tgt": VOCABULARY, "data_task": "seq2seq", "decoder_start_token": "<s>"}
     return {"model": state, "generator": generator, "opt": theirs.options(), "vocab": vocabulary, "optim": {}}
 
 
@@ -236,10 +250,42 @@ def test_opennmt_translation(name, tmp_path):
     config = ours.config
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (1, 2, 3)
     assert config.decoder_start_token_id == 2 and config.tie_embeddings == theirs.tied
+    assert config.freeze_padding_row
+    check_words(ours, theirs.apart)
     assert config.qkv_bias == theirs.attention_bias and config.dropout == 0.1 and config.attention_dropout == 0.0
     ours.save_pretrained(tmp_path / "ours")
     again = Transformer.from_pretrained(tmp_path / "ours")
     assert torch.equal(logits_of(again, RIGHT, TARGET), logits_of(ours, RIGHT, TARGET))
+
+
+def test_the_sources_padding_may_be_another_token(tmp_path):
+    """Then it is no row that both embeddings freeze."""
+    content = opennmt(OpenNMT(apart=True))
+    source = content["vocab"]["src"]
+    source[1], source[5] = source[5], source[1]
+    config = of_file(tmp_path / "step_100.pt", content).config
+    assert config.pad_token_id == 1 and not config.freeze_padding_row
+
+
+def test_fairseqs_two_dictionaries_are_hugging_faces_fsmt(tmp_path):
+    """FSMT is Fairseq's TransformerModel in Hugging Face's library."""
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=SOURCE_WORDS, tgt_vocab_size=WORDS, d_model=WIDTH, encoder_layers=2,
+        decoder_layers=3, encoder_ffn_dim=INNER, decoder_ffn_dim=INNER, encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS, max_position_embeddings=30, activation_function="relu", pad_token_id=PAD,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.FSMTForConditionalGeneration(config).eval()
+    state = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if "embed_positions" not in name}
+    options = Fairseq(apart=True, tied=False, scaled=config.scale_embedding).options()
+    ours = of_file(tmp_path / "model.pt", {"args": options, "model": state})
+    target = torch.tensor([[2, 7, 11, 3, 20], [2, 6, 10, 8, 30]])
+    for source in (LEFT, RIGHT):
+        mask = (source != PAD).long()
+        expected = theirs(source, attention_mask=mask, decoder_input_ids=target, use_cache=False).logits
+        assert_near(ours(source, mask, decoder_input_ids=target).logits, expected, 1e-5)
 
 
 def test_a_translator_that_was_read_translates(tmp_path):
@@ -303,16 +349,7 @@ def with_tensors(content: dict, change) -> dict:
     return content
 
 
-EMBEDDING = "decoder.embed_tokens.weight"
 REFUSED = {
-    "two vocabularies": (
-        lambda: with_tensors(fairseq(), lambda t: t.update({EMBEDDING: t[EMBEDDING][:30]})),
-        "source has 37 words and the target 30; .* one vocabulary for both",
-    ),
-    "two embeddings": (
-        lambda: with_tensors(fairseq(), lambda t: t.update({EMBEDDING: t[EMBEDDING] + 1})),
-        "word embeddings of their own",
-    ),
     "adaptive softmax": (lambda: fairseq(adaptive_softmax_cutoff="10,20"), "adaptive_softmax_cutoff is '10,20'"),
     "other activation": (lambda: fairseq(activation_fn="linear"), "activation_fn is 'linear'; llmengine computes relu"),
     "one side pre-LN": (lambda: fairseq(encoder_normalize_before=True), "normalize_before is True in the encoder"),

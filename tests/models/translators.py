@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 WORDS, WIDTH, INNER, HEADS, PAD = 37, 16, 24, 4, 1
+SOURCE_WORDS = 41  # where the source has a vocabulary of its own
 State = dict[str, Tensor]
 
 
@@ -53,13 +54,14 @@ def random_state(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
 
 @dataclass(frozen=True)
 class Fairseq:
-    """TransformerModel (fairseq 0.12) with one vocabulary."""
+    """TransformerModel (fairseq 0.12). apart: source and target have a dictionary each."""
 
     pre_norm: bool = False
     learned: bool = False
     embed_norm: bool = False
     scaled: bool = True
     tied: bool = True
+    apart: bool = False
     activation: str = "relu"
     layers: tuple[int, int] = (2, 3)
     max_positions: int = 30
@@ -72,7 +74,8 @@ class Fairseq:
         return argparse.Namespace(
             arch="transformer", activation_fn=self.activation, dropout=0.1, attention_dropout=0.0,
             activation_dropout=0.0, no_scale_embedding=not self.scaled, layernorm_embedding=self.embed_norm,
-            share_all_embeddings=self.tied, max_source_positions=self.max_positions,
+            share_all_embeddings=self.tied and not self.apart,
+            share_decoder_input_output_embed=self.tied, max_source_positions=self.max_positions,
             max_target_positions=self.max_positions, adaptive_softmax_cutoff=None,
             encoder_layers=self.layers[0], decoder_layers=self.layers[1],
             **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()},
@@ -88,7 +91,8 @@ class Fairseq:
             shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (WIDTH,), (WIDTH,)
 
         for side, count in zip(("encoder", "decoder"), self.layers, strict=True):
-            shapes[f"{side}.embed_tokens.weight"] = (WORDS, WIDTH)
+            words = SOURCE_WORDS if self.apart and side == "encoder" else WORDS
+            shapes[f"{side}.embed_tokens.weight"] = (words, WIDTH)
             if self.learned:
                 shapes[f"{side}.embed_positions.weight"] = (self.max_positions + PAD + 1, WIDTH)
             if self.embed_norm:
@@ -106,9 +110,10 @@ class Fairseq:
                 normed(f"{side}.layer_norm")
         shapes["decoder.output_projection.weight"] = (WORDS, WIDTH)
         state = random_state(shapes, seed)
-        state["decoder.embed_tokens.weight"] = state["encoder.embed_tokens.weight"]
+        if not self.apart:
+            state["decoder.embed_tokens.weight"] = state["encoder.embed_tokens.weight"]
         if self.tied:
-            state["decoder.output_projection.weight"] = state["encoder.embed_tokens.weight"]
+            state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
         for side in ("encoder", "decoder"):
             state[f"{side}.version"] = torch.tensor([3.0])
             if not self.learned:
@@ -169,10 +174,11 @@ class Fairseq:
 
 @dataclass(frozen=True)
 class OpenNMT:
-    """The Transformer of OpenNMT-py 2 and 3, source and target sharing their embeddings."""
+    """The Transformer of OpenNMT-py 2 and 3. apart: source and target have embeddings of their own."""
 
     attention_bias: bool = True
     tied: bool = False
+    apart: bool = False
     activation: str = "relu"
     layers: tuple[int, int] = (3, 2)
 
@@ -198,7 +204,8 @@ class OpenNMT:
 
         lists = {"encoder": "encoder.transformer", "decoder": "decoder.transformer_layers"}
         for (side, layers), count in zip(lists.items(), self.layers, strict=True):
-            shapes[f"{side}.embeddings.make_embedding.emb_luts.0.weight"] = (WORDS, WIDTH)
+            words = SOURCE_WORDS if self.apart and side == "encoder" else WORDS
+            shapes[f"{side}.embeddings.make_embedding.emb_luts.0.weight"] = (words, WIDTH)
             for i in range(count):
                 for block in ("self_attn", "context_attn")[: 1 + (side == "decoder")]:
                     for part in ("linear_keys", "linear_values", "linear_query", "final_linear"):
@@ -212,9 +219,10 @@ class OpenNMT:
         shapes |= {"generator.weight": (WORDS, WIDTH), "generator.bias": (WORDS,)}
         state = random_state(shapes, seed)
         table = "embeddings.make_embedding.emb_luts.0.weight"
-        state[f"decoder.{table}"] = state[f"encoder.{table}"]
+        if not self.apart:
+            state[f"decoder.{table}"] = state[f"encoder.{table}"]
         if self.tied:
-            state["generator.weight"] = state[f"encoder.{table}"]
+            state["generator.weight"] = state[f"decoder.{table}"]
         for side in lists:
             rows = [self._sinusoid(place) for place in range(50)]
             state[f"{side}.embeddings.make_embedding.pe.pe"] = torch.tensor(rows)[:, None]

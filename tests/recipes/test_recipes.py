@@ -52,6 +52,39 @@ def test_rows_of_one_key_are_in_one_split_and_none_twice():
     assert 0.06 < len(keys["test"]) / 500 < 0.14
 
 
+def test_translations_are_of_the_same_keys_and_a_part_is_in_one_split(tmp_path, monkeypatch):
+    texts = {
+        "lamp/translations/en.json": {"title": "A lamp", "step": {"on": "Turn  on", "name": "Wi-Fi"}, "left": "Left"},
+        "lamp/translations/de.json": {"title": "Eine Lampe", "step": {"on": "Einschalten", "name": "Wi-Fi"}},
+        "lamp/translations/sensor.en.json": {"state": "bright"},
+        "lamp/translations/sensor.de.json": {"state": "hell"},
+        "plug/translations/en.json": {"title": "A plug", "step": {"on": "Turn on"}},
+        "plug/translations/de.json": {"title": "Ein Stecker", "step": {"on": "Anschalten"}},
+        "door/translations/en.json": {"title": "A door"},  # nobody translated it
+    }
+    for path, content in texts.items():
+        file = tmp_path / "components" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(sources, "package", lambda name: tmp_path)
+    pairs = [("A lamp", "Eine Lampe"), ("Turn on", "Einschalten"), ("bright", "hell"), ("A plug", "Ein Stecker")]
+    rows = [{"source": source, "target": target} for source, target in pairs]
+    assert list(sources.translations()) == list(zip(["lamp"] * 3 + ["plug"], rows, strict=True))
+    assert [row["text"] for _, row in sources.phrases()] == [text for pair in pairs for text in pair]
+
+
+def test_corrections_are_pairs_of_sentences(tmp_path, monkeypatch):
+    rules = tmp_path / "data" / "en" / "rules"
+    rules.mkdir(parents=True)
+    (rules / "grammar.xml").write_text(
+        '<rule><example correction="a lot|lots">There is <marker>alot</marker> &amp; more.</example>'
+        '<example>All is well.</example><example correction="">Nothing <marker></marker>to do.</example></rule>'
+    )
+    monkeypatch.setattr(sources, "package", lambda name: tmp_path)
+    row = {"source": "There is alot & more.", "target": "There is a lot & more."}
+    assert list(sources.corrections()) == [(row["target"], row)]
+
+
 def test_a_score_below_the_bound_fails(tmp_path):
     (tmp_path / "intents" / "evaluation").mkdir(parents=True)
     scores = {"scores": {"accuracy": {"value": 0.5}}}

@@ -284,8 +284,9 @@ def test_token_types_only_where_the_model_has_them(wordpiece):
 @pytest.mark.parametrize("problem, label", [("single", "bda"), ("multi", ["good", "bda"])])
 def test_judging_rows_tells_of_labels_that_the_model_does_not_know(of_family, problem, label):
     tokenizer = of_family["bert"].ours
-    rows = [{"text": "a", "label": label}, {"text": "b", "label": "good" if problem == "single" else ["good"]}]
+    known = "good" if problem == "single" else ["good"]
+    rows = [{"text": "a", "label": label}, {"text": "b", "label": known}, {"text": "c", "label": label}]
     task = make("classification", tokenizer, rows, max_length=8, labels=["bad", "good"], problem=problem)
-    answers = [{"label": "good", "labels": ["good"]}] * 2
-    with pytest.warns(UserWarning, match=r"1 of 2 rows have a label that the model does not know \('bda'\)"):
+    answers = [{"label": "good", "labels": ["good"]}] * 3
+    with pytest.warns(UserWarning, match=r"2 of 3 rows have a label that the model does not know \('bda': 2\)"):
         task.judge(rows, answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -331,11 +332,27 @@ def test_wrong_rows(wordpiece, answers, message):
         task.examples([{"question": "Who?", "context": CONTEXT, "answers": answers}])
 
 
+def test_answers_that_no_window_holds_are_told(wordpiece):
+    """Windows of six tokens that share two: of ROWS only the answers of few tokens can be in one."""
+    short = make("qa", wordpiece, [], max_length=12, max_question_tokens=3, doc_stride=2)
+    lost = 0
+    for example in ROWS:
+        made = short.examples([example])
+        lost += all(made[0, i]["start_positions"] == 0 for i in range(len(made)))
+    assert 0 < lost < len(ROWS)
+    told = f"{lost} of {len(ROWS)} rows have an answer that no window holds whole.* max_length 12, .* share 2 tokens"
+    with pytest.warns(UserWarning, match=told):
+        short.examples(ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("qa", wordpiece, [], max_length=64).examples(ROWS)
+
+
 @pytest.mark.parametrize(
     ("max_length", "options", "message"),
     [
-        (32, {"doc_stride": 20, "max_question_tokens": 10}, r"32 leaves 19 tokens .* doc_stride \(20\) must be less"),
-        (16, {"max_question_tokens": 16}, r"max_length 16 leaves -3 tokens"),
+        (32, {"doc_stride": 20, "max_question_tokens": 10}, r"doc_stride \(20\) must be less than the 19 tokens of"),
+        (16, {"max_question_tokens": 16}, "16 leaves no token for .* 3 special tokens .* give max_length 20 or more"),
         (64, {"max_answer_tokens": 0}, "max_answer_tokens must be 1 or more, got 0"),
         (64, {"outside": "null"}, "outside 'null' is neither cls nor ignore"),
     ],

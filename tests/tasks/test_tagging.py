@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -254,6 +255,33 @@ def test_wrong_rows(wordpiece, row, message):
     task = make("tagging", wordpiece, [], labels=LABELS, max_length=32)
     with pytest.raises(ValueError, match=message):
         task.examples([row])
+
+
+def test_judging_tells_of_tags_that_the_model_does_not_know(wordpiece):
+    task = make("tagging", wordpiece, [], labels=LABELS, max_length=32)
+    rows = [*ROWS, {"words": "On Monday Emma".split(), "tags": ["O", "B-DATE", "B-A"]}]
+    rows += [{"words": list("abcdefgh"), "tags": [f"B-{i}" for i in range(6)] + ["B-DATE", "I-DATE"]}]
+    answers = [{"tags": [tag if tag in LABELS else "O" for tag in row["tags"]]} for row in rows]
+    told = r"2 of 6 rows have a tag that the model does not know \('B-DATE': 2, 'B-0': 1, .* and 3 more\): no answer to"
+    with pytest.warns(UserWarning, match=told):
+        judged = task.judge(rows, answers)
+    assert judged.scores["span_recall"].value == 10 / 18 and judged.scores["span_precision"].value == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task.judge(ROWS, answers[:4]).scores["span_f1"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (["O"], r"row 1: tags is \['O'\]; expected as many as words, 2, not 1"),
+        (["O", "NN"], "row 1: tags is 'NN'; expected O, or B-, I- and a type, as the model's tags are"),
+    ],
+)
+def test_rows_that_cannot_be_judged(wordpiece, tags, message):
+    task = make("tagging", wordpiece, [], labels=LABELS, max_length=32)
+    with pytest.raises(ValueError, match=message):
+        task.judge([{"words": ["a", "b"], "tags": tags}], [{"tags": ["O", "O"]}])
 
 
 def test_tags_of_another_scheme_are_told(wordpiece):

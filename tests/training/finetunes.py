@@ -32,6 +32,24 @@ def write(path: Path, made: list[dict]) -> Path:
     return path
 
 
+def pairs(count: int, seed: int = 0) -> list[dict]:
+    """Of two answers the friendly one is better."""
+    draw = random.Random(seed)
+    asked = (draw.choices(["day", "soup", "film", "was", "the"], k=draw.randint(1, 4)) for _ in range(count))
+    return [{"prompt": " ".join(a), "chosen": draw.choice(GOOD), "rejected": draw.choice(BAD)} for a in asked]
+
+
+def preferring(directory: Path, *overrides: str) -> FinetuneConfig:
+    """`tiny` of preferences, with rows to test with."""
+    if not (directory / "gpt").is_dir():
+        pretrained(directory / "gpt", "gpt-tiny", objectives=["clm"])
+        write(directory / "pairs.jsonl", pairs(40))
+        write(directory / "test.jsonl", pairs(12, 1))
+    given = ("task=preference", f"model={directory}/gpt", f"train={directory}/pairs.jsonl", "max_length=24",
+             f"test={directory}/test.jsonl")  # fmt: skip
+    return tiny(directory, *given, *overrides)
+
+
 def pretrained(directory: Path, preset: str = "bert-tiny", seed: int = 1, **fields) -> Path:
     """A model that knows nothing, with its tokenizer, as a directory."""
     tokenizer = Tokenizer.train([row["text"] for row in rows(80, 9)], "wordpiece", 100)

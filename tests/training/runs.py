@@ -32,17 +32,19 @@ def corpus(directory: Path) -> Path:
 
 
 def tiny(directory: Path, objective: str = "clm", *overrides: str) -> RunConfig:
-    """Eight steps, a checkpoint every third, dropout on."""
-    preset = "gpt-tiny" if objective == "clm" else "bert-tiny"
+    """Eight steps, a checkpoint every third, dropout on; "plm" with memory."""
+    shape = {"preset": {"clm": "gpt-tiny", "plm": "xlnet-tiny"}.get(objective, "bert-tiny")}
+    shape |= {"d_model": 16, "d_ff": 32, "n_heads": 2}
+    options = {"reuse": 12, "memory": 20, "two_segments": True} if objective == "plm" else {}
     return RunConfig.from_dict(
         {
             "corpus": str(corpus(directory)),
             "objective": objective,
-            "model": {"preset": preset, "d_model": 16, "d_ff": 32, "n_heads": 2, "max_positions": 32},
+            "model": shape if objective == "plm" else shape | {"max_positions": 32},
             "steps": 8,
             "seed": 3,
             "tokenizer": {"vocab_size": 300},
-            "data": {"sequence_length": 32, "batch_tokens": 64, "accumulation": 2, "held_out": 0.1},
+            "data": {"sequence_length": 32, "batch_tokens": 64, "accumulation": 2, "held_out": 0.1, "options": options},
             "optimizer": {"lr": 0.01},
             "every": {"evaluate": 4, "save": 3},
         },

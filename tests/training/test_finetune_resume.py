@@ -14,7 +14,7 @@ from llmengine.files import sha256
 from llmengine.training import checkpoint as checkpoints
 from llmengine.training import train
 from llmengine.training.finetuning import Finetuning
-from tests.training.finetunes import held_out_losses, pretrained, tiny
+from tests.training.finetunes import held_out_losses, preferring, pretrained, tiny
 from tests.training.runs import At, Crash, crash, interrupt, outcome, run
 
 EVERYTHING = ("r_drop=0.5", "fgm=0.3", "neftune=5", "ema={decay: 0.9}", "optimizer.layer_decay=0.8",
@@ -73,6 +73,26 @@ def test_distillation_is_resumed(tmp_path):
     records = outcome(tmp_path / "whole")["records"]
     assert set(records[0]["losses"]) == {"classification", "distillation", "r_drop"}
     assert set(next(r for r in records if r["kind"] == "evaluation")["losses"]) == {"classification"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("options={loss: ipo, reference: precomputed}",), ("lora={r: 2}", "options={reference: precomputed}")],
+    ids=["live", "precomputed", "adapters"],
+)
+def test_preferences_are_resumed_with_their_reference(tmp_path, overrides):
+    """Which is what the run began with, not what the checkpoint holds: losses, margins and the test say so."""
+    config = preferring(tmp_path, "fields={dropout: 0.2}", *overrides)
+    run(config, tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(config, tmp_path / "parts", 5, crash)
+    run(config, tmp_path / "parts", resume=True)
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+    reports = [(tmp_path / name / "evaluation" / "predictions.jsonl").read_text() for name in ("parts", "whole")]
+    assert reports[0] == reports[1]
+    pretrained(tmp_path / "gpt", "gpt-tiny", seed=2, objectives=["clm"])
+    with pytest.raises(ValueError, match=r"weights that it builds on.* are no longer those"):
+        run(config, tmp_path / "parts", resume=True)
 
 
 def test_regularisers_change_what_is_learnt(tmp_path):

@@ -84,13 +84,13 @@ def test_files_may_name_their_columns_otherwise(tmp_path):
 
 def test_a_class_of_validation_rows_alone_is_named(tmp_path):
     write(tmp_path / "validation.jsonl", [*rows(4), {"text": "so so", "label": "mixed"}])
-    with pytest.raises(ValueError, match=r"row 5: label is 'mixed'; expected one of bad, good"):
+    with pytest.raises(ValueError, match=r"validation\.jsonl, line 5: label is 'mixed'; expected one of bad, good"):
         prepared(tmp_path, f"validation={tmp_path}/validation.jsonl")
 
 
 def test_test_rows_without_answers_are_named_before_training(tmp_path):
     write(tmp_path / "test.jsonl", [{"text": "so so"}])
-    with pytest.raises(ValueError, match=r"row 1 has no 'label'; its columns: text"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1 has no 'label'; its columns: text"):
         prepared(tmp_path, f"test={tmp_path}/test.jsonl")
 
 
@@ -181,7 +181,7 @@ def test_epochs_are_counted_in_steps(tmp_path, epochs, steps):
         "task=clasification": "task: 'clasification' is not one of classification",
         "model=nowhere": "nowhere",
         "max_length=64 data.batch_tokens=64": "max_length (64) must be at most what the model reads, 32 tokens",
-        "labels=[good]": "row",
+        "labels=[good]": "train.jsonl, line 1: label is 'bad'; expected one of good",
         "options={problm: multi}": "no option problm; options: problem, threshold",
         "fields={n_labels: 4}": "fields.n_labels is decided by task 'classification'; leave it out",
         "fields={dropuot: 0.1}": "fields.dropuot is no field of a model (did you mean dropout?)",

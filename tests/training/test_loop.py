@@ -10,10 +10,11 @@ import torch
 import transformers
 
 import llmengine
+from llmengine.optim import AdamW
 from llmengine.training import Diverged, Observer, RunConfig, train
 from llmengine.training.evaluation import evaluate
 from llmengine.training.gradients import accumulate
-from llmengine.training.optimizer import adamw, clip, learning_rate
+from llmengine.training.optimizer import adamw, clipping, learning_rate
 from llmengine.training.pretraining import Pretraining
 from llmengine.training.run import Folder
 from tests.training.runs import At, Crash, crash, merged, run, tiny
@@ -158,11 +159,23 @@ def test_only_matrices_decay(tmp_path):
 
 def test_clipping():
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
-    assert float(clip(gradients, None)) == float(clip(gradients, 6.0)) == 5.0
-    assert gradients[1].item() == 4.0
-    assert float(clip(gradients, 1.0)) == 5.0
-    torch.testing.assert_close(gradients[0], torch.tensor([0.6, 0.0]))
-    assert math.isnan(float(clip([torch.tensor([float("nan")])], 1.0)))
+    assert clipping(gradients, None) == clipping(gradients, 6.0) == (torch.tensor(5.0), None)
+    norm, scale = clipping(gradients, 1.0)
+    assert (float(norm), float(scale)) == (5.0, pytest.approx(0.2))
+    norm, scale = clipping([torch.tensor([float("nan")])], 1.0)
+    assert math.isnan(float(norm)) and scale is None
+
+
+def test_a_clipped_step_is_one_on_scaled_gradients():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2)]
+    optimizers = [AdamW([weight], 1e-2, eps=1.0) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.linspace(-3, 5, 50)
+    _, scale = clipping([weights[0].grad], 1.0)
+    optimizers[0].step(gradient_scale=scale)
+    torch.nn.utils.clip_grad_norm_([weights[1]], 1.0)
+    optimizers[1].step()
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -172,13 +185,16 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     config = tiny(tmp_path, "clm", "steps=1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty; give another folder, or resume"):
+    with pytest.raises(FileExistsError, match=r"run is not empty; give another folder$"):
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train(config, tmp_path / "run", resume=True)
     with pytest.raises(FileExistsError, match="is a file"):
         train(config, tmp_path / "run" / "thesis.txt")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError, match="give another folder, or go on with the run that is there: --resume"):
+        train(config, tmp_path / "run")
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):

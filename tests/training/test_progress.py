@@ -13,7 +13,7 @@ from tests.training.runs import At, interrupt, tiny
 
 
 def watched(tmp_path, *observers, terminal: bool) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140 if terminal else 60)
     train(tiny(tmp_path, "bert"), tmp_path / "run", observers=[ProgressLine(console), *observers])
     return console.file.getvalue()
 
@@ -24,6 +24,7 @@ def test_plain_lines(tmp_path):
     lines = text.splitlines()
     assert lines[0].startswith("bert: ") and "parameters on cpu, fp32, steps 1 to 8" in lines[0]
     assert lines[1].startswith("step 1/8  loss ") and "tokens/s" in lines[1] and "FLOP/s" in lines[1]
+    assert lines[0].endswith("steps an epoch"), "whole, however narrow the place is"
     assert any(line.startswith("step 8/8  loss ") and line.endswith("0:00 left") for line in lines)
     held_out = [line for line in lines if "held out" in line]
     assert len(held_out) == 2 and all("perplexity" in line and "accuracy mlm" in line for line in held_out)

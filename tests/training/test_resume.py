@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.training import RunConfig, train
+from llmengine.training import RunConfig, checkpoint, train
 from tests.training.runs import At, Crash, crash, interrupt, outcome, run, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("objective", ["clm", "bert"])
+@pytest.mark.parametrize("objective", ["clm", "bert", "plm"])
 def test_a_crashed_and_an_interrupted_run_end_as_an_uninterrupted_one(tmp_path, objective, precision, workers):
     config = tiny(tmp_path, objective, f"precision={precision}")
     run(config, tmp_path / "whole")
@@ -74,7 +74,7 @@ def test_a_second_interrupt_aborts_at_once(tmp_path):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from llmengine.training import RunConfig, train
+from llmengine.training import RunConfig, checkpoint, train
 torch.set_num_threads(int(sys.argv[3]))
 output = Path(sys.argv[2])
 train(RunConfig.from_file(sys.argv[1]), output, resume=(output / "config.yaml").is_file())
@@ -109,3 +109,36 @@ def test_kill_nine_at_random_moments(tmp_path, workers):
     assert start(tmp_path / "config.yaml", output).wait(timeout=120) == 0
     assert outcome(output) == outcome(tmp_path / "whole")
     assert not list((output / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_of_pytorchs_optimizer_are_read_and_ours_are_like_them(tmp_path, monkeypatch):
+    """Runs of before this engine had an optimizer of its own."""
+
+    class Torchs(torch.optim.AdamW):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, fused=True)
+
+        def step(self, closure=None, *, gradient_scale=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if gradient_scale is not None and parameter.grad is not None:
+                        parameter.grad.mul_(gradient_scale)
+            return super().step(closure)
+
+    config = tiny(tmp_path)
+    run(config, tmp_path / "ours")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmengine.training.optimizer.AdamW", Torchs)
+        with pytest.raises(Crash):
+            run(config, tmp_path / "theirs", 5, crash)  # the checkpoint is of step 3
+    assert run(config, tmp_path / "theirs", resume=True).step == 8
+    ours, theirs = (outcome(tmp_path / name) for name in ("ours", "theirs"))
+    for a, b in zip(ours["records"], theirs["records"], strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    states = [
+        checkpoint.newest(tmp_path / name / "checkpoints", print).tensors("optimizer") for name in ("ours", "theirs")
+    ]
+    assert [(k, v.dtype, v.shape) for k, v in states[0].items()] == [
+        (k, v.dtype, v.shape) for k, v in states[1].items()
+    ]

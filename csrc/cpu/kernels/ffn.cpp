@@ -33,8 +33,11 @@ inline Act logistic(F x) {
   return {select(x < 0.0f, e * i, i), e * i * i};
 }
 
+// T: what the results are rounded to.
+template <class T>
 struct Gelu {
   static Act of(F x) {
+    if constexpr (std::is_same_v<T, bf16>) return {x * near_cdf(x), near_gelu_slope(x)};
     const Normal normal_x = normal(x);
     return {x * normal_x.cdf, normal_x.cdf + x * normal_x.density};
   }
@@ -62,10 +65,10 @@ struct Silu {
   }
 };
 
-template <class Body>
+template <class T, class Body>
 void visit_activation(const std::string& name, const Body& body) {
   switch (ops::activation_of(Checker{"ffn"}, name)) {
-    case ops::Activation::gelu: return body(Gelu{});
+    case ops::Activation::gelu: return body(Gelu<T>{});
     case ops::Activation::gelu_tanh: return body(GeluTanh{});
     case ops::Activation::relu: return body(Relu{});
     case ops::Activation::silu: return body(Silu{});
@@ -167,7 +170,7 @@ void ffn_forward(const ops::FeedForwardForward& p) {
   const auto b_down = as_floats(p.b_down, d, 0.0f);
   const Matrix x{p.input};
   visit_float(p.input.dtype, [&]<class T>(T) {
-    visit_activation(p.activation, [&]<class Activation>(Activation) {
+    visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
       gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), p.w_gate.defined() ? d : 0, 1}},
            [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); });
     });
@@ -191,7 +194,7 @@ void ffn_backward(const ops::FeedForwardBackward& p) {
   BlockSums b_up{p.grad_b_up, tokens}, b_gate{p.grad_b_gate, tokens};
   if (past_hidden || p.grad_w_down.defined()) {
     visit_float(p.input.dtype, [&]<class T>(T) {
-      visit_activation(p.activation, [&]<class Activation>(Activation) {
+      visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
         gemm(tokens, f, {{Matrix(p.grad_output), Matrix(p.w_down), past_hidden ? d : 0}},
              [&](const Tile& tile) { write_grad_hidden<T, Activation>(p, dropout, b_up, b_gate, tile); });
       });

@@ -2,18 +2,19 @@
 // matrix multiplication", 2008).
 //
 //           <- strip: packed B of all depth, at most kStripBytes or one tile wide ->
-//           +--- tile ---+--- tile ---+            B: blocks of kBlockDepth rows, each in panels of kPanel columns
-//     tile  | C, float,  |            |            A: one tile's rows and kBlockDepth columns at a time
-//     rows  | own scratch|            |            C: kTileRows x kPanel in registers for a block of depth, then added
-//           +------------+------------+               to the tile in scratch
+//           +--- tile ---+--- tile ---+            B: blocks of depth, each in panels of columns
+//     tile  | C, float,  |            |            A: one layer's rows, in the same blocks
+//     rows  | own scratch|            |            C: a few rows and a panel in registers for a block of depth, then
+//           +------------+------------+               added to the tile in scratch
 //
-//   All threads pack a strip, then take tiles of it as they come free. A panel of B (16 KiB) stays in the first-level
-//   cache while A's block (96 KiB) and C's tile (144 KiB) go by from the second; tiles of one column follow each other,
-//   so that their B (depth x kTileColumns) comes from the third. Packing costs one pass over B in all and one over A
-//   for each column of tiles, 1/384 of the multiply-adds. Limit: the multiply-add units.
+//   All threads pack a strip, then take layers of rows as they come free: a layer's A is packed once and meets all
+//   tiles of the strip (only those of a part of it where layers are few). A panel of B stays in the first-level cache,
+//   or streams from the second, while a layer's A goes by; C's tile (144 KiB) and A's block (102 KiB) stay in the
+//   second, B comes from the third. Packing costs one pass over B in all and one over A for each strip. Limit: the
+//   multiply-add units.
 //
-//   A processor with matrix instructions wants other panels (pairs of bf16) and another inner product: that is Packing
-//   and multiply_panels() below; strips, tiles and epilogues stay.
+//   A term of float operands, or of mixed ones, is multiplied in float (cpu/tile_gemm.h); one of bf16 in pairs where
+//   the processor has such products (cpu/pair_tile.h). A block of depth has the same bytes either way.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -24,10 +25,13 @@
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
-constexpr int64_t kBlockDepth = 256;
-constexpr int64_t kRowOfA = kBlockDepth + 8;  // not a power of two: rows of a block must not share one cache set
-constexpr int64_t kMostTileRows = 4 * kRowBlock;
+constexpr int64_t kBlockFloats = 256;           // of a row in a block of depth; pairs of bf16 count as one
+constexpr int64_t kRowOfA = kBlockFloats + 16;  // an odd number of lines: rows of a block must not share one cache set
+constexpr int64_t kMostTileRows = 96;
 constexpr int64_t kStripBytes = 8 << 20;
+constexpr int64_t kLayerBytes = 2 << 20;                   // a layer's A, if all of it is to be kept
+constexpr int64_t kPanels = std::lcm(kPanel, kPairPanel);  // columns, rounded up for panels of either kind
+static_assert(kMostTileRows % kRowBlock == 0);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -104,21 +108,52 @@ void multiply_panels(Lies lies, Into into, int64_t rows, int64_t columns, int64_
   multiply(rows, columns, depth, a, b, c, c_stride);
 }
 
-// A run of at most kBlockDepth columns of a term's A and rows of its B.
+bf16* as_pairs(float* p) { return static_cast<bf16*>(static_cast<void*>(p)); }
+const bf16* as_pairs(const float* p) { return static_cast<const bf16*>(static_cast<const void*>(p)); }
+
+// The counterparts in bf16; rows of A lie 2 kRowOfA apart.
+void pack_a_for_pairs(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, bf16* to) {
+  if (a.transposed) {
+    return pack_lines_transposed(line<bf16>(a, k) + row, a.stride, rows, depth, to, 2 * kRowOfA);
+  }
+  for (int64_t r = 0; r < rows; ++r) pack_line(line<bf16>(a, row + r) + k, depth, to + r * 2 * kRowOfA);
+}
+
+void pack_b_for_pairs(const Matrix& b, int64_t k, int64_t depth, int64_t column, int64_t columns, bf16* to) {
+  if (b.transposed) return pack_pairs_transposed(line<bf16>(b, column) + k, b.stride, columns, depth, to);
+  pack_pairs_by<bf16>([&](int64_t i) { return line<bf16>(b, k + i) + column; }, depth, columns, to);
+}
+
+void multiply_pair_panels(Into into, int64_t rows, int64_t columns, int64_t depth, const bf16* a, const bf16* b,
+                          float* c, int64_t c_stride) {
+  const auto multiply = into == Into::place ? multiply_pairs<Into::place> : multiply_pairs<Into::add>;
+  multiply(rows, ceil_div(columns, kLanes), pair_depth(depth), a, 2 * kRowOfA, b, pair_panel_size(depth), c, c_stride,
+           nullptr);
+}
+
+// A run of a term's depth, at most kBlockFloats of packed floats or pairs.
 struct Block {
   const Term* term;
-  int64_t k, depth;
-  int64_t before;  // depth of the blocks in front: says where in the strip its B is packed
+  bool pairs;
+  int64_t k, depth, before;  // before: floats of the blocks in front, which say where in the strip its B is packed
   Into into;
 
+  int64_t floats() const { return pairs ? pair_depth(depth) / 2 : depth; }
+
   void pack_a(int64_t row, int64_t rows, float* to) const {
+    if (pairs) return pack_a_for_pairs(term->a, row, rows, k, depth, as_pairs(to));
     visit_float(term->a.dtype, [&]<class T>(T) {
       const auto pack = term->a.transposed ? pack_a_across<T> : pack_a_along<T>;
       pack(term->a, row, rows, k, depth, to);
     });
   }
   void pack_b(int64_t column, int64_t columns, float* to) const {
+    if (pairs) return pack_b_for_pairs(term->b, k, depth, column, columns, as_pairs(to));
     visit_float(term->b.dtype, [&]<class T>(T) { LLMENGINE_ISA::pack_b<T>(term->b, k, depth, column, columns, to); });
+  }
+  void multiply(int64_t rows, int64_t columns, const float* a, const float* b, float* c, int64_t c_stride) const {
+    if (pairs) return multiply_pair_panels(into, rows, columns, depth, as_pairs(a), as_pairs(b), c, c_stride);
+    multiply_panels(term->a.transposed ? Lies::across : Lies::along, into, rows, columns, depth, a, b, c, c_stride);
   }
 };
 
@@ -128,70 +163,92 @@ class Gemm {
       : rows_(rows), columns_(columns), epilogue_(epilogue) {
     for (const Term& term : terms) add(term);
     const int64_t tiles = ceil_div(columns, kTileColumns);
-    const int64_t affordable = kStripBytes / 4 / std::max<int64_t>(depth_, 1) / kTileColumns;
+    const int64_t affordable = kStripBytes / 4 / std::max<int64_t>(floats_, 1) / kTileColumns;
     const int64_t strips = ceil_div(tiles, std::max<int64_t>(affordable, 1));
     strip_ = ceil_div(tiles, strips) * kTileColumns;
     // Too few tiles for the threads: lower ones. Their height changes no sum.
     while (tile_rows_ > kRowBlock && ceil_div(rows, tile_rows_) * tiles < 4 * num_threads()) tile_rows_ /= 2;
-    tile_rows_ = std::min(tile_rows_, round_up(rows, kTileRows));
+    tile_rows_ = std::min(tile_rows_, round_up(rows, kRowStep));
+    keeps_a_ = blocks() * tile_rows_ * kRowOfA * 4 <= kLayerBytes;
   }
 
   void run() const {
     static thread_local Scratch scratch;
-    float* packed = scratch.take(depth_ * std::min(strip_, round_up(columns_, kPanel)))[0];
+    float* packed = scratch.take(floats_ * std::min(strip_, round_up(columns_, kPanels)))[0];
     for (int64_t column = 0; column < columns_; column += strip_) {
-      const int64_t end = std::min(columns_, column + strip_), tiles = ceil_div(end - column, kTileColumns);
-      const auto columns_of = [&](int64_t tile) { return std::min(kTileColumns, end - column - tile * kTileColumns); };
-      const auto place = [&](const Block& block, int64_t tile) {
-        return packed + block.before * round_up(end - column, kPanel) + tile * kTileColumns * block.depth;
-      };
-      parallel_each(tiles * static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
-        const Block& block = blocks_[task / tiles];
-        const int64_t tile = task % tiles;
-        block.pack_b(column + tile * kTileColumns, columns_of(tile), place(block, tile));
+      const Strip strip{column, std::min(columns_, column + strip_), packed};
+      parallel_each(strip.tiles() * blocks(), [&](int64_t task) {
+        const Block& block = blocks_[task / strip.tiles()];
+        const int64_t tile = task % strip.tiles();
+        block.pack_b(strip.column(tile), strip.columns(tile), strip.place(block, tile));
       });
       const int64_t layers = ceil_div(rows_, tile_rows_);
-      parallel_each(tiles * layers, [&](int64_t task) {
-        const int64_t tile = task / layers, row = task % layers * tile_rows_;
-        run_tile(row, std::min(tile_rows_, rows_ - row), column + tile * kTileColumns, columns_of(tile),
-                 [&](const Block& block) { return place(block, tile); });
+      const int64_t parts = std::min(strip.tiles(), ceil_div(4 * num_threads(), layers));
+      parallel_each(layers * parts, [&](int64_t task) {
+        const int64_t row = task / parts * tile_rows_, part = task % parts;
+        run_layer(row, std::min(tile_rows_, rows_ - row), strip, strip.tiles() * part / parts,
+                  strip.tiles() * (part + 1) / parts);
       });
     }
   }
 
  private:
-  int64_t rows_, columns_, strip_ = 0, tile_rows_ = kMostTileRows, depth_ = 0;
+  // Columns [begin, end) of C, and where B is packed for them.
+  struct Strip {
+    int64_t begin, end;
+    float* packed;
+
+    int64_t tiles() const { return ceil_div(end - begin, kTileColumns); }
+    int64_t column(int64_t tile) const { return begin + tile * kTileColumns; }
+    int64_t columns(int64_t tile) const { return std::min(kTileColumns, end - column(tile)); }
+    float* place(const Block& block, int64_t tile) const {
+      return packed + block.before * round_up(end - begin, kPanels) + tile * kTileColumns * block.floats();
+    }
+  };
+
+  int64_t rows_, columns_, strip_ = 0, tile_rows_ = kMostTileRows, floats_ = 0;
   int accumulators_ = 1;
+  bool keeps_a_ = false;  // a layer's A is packed whole, for all of its tiles
   Epilogue epilogue_;
   std::vector<Block> blocks_;
   bool begun_[kAccumulators] = {};
 
+  int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
+
   void add(const Term& term) {
-    for (int64_t k = 0; k < term.depth; k += kBlockDepth) {
-      const int64_t depth = std::min(kBlockDepth, term.depth - k);
-      blocks_.push_back({&term, k, depth, depth_, begun_[term.into] ? Into::add : Into::place});
+    const bool pairs = kPairsPay && term.a.dtype == DType::bf16 && term.b.dtype == DType::bf16;
+    const int64_t step = pairs ? 2 * kBlockFloats : kBlockFloats;
+    for (int64_t k = 0; k < term.depth; k += step) {
+      const Into into = begun_[term.into] ? Into::add : Into::place;
+      blocks_.push_back({&term, pairs, k, std::min(step, term.depth - k), floats_, into});
+      floats_ += blocks_.back().floats();
       begun_[term.into] = true;
       accumulators_ = std::max(accumulators_, term.into + 1);
-      depth_ += depth;
     }
   }
 
-  template <class PackedB>
-  void run_tile(int64_t row, int64_t rows, int64_t column, int64_t columns, const PackedB& packed_b) const {
+  // Tiles [first, last) of the strip, in rows [row, row + rows).
+  void run_layer(int64_t row, int64_t rows, const Strip& strip, int64_t first, int64_t last) const {
     static thread_local Scratch scratch;
-    const int64_t padded_rows = round_up(rows, kTileRows), stride = round_up(columns, kPanel);
-    const auto [a, c] = scratch.take(padded_rows * kRowOfA, accumulators_ * padded_rows * stride);
-    Tile tile{row, column, rows, columns, {}, stride};
-    for (int i = 0; i < accumulators_; ++i) {
-      tile.c[i] = c + i * padded_rows * stride;
-      if (!begun_[i]) std::fill_n(tile.c[i], rows * stride, 0.0f);
+    const PairSession session;
+    const int64_t padded_rows = round_up(rows, kRowStep), block_of_a = padded_rows * kRowOfA;
+    const auto [a, c] =
+        scratch.take((keeps_a_ ? blocks() : 1) * block_of_a, accumulators_ * padded_rows * kTileColumns);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t columns = strip.columns(tile), stride = round_up(columns, kLanes);
+      Tile out{row, strip.column(tile), rows, columns, {}, stride};
+      for (int i = 0; i < accumulators_; ++i) {
+        out.c[i] = c + i * padded_rows * stride;
+        if (!begun_[i]) std::fill_n(out.c[i], rows * stride, 0.0f);
+      }
+      for (int64_t i = 0; i < blocks(); ++i) {
+        const Block& block = blocks_[i];
+        float* packed_a = a + (keeps_a_ ? i * block_of_a : 0);
+        if (tile == first || !keeps_a_) block.pack_a(row, rows, packed_a);
+        block.multiply(padded_rows, columns, packed_a, strip.place(block, tile), out.c[block.term->into], stride);
+      }
+      epilogue_.call(epilogue_.context, out);
     }
-    for (const Block& block : blocks_) {
-      block.pack_a(row, rows, a);
-      multiply_panels(block.term->a.transposed ? Lies::across : Lies::along, block.into, padded_rows, columns,
-                      block.depth, a, packed_b(block), tile.c[block.term->into], stride);
-    }
-    epilogue_.call(epilogue_.context, tile);
   }
 };
 

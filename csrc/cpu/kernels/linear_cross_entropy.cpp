@@ -8,8 +8,8 @@
 //     tokens   | sum w z, z of the target |
 //              +--------+--------+--------+
 //
-//   Backward, for kClasses classes and kTokens tokens at a time:
-//     dx = the block's logits once more, turned into their gradient in the epilogue       (6 MiB of float)
+//   Backward, for kClasses classes and up to 2048 tokens at a time:
+//     dx = the block's logits once more, turned into their gradient in the epilogue       (6 MiB)
 //     grad_input[tokens] += dx weight[classes],  grad_weight[classes] += dx^T input[tokens],  grad_bias += sums of dx
 //
 //   Memory beside inputs and outputs: blocks of fixed size, about 150 bytes a labelled token, and for bf16 one float32
@@ -28,7 +28,7 @@ namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
 constexpr int64_t kStripTiles = 8, kStrip = kStripTiles * kTileColumns;
-constexpr int64_t kTokens = 1024, kClasses = 4 * kTileColumns;
+constexpr int64_t kClasses = 4 * kTileColumns, kBlockBytes = 1024 * kClasses * 4;
 
 // Rows [first, first + count) of a matrix.
 TensorView rows_of(const TensorView& t, int64_t first, int64_t count) {
@@ -153,7 +153,12 @@ void gather_tile(const Tile& tile, bool add, float* to, int64_t stride, const In
 struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   const LogitsGradient gradient{token, cap};
   const double scale = loss_scale(p);
-  // (kTokens, kClasses): the block's dx. (kClasses, d): its share of grad_linear_weight, where that is not float32.
+  // Of bf16 operands, where their products are quicker than those of floats, dx is one too: as PyTorch's, whose logits
+  // also are.
+  const bool in_pairs = kPairsPay && p.input.dtype == DType::bf16 && p.linear_weight.dtype == DType::bf16;
+  const DType dx_type = in_pairs ? DType::bf16 : DType::f32;
+  const int64_t block_tokens = kBlockBytes / kClasses / size_of(dx_type);
+  // the block's dx, rows kClasses apart; (kClasses, d): its share of grad_linear_weight, where that is not float32
   float *dx = nullptr, *weight_sums = nullptr;
 
   explicit Backward(const ops::LinearCrossEntropyBackward& params) : Logits(params, "linear_cross_entropy backward") {}
@@ -161,12 +166,12 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   void run() {
     const bool rounded = p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
     static thread_local Scratch scratch;
-    const auto [block, sums] = scratch.take(kTokens * kClasses, rounded ? kClasses * d : 0);
+    const auto [block, sums] = scratch.take(kBlockBytes / 4, rounded ? kClasses * d : 0);
     dx = block, weight_sums = rounded ? sums : nullptr;
     for (int64_t first = 0; first < classes; first += kClasses) {
       const int64_t n = std::min(kClasses, classes - first), count = static_cast<int64_t>(labelled.size());
-      for (int64_t row = 0; row < std::max<int64_t>(count, 1); row += kTokens) {
-        run_block(row, std::min(kTokens, count - row), first, n);
+      for (int64_t row = 0; row < std::max<int64_t>(count, 1); row += block_tokens) {
+        run_block(row, std::min(block_tokens, count - row), first, n);
       }
       if (rounded) round_rows(weight_sums, d, rows_of(p.grad_linear_weight, first, n));
     }
@@ -182,18 +187,18 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
     const int64_t* index = labelled.data() + row;
     const bool later = row > 0;
     if (p.grad_input.defined()) {
-      gemm(rows, d, {{Matrix(dx, kClasses), Matrix(weight), n}}, [&](const Tile& tile) {
+      gemm(rows, d, {{dx_matrix(), Matrix(weight), n}}, [&](const Tile& tile) {
         gather_tile(tile, first > 0, p.sums.as<float>(), d, [&](int64_t r) { return index[r]; });
       });
     }
     if (p.grad_linear_weight.defined()) {
       float* to = weight_sums ? weight_sums : p.grad_linear_weight.as<float>() + first * p.grad_linear_weight.stride(0);
       const int64_t stride = weight_sums ? d : p.grad_linear_weight.stride(0);
-      gemm(n, d, {{Matrix(dx, kClasses).t(), Matrix(p.input).gathered(index), rows}},
+      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}},
            [&](const Tile& tile) { gather_tile(tile, later, to, stride, [](int64_t r) { return r; }); });
     }
     if (p.grad_linear_bias.defined()) {
-      column_sums(dx, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first);
+      visit_dx([&](auto* at) { column_sums(at, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first); });
     }
   }
 
@@ -202,8 +207,20 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
     const int64_t upstream = p.grad_loss.ndim ? row * p.grad_loss.stride(0) : 0;
     const float lse = p.lse.as<float>()[row];
     const auto factors = token.gradient(target(row), lse, p.grad_loss.as<float>()[upstream] * scale);
-    float* to = dx + (tile.row + r) * kClasses + tile.column;
-    gradient(tile.c[0] + r * tile.stride, to, first, tile.columns, target(row), lse, factors);
+    visit_dx([&](auto* at) {
+      gradient(tile.c[0] + r * tile.stride, at + (tile.row + r) * kClasses + tile.column, first, tile.columns,
+               target(row), lse, factors);
+    });
+  }
+
+  Matrix dx_matrix() const {
+    Matrix block(dx, kClasses);
+    block.dtype = dx_type;
+    return block;
+  }
+  template <class Body>
+  void visit_dx(const Body& body) const {
+    visit_float(dx_type, [&]<class T>(T) { body(static_cast<T*>(static_cast<void*>(dx))); });
   }
 
   // Rows of float sums, rounded to their tensor.

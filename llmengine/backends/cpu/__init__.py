@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmengine.backends.cpu import (
+    adamw,
     attention,
     chain_field,
     cross_entropy,
@@ -19,6 +20,7 @@ from llmengine.ops.registry import Kernel
 __all__ = ["KERNELS", "unavailable"]
 
 KERNELS: dict[str, Kernel] = {
+    **adamw.KERNELS,
     **attention.KERNELS,
     **chain_field.KERNELS,
     **cross_entropy.KERNELS,

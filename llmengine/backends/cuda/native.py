@@ -45,6 +45,14 @@ class Native:
         with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             return getattr(self.module, function)(**arguments)
 
+    def product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a b + bias in their precision, by cuBLAS. The simulator has none: there the sums are float64's, so that the
+        result does not depend on how PyTorch's threads share them."""
+        if not a.is_cuda:
+            exact = a.double() @ b.double()
+            return (exact if bias is None else exact + bias).to(a.dtype)
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
     def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
         """The refusals that all kernels have in common: a device or float dtype that they do not take."""
         given = [t for t in tensors if t is not None]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from llmengine.backends.reference import (
+    adamw,
     attention,
     chain_field,
     cross_entropy,
@@ -19,6 +20,7 @@ from llmengine.backends.reference import (
 from llmengine.ops.registry import Kernel
 
 KERNELS: dict[str, Kernel] = {
+    **adamw.KERNELS,
     **attention.KERNELS,
     **chain_field.KERNELS,
     **cross_entropy.KERNELS,

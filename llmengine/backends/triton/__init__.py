@@ -11,6 +11,7 @@ KERNELS: dict[str, Kernel] = {}
 
 if unavailable() is None:
     from llmengine.backends.triton import (
+        adamw,
         attention,
         chain_field,
         cross_entropy,
@@ -23,6 +24,7 @@ if unavailable() is None:
     )
 
     for module in (
-        attention, chain_field, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary, softmax,
+        adamw, attention, chain_field, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary,
+        softmax,
     ):  # fmt: skip
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from llmengine.backends.triton import device
 
 OPERATORS = (
+    "adamw",
     "attention",
     "chain_field",
     "cross_entropy",

@@ -101,7 +101,8 @@ def on_its_device(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def guarded(*args):
-        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, Tensor))):
+        tensors = (arg[0] if isinstance(arg, list) and arg else arg for arg in args)
+        with torch.cuda.device(next(arg.device for arg in tensors if isinstance(arg, Tensor))):
             return run(*args)
 
     return guarded

@@ -8,7 +8,7 @@ and methods, so that Trainer, pipelines, `generate` and PEFT take it for one of 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -34,10 +34,10 @@ from llmengine.convert import OWN
 from llmengine.integrations.transformers import attention
 from llmengine.integrations.transformers.cached import Columns
 from llmengine.integrations.transformers.configuration import LlmengineConfig
-from llmengine.models.generation import predicting_next
 from llmengine.models.initial import initialise
 from llmengine.models.inputs import Tokens, check_like, shift_right
 from llmengine.models.output import TransformerOutput
+from llmengine.models.relative_generation import predicting_next
 from llmengine.models.stack import Stack
 from llmengine.models.transformer import Transformer
 
@@ -132,7 +132,8 @@ class LlmenginePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
 
     def get_input_embeddings(self) -> Embedding:
-        return self.transformer.words
+        stack = self.transformer.decoder if self.transformer.encoder is None else self.transformer.encoder
+        return cast("Embedding", cast("Stack", stack).embeddings.word)
 
     def set_input_embeddings(self, value: Module) -> None:
         stack = self.transformer.decoder if self.transformer.encoder is None else self.transformer.encoder
@@ -249,7 +250,7 @@ class Generating(LlmenginePreTrainedModel, GenerationMixin):
             raise ValueError(f"{type(self).__name__}: {', '.join(given)} given, which does not go with a cache")
         model, config = self.transformer, self.transformer.config
         assert model.decoder is not None and model.token_head is not None  # these classes have them
-        Tokens(ids).layout(config, causal=True)  # checks
+        Tokens(ids, side="" if memory is None else "decoder_").layout(config, causal=True)  # checks
         positions = layout.positions if position_ids is None else position_ids.expand(ids.shape).flatten()
         most = 2**31 if config.max_positions is None else config.max_positions
         check_like("position_ids", positions.view(ids.shape), ids, most, "max_positions")

@@ -1,0 +1,276 @@
+"""The cases: operators on the shapes that training gives them, each beside PyTorch's way of computing the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_functional
+
+from llmengine import functional
+from llmengine.optim import AdamW
+
+Shape = tuple[int, ...]
+GELU = "gelu_tanh"
+BOTH = "forward + backward"
+
+# Rows do not fit a processor's last cache where they stand for memory's speed ("cpu": 64 MiB of float32 and more).
+SHAPES: dict[str, dict[str, list[Shape]]] = {
+    "cuda": {
+        "attention": [(4, 16, 2048, 128), (2, 16, 8192, 128), (4, 32, 2048, 64)],  # batch, heads, tokens, head_dim
+        "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
+        "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
+        "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
+        "logits": [(8192, 32768), (8192, 131072)],
+        "rotary": [(16384, 32, 128)],  # tokens, heads, head_dim
+        "adamw": [(148, 1 << 22)],  # parameters, elements of each
+    },
+    "cpu": {
+        "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
+        "ffn": [(2048, 768, 3072)],
+        "linear_cross_entropy": [(1024, 768, 50257)],
+        "rows": [(512, 768), (16384, 1024)],
+        "logits": [(512, 50257)],
+        "rotary": [(16384, 16, 64)],
+        "adamw": [(74, 1 << 19)],
+    },
+    "small": {
+        "attention": [(1, 2, 40, 16)],
+        "ffn": [(8, 16, 32)],
+        "linear_cross_entropy": [(8, 16, 40)],
+        "rows": [(5, 48)],
+        "logits": [(6, 50)],
+        "rotary": [(6, 2, 16)],
+        "adamw": [(3, 40)],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator and its peers' on equal tensors; `run[name](*tensors)` gives the (first) output.
+
+    Attributes:
+        bytes_moved, flops: what the forward cannot do without: each tensor read or written once; a multiply-add is two
+            operations, and those of elementwise parts are not counted.
+        backward_bytes, backward_flops: the same of the backward, beyond the forward.
+        passes: what is timed: all but `BOTH` is a call without gradients.
+    """
+
+    operator: str
+    name: str
+    dtype: torch.dtype
+    run: dict[str, Callable[..., Tensor]]
+    tensors: list[Tensor]
+    bytes_moved: float
+    flops: float = 0.0
+    backward_bytes: float = 0.0
+    backward_flops: float = 0.0
+    passes: tuple[str, ...] = ("forward", BOTH)
+
+
+def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[str] | None = None) -> Iterator[Case]:
+    """The cases of `SHAPES[shapes]`, one after another, those first that matter most should a budget cut them.
+
+    Args:
+        operators: names of `OPERATORS`; None takes all.
+    """
+    make = _Tensors(device, dtype)
+    for operator, (kind, build) in OPERATORS.items():
+        if operators is None or operator in operators:
+            for shape in SHAPES[shapes][kind]:
+                yield from build(make, shape)
+
+
+class _Tensors:
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=self.device) * scale).to(self.dtype)
+
+    def classes(self, n: int, count: int) -> Tensor:
+        return torch.randint(n, (count,), device=self.device)
+
+    def bytes(self, *tensors: Tensor) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _name(shape: Shape, *rest: str) -> str:
+    return " ".join(["x".join(map(str, shape)), *rest])
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _attention(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    for causal in (False, True):
+        yield _attention_case(make, shape, causal)
+
+
+def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
+    batch, heads, tokens, head_dim = shape
+    q, k, v = (make.randn(*shape) for _ in range(3))
+    backends = torch.nn.attention.SDPBackend
+
+    def sdpa(which: torch.nn.attention.SDPBackend | None = None) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if which is None:
+                return torch_functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            with torch.nn.attention.sdpa_kernel(which):
+                return torch_functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return call
+
+    peers = {"torch": sdpa()}
+    if q.is_cuda:
+        peers |= {"torch flash": sdpa(backends.FLASH_ATTENTION), "cudnn": sdpa(backends.CUDNN_ATTENTION)}
+    flops = 4 * batch * heads * tokens * tokens * head_dim * (0.5 if causal else 1.0)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    run = {"llmengine": ours, **peers}
+    name = _name(shape, "causal" if causal else "full")
+    return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
+
+
+def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    tokens, d_model, d_ff = shape
+    x, b_up, b_down = make.randn(tokens, d_model), make.randn(d_ff), make.randn(d_model)
+    up, down = make.randn(d_ff, d_model, scale=d_model**-0.5), make.randn(d_model, d_ff, scale=d_ff**-0.5)
+    flops = 4.0 * tokens * d_model * d_ff
+    moved = make.bytes(x, x, up, down)
+
+    def ours(x: Tensor, up: Tensor, b_up: Tensor, down: Tensor, b_down: Tensor) -> Tensor:
+        return functional.ffn(x, up, down, b_up=b_up, b_down=b_down, activation=GELU)
+
+    def plain(x: Tensor, up: Tensor, b_up: Tensor, down: Tensor, b_down: Tensor) -> Tensor:
+        hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
+        return torch_functional.linear(hidden, down, b_down)
+
+    run = {"llmengine": ours, "torch": plain}
+    yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
+
+
+def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    tokens, d_model, classes = shape
+    x, w = make.randn(tokens, d_model), make.randn(classes, d_model, scale=d_model**-0.5)
+    target = make.classes(classes, tokens)
+    flops = 2.0 * tokens * d_model * classes
+    moved = make.bytes(x, w)
+    run = {
+        "llmengine": lambda x, w: functional.linear_cross_entropy(x, w, target),
+        "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
+    }
+    yield Case("linear_cross_entropy", _name(shape), make.dtype, run, [x, w], moved, flops, 2 * moved, 2 * flops)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x, w, b = make.randn(*shape), make.randn(shape[1]), make.randn(shape[1])
+    run = {
+        "llmengine": lambda x, w, b: functional.layer_norm(x, shape[1:], w, b),
+        "torch": lambda x, w, b: torch_functional.layer_norm(x, shape[1:], w, b),
+    }
+    yield Case("layer_norm", _name(shape), make.dtype, run, [x, w, b], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+
+
+def _rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x, w = make.randn(*shape), make.randn(shape[1])
+    run = {
+        "llmengine": lambda x, w: functional.rms_norm(x, shape[1:], w),
+        "torch": lambda x, w: torch_functional.rms_norm(x, shape[1:], w),
+    }
+    yield Case("rms_norm", _name(shape), make.dtype, run, [x, w], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+
+
+def _add_layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x, residual, w, b = make.randn(*shape), make.randn(*shape), make.randn(shape[1]), make.randn(shape[1])
+    run = {
+        "llmengine": lambda x, r, w, b: functional.add_layer_norm(x, r, shape[1:], w, b)[0],
+        "torch": lambda x, r, w, b: torch_functional.layer_norm(x + r, shape[1:], w, b),
+    }
+    size = make.bytes(x)
+    yield Case("add_layer_norm", _name(shape), make.dtype, run, [x, residual, w, b], 4 * size, 0, 3 * size)
+
+
+def _softmax(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x = make.randn(*shape)
+    run = {"llmengine": lambda x: functional.softmax(x, -1), "torch": lambda x: torch.softmax(x, -1)}
+    yield Case("softmax", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+
+
+def _cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x, target = make.randn(*shape), make.classes(shape[1], shape[0])
+    for smoothing in (0.0, 0.1):
+        name = _name(shape, f"smoothing {smoothing}")
+        run = {
+            "llmengine": lambda x, s=smoothing: functional.cross_entropy(x, target, label_smoothing=s),
+            "torch": lambda x, s=smoothing: torch_functional.cross_entropy(x, target, label_smoothing=s),
+        }
+        yield Case("cross_entropy", name, make.dtype, run, [x], make.bytes(x), 0, 2 * make.bytes(x))
+
+
+def _rotary(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    tokens, _, head_dim = shape
+    x = make.randn(*shape)
+    angles = torch.rand(tokens, head_dim // 2, device=make.device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def plain(x: Tensor) -> Tensor:
+        c, s = cos[:, None], sin[:, None]
+        first, second = x.float().chunk(2, -1)
+        return torch.cat([first * c - second * s, second * c + first * s], -1).to(x.dtype)
+
+    run = {"llmengine": lambda x: functional.rotary_embedding(x, cos, sin), "torch": plain}
+    yield Case("rotary", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 2 * make.bytes(x))
+
+
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """float32 weights, whatever the dtype of the products; 28 bytes an element, 4 of them the gradient's."""
+    if make.device == "cpu" and make.dtype == torch.bfloat16:
+        return  # float32 has told it
+    count, size = shape
+    values, gradients = (torch.randn(count, size, device=make.device) for _ in range(2))
+
+    def step(optimizer: type[torch.optim.Optimizer], **options: Any) -> Callable[[], Tensor]:
+        parameters = [torch.nn.Parameter(value.clone()) for value in values]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        chosen = optimizer(parameters, **options)
+
+        def call() -> Tensor:
+            chosen.step()
+            return parameters[0]
+
+        return call
+
+    run = {
+        "llmengine": step(AdamW),
+        "torch": step(torch.optim.AdamW, fused=True),
+        "torch foreach": step(torch.optim.AdamW, foreach=True),
+    }
+    yield Case("adamw", _name(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
+
+
+OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
+    "attention": ("attention", _attention),
+    "ffn": ("ffn", _ffn),
+    "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),
+    "layer_norm": ("rows", _layer_norm),
+    "rms_norm": ("rows", _rms_norm),
+    "add_layer_norm": ("rows", _add_layer_norm),
+    "softmax": ("rows", _softmax),
+    "cross_entropy": ("logits", _cross_entropy),
+    "rotary": ("rotary", _rotary),
+    "adamw": ("adamw", _adamw),
+}

@@ -1,0 +1,64 @@
+"""Times of calls: device events on a GPU, the host's clock on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 25, 1.5
+
+
+class Clock:
+    """Medians in milliseconds of calls that are timed by turns, so that a machine's moods meet them all alike.
+
+    Args:
+        device: "cpu" or "cuda".
+        seconds: about how long the calls of one comparison may take in all, beyond three rounds.
+    """
+
+    def __init__(self, device: str, seconds: float = SECONDS) -> None:
+        self.device, self.seconds = device, seconds
+
+    def medians(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        if self.device == "cuda":
+            return {name: _events(call, "median") for name, call in calls.items()}
+        return {name: statistics.median(times) for name, times in self._turns(calls).items()}
+
+    def least(self, call: Callable[[], Any]) -> float:
+        """Of a ceiling: what the machine can do where nothing disturbs it."""
+        return _events(call, "min") if self.device == "cuda" else min(self._turns({"": call})[""])
+
+    def _turns(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        for call in calls.values():  # not counted: first pages, threads, compilation
+            call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        start = time.perf_counter()
+        for done in range(MOST_ROUNDS):
+            if done >= LEAST_ROUNDS and time.perf_counter() - start > self.seconds:
+                break
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - begun) * 1e3)
+        return times
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        """Memory that a call holds at once beyond what is there before it; None where nobody counts it (a CPU)."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def _events(call: Callable[[], Any], which: str) -> float:
+    import triton.testing
+
+    return float(triton.testing.do_bench(call, warmup=15, rep=60, return_mode=which))

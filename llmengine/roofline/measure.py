@@ -1,0 +1,104 @@
+"""Times of a case, ours beside its peers', as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llmengine
+from llmengine.roofline.cases import BOTH, Case
+from llmengine.roofline.ceilings import NAMES, Ceilings
+from llmengine.roofline.clock import Clock
+
+Row = dict[str, Any]  # operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes or error
+PEER_ERRORS = (RuntimeError, NotImplementedError, torch.cuda.OutOfMemoryError)
+COMPILED = "torch.compile"
+
+
+def measure(
+    case: Case, clock: Clock, ceilings: Ceilings, *, backends: Sequence[str] = (), compiled: bool = False
+) -> Iterator[Row]:
+    """A row per peer and pass. A peer that fails gives a row with its error.
+
+    Args:
+        backends: a row "llmengine NAME" for each; without any, "llmengine" is what the registry picks.
+        compiled: also "torch.compile" of PyTorch's call.
+    """
+    torch._dynamo.reset()  # else the tenth shape of a call would not be compiled any more
+    runs: dict[str, Callable[..., Tensor]] = {}
+    for name, function in case.run.items():
+        ours = {f"llmengine {backend}": _demanding(backend, function) for backend in backends}
+        runs |= ours if ours and name == "llmengine" else {name: function}
+    if compiled and case.tensors:
+        runs[COMPILED] = torch.compile(case.run["torch"])
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    for which in case.passes:
+        yield from _pass(case, which, runs, leaves, clock, ceilings)
+
+
+def _demanding(backend: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*tensors: Tensor) -> Tensor:
+        with llmengine.backend(backend):
+            return function(*tensors)
+
+    return call
+
+
+def _pass(
+    case: Case, which: str, runs: dict[str, Callable[..., Tensor]], leaves: list[Tensor], clock: Clock, limits: Ceilings
+) -> Iterator[Row]:
+    backward = which == BOTH
+    moved = case.bytes_moved + backward * case.backward_bytes
+    flops = case.flops + backward * case.backward_flops
+    floor = limits.floor_ms(case.dtype, moved, flops)
+    limit = "memory" if limits.floor_ms(case.dtype, moved, 0) == floor else "multiply-adds"
+    calls, failed = {}, {}
+    for name, function in runs.items():
+        try:
+            calls[name] = _call(function, leaves, backward)
+            calls[name]()
+        except PEER_ERRORS as error:
+            calls.pop(name, None)
+            failed[name] = str(error).splitlines()[0][:300]
+    times = clock.medians(calls)
+    for name in runs:
+        row = {"operator": case.operator, "case": case.name, "dtype": NAMES[case.dtype], "peer": name, "pass": which}
+        if name in failed:
+            yield row | {"error": failed[name]}
+            continue
+        ms = times[name]
+        yield row | {
+            "ms": ms, "gbytes_per_s": moved / ms / 1e6, "tflops": flops / ms / 1e9, "percent": 100 * floor / ms,
+            "limit": limit, "intensity": flops / moved, "peak_bytes": clock.peak_bytes(calls[name]),
+        }  # fmt: skip
+
+
+def _call(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*leaves)
+
+        return forward
+    upstream = torch.randn_like(function(*leaves))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    """The rows for a person: a line each, peers with their time over ours (above 1, ours is faster)."""
+    ours: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        head = f"{row['operator']:21} {row['case']:27} {row['dtype']:5}{row['pass']:19} {row['peer']:17}"
+        if "error" in row:
+            yield f"{head}{row['error'][:80]}"
+            continue
+        key = (row["operator"], row["case"], row["dtype"], row["pass"])
+        if row["peer"].startswith("llmengine"):
+            ours[key] = min(row["ms"], ours.get(key, row["ms"]))
+        rate = f"{row['tflops']:8.3f} TFLOP/s" if row["limit"] != "memory" else f"{row['gbytes_per_s']:8.1f} GB/s   "
+        beside = "" if row["peer"].startswith("llmengine") or key not in ours else f"  {row['ms'] / ours[key]:5.2f}x"
+        yield f"{head}{row['ms']:10.3f} ms {rate} {row['percent']:6.1f} % of {row['limit']}{beside}"

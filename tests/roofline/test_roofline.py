@@ -1,0 +1,143 @@
+"""The roofline: what a case counts, what a ceiling measures, what a row says."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import llmengine
+from llmengine import roofline
+from llmengine.ops.registry import load
+from llmengine.roofline.cases import SHAPES
+
+CLOCK = roofline.Clock("cpu", 0.0)
+CEILINGS = roofline.Ceilings(10.0, {torch.float32: 0.1, torch.bfloat16: 0.2})
+
+
+def small(operator: str, dtype: torch.dtype = torch.float32) -> roofline.Case:
+    return next(iter(roofline.cases("small", "cpu", dtype, [operator])))
+
+
+def test_floor_is_the_slower_of_moving_and_multiplying():
+    assert CEILINGS.floor_ms(torch.float32, 10e6, 0) == pytest.approx(1.0)  # 10 MB at 10 GB/s
+    assert CEILINGS.floor_ms(torch.float32, 10e6, 1e9) == pytest.approx(10.0)  # a GFLOP at 0.1 TFLOP/s
+    assert CEILINGS.floor_ms(torch.bfloat16, 10e6, 1e9) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", list(roofline.OPERATORS))
+def test_peers_compute_the_same(operator, dtype):
+    for case in roofline.cases("small", "cpu", dtype, [operator]):
+        ours = case.run["llmengine"](*case.tensors)
+        theirs = case.run["torch"](*case.tensors)
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+def test_an_optimizer_is_timed_by_its_step():
+    rows = list(roofline.measure(small("adamw"), CLOCK, CEILINGS, compiled=True))
+    assert [(row["pass"], row["peer"]) for row in rows] == [
+        ("step", peer) for peer in ("llmengine", "torch", "torch foreach")
+    ]
+    assert all(row["gbytes_per_s"] * row["ms"] * 1e6 == pytest.approx(28 * 3 * 40) for row in rows)
+
+
+@pytest.mark.parametrize("operator", ["ffn", "linear_cross_entropy"])
+def test_operations_are_those_that_pytorch_counts(operator):
+    case = small(operator)
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    with FlopCounterMode(display=False) as counter:
+        output = case.run["torch"](*leaves)
+    assert counter.get_total_flops() == case.flops
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == case.backward_flops
+
+
+def test_attention_counts_its_products_and_in_the_backward_the_scores_once_more():
+    full, causal = roofline.cases("small", "cpu", torch.float32, ["attention"])
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the others' operators are not counted
+    with plain, FlopCounterMode(display=False) as counter:
+        full.run["torch"](*full.tensors)
+    assert counter.get_total_flops() == full.flops == 2 * causal.flops
+    assert full.backward_flops == full.flops / 2 * 5  # scores, dP, dQ, dK, dV; the forward has two
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "small"])
+def test_every_operator_has_shapes(kind):
+    assert {shapes for shapes, _ in roofline.OPERATORS.values()} <= set(SHAPES[kind])
+
+
+def test_native_peak_counts_its_operations_and_scales_with_rounds():
+    if load("cpu").unavailable is not None:
+        pytest.fail("the native module is not built")
+    module = importlib.import_module("llmengine._cpu")
+    one, ten = torch.zeros(2, 1, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        unit = torch.empty(0, dtype=dtype)
+        module.multiply_add_peak(unit=unit, rounds=1, flops=one)
+        module.multiply_add_peak(unit=unit, rounds=10, flops=ten)
+        assert one.item() > 0 and ten.item() == 10 * one.item()
+        assert one.item() % torch.get_num_threads() == 0
+        with pytest.raises(ValueError, match=r"rounds.*at least 1"):
+            module.multiply_add_peak(unit=unit, rounds=0, flops=ten)
+    with pytest.raises(ValueError, match="unit"):
+        module.multiply_add_peak(unit=torch.empty(0, dtype=torch.float64), rounds=1, flops=ten)
+
+
+def test_ceilings_are_rates():
+    ceilings = roofline.measure_ceilings(CLOCK, [torch.float32, torch.bfloat16], small=True)
+    assert ceilings.gbytes_per_s > 0 and all(rate > 0 for rate in ceilings.tflops.values())
+    assert set(ceilings.as_json()["tflops"]) == {"fp32", "bf16"}
+
+
+def test_rows_tell_both_passes_of_every_peer():
+    rows = list(roofline.measure(small("ffn"), CLOCK, CEILINGS, backends=["reference", "cpu"], compiled=True))
+    peers = ["llmengine reference", "llmengine cpu", "torch", "torch.compile"]
+    assert [row["peer"] for row in rows] == peers * 2
+    assert [row["pass"] for row in rows] == ["forward"] * 4 + ["forward + backward"] * 4
+    for row in rows:
+        moved, flops = row["gbytes_per_s"] * row["ms"] * 1e6, row["tflops"] * row["ms"] * 1e9
+        assert row["percent"] == pytest.approx(100 * CEILINGS.floor_ms(torch.float32, moved, flops) / row["ms"])
+    assert len(list(roofline.lines(rows))) == len(rows)
+
+
+def test_a_peer_that_fails_is_a_row_and_the_others_go_on():
+    case = small("softmax")
+
+    def broken(x):
+        raise NotImplementedError("no such kernel\nand much more")
+
+    case.run["cudnn"] = broken
+    rows = list(roofline.measure(case, CLOCK, CEILINGS))
+    failed = [row for row in rows if "error" in row]
+    assert [(row["peer"], row["error"]) for row in failed] == [("cudnn", "no such kernel")] * 2
+    assert {row["peer"] for row in rows if "ms" in row} == {"llmengine", "torch"}
+    assert any("no such kernel" in line for line in roofline.lines(rows))
+
+
+def test_ratios_are_the_peers_time_over_ours():
+    common = {"operator": "x", "case": "y", "dtype": "fp32", "pass": "forward", "limit": "memory"}
+    rates = {"gbytes_per_s": 1.0, "tflops": 0.0, "percent": 50.0}
+    rows = [common | rates | {"peer": "llmengine", "ms": 2.0}, common | rates | {"peer": "torch", "ms": 3.0}]
+    ours, theirs = roofline.lines(rows)
+    assert "1.50x" in theirs and "x" not in ours.rsplit("memory", 1)[1]
+
+
+def test_machine_names_what_a_record_needs():
+    facts = roofline.machine()
+    assert facts["torch"] == torch.__version__ and facts["llmengine"] == llmengine.__version__
+    assert facts["processor"] and facts["threads"] == torch.get_num_threads()
+
+
+def test_plot_is_written_whole(tmp_path):
+    rows = list(roofline.measure(small("ffn"), CLOCK, CEILINGS)) + list(
+        roofline.measure(small("layer_norm", torch.bfloat16), CLOCK, CEILINGS)
+    )
+    roofline.draw(rows, CEILINGS, tmp_path / "bench.png", "title")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    roofline.draw([], CEILINGS, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
