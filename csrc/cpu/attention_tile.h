@@ -4,10 +4,9 @@
 //   A tile holds up to kKeys keys x kRows query rows as floats, a key's rows side by side ("transposed"):
 //
 //               rows ->            lane = query row: maxima, sums and exponentials of a row are plain vector
-//     keys   [ . . . . . . ]       operations, no reduction across lanes;
-//       |    [ . . . . . . ]       key and value are read as they lie: in key query^T they are the micro-kernel's
-//       v    [ . . . . . . ]       broadcast operand, in P value its contiguous one; only query is transposed, once
-//                                  for all keys.
+//     keys   [ . . . . . . ]       operations, no reduction across lanes, and the keys are a product's left
+//       |    [ . . . . . . ]       operand as they lie; only query is transposed, once for all keys.
+//       v    [ . . . . . . ]
 #pragma once
 
 #include <algorithm>

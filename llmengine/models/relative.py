@@ -100,43 +100,29 @@ class RelativeAttention(Module):
         """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
         q = self.q(x).unflatten(1, (self.heads, self.head_dim))
         k, v, r = self.project(keys, context) if context.cached is None else context.cached.project(self, keys, context)
-        attended, first = [], 0
-        for rows in context.streams:
-            count = rows.count
-            options: dict[str, Any] = {}
-            if rows.segments is not None:
-                options |= {
-                    "segment_bias": self.segment_bias, "segment_key": self.segment_key,
-                    "query_segments": rows.segments, "key_segments": context.key_segments,
-                }  # fmt: skip
-            given = (q[first : first + count], k, v, r, self.content_bias, self.position_bias)
-            dropout_p = self.dropout if self.training else 0.0
-            if rows.hidden is not None and rows.positions is not None:
-                attended.append(dense_relative_attention(
-                    *given, rows.hidden, rows.positions, context.zero_distance, dropout_p=dropout_p, **options
-                ))  # fmt: skip
-                first += count
-                continue
-            if rows.ranks is not None:
-                options |= {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
-            attended.append(
-                functional.relative_attention(
-                    *given,
-                    rows.cu_seqlens,
-                    context.cu_seqlens_k,
-                    rows.longest,
-                    context.longest_k,
-                    zero_distance=context.zero_distance,
-                    query_positions=rows.positions,
-                    include_self=rows.include_self,
-                    is_causal=context.causal,
-                    dropout_p=dropout_p,
-                    **options,
-                )
-            )
-            first += count
+        parts = zip(context.streams, q.split([rows.count for rows in context.streams]), strict=True)
+        attended = [self._attend(rows, part, k, v, r, context) for rows, part in parts]
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self.out(together.flatten(1))
+
+    def _attend(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, r: Tensor, context: RelativeContext) -> Tensor:
+        """One stream's (rows, heads, head_dim)."""
+        options: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0}
+        if rows.segments is not None:
+            options |= {
+                "segment_bias": self.segment_bias, "segment_key": self.segment_key, "query_segments": rows.segments,
+                "key_segments": context.key_segments,
+            }  # fmt: skip
+        given = (q, k, v, r, self.content_bias, self.position_bias)
+        if rows.hidden is not None and rows.positions is not None:
+            return dense_relative_attention(*given, rows.hidden, rows.positions, context.zero_distance, **options)
+        if rows.ranks is not None:
+            options |= {"query_ranks": rows.ranks, "key_ranks": context.key_ranks}
+        return functional.relative_attention(
+            *given, rows.cu_seqlens, context.cu_seqlens_k, rows.longest, context.longest_k,
+            zero_distance=context.zero_distance, query_positions=rows.positions, include_self=rows.include_self,
+            is_causal=context.causal, **options,
+        )  # fmt: skip
 
     def project(self, keys: Tensor, context: RelativeContext) -> Projected:
         """Of keys (tokens, d_model), and of every distance."""

@@ -313,6 +313,10 @@ NO_ORDER = torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])
             "perm_mask follows from no order",
         ),
         (
+            {"perm_mask": NO_ORDER.repeat(2, 1, 1), "target_positions": torch.tensor([[0, 1], [2, -1]])},
+            "a perm_mask that follows from no order needs as many targets in each row",
+        ),
+        (
             {"perm_mask": NO_ORDER[:, :2], "target_positions": torch.tensor([[0]])},
             r"perm_mask has shape \(1, 2, 3\); expected \(1, 3, 3\)",
         ),
@@ -334,5 +338,6 @@ NO_ORDER = torch.tensor([[[0, 1, 0], [0, 0, 1], [1, 0, 0]]])
 )
 def test_bad_input_is_named(batch, message, tmp_path):
     ours = ours_of(hf_model("XLNetLMHeadModel"), tmp_path)
+    rows = len(batch["perm_mask"]) if "perm_mask" in batch else 1
     with pytest.raises(ValueError, match=message):
-        ours(random_ids(1, 3), **batch)
+        ours(random_ids(rows, 3), **batch)

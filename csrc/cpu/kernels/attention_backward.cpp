@@ -2,12 +2,15 @@
 // cpu/attention_tile.h).
 //
 //   A task owns one key head of one sequence, whose grad_key and grad_value it accumulates in floats, and goes through
-//   the row tiles of the query heads that share it. Of kRows rows it packs query and grad_output, each as it lies and
-//   transposed, and accumulates grad_query against every tile of kKeys keys that the rows see:
+//   the row tiles of the query heads that share it, up to kTogether at once. Of each it packs query and grad_output, as
+//   they lie and transposed, and accumulates grad_query against every tile of kKeys keys that the rows see:
 //
 //     P = exp(logits(key query^T) - lse)                10 kRows kKeys head_dim flops
 //     G = P (value grad_output^T keep - delta) cap'     about 30 instructions a vector of scores
 //     grad_value += (P keep) grad_output,  grad_key += G query,  grad_query += G^T key
+//
+//   What no row of a vector sees is left out, as in the forward. Of bf16 tensors, where pairs pay, P and G are rounded
+//   to bf16 for the last three products.
 //
 //   Where there are few key heads for many processors, the row tiles are dealt out to several tasks, each with
 //   accumulators of its own, which are added in a fixed order: how many is a matter of the shapes, never of the number

@@ -73,9 +73,11 @@ struct Forward {
     return line;
   }
 
-  float mean_square(const float* h, float mean) const {
+  // `next`: the row after it, of which the first half is fetched meanwhile.
+  float mean_square(const float* h, float mean, const T* next) const {
     F squares[4] = {};
     for_lanes_by_4(columns, [&](int64_t c, auto n, auto k) {
+      __builtin_prefetch(next + c / 2);
       const F d = load_n(h + c, n, mean) - mean;
       squares[k] = squares[k] + d * d;
     });
@@ -88,9 +90,11 @@ struct Forward {
       float total;
       const float* h = gather(row, line.data(), keep.data(), total);
       const float mean = p.subtract_mean ? total / static_cast<float>(columns) : 0.0f;
-      const float rstd = 1.0f / std::sqrt(mean_square(h, mean) + static_cast<float>(p.eps));
+      const T* next = row_of<T>(p.input, row + 1 < end ? row + 1 : row);
+      const float rstd = 1.0f / std::sqrt(mean_square(h, mean, next) + static_cast<float>(p.eps));
       T* out = p.output.as<T>() + row * p.output.stride(0);
       for_lanes(columns, [&](int64_t c, auto n) {
+        __builtin_prefetch(next + (columns + c) / 2);
         const F x = (load_n(h + c, n) - mean) * rstd;
         store_n(out + c, x * load_n(weight.data() + c, n) + load_n(bias.data() + c, n), n);
       });
@@ -130,6 +134,7 @@ struct Backward {
     for_lanes(columns, [&](int64_t c, auto n) {
       const F w = load_n(weight.data() + c, n);
       F sum_dx = load_n(gw + c, n), sum_d = load_n(gb + c, n);
+#pragma GCC unroll 4  // so that sums stay in registers
       for (int r = 0; r < rows; ++r) {
         const F x = (load_n(h[r] + c, n, mean[r]) - mean[r]) * rstd[r], d = load_n(dy[r] + c, n), g = d * w;
         // g waits here as rounded: contracted into an FMA it would not cancel against its own mean (one column)

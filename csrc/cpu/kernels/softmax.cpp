@@ -24,8 +24,10 @@ void forward_rows(const ops::SoftmaxForward& p, int64_t begin, int64_t end) {
     const In* x = p.input.as<In>() + row * p.input.stride(0);
     Out* y = p.output.as<Out>() + row * p.output.stride(0);
     const float shift = shift_for(largest_of(x, columns));
+    const In* next = row + 1 < end ? x + p.input.stride(0) : x;
     F sums[4] = {};
     for_lanes_by_4(columns, [&](int64_t c, auto n, auto k) {
+      __builtin_prefetch(next + c);  // memory would rest while this row is computed
       const F e = exp_of_nonpositive(load_n(x + c, n, -INFINITY) - shift);
       sums[k] = sums[k] + e;
       store_n(line.data() + c, e, n);
