@@ -13,8 +13,6 @@
 // as they are paired; scores, statistics and sums are floats.
 #pragma once
 
-#include <tuple>
-
 #include "cpu/attention_tile.h"
 #include "cpu/pair_tile.h"
 
