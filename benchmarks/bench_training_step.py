@@ -1,5 +1,6 @@
-"""One whole training step (forward, backward, AdamW) of each family, beside Hugging Face on PyTorch's kernels, eager
-("torch") and under torch.compile ("compiled").
+"""One whole training step (forward, backward, AdamW) of each family, beside Hugging Face on PyTorch's kernels: with its
+default attention, SDPA where it has one ("torch"), with eager attention ("eager"), and under torch.compile
+("compiled").
 
 -k "mini and fp32" ran for MEASUREMENTS.md; -k base times published shapes on small batches, minutes for each family.
 Equal weights, equal batches without padding, dropout off, fused AdamW on both; bf16 is autocast with float32 weights.
@@ -60,7 +61,7 @@ def batches(family: str, vocabulary: int, batch: int, length: int) -> tuple[dict
     return inputs, inputs
 
 
-@pytest.mark.parametrize("peer", ["llmengine", "torch", "compiled"])
+@pytest.mark.parametrize("peer", ["llmengine", "torch", "eager", "compiled"])
 @pytest.mark.parametrize("size", list(SIZES))
 @pytest.mark.parametrize("family", list(PRESETS))
 def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
@@ -73,7 +74,8 @@ def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
     if peer != "llmengine":
         model.save_pretrained(tmp_path)
         (architecture,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
-        model, inputs = getattr(transformers, architecture).from_pretrained(tmp_path).train(), theirs
+        attention = {"attn_implementation": "eager"} if peer == "eager" else {}
+        model, inputs = getattr(transformers, architecture).from_pretrained(tmp_path, **attention).train(), theirs
     call = torch.compile(model) if peer == "compiled" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
