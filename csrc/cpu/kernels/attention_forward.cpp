@@ -1,9 +1,9 @@
 // Attention, forward: an online softmax over tiles of keys (formulas: ops/attention.h, tiles: cpu/attention_tile.h,
 // products: cpu/attention_products.h).
 //
-//   A task owns up to kTogether tiles of kRows rows of the heads that share a key head. Of each it keeps query^T, packed
-//   once, the running maximum and sum of each row, and the sums of the output in floats. It goes once through the tiles
-//   of kKeys keys that any of its rows sees, and against each, for every row tile that sees some of it:
+//   A task owns up to kTogether tiles of kRows rows of the heads that share a key head. Of each it keeps query^T,
+//   packed once, the running maximum and sum of each row, and the sums of the output in floats. It goes once through
+//   the tiles of kKeys keys that any of its rows sees, and against each, for every row tile that sees some of it:
 //
 //     tile = key query^T                        4 kRows kKeys head_dim flops for both products
 //     logits, new maximum m, P = exp(tile - m)  about 20 instructions a vector of scores
