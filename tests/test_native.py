@@ -231,6 +231,7 @@ def test_no_argument_crashes_a_kernel(name: str, data: st.DataObject):
 
 def test_every_kernel_is_fuzzed():
     bound = {name: signature(name) for name in dir(_cpu) if signature(name)}
+    del bound["multiply_add_peak"]  # no operator: tests/roofline
     assert bound and bound.keys() == {call.kernel for call in CALLS}
     for call in CALLS:
         assert sorted(call.arguments) == sorted(bound[call.kernel])

@@ -66,7 +66,7 @@ def program() -> str:
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return "python -m llmengine"
-    return "llmengine" if shutil.which("llmengine") else str(called)
+    return "llmengine" if shutil.which("llmengine") or called.name != "llmengine" else str(called)
 
 
 def as_overrides(flags: Mapping[str, Any]) -> list[str]:

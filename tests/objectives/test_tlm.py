@@ -228,7 +228,7 @@ def test_bad_corpora(tmp_path, wordpiece):
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2 has no column 'target'; its columns: 'source'"):
         read_pairs(path)
     path.write_text('{"source": "a", "target": 3}\n')
-    with pytest.raises(ValueError, match="row 1: target is 3; expected a text"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: target is 3; expected a text"):
         read_pairs(path)
     one, other = tmp_path / "a.de", tmp_path / "a.en"
     one.write_text("ein\nzwei\n")
