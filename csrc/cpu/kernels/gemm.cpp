@@ -13,8 +13,8 @@
 //   second, B comes from the third. Packing costs one pass over B in all and one over A for each strip. Limit: the
 //   multiply-add units.
 //
-//   A term of float operands, or of mixed ones, is multiplied in float (cpu/tile_gemm.h); one of bf16 in pairs where
-//   the processor has such products (cpu/pair_tile.h). A block of depth has the same bytes either way.
+//   A term of float operands is multiplied in float (cpu/tile_gemm.h); one of bf16, or of bf16 and float, in pairs
+//   where the processor has such products (cpu/pair_tile.h). A block of depth has the same bytes either way.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -111,17 +111,21 @@ void multiply_panels(Lies lies, Into into, int64_t rows, int64_t columns, int64_
 bf16* as_pairs(float* p) { return static_cast<bf16*>(static_cast<void*>(p)); }
 const bf16* as_pairs(const float* p) { return static_cast<const bf16*>(static_cast<const void*>(p)); }
 
-// The counterparts in bf16; rows of A lie 2 kRowOfA apart.
+// The counterparts in bf16, to which float operands are rounded; rows of A lie 2 kRowOfA apart.
 void pack_a_for_pairs(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, bf16* to) {
-  if (a.transposed) {
-    return pack_lines_transposed(line<bf16>(a, k) + row, a.stride, rows, depth, to, 2 * kRowOfA);
-  }
-  for (int64_t r = 0; r < rows; ++r) pack_line(line<bf16>(a, row + r) + k, depth, to + r * 2 * kRowOfA);
+  visit_float(a.dtype, [&]<class T>(T) {
+    if (a.transposed) {
+      return pack_lines_transposed(line<T>(a, k) + row, a.stride, rows, depth, to, 2 * kRowOfA);
+    }
+    for (int64_t r = 0; r < rows; ++r) pack_line(line<T>(a, row + r) + k, depth, to + r * 2 * kRowOfA);
+  });
 }
 
 void pack_b_for_pairs(const Matrix& b, int64_t k, int64_t depth, int64_t column, int64_t columns, bf16* to) {
-  if (b.transposed) return pack_pairs_transposed(line<bf16>(b, column) + k, b.stride, columns, depth, to);
-  pack_pairs_by<bf16>([&](int64_t i) { return line<bf16>(b, k + i) + column; }, depth, columns, to);
+  visit_float(b.dtype, [&]<class T>(T) {
+    if (b.transposed) return pack_pairs_transposed(line<T>(b, column) + k, b.stride, columns, depth, to);
+    pack_pairs_by<T>([&](int64_t i) { return line<T>(b, k + i) + column; }, depth, columns, to);
+  });
 }
 
 void multiply_pair_panels(Into into, int64_t rows, int64_t columns, int64_t depth, const bf16* a, const bf16* b,
@@ -216,7 +220,7 @@ class Gemm {
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
 
   void add(const Term& term) {
-    const bool pairs = kPairsPay && term.a.dtype == DType::bf16 && term.b.dtype == DType::bf16;
+    const bool pairs = kPairsPay && (term.a.dtype == DType::bf16 || term.b.dtype == DType::bf16);
     const int64_t step = pairs ? 2 * kBlockFloats : kBlockFloats;
     for (int64_t k = 0; k < term.depth; k += step) {
       const Into into = begun_[term.into] ? Into::add : Into::place;

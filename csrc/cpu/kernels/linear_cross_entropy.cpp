@@ -153,9 +153,9 @@ void gather_tile(const Tile& tile, bool add, float* to, int64_t stride, const In
 struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   const LogitsGradient gradient{token, cap};
   const double scale = loss_scale(p);
-  // Of bf16 operands, where their products are quicker than those of floats, dx is one too: as PyTorch's, whose logits
+  // Of bf16 input, where such products are quicker than those of floats, dx is one too: as PyTorch's, whose logits
   // also are.
-  const bool in_pairs = kPairsPay && p.input.dtype == DType::bf16 && p.linear_weight.dtype == DType::bf16;
+  const bool in_pairs = kPairsPay && p.input.dtype == DType::bf16;
   const DType dx_type = in_pairs ? DType::bf16 : DType::f32;
   const int64_t block_tokens = kBlockBytes / kClasses / size_of(dx_type);
   // the block's dx, rows kClasses apart; (kClasses, d): its share of grad_linear_weight, where that is not float32
