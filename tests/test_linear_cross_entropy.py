@@ -48,6 +48,18 @@ def assert_lawful(sample: Sample, given: Sample) -> None:
         assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name}: grad {key}")
 
 
+def test_float32_weight_beside_bfloat16_input():
+    """As under autocast: as right as with a bfloat16 weight of the same values; gradients in their tensors' dtypes."""
+    half = make(150, 72, 900, 0).rounded(torch.bfloat16)
+    mixed = Sample(half.name, (half.args[0], half.args[1].float(), half.args[2]), half.kwargs, half.constants)
+    oracle = evaluate(OPERATOR.function, half.rounded(torch.float64), "reference")
+    plain, ours = evaluate(OPERATOR.plain, half, None), evaluate(OPERATOR.function, mixed, "cpu")
+    assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, "loss")
+    assert ours[1][0].dtype == torch.bfloat16 and ours[1][1].dtype == torch.float32
+    for key in oracle[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"grad {key}")
+
+
 # "none", whose many losses give the law a mean: a single rounding of plain PyTorch's may be none at all.
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
