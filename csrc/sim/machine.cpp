@@ -91,6 +91,7 @@ void Machine::run_block() {
   exited_.assign(ready_.size(), 0);
   named_.assign(kNamedBarriers, {});
   at_barrier_ = 0;
+  copies_.begin_block(count_);
   last_ = schedule.order == Order::reversed ? count_ : -1;
   for (int t = 0; t < count_; ++t) {
     threads_[t].number = t;
@@ -101,7 +102,9 @@ void Machine::run_block() {
     last_ = t;
     current_ = &threads_[t];
     fibres_[t].resume();
+    copies_.stopped(t, schedule.order, random_);
   }
+  copies_.end_block();
   const bool all_exited =
       std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::exited; });
   if (fault_.empty() && !all_exited) fault_ = "deadlock in block " + text(block_) + ": " + position_of_all();
@@ -144,8 +147,8 @@ void Machine::wait(Meeting meeting, const char* operation, Site site) {
 
 void Machine::yield() { fibres_[current_->number].suspend(); }
 
-void Machine::fail(const std::string& what) {
-  fault_ = position(current_->number) + " " + what;
+void Machine::fail(int thread, const std::string& what) {
+  fault_ = position(thread) + " " + what;
   for (;;) yield();  // never resumed: the launch is over
 }
 
@@ -265,13 +268,31 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
          ", which has exited");
   }
   wait(Meeting::warp, operation, site);
+  meet(mask, value, orders, nullptr);
+  return self.gathered;
+}
+
+void Machine::whole_warp(const char* operation, void* brought, CarryOut carry_out, Site site) {
+  const int warp = current_->number / 32, lanes = std::min(count_ - warp * 32, 32);
+  const auto complain = [&](const std::string& problem) {
+    fail(std::string("calls ") + operation + " (" + text(site) + "), which takes a whole warp, " + problem);
+  };
+  if (lanes < 32) complain("in a warp of " + std::to_string(lanes) + (lanes == 1 ? " thread" : " threads"));
+  if (exited_[warp]) complain("but " + position(warp * 32 + std::countr_zero(exited_[warp])) + " has exited");
+  wait(Meeting::warp, operation, site);
+  meet(~0u, reinterpret_cast<uint64_t>(brought), false, carry_out);
+}
+
+// The running thread, which has begun to wait, brings what it has to a collective.
+void Machine::meet(uint32_t mask, uint64_t value, bool orders, CarryOut carry_out) {
+  Thread& self = *current_;
   self.mask = mask;
   self.value = value;
   self.orders = orders;
+  self.carry_out = carry_out;
   in_collective_[self.number / 32] |= 1u << lane();
   try_collective(self);
   yield();
-  return self.gathered;
 }
 
 std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
@@ -297,27 +318,62 @@ void Machine::try_collective(const Thread& last) {
     gathered.value[l % 32] = other.value;
   }
   if (last.orders) memory.clocks.meet(lanes, lanes);
+  if (last.carry_out) last.carry_out(gathered.value);
   in_collective_[warp] &= ~last.mask;
   for (int l : lanes) {
-    threads_[l].gathered = gathered;
+    if (!last.carry_out) threads_[l].gathered = gathered;
     make_ready(threads_[l]);
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 void Machine::touch(const Access& access) {
   if (fibres_[current_->number].holds(access.address)) return;  // local memory
   if (preempts()) yield();
+  check(access, current_->number);
+}
+
+void Machine::touch_for_warp(const Access& access, int lane) { check(access, current_->number / 32 * 32 + lane); }
+
+void Machine::check(const Access& access, int thread) {
   std::optional<Conflict> conflict;
-  const auto problem = memory.check(access, current_->number, conflict);
+  const auto problem = memory.check(access, thread, conflict);
   if (!problem) return;
   const std::string here = " (" + source_line(access.site) + ")";
-  if (!conflict) fail(*problem + here);
-  const std::string other = conflict->thread < 0 ? "a thread of another block" : position(conflict->thread);
-  const std::string when = conflict->thread < 0 ? " without an order between blocks" : " with no barrier between";
-  fail(*problem + here + " what " + other + " " + verb(conflict->kind) + " (" + source_line(conflict->site) + ")" +
-       when + ": " + memory.name_of(access.address));
+  if (!conflict) fail(thread, *problem + here);
+  const bool elsewhere = conflict->thread < 0;
+  const std::string other = elsewhere ? "a thread of another block" : position(conflict->thread);
+  const std::string when = elsewhere             ? " without an order between blocks"
+                           : conflict->under_way ? " with no wait_copies between"
+                                                 : " with no barrier between";
+  fail(thread, *problem + here + " what " + (conflict->copy ? "a copy of " : "") + other + " " + verb(conflict->kind) +
+                   " (" + source_line(conflict->site) + ")" + when + ": " + memory.name_of(access.address));
+}
+
+void Machine::copy_async(Copy copy, uintptr_t site) {
+  if (preempts()) yield();
+  const int self = current_->number;
+  const auto shared = reinterpret_cast<uintptr_t>(copy.shared), global = reinterpret_cast<uintptr_t>(copy.global);
+  const auto complain = [&](const std::string& problem) { fail(problem + " (" + source_line(site) + ")"); };
+  const std::string size = std::to_string(copy.size);
+  if (copy.bytes > copy.size) {
+    complain("copies " + std::to_string(static_cast<int32_t>(copy.bytes)) + " bytes where 0 to " + size + " fit");
+  }
+  if (copy.bytes > 0) {
+    if (global % copy.size != 0)
+      complain("copies " + size + " bytes from an address that is not a multiple of " + size);
+    check({global, copy.bytes, Kind::read, site, By::copy}, self);
+    if (!memory.is_global(global)) complain("copies from memory that is not global");
+  }
+  check({shared, copy.size, Kind::write, site, By::copy}, self);
+  if (!memory.is_shared(shared)) complain("copies to memory that is not shared");
+  copy.group = memory.clocks.now(memory.clocks.copier(self));
+  copies_.issue(self, copy, schedule.order, random_);
+}
+
+void Machine::wait_copies(int pending) {
+  copies_.wait(current_->number, memory.clocks.wait(current_->number, static_cast<uint32_t>(pending)));
 }
 
 // ---- reports --------------------------------------------------------------------------------------------------------
@@ -377,6 +433,11 @@ Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool or
   return Machine::the().meet_warp(operation, mask, value, orders, site);
 }
 
+void whole_warp(const char* operation, void* brought, Machine::CarryOut carry_out, Site site) {
+  const Unwatched simulator;
+  Machine::the().whole_warp(operation, brought, carry_out, site);
+}
+
 uint64_t value_of_lane(const char* operation, const Gathered& gathered, int source, Site site) {
   if (gathered.lanes >> source & 1) return gathered.value[static_cast<size_t>(source)];
   const Unwatched simulator;
@@ -389,6 +450,20 @@ void touch(const void* address, size_t size, Touch kind, const void* return_addr
   const Unwatched simulator;
   const Kind as = kind == Touch::read ? Kind::read : kind == Touch::write ? Kind::write : Kind::atomic;
   Machine::the().touch({reinterpret_cast<uintptr_t>(address), size, as, reinterpret_cast<uintptr_t>(return_address)});
+}
+
+void copy_async(void* shared, const void* global, int size, int bytes, const void* return_address) {
+  const Unwatched simulator;
+  Machine::the().copy_async({static_cast<char*>(shared), static_cast<const char*>(global), static_cast<uint32_t>(size),
+                             static_cast<uint32_t>(bytes), 0},
+                            reinterpret_cast<uintptr_t>(return_address));
+}
+
+void commit_copies() { Machine::the().commit_copies(); }
+
+void wait_copies(int pending) {
+  const Unwatched simulator;
+  Machine::the().wait_copies(pending);
 }
 
 void run(const Launch& launch) { Machine::the().run(launch); }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "sim/copies.h"
 #include "sim/device.h"
 #include "sim/fibre.h"
 #include "sim/memory.h"
@@ -13,6 +14,8 @@ namespace llmengine::sim {
 
 class Machine {
  public:
+  using CarryOut = void (*)(const std::array<uint64_t, 32>& brought);
+
   static Machine& the();
 
   void run(const Launch& launch);
@@ -25,8 +28,13 @@ class Machine {
   void block_barrier(Site site);
   void named_barrier(int id, int threads, bool wait, Site site);
   Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site);
+  void whole_warp(const char* operation, void* brought, CarryOut carry_out, Site site);
   void touch(const Access& access);
-  [[noreturn]] void fail(const std::string& what);
+  void touch_for_warp(const Access& access, int lane);  // of a lane of the warp that runs
+  void copy_async(Copy copy, uintptr_t site);
+  void commit_copies() { memory.clocks.commit(current_->number); }
+  void wait_copies(int pending);
+  [[noreturn]] void fail(const std::string& what) { fail(current_->number, what); }
 
   Memory memory;
   Schedule schedule;
@@ -45,6 +53,7 @@ class Machine {
     uint32_t mask = 0;
     uint64_t value = 0;
     bool orders = false;
+    CarryOut carry_out = nullptr;
     Gathered gathered = {};
   };
   struct NamedBarrier {
@@ -66,9 +75,12 @@ class Machine {
   bool preempts();
 
   void try_block_barrier();
+  void meet(uint32_t mask, uint64_t value, bool orders, CarryOut carry_out);
   void try_collective(const Thread& last);
   std::vector<int> lanes_of(int warp, uint32_t mask) const;
 
+  void check(const Access& access, int thread);
+  [[noreturn]] void fail(int thread, const std::string& what);
   Index3 index_of(int number) const;
   std::string position(int number) const;
   std::string position_of_all() const;
@@ -85,6 +97,7 @@ class Machine {
   std::vector<NamedBarrier> named_;                       // by id
   int at_barrier_ = 0;
   uint64_t touches_ = 0;
+  Copies copies_;
   std::mt19937_64 random_;
   std::string fault_;
 };

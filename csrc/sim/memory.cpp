@@ -16,16 +16,6 @@ uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 std::string bytes(uint64_t n) { return std::to_string(n) + (n == 1 ? " byte" : " bytes"); }
 
-// First and one past the last byte that a tensor's elements touch; strides are not negative in PyTorch.
-std::pair<uintptr_t, uintptr_t> extent(const TensorView& t) {
-  int64_t last = 0;
-  for (int d = 0; d < t.ndim; ++d) {
-    if (t.sizes[d] == 0) return {address_of(t.data), address_of(t.data)};
-    last += (t.sizes[d] - 1) * t.strides[d];
-  }
-  return {address_of(t.data), address_of(t.data) + static_cast<uintptr_t>((last + 1) * size_of(t.dtype))};
-}
-
 // Whether some index of the tensor has this offset in elements: the largest stride goes first, which is exact for
 // tensors whose rows do not interleave.
 bool is_element(const TensorView& t, int64_t offset) {
@@ -42,6 +32,16 @@ bool is_element(const TensorView& t, int64_t offset) {
 }
 
 }  // namespace
+
+// Strides are not negative in PyTorch.
+std::pair<uintptr_t, uintptr_t> extent(const TensorView& t) {
+  int64_t last = 0;
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.sizes[d] == 0) return {address_of(t.data), address_of(t.data)};
+    last += (t.sizes[d] - 1) * t.strides[d];
+  }
+  return {address_of(t.data), address_of(t.data) + static_cast<uintptr_t>((last + 1) * size_of(t.dtype))};
+}
 
 const char* verb(Kind kind) {
   switch (kind) {
@@ -87,14 +87,26 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
   }
   const bool shared = !global && is_shared(access.address);
   const uint32_t site = site_number(access.site);
+  Cell past, present;
   for (uint64_t i = 0; i < access.size; ++i) {
     Cell& byte = cell(access.address + i);
+    if (i > 0 && byte == past) {  // neighbours mostly have the same past
+      byte = present;
+      continue;
+    }
+    past = byte;
     if (shared && access.kind != Kind::write && byte.write_stamp == 0) {
       return "reads shared memory that no thread of the block wrote";
     }
-    conflict = conflict_at(byte, access.kind, thread);
-    if (conflict) return std::string("races: ") + verb(access.kind);
-    remember(byte, access.kind, thread, site);
+    conflict = conflict_at(byte, access, thread);
+    if (conflict)
+      return std::string("races: ") +
+             (access.by == By::copy   ? "its copy "
+              : access.by == By::warp ? "its warp "
+                                      : "") +
+             verb(access.kind);
+    remember(byte, access, thread, site);
+    present = byte;
   }
   return {};
 }
@@ -205,35 +217,42 @@ Memory::Cell& Memory::cell(uintptr_t address) {
   return last_->cells[address - page];
 }
 
-std::optional<Conflict> Memory::conflict_at(const Cell& c, Kind kind, int thread) const {
-  const auto unordered = [&](uint32_t stamp, int other) {
-    return stamp != 0 && (!clocks.of_this_block(stamp) || !clocks.before(other, stamp, thread));
+std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access, int thread) const {
+  const auto unordered = [&](uint32_t stamp, int agent) {
+    if (stamp == 0) return false;
+    if (!clocks.of_this_block(stamp)) return true;
+    return access.by == By::warp ? !clocks.before_warp(agent, stamp, thread) : !clocks.before(agent, stamp, thread);
   };
-  const auto side = [&](Kind earlier, uint32_t stamp, int other, uint32_t site) {
-    return Conflict{earlier, clocks.of_this_block(stamp) ? other : -1, sites_[site]};
+  const auto side = [&](Kind earlier, uint32_t stamp, int agent, uint32_t site) {
+    if (!clocks.of_this_block(stamp)) return Conflict{earlier, -1, sites_[site], false, false};
+    const int other = clocks.thread_of(agent);
+    const bool copy = clocks.is_copier(agent);
+    return Conflict{earlier, other, sites_[site], copy && !clocks.has_waited(other, stamp), copy};
   };
-  if (unordered(c.write_stamp, c.writer) && !(c.atomic && kind == Kind::atomic)) {
+  if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) {
     return side(c.atomic ? Kind::atomic : Kind::write, c.write_stamp, c.writer, c.write_site);
   }
-  if (kind == Kind::read) return {};
+  if (access.kind == Kind::read) return {};
   for (int r = 0; r < kReaders; ++r) {
     if (unordered(c.read_stamp[r], c.reader[r])) return side(Kind::read, c.read_stamp[r], c.reader[r], c.read_site[r]);
   }
   return {};
 }
 
-void Memory::remember(Cell& c, Kind kind, int thread, uint32_t site) {
-  const uint32_t now = clocks.now(thread);
-  if (kind != Kind::read) {
+void Memory::remember(Cell& c, const Access& access, int thread, uint32_t site) {
+  const int agent = access.by == By::copy ? clocks.copier(thread) : thread;
+  const uint32_t now = clocks.now(agent);
+  if (access.kind != Kind::read) {
     c = Cell{};
-    c.write_stamp = now, c.write_site = site, c.writer = static_cast<uint16_t>(thread), c.atomic = kind == Kind::atomic;
+    c.write_stamp = now, c.write_site = site, c.writer = static_cast<uint16_t>(agent);
+    c.atomic = access.kind == Kind::atomic;
     return;
   }
   // A reader that this one comes after is no longer needed: who is ordered after this one is ordered after both.
   const bool replaces = c.read_stamp[0] == 0 ||
                         (clocks.of_this_block(c.read_stamp[0]) && clocks.before(c.reader[0], c.read_stamp[0], thread));
   const int slot = replaces ? 0 : 1;
-  c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(thread);
+  c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(agent);
 }
 
 uint32_t Memory::site_number(uintptr_t site) {

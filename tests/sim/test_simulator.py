@@ -25,6 +25,7 @@ LINE = r"\(cases\.cu:\d+\)"
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
 RACE = rf"{PLACE} races: (reads|writes) {LINE} what {PLACE} (reads|writes) {LINE} with no barrier between: byte \d+ of"
+UNWAITED = rf"what a copy of {PLACE} (reads|writes) {LINE} with no wait_copies between: byte \d+ of"
 FINDINGS = {
     "reverse_in_shared": rf"({UNWRITTEN}|{RACE} shared tile)",
     "reuse_of_slots": rf"{RACE} shared slots",
@@ -51,6 +52,32 @@ FINDINGS = {
     "count_threads": rf"{RACE} out",
     "one_element_of_all_blocks": rf"{PLACE} races: writes {LINE} what a thread of another block writes {LINE} "
     r"without an order between blocks: byte 0 of out",
+    "forgotten_wait": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
+    "forgotten_commit": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
+    "wait_without_barrier": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} what a copy of {PLACE} writes {LINE} "
+    r"with no (wait_copies|barrier) between: byte \d+ of shared tile)",
+    "group_too_many": rf"{PLACE} races: reads {LINE} {UNWAITED} shared stages",
+    "stage_overwritten": rf"({PLACE} races: its copy writes {LINE} what {PLACE} reads {LINE} with no barrier between: "
+    rf"byte \d+ of shared stages|{PLACE} races: reads {LINE} {UNWAITED} shared stages)",
+    "source_overwritten": rf"{PLACE} races: writes {LINE} {UNWAITED} out",
+    "fetch_past_the_end": rf"thread \(17, 0, 0\) of block \(0, 0, 0\) reads 16 bytes at byte 272 of in \(1, 70\), "
+    rf"across its end {LINE}|{PLACE} reads 16 bytes \d+ bytes past the end of in \(1, 70\) {LINE}",
+    "fetch_of_too_many_bytes": rf"{PLACE} copies 16 bytes where 0 to 8 fit {LINE}",
+    "misaligned_source": rf"{PLACE} copies 16 bytes from an address that is not a multiple of 16 {LINE}",
+    "misaligned_destination": rf"{PLACE} writes 16 bytes at an address that is not a multiple of 16 {LINE}",
+    "fetch_to_global_memory": rf"{PLACE} copies to memory that is not shared {LINE}",
+    "rows_of_a_warp": rf"{PLACE} races: its warp reads {LINE} what {PLACE} writes {LINE} with no barrier between: "
+    r"byte \d+ of shared rows",
+    "misaligned_row": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
+    "row_past_the_array": r"thread \(28, 0, 0\) of block \(0, 0, 0\) reads 16 bytes at byte 512 of shared tile, which "
+    rf"has 512 {LINE}",
+    "stored_rows": rf"{RACE} shared rows",
+    "lane_missing_from_a_product": rf"({PLACE} exits while {PLACE} waits for it at mma_16x8x16_bf16 {LINE}|"
+    rf"{PLACE} calls mma_16x8x16_bf16 {LINE}, which takes a whole warp, but {PLACE} has exited)",
+    "product_in_branches": rf"deadlock in block \(0, 0, 0\): threads 0-15 at mma_16x8x16_bf16 {LINE}; "
+    rf"threads 16-31 at mma_16x8x16_bf16 {LINE}",
+    "product_of_half_a_warp": rf"{PLACE} calls mma_16x8x8_bf16 {LINE}, which takes a whole warp, in a warp of 16 "
+    r"threads",
 }  # fmt: skip
 
 
@@ -74,10 +101,17 @@ def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
         assert re.fullmatch(rf"{case}<true>: (?:{FINDINGS[case]}).*", found), found
 
 
-@pytest.mark.parametrize("case", [*FINDINGS, "row_sums"])
+@pytest.mark.parametrize("case", [*FINDINGS, "copies_left_behind", "row_sums"])
 def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
     results = set(findings(case, "fixed"))
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
+
+
+def test_copies_take_effect_at_any_lawful_moment():
+    """How many of 128 have arrived while none was waited for."""
+    arrived = [float(found.removeprefix("ok ")) for found in findings("early_arrivals", "fixed")]
+    assert arrived[:2] == pytest.approx([0, 128]), "forward: as late as possible; reversed: at once"
+    assert all(1 < count < 127 for count in arrived[3:]), "random: some"
 
 
 # ---- the engine's own kernels ----------------------------------------------------------------------------------------
