@@ -13,11 +13,12 @@
 //   that all of them see whole are not compared.
 //
 //   flops   4 rows keys head_dim a tile, by mma.sync m16n8k16
-//   bytes   query and output once; keys and values once a block, from the second-level cache; from shared memory a
-//           warp reads a tile of keys and of values for blocks x 16 rows: 1 / (16 blocks) byte a flop
-//   limit   the tensor cores; with one block of rows a warp (head dims above 128) shared memory as well, which on an
-//   A100
-//           feeds 128 bytes a clock, and so 2048 flops at 1/16 byte each: what its tensor cores do
+//   bytes   query and output once; keys and values once a block, from the second-level cache. From shared memory a warp
+//           reads (2 keys + 16 blocks) 2 head_dim bytes for 64 blocks keys head_dim flops: 1/23 to 1/26 byte a flop
+//           with two blocks of rows, 1/14 with one (head dims above 128)
+//   limit   the tensor cores; of an A100 they do 2048 flops a clock and shared memory gives 128 bytes: with one block
+//   of
+//           rows that feeds 1820 flops
 #include <cmath>
 #include <cstdint>
 
@@ -32,11 +33,9 @@ namespace {
 // Of a head dim up to D. Tiles fit into 99 KiB of shared memory, which every GPU from sm_80 on gives a block.
 template <int D, bool plain>
 struct Shape {
-  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps,
-                       keys = D <= 64    ? 64
-                              : !plain   ? 32
-                              : D <= 128 ? 48
-                                         : 64;
+  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps;
+  static constexpr int most_keys = D > 64 && D <= 128 ? 48 : 64;  // that registers leave room for
+  static constexpr int keys = plain || D <= 64 ? most_keys : 32;
 };
 
 template <class T>
