@@ -186,15 +186,14 @@ int Machine::pick_next() {
 }
 
 int Machine::pick_random() {
-  std::vector<int> warps;
-  for (size_t w = 0; w < ready_.size(); ++w) {
-    if (ready_[w]) warps.push_back(static_cast<int>(w));
-  }
-  if (warps.empty()) return -1;
-  const int warp = warps[random_() % warps.size()];
-  uint32_t lanes = ready_[warp];
+  const auto is_ready = [](uint32_t lanes) { return lanes != 0; };
+  const auto warps = static_cast<uint64_t>(std::count_if(ready_.begin(), ready_.end(), is_ready));
+  if (warps == 0) return -1;
+  auto warp = std::find_if(ready_.begin(), ready_.end(), is_ready);
+  for (uint64_t skip = random_() % warps; skip > 0; --skip) warp = std::find_if(warp + 1, ready_.end(), is_ready);
+  uint32_t lanes = *warp;
   for (uint64_t skip = random_() % std::popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
-  return warp * 32 + std::countr_zero(lanes);
+  return static_cast<int>(warp - ready_.begin()) * 32 + std::countr_zero(lanes);
 }
 
 bool Machine::preempts() {
@@ -306,23 +305,24 @@ std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
 // Completes the collective that `last` has come to, if it is the last one.
 void Machine::try_collective(const Thread& last) {
   const int warp = last.number / 32;
-  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32);
-  if (last.mask & present & ~in_collective_[warp]) return;
-  const std::vector<int> lanes = lanes_of(warp, last.mask);
+  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32), mask = last.mask & present;
+  if (mask & ~in_collective_[warp]) return;
   Gathered gathered{};
-  for (int l : lanes) {
-    const Thread& other = threads_[l];
+  gathered.lanes = mask;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    const int l = std::countr_zero(rest);
+    const Thread& other = threads_[warp * 32 + l];
     if (other.mask != last.mask || !same_line(other.site, last.site)) return;
     if (!same_text(other.operation, last.operation)) return;
-    gathered.lanes |= 1u << (l % 32);
-    gathered.value[l % 32] = other.value;
+    gathered.value[l] = other.value;
   }
-  if (last.orders) memory.clocks.meet(lanes, lanes);
+  if (last.orders) memory.clocks.meet(lanes_of(warp, mask), lanes_of(warp, mask));
   if (last.carry_out) last.carry_out(gathered.value);
-  in_collective_[warp] &= ~last.mask;
-  for (int l : lanes) {
-    if (!last.carry_out) threads_[l].gathered = gathered;
-    make_ready(threads_[l]);
+  in_collective_[warp] &= ~mask;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    Thread& other = threads_[warp * 32 + std::countr_zero(rest)];
+    if (!last.carry_out) other.gathered = gathered;
+    make_ready(other);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
 
 #include "sim/image.h"
 
@@ -15,21 +16,6 @@ constexpr uintptr_t kPage = 4096;
 uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 std::string bytes(uint64_t n) { return std::to_string(n) + (n == 1 ? " byte" : " bytes"); }
-
-// Whether some index of the tensor has this offset in elements: the largest stride goes first, which is exact for
-// tensors whose rows do not interleave.
-bool is_element(const TensorView& t, int64_t offset) {
-  uint32_t done = 0;
-  for (int i = 0; i < t.ndim; ++i) {
-    int d = -1;
-    for (int e = 0; e < t.ndim; ++e) {
-      if (!(done >> e & 1) && (d < 0 || t.strides[e] > t.strides[d])) d = e;
-    }
-    done |= 1u << d;
-    if (t.strides[d] > 0) offset -= std::min(offset / t.strides[d], t.sizes[d] - 1) * t.strides[d];
-  }
-  return offset == 0;
-}
 
 }  // namespace
 
@@ -148,17 +134,45 @@ void Memory::set_tensors(const std::vector<NamedView>& tensors) {
   regions_.clear();
   last_region_ = nullptr;
   for (const NamedView& t : tensors) {
-    const auto [begin, end] = extent(t.tensor);
-    if (begin != end) regions_.push_back({t.name, t.tensor, begin, end, t.tensor.contiguous()});
+    Region region(t);
+    if (region.begin != region.end) regions_.push_back(std::move(region));
   }
+}
+
+Memory::Region::Region(const NamedView& view) : name(view.name), tensor(view.tensor) {
+  std::tie(begin, end) = extent(tensor);
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.sizes[d] > 1 && tensor.strides[d] > 0) by_stride.push_back(d);
+  }
+  std::sort(by_stride.begin(), by_stride.end(), [&](int a, int b) { return tensor.strides[a] > tensor.strides[b]; });
+  int64_t packed = 1;
+  for (auto d = by_stride.rbegin(); d != by_stride.rend() && tensor.strides[*d] == packed; ++d) {
+    packed *= tensor.sizes[*d];
+  }
+  dense = static_cast<uint64_t>(packed * size_of(tensor.dtype)) == end - begin;
+}
+
+// How many elements lie side by side from this offset (in elements) on; 0 where none lies. The largest stride goes
+// first, which is exact for tensors whose rows do not interleave.
+int64_t Memory::Region::run_at(int64_t offset) const {
+  int64_t run = 1;
+  for (const int d : by_stride) {
+    const int64_t stride = tensor.strides[d], index = std::min(offset / stride, tensor.sizes[d] - 1);
+    offset -= index * stride;
+    if (stride == 1) run = tensor.sizes[d] - index;
+  }
+  return offset == 0 ? run : 0;
 }
 
 bool Memory::Region::holds(uintptr_t address, uint64_t size) const {
   if (address < begin || address + size > end) return false;
   if (dense) return true;
-  const auto element = static_cast<uint64_t>(size_of(tensor.dtype));
-  for (uint64_t e = (address - begin) / element; e * element < address + size - begin; ++e) {
-    if (!is_element(tensor, static_cast<int64_t>(e))) return false;
+  const int64_t element = size_of(tensor.dtype);
+  const auto last = static_cast<int64_t>(address + size - 1 - begin) / element;
+  for (auto at = static_cast<int64_t>(address - begin) / element; at <= last;) {
+    const int64_t run = run_at(at);
+    if (run == 0) return false;
+    at += run;
   }
   return true;
 }

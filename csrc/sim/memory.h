@@ -87,9 +87,12 @@ class Memory {
     std::string name;
     TensorView tensor;
     uintptr_t begin, end;
-    bool dense;  // every byte between them is an element's
+    std::vector<int> by_stride;  // the dimensions of more than one element, the largest stride first
+    bool dense;                  // every byte between begin and end is an element's
 
+    explicit Region(const NamedView& view);
     bool holds(uintptr_t address, uint64_t size) const;
+    int64_t run_at(int64_t offset) const;
   };
 
   const Region* region_at(uintptr_t address, uint64_t size) const;

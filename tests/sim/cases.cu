@@ -371,6 +371,17 @@ __global__ void row_past_the_array(const float* in, float* out) {
   out[threadIdx.x] = __uint_as_float(r[0]) + __uint_as_float(r[3]);
 }
 
+// Broken: four rows were never filled.
+template <bool broken>
+__global__ void unwritten_row(const float* in, float* out) {
+  __shared__ float4 rows[32];
+  if (threadIdx.x < (broken ? 28 : 32)) rows[threadIdx.x] = make_float4(in[threadIdx.x], 1.0f, 2.0f, 3.0f);
+  __syncwarp();
+  uint32_t r[4];
+  ptx::load_matrix_x4_transposed(r, rows + threadIdx.x);
+  out[threadIdx.x] = static_cast<float>(r[3] & 0xff);
+}
+
 // Broken: what a warp has stored is read by other lanes at once.
 template <bool broken>
 __global__ void stored_rows(const float* in, float* out) {
@@ -510,6 +521,7 @@ std::map<std::string, Case> all_cases() {
       {"rows_of_a_warp", plain(rows_of_a_warp<broken>, 32)},
       {"misaligned_row", plain(misaligned_row<broken>, 32)},
       {"row_past_the_array", plain(row_past_the_array<broken>, 32)},
+      {"unwritten_row", plain(unwritten_row<broken>, 32)},
       {"stored_rows", plain(stored_rows<broken>, 32)},
       {"lane_missing_from_a_product", plain(lane_missing_from_a_product<broken>, 32)},
       {"product_in_branches", plain(product_in_branches<broken>, 32)},

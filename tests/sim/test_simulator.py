@@ -5,8 +5,10 @@ every schedule, and csrc/cuda's own files with one line broken.
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,8 @@ FINDINGS = {
     "misaligned_row": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
     "row_past_the_array": r"thread \(28, 0, 0\) of block \(0, 0, 0\) reads 16 bytes at byte 512 of shared tile, which "
     rf"has 512 {LINE}",
+    "unwritten_row": rf"thread \(28, 0, 0\) of block \(0, 0, 0\) reads shared memory that no thread of the block wrote "
+    rf"{LINE}",
     "stored_rows": rf"{RACE} shared rows",
     "lane_missing_from_a_product": rf"({PLACE} exits while {PLACE} waits for it at mma_16x8x16_bf16 {LINE}|"
     rf"{PLACE} calls mma_16x8x16_bf16 {LINE}, which takes a whole warp, but {PLACE} has exited)",
@@ -221,6 +225,16 @@ def test_arguments_that_no_kernel_may_see_are_errors(native):
             native.norm_forward(**(good | change))
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.norm_forward(**{k: v for k, v in good.items() if k != "stream"})
+
+
+def test_what_a_kernel_only_reads_may_be_memory_that_none_may_write(native):
+    """As a file's is that is mapped: results go back to where they have changed, and nowhere else."""
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, that the tensor must not be written
+        x = torch.frombuffer(page, dtype=torch.float32).view(4, 256)
+    with llmengine.backend("cuda_sim"):
+        assert torch.equal(functional.softmax(x, -1), torch.full((4, 256), 1 / 256))
 
 
 def test_an_unknown_schedule_is_an_error(native):
