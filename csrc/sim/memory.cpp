@@ -38,6 +38,8 @@ const char* verb(Kind kind) {
   return "";
 }
 
+static const char* agent_of(By by) { return by == By::copy ? "its copy " : by == By::warp ? "its warp " : ""; }
+
 void Memory::begin_launch(const Launch& launch) {
   pages_.clear();
   last_ = nullptr;
@@ -55,23 +57,18 @@ void Memory::begin_block(int threads) {
   for (const SharedVariable& v : Image::own().shared_variables()) {
     std::memset(reinterpret_cast<void*>(v.begin), 0xff, v.end - v.begin);
   }
-  last_ = nullptr;
-  for (auto it = pages_.begin(); it != pages_.end();) {
-    it = is_shared(it->first) ? pages_.erase(it) : std::next(it);
-  }
 }
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
-  const bool global = region_at(access.address, access.size);
-  if (!global) {
-    if (is_constant(access)) return {};
+  const bool shared = is_shared(access.address);
+  if (shared || !region_at(access.address, access.size)) {
+    if (!shared && is_constant(access)) return {};
     if (auto problem = outside(access)) return problem;
   }
   if (std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at an address that is not a multiple of " +
            std::to_string(access.size);
   }
-  const bool shared = !global && is_shared(access.address);
   const uint32_t site = site_number(access.site);
   Cell past, present;
   for (uint64_t i = 0; i < access.size; ++i) {
@@ -81,16 +78,12 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
       continue;
     }
     past = byte;
+    if (shared && !clocks.of_this_block(byte.write_stamp)) byte = Cell{};  // an earlier block's
     if (shared && access.kind != Kind::write && byte.write_stamp == 0) {
       return "reads shared memory that no thread of the block wrote";
     }
     conflict = conflict_at(byte, access, thread);
-    if (conflict)
-      return std::string("races: ") +
-             (access.by == By::copy   ? "its copy "
-              : access.by == By::warp ? "its warp "
-                                      : "") +
-             verb(access.kind);
+    if (conflict) return std::string("races: ") + agent_of(access.by) + verb(access.kind);
     remember(byte, access, thread, site);
     present = byte;
   }
@@ -109,8 +102,9 @@ bool Memory::is_constant(const Access& access) const {
 bool Memory::is_dynamic(uintptr_t address) const { return address - address_of(dynamic_.get()) < sizeof(Dynamic); }
 
 bool Memory::is_shared(uintptr_t address) const {
+  if (is_dynamic(address)) return true;
   const SharedVariable* variable = Image::own().shared_variable_at(address);
-  return is_dynamic(address) || (variable && address < variable->end);
+  return variable && address < variable->end;
 }
 
 std::optional<std::string> Memory::outside(const Access& access) const {
@@ -118,14 +112,14 @@ std::optional<std::string> Memory::outside(const Access& access) const {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(offset) + " of " +
            name + ", which has " + std::to_string(size);
   };
-  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
-    if (access.address + access.size <= variable->end) return {};
-    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
-  }
   if (is_dynamic(access.address)) {
     const uint64_t offset = access.address - address_of(dynamic_.get());
     if (offset + access.size <= dynamic_bytes_) return {};
     return beyond(offset, "dynamic shared memory", dynamic_bytes_);
+  }
+  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
+    if (access.address + access.size <= variable->end) return {};
+    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
   }
   return outside_tensors(access);
 }
