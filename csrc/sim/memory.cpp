@@ -232,10 +232,7 @@ std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access,
     return access.by == By::warp ? !clocks.before_warp(agent, stamp, thread) : !clocks.before(agent, stamp, thread);
   };
   const auto side = [&](Kind earlier, uint32_t stamp, int agent, uint32_t site) {
-    if (!clocks.of_this_block(stamp)) return Conflict{earlier, -1, sites_[site], false, false};
-    const int other = clocks.thread_of(agent);
-    const bool copy = clocks.is_copier(agent);
-    return Conflict{earlier, other, sites_[site], copy && !clocks.has_waited(other, stamp), copy};
+    return Conflict{earlier, clocks.of_this_block(stamp) ? agent : -1, stamp, sites_[site]};
   };
   if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) {
     return side(c.atomic ? Kind::atomic : Kind::write, c.write_stamp, c.writer, c.write_site);
@@ -248,7 +245,7 @@ std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access,
 }
 
 void Memory::remember(Cell& c, const Access& access, int thread, uint32_t site) {
-  const int agent = access.by == By::copy ? clocks.copier(thread) : thread;
+  const int agent = access.by == By::copy ? access.agent : thread;
   const uint32_t now = clocks.now(agent);
   if (access.kind != Kind::read) {
     c = Cell{};

@@ -6,7 +6,7 @@
 //            before each block.
 //   constant the kernel's parameters, and what the image never writes
 //
-// An asynchronous copy is checked and remembered when it is issued, as a write and a read of the thread's copier
+// An asynchronous copy is checked and remembered when it is issued, as a write and a read of the agent that copies
 // (clocks.h): whoever then touches what it touches, and was not told that it is done, races with it.
 #pragma once
 
@@ -35,15 +35,15 @@ struct Access {
   Kind kind;
   uintptr_t site;  // return address of the access
   By by = By::thread;
+  int agent = -1;  // of a copy: in whose name it is remembered (clocks.h)
 };
 
 // An earlier access that nothing orders before this one.
 struct Conflict {
   Kind kind;
-  int thread;  // -1: of another block
+  int agent;  // -1: of another block
+  uint32_t stamp;
   uintptr_t site;
-  bool under_way;  // a copy that its thread has not waited for
-  bool copy;
 };
 
 // First and one past the last byte that a tensor's elements touch.
