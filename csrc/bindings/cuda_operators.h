@@ -24,14 +24,14 @@ struct OnStream : Params {
   }
 };
 
-// `around(params, launch)` launches, with whatever the module's device needs before and after.
+// `around(params, launch)` calls launch(params), with whatever the module's device needs before and after.
 template <class Around>
 void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, Around around) {
   const auto operation = [&]<class Params>(const char* name, Params) {
     bind<OnStream<Params>>(
         module, name, device, [] {},
         [=](const OnStream<Params>& params) {
-          around(params, [&] { cuda::run(params, cuda::Stream{params.stream}); });
+          around(params, [](const OnStream<Params>& given) { cuda::run(given, cuda::Stream{given.stream}); });
         });
   };
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
