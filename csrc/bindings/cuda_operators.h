@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#include "cuda/adamw.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/ffn.h"
 #include "cuda/norm.h"
@@ -34,6 +35,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
           around(params, [&] { cuda::run(params, cuda::Stream{params.stream}); });
         });
   };
+  operation("adamw", cuda::AdamW{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});

@@ -14,8 +14,11 @@ std::vector<sim::NamedView> tensors_of(const Params& params) {
   std::vector<sim::NamedView> tensors;
   const auto add = [&](const auto& field) {
     const auto& value = params.*(field.member);
-    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(value)>, TensorView>) {
+    using Value = std::remove_cvref_t<decltype(value)>;
+    if constexpr (std::is_same_v<Value, TensorView>) {
       if (value.defined()) tensors.push_back({field.name, value});
+    } else if constexpr (std::is_same_v<Value, TensorList>) {
+      for (const TensorView& tensor : value) tensors.push_back({field.name, tensor});
     }
   };
   std::apply([&](const auto&... field) { (add(field), ...); }, Params::fields());

@@ -45,11 +45,15 @@ def test_nothing_is_spilled_and_nothing_lies_on_a_stack(architecture: str):
 
 # What they write is a number a row, or a column.
 FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum")
+# What they read is a number a tensor.
+NO_ROWS = ("adamw_factors",)
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
     for name, taken in reported(architecture).items():
+        if name.startswith(NO_ROWS):
+            continue
         assert taken["wide_loads"] > 0, name
         assert taken["wide_stores"] > 0 or name.startswith(FEW_STORES), name
 
@@ -59,7 +63,7 @@ def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
 def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
     for source in resources.sources():
         for name, loads in resources.machine_code_accesses(source, architecture).items():
-            assert loads > 0, name
+            assert loads > 0 or name.startswith(NO_ROWS), name
 
 
 def test_the_compiler_log_is_read_rightly():
