@@ -8,6 +8,7 @@
 #include "bindings/bind.h"
 #include "cuda/adamw.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/embedding.h"
 #include "cuda/ffn.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
@@ -38,6 +39,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("adamw", cuda::AdamW{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
+  operation("embedding_forward", cuda::EmbeddingForward{});
+  operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("norm_forward", cuda::NormForward{});

@@ -38,6 +38,7 @@ OPERATORS = (
     "attention",
     "chain_field",
     "cross_entropy",
+    "embedding",
     "ffn",
     "linear_cross_entropy",
     "norm",
