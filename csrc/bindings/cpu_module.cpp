@@ -12,6 +12,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/ffn.h"
+#include "ops/gradient_norm.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/multiply_add_peak.h"
 #include "ops/norm.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::EmbeddingBackward>(module, "embedding_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
+  bind_cpu<ops::GradientNorm>(module, "gradient_norm");
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::MultiplyAddPeak>(module, "multiply_add_peak");

@@ -10,6 +10,7 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/gradient_norm.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
@@ -43,6 +44,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("gradient_norm", cuda::GradientNorm{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

@@ -43,10 +43,10 @@ def test_nothing_is_spilled_and_nothing_lies_on_a_stack(architecture: str):
     assert not bad
 
 
-# What they write is a number a row, or a column.
-FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum")
-# What they read is a number a tensor.
-NO_ROWS = ("adamw_factors",)
+# What they write is a number a row, a column or a block.
+FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
+# What they read is a number a tensor, or a block of one.
+NO_ROWS = ("adamw_factors", "gradient_norm_root")
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)

@@ -40,6 +40,7 @@ OPERATORS = (
     "cross_entropy",
     "embedding",
     "ffn",
+    "gradient_norm",
     "linear_cross_entropy",
     "norm",
     "relative_attention",
