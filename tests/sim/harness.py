@@ -71,14 +71,15 @@ def built_with(source: str, file: str, line: str, broken: str, folder: Path) -> 
     changed.write_text(text.replace(line, broken, 1))
     compiled = changed if file == f"{source}.cu" else ROOT / f"csrc/cuda/{source}.cu"
     built = simulator.build("_cuda_sim")
-    objects = [o for o in (built / "CMakeFiles").rglob("*.o") if "simulator.dir" not in o.parts]
+    parts = (built / "CMakeFiles" / f"{part}.dir" for part in ("_cuda_sim", "simulated_kernels"))
+    objects = [o for part in parts for o in part.rglob("*.o")]
     (replaced,) = (o for o in objects if o.name == f"{source}.cu.o")
     own = folder / "own.o"
     options = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fsanitize=thread"]
     includes = [f"-I{path}" for path in (folder, ROOT / "csrc/sim/include", ROOT / "csrc")]
     subprocess.run(["c++", *options, "-w", *includes, "-x", "c++", "-c", compiled, "-o", own], check=True)
     module = folder / f"_cuda_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
-    others = [o for o in objects if o != replaced and "simulator_cases" not in str(o)]
+    others = [o for o in objects if o != replaced]
     link = ["c++", "-shared", own, *others, built / "libsimulator.a", "-ldl", "-o", module]
     subprocess.run(link, check=True)
     return module

@@ -153,7 +153,7 @@ BREAKS: dict[str, Break] = {
     "a step behind": (*ADAMW, "const double t = counted;", "const double t = counted - 1.0f;", "differs"),
     "chunks that overlap": (*ADAMW, "first[which]) * kChunk;", "first[which]) * (kChunk - 4);", "races"),
     "the end of a chunk": (
-        *ADAMW, "end - at < n ? static_cast<int>(end - at) : n", "n", "past the end|across its end|races",
+        *ADAMW, "end - at < n ? static_cast<int>(end - at) : n", "n", "past the end|across its end",
     ),
     "unaligned taken for aligned": (*ADAMW, "aligned = t.aligned()", "aligned = true", "not a multiple of"),
     "the other half of the draw": (*ADAMW, "w, p.stochastic, draws[0], 0", "w, p.stochastic, draws[0], 16", "differs"),

@@ -178,8 +178,7 @@ BREAKS = {
     "the rest is taken for aligned": (
         "rotary", "rotary.cu", "p.whole(p.from_aligned, turned)", "p.from_aligned", "not a multiple of 16",
     ),
-    # which tensor is told depends on where they lie: past the end of one may be within the next
-    "a row past the last": ("ffn", "ffn.cu", "if (row >= p.rows) continue;", "", "past the end|races"),
+    "a row past the last": ("ffn", "ffn.cu", "if (row >= p.rows) continue;", "", "past the end of up"),
     "lines of a hidden layer": ("ffn", "ffn.cu", "blockIdx.y * 32", "blockIdx.y * 31", "races: .* of hidden"),
     "the gate is not activated": (
         "ffn", "ffn.cu", "value_of<activation>(h[i]) * u[i]", "h[i] * value_of<activation>(u[i])", "exceeds",

@@ -8,6 +8,15 @@
 
 namespace llmengine::ptx {
 
+namespace detail {
+
+// As PTX instructions on shared memory take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace detail
+
 // What this kernel reads once: it takes no room in the first-level cache.
 __device__ __forceinline__ uint4 load_16_once(const void* address) {
   uint4 word;
