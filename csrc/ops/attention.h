@@ -152,7 +152,8 @@ inline void check_distance_bias(const Checker& at, const AttentionOptions& p) {
   at.contiguous(p.distance_bias, "distance_bias");
 }
 
-inline void validate_options(const Checker& at, const AttentionOptions& p, const AttentionTypes& types) {
+inline void validate_options(const Checker& at, const AttentionOptions& p,
+                             const AttentionTypes& types = kAttentionTypes) {
   check_operands(at, p, types.operands);
   check_mask(at, p, types.masks);
   if (p.cu_seqlens_q.defined() != p.cu_seqlens_k.defined()) at.fail_at("cu_seqlens_q", "and cu_seqlens_k go together");
