@@ -57,7 +57,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             "attention_backward", query, **_arguments(query, key, value, given),
             grad_output=unit_last_stride(grad_output), grad_lse=None if grad_lse is None else grad_lse.contiguous(),
             output=output, lse=lse, lse_low=lse_low, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value,
-            grad_mask=None, grad_distance_bias=None, grad_sinks=None, base=torch.empty_like(lse), delta=torch.empty_like(lse),
+            grad_mask=None, grad_distance_bias=None, grad_sinks=None, base=torch.empty_like(lse),
+            delta=torch.empty_like(lse),
         )  # fmt: skip
         none = [query.new_empty(0, dtype=torch.float32) for _ in range(3)]
         return grad_query, grad_key, grad_value, *none
