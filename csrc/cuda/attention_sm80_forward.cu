@@ -66,11 +66,15 @@ template <int blocks>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
-  __device__ Softmax() {
+  // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
+  __device__ explicit Softmax(float sink) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) base[m][half] = -INFINITY, sum[m][half] = 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        base[m][half] = __fmul_rn(sink, kLog2e);
+        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
+      }
   }
 
   // Logits x to exponentials; what was summed up before, also in `output`, is brought to the new maximum.
@@ -161,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
   const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
   const int begin = block.begin / S::keys * S::keys;
 
-  Softmax<S::blocks> softmax;
+  Softmax<S::blocks> softmax(p.options.sinks ? p.options.sinks[place.head] : -INFINITY);
   Sums<S::blocks, D> output;
   clear(output);
   if (begin < block.end) {

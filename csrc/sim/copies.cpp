@@ -4,14 +4,14 @@
 
 namespace llmengine::sim {
 
-static void take_effect(const Copy& copy) {
-  if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, copy.bytes);
-  std::memset(copy.shared + copy.bytes, 0, copy.size - copy.bytes);
+void Transfer::take_effect() const {
+  if (bytes > 0) std::memcpy(shared, global, bytes);
+  std::memset(shared + bytes, 0, size - bytes);
 }
 
 void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
   const auto choice = order == Order::random ? random() % 4 : 0;
-  if (order == Order::reversed || choice == 1) return take_effect(copy);
+  if (order == Order::reversed || choice == 1) return copy.take_effect();
   copy.late = order == Order::forward || choice == 2;
   under_way_[static_cast<size_t>(thread)].push_back(copy);
   ++count_;
@@ -24,7 +24,7 @@ void Copies::stopped(int thread, Order order, std::mt19937_64& random) {
   if (copies.empty()) return;
   Copy& chosen = order == Order::random ? copies[random() % copies.size()] : copies.back();
   if (chosen.late) return;
-  take_effect(chosen);
+  chosen.take_effect();
   chosen = copies.back();
   copies.pop_back();
   --count_;
@@ -33,14 +33,14 @@ void Copies::stopped(int thread, Order order, std::mt19937_64& random) {
 void Copies::wait(int thread, uint32_t group) {
   count_ -= std::erase_if(under_way_[static_cast<size_t>(thread)], [=](const Copy& copy) {
     if (copy.group > group) return false;
-    take_effect(copy);
+    copy.take_effect();
     return true;
   });
 }
 
 void Copies::end_block() {
   for (const auto& copies : under_way_) {
-    for (const Copy& copy : copies) take_effect(copy);
+    for (const Copy& copy : copies) copy.take_effect();
   }
 }
 

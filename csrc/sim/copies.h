@@ -17,12 +17,17 @@
 
 namespace llmengine::sim {
 
-struct Copy {
+struct Transfer {
   char* shared;
   const char* global;
   uint32_t size, bytes;  // what is written, and how much of it is read; the rest is zeros
-  uint32_t group;        // the clock of the thread's copier (clocks.h)
-  bool late = false;     // takes effect at the last legal moment
+
+  void take_effect() const;
+};
+
+struct Copy : Transfer {
+  uint32_t group = 0;  // the clock of the thread's copier (clocks.h)
+  bool late = false;   // takes effect at the last legal moment
 };
 
 class Copies {

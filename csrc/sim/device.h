@@ -51,6 +51,13 @@ void copy_async(void* shared, const void* global, int size, int bytes, const voi
 void commit_copies();
 void wait_copies(int pending);
 
+// Mbarriers, and bulk copies that report to them. Only where an mbarrier is initialised do its bytes count for memory.
+void mbarrier_init(void* mbarrier, int arrivals, const void* return_address);
+void mbarrier_init_fence();
+void mbarrier_arrive(void* mbarrier, int expected_bytes, const void* return_address);
+bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site);
+void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
+
 void* dynamic_shared();
 
 }  // namespace llmengine::sim

@@ -6,7 +6,7 @@
 //            before each block.
 //   constant the kernel's parameters, and what the image never writes
 //
-// An asynchronous copy is checked and remembered when it is issued, as a write and a read of the thread's copier
+// An asynchronous copy is checked and remembered when it is issued, as a write and a read of the agent that copies
 // (clocks.h): whoever then touches what it touches, and was not told that it is done, races with it.
 #pragma once
 
@@ -35,15 +35,15 @@ struct Access {
   Kind kind;
   uintptr_t site;  // return address of the access
   By by = By::thread;
+  int agent = -1;  // of a copy: in whose name it is remembered (clocks.h)
 };
 
 // An earlier access that nothing orders before this one.
 struct Conflict {
   Kind kind;
-  int thread;  // -1: of another block
+  int agent;  // -1: of another block
+  uint32_t stamp;
   uintptr_t site;
-  bool under_way;  // a copy that its thread has not waited for
-  bool copy;
 };
 
 // First and one past the last byte that a tensor's elements touch.
@@ -87,9 +87,12 @@ class Memory {
     std::string name;
     TensorView tensor;
     uintptr_t begin, end;
-    bool dense;  // every byte between them is an element's
+    std::vector<int> by_stride;  // the dimensions of more than one element, the largest stride first
+    bool dense;                  // every byte between begin and end is an element's
 
+    explicit Region(const NamedView& view);
     bool holds(uintptr_t address, uint64_t size) const;
+    int64_t run_at(int64_t offset) const;
   };
 
   const Region* region_at(uintptr_t address, uint64_t size) const;

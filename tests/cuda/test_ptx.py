@@ -27,6 +27,11 @@ PRODUCTS = [
     for shape, types in (("m16n8k16", ("bf16", "f16")), ("m16n8k8", ("bf16", "f16", "tf32")))
     for t in types
 ]
+MBARRIERS = [
+    "mbarrier.init.shared::cta.b64", "fence.mbarrier_init.release.cluster", "mbarrier.arrive.shared::cta.b64",
+    "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.try_wait.parity.shared::cta.b64",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+]  # fmt: skip
 COPIES = ["cp.async.cg.shared.global", "cp.async.ca.shared.global", "cp.async.commit_group", "cp.async.wait_group"]
 
 
@@ -47,5 +52,5 @@ def test_each_function_is_its_instruction(architecture: str, tmp_path_factory):
     code = ptx(architecture, tmp_path_factory.getbasetemp())
     for instruction in [*LOADS, *PRODUCTS, *COPIES, "cvt.rna.tf32.f32"]:
         assert instruction in code, instruction
-    for instruction in STORES:
+    for instruction in [*STORES, *MBARRIERS]:
         assert (instruction in code) == (architecture != "80"), instruction

@@ -14,6 +14,7 @@
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/matrix.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/reduce.cuh"
@@ -371,6 +372,17 @@ __global__ void row_past_the_array(const float* in, float* out) {
   out[threadIdx.x] = __uint_as_float(r[0]) + __uint_as_float(r[3]);
 }
 
+// Broken: four rows were never filled.
+template <bool broken>
+__global__ void unwritten_row(const float* in, float* out) {
+  __shared__ float4 rows[32];
+  if (threadIdx.x < (broken ? 28 : 32)) rows[threadIdx.x] = make_float4(in[threadIdx.x], 1.0f, 2.0f, 3.0f);
+  __syncwarp();
+  uint32_t r[4];
+  ptx::load_matrix_x4_transposed(r, rows + threadIdx.x);
+  out[threadIdx.x] = static_cast<float>(r[3] & 0xff);
+}
+
 // Broken: what a warp has stored is read by other lanes at once.
 template <bool broken>
 __global__ void stored_rows(const float* in, float* out) {
@@ -413,6 +425,73 @@ __global__ void product_of_half_a_warp(const float* in, float* out) {
   const uint32_t a[2] = {pair_of_ones(), pair_of_ones()}, b[1] = {pair_of_ones()};
   ptx::mma_16x8x8_bf16(d, a, b);
   out[threadIdx.x] = d[0];
+}
+
+// ---- mbarriers ------------------------------------------------------------------------------------------------------
+
+enum class Bulk : uint8_t { none, no_wait, one_look, parity, expectation, few_bytes, arrivals, fence, sync, slots };
+
+// One thread fetches four tiles through two slots, all turn them round; a slot is fetched into again when all have
+// arrived at its `empty`. Broken in as many ways as there are names above.
+template <Bulk mistake>
+__device__ void bulk_tiles(const float* in, float* out) {
+  constexpr int kBytes = 128 * sizeof(float);
+  __shared__ float4 slots[2][32];
+  __shared__ ptx::Mbarrier full[2], empty[2];
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(&full[s], mistake == Bulk::arrivals ? 2 : 1);
+      ptx::mbarrier_init(&empty[s], 128);
+    }
+    if constexpr (mistake != Bulk::fence) ptx::mbarrier_init_fence();
+  }
+  if constexpr (mistake != Bulk::sync) __syncthreads();
+  const auto fetch = [&](int round) {
+    const int s = round % 2;
+    if constexpr (mistake != Bulk::slots) ptx::mbarrier_wait(&empty[s], (round / 2 + 1) % 2);
+    if constexpr (mistake == Bulk::expectation) {
+      ptx::mbarrier_arrive(&full[s]);
+    } else {
+      ptx::mbarrier_arrive_expect_tx(&full[s], mistake == Bulk::few_bytes ? kBytes / 2 : kBytes);
+    }
+    for (int half = 0; half < 2; ++half) {
+      ptx::copy_bulk(&slots[s][half * 16], in + round * 128 + half * 64, kBytes / 2, &full[s]);
+    }
+  };
+  if (threadIdx.x == 0) fetch(0);
+  for (int round = 0; round < 4; ++round) {
+    const int s = round % 2, parity = round / 2 % 2;
+    if (threadIdx.x == 0 && round < 3) fetch(round + 1);
+    if constexpr (mistake == Bulk::no_wait) {
+      __syncthreads();
+    } else if constexpr (mistake == Bulk::one_look) {
+      ptx::mbarrier_try_wait(&full[s], parity);
+    } else {
+      ptx::mbarrier_wait(&full[s], mistake == Bulk::parity ? 1 - parity : parity);
+    }
+    out[round * 128 + threadIdx.x] = reinterpret_cast<const float*>(slots[s])[127 - threadIdx.x];
+    ptx::mbarrier_arrive(&empty[s]);
+  }
+}
+template <bool broken, Bulk mistake>
+__global__ void bulk(const float* in, float* out) {
+  bulk_tiles<broken ? mistake : Bulk::none>(in, out);
+}
+
+// Broken: a size that is no multiple of 16.
+template <bool broken>
+__global__ void bulk_copy_of_odd_size(const float* in, float* out) {
+  __shared__ float4 tile[32];
+  __shared__ ptx::Mbarrier full;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&full, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect_tx(&full, broken ? 500 : 512);
+    ptx::copy_bulk(tile, in, broken ? 500 : 512, &full);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(&full, 0);
+  out[threadIdx.x] = tile[threadIdx.x].y;
 }
 
 // ---- a file of csrc/cuda/ -------------------------------------------------------------------------------------------
@@ -510,10 +589,21 @@ std::map<std::string, Case> all_cases() {
       {"rows_of_a_warp", plain(rows_of_a_warp<broken>, 32)},
       {"misaligned_row", plain(misaligned_row<broken>, 32)},
       {"row_past_the_array", plain(row_past_the_array<broken>, 32)},
+      {"unwritten_row", plain(unwritten_row<broken>, 32)},
       {"stored_rows", plain(stored_rows<broken>, 32)},
       {"lane_missing_from_a_product", plain(lane_missing_from_a_product<broken>, 32)},
       {"product_in_branches", plain(product_in_branches<broken>, 32)},
       {"product_of_half_a_warp", plain(product_of_half_a_warp<broken>, broken ? 16 : 32)},
+      {"bulk_no_wait", plain(bulk<broken, Bulk::no_wait>, 128)},
+      {"bulk_one_look", plain(bulk<broken, Bulk::one_look>, 128)},
+      {"bulk_parity", plain(bulk<broken, Bulk::parity>, 128)},
+      {"bulk_expectation", plain(bulk<broken, Bulk::expectation>, 128)},
+      {"bulk_few_bytes", plain(bulk<broken, Bulk::few_bytes>, 128)},
+      {"bulk_arrivals", plain(bulk<broken, Bulk::arrivals>, 128)},
+      {"bulk_fence", plain(bulk<broken, Bulk::fence>, 128)},
+      {"bulk_sync", plain(bulk<broken, Bulk::sync>, 128)},
+      {"bulk_slots", plain(bulk<broken, Bulk::slots>, 128)},
+      {"bulk_copy_of_odd_size", plain(bulk_copy_of_odd_size<broken>, 32)},
       {"row_sums", plain(row_sums, 128)},
   };
 }

@@ -12,6 +12,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/matrix.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #ifndef __CUDACC__
 #include "sim/simulator.h"
@@ -118,6 +119,24 @@ __global__ void copy(const uint32_t* in, uint32_t* out) {
   to[0] = row.x, to[1] = row.y, to[2] = row.z, to[3] = row.w;
 }
 
+// In and out: the rows, by a bulk copy of all.
+__global__ void bulk_copy(const uint32_t* in, uint32_t* out) {
+  __shared__ uint4 rows[32];
+  __shared__ ptx::Mbarrier full;
+  if (lane() == 0) {
+    ptx::mbarrier_init(&full, 2);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect_tx(&full, sizeof(rows));
+    ptx::copy_bulk(rows, of_block(in, kRows), sizeof(rows), &full);
+    ptx::mbarrier_arrive(&full);
+  }
+  __syncwarp();
+  ptx::mbarrier_wait(&full, 0);
+  const uint4 row = rows[lane()];
+  uint32_t* to = of_block(out, kRows) + lane() * kRowWords;
+  to[0] = row.x, to[1] = row.y, to[2] = row.z, to[3] = row.w;
+}
+
 // In: a, 16 x 16 bf16; b as 8 rows of n; b as 16 rows of k. Out: a b, 16 x 8 floats, from either. As a kernel goes:
 // copies fetch, ldmatrix lays out, mma multiplies.
 __global__ void whole_product(const uint32_t* in, uint32_t* out) {
@@ -175,6 +194,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"copy_4", copy<4>},
     {"copy_8", copy<8>},
     {"copy_16", copy<16>},
+    {"bulk_copy", bulk_copy},
     {"whole_product", whole_product},
 };
 

@@ -19,7 +19,8 @@ from llmengine.testing import Operator, Sample, assert_law, evaluate, poison, si
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import attention
 from llmengine.testing.simulator import SCHEDULES
-from tests.sim.test_kernels import ROOT, built_with, loaded
+
+from .harness import ROOT, built_with, loaded
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)

@@ -247,6 +247,13 @@ def test_copies_fill_up_with_zeros(run, size: int):
     np.testing.assert_array_equal(found.reshape(32, 4), expected.view(np.uint32))
 
 
+def test_bulk_copies_bring_their_rows(run):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("bulk copies need sm_90")
+    rows = np.random.default_rng(2).integers(0, 2**32, (3, 128), dtype=np.uint32)
+    np.testing.assert_array_equal(run("bulk_copy", rows, 128), rows)
+
+
 # ---- together --------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,8 @@ from llmengine.backends.cuda.native import Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
-    "mask", "alibi_slopes", "distance_bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seed",
-    "window_left", "window_right", "bottom_right", "scale", "softcap", "dropout_p",
+    "mask", "alibi_slopes", "distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+    "seed", "window_left", "window_right", "bottom_right", "scale", "softcap", "dropout_p",
 )  # fmt: skip
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
@@ -35,7 +35,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return None
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-        *given, _, want_grad_distance_bias = options
+        *given, _, want_grad_distance_bias, _ = options
         if want_grad_distance_bias and (farthest := given[2].shape[1] // 2) > FARTHEST:
             return f"the {native.backend} attention has gradients of distances up to {FARTHEST}, got {farthest}"
         return native.refuses_tensors(grad_output, grad_lse, output, lse) or forward_refuses(query, key, value, *given)
@@ -52,9 +52,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     @kernel(table, "attention_backward", backward_refuses)
     def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-        *given, want_grad_mask, want_grad_distance_bias = options
+        *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
         arguments = _arguments(query, key, value, given)
-        mask, bias = given[0], arguments["distance_bias"]
+        mask, bias, sinks = given[0], arguments["distance_bias"], arguments["sinks"]
+        base, delta = torch.empty_like(lse), torch.empty_like(lse)
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
         by_kernel = want_grad_mask and mask.shape[3] > 1
@@ -63,20 +64,29 @@ def kernels(native: Native) -> dict[str, Kernel]:
             "attention_backward", query, **arguments, grad_output=unit_last_stride(grad_output),
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
-            grad_distance_bias=None, base=torch.empty_like(lse), delta=torch.empty_like(lse), partial_distances=partial,
+            grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
         )  # fmt: skip
-        if want_grad_mask and not by_kernel:  # a bias that is one for all keys of a row moves lse and nothing else
-            seen = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -math.inf, 0.0)
-            grad_mask = seen[..., None].sum_to_size(mask.shape).contiguous()
+        # what the sink's probability takes of each row's gradient
+        taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
+        if want_grad_mask and not by_kernel:
+            grad_mask = _grad_of_row_bias(grad_lse, lse, taken).sum_to_size(mask.shape).contiguous()
+        grad_sinks = -taken.masked_fill(lse == -math.inf, 0.0).sum((0, 2)) if want_grad_sinks else lse.new_empty(0)
         grad_distance_bias = lse.new_empty(0) if partial is None else partial.sum((0, 2))
-        return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias
+        return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
     return table
 
 
+def _grad_of_row_bias(grad_lse, lse, taken):
+    """A bias that is one for all keys of a row moves lse and, where there is a sink, what it leaves to the keys."""
+    grad = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grad = grad if taken is None else grad + taken
+    return grad.masked_fill(lse == -math.inf, 0.0)[..., None]
+
+
 def _parts(query, options, bias):
     """Sizes of what is yet to be added up of the gradient of a bias by distance: a table for each tile of rows."""
-    cu_seqlens_q, longest = options[3], options[5]
+    cu_seqlens_q, longest = options[4], options[6]
     if cu_seqlens_q is None:
         sequences, tiles = query.shape[0], -(-query.shape[2] // DISTANCE_ROWS)
     else:
@@ -87,7 +97,7 @@ def _parts(query, options, bias):
 def _arguments(query, key, value, options):
     """The arguments that forward and backward share, by their names in csrc/ops/attention.h."""
     named = dict(zip(OPTIONS, options, strict=True))
-    for name in ("distance_bias", "cu_seqlens_q", "cu_seqlens_k", "seed"):
+    for name in ("distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seed"):
         named[name] = None if named[name] is None else named[name].contiguous()
     mask = named.pop("mask")
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
