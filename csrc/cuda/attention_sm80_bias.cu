@@ -211,7 +211,6 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
   if (begin < block.end) tiles.begin_rows(p, s, place.head, row);
 #pragma unroll 1
   for (int key = begin; key < block.end; key += kKeys) {
-    __syncthreads();  // every warp is done with the keys, and with the diagonals, of the tile before
     tiles.begin_keys(p, s, place.head, key);
     ptx::commit_copies();
     ptx::wait_copies<0>();

@@ -35,7 +35,7 @@ def assert_right(op: Operator, sample: Sample, dtype: torch.dtype) -> None:
     """Outputs and all gradients by the law."""
     given = sample.rounded(dtype)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
-    plain = evaluate(op.plain, given, None)
+    plain = evaluate(op.plain, given, "reference")  # where it is no function of PyTorch
     with poison():
         ours = evaluate(op.function, given, "cuda_sim")
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: output")
@@ -194,14 +194,14 @@ BREAKS = {
     "one head of a group": (KEYS, "", "place.head + 1) * p.sizes.group", "place.head * p.sizes.group + 1)", "exceeds"),
     "dropped scores pass": (KEYS, "", "drop(kept, dropped, 1.0f);", "", "exceeds"),
     "draws of another lane": (KEYS, LOGITS, "(all >> (4 * i + own) & 1)", "(all >> (4 * own + i) & 1)", "exceeds"),
-    "delta is forgotten": (ROWS, BACKWARD, "grad[m][j][i] -= statistics.delta[m][i / 2];", "", "exceeds"),
+    "delta is forgotten": (ROWS, BACKWARD, "grad[m][j][i] -= statistics.delta[m][i / 2];", ";", "exceeds"),
     "keys of one stage": (ROWS, "", "const int stage = key / S::keys % 2;", "const int stage = 0;", "exceeds|races"),
     "no barrier after a mask's tiles": (BIAS, "", "__syncthreads();  // every warp is done with them", "", "races"),
     "one head shares a mask": (BIAS, "", "head_end = m.heads == 1 ?", "head_end = m.heads == 0 ?", "exceeds"),
     "rows of one warp": (BIAS, "", "warp < kWarps && threadIdx.x < keys", "warp < 1 && threadIdx.x < keys", "exceeds"),
     "a diagonal too far": (BIAS, "", "r = c - diagonal + kRows - 1", "r = c - diagonal + kRows", "exceeds"),
     "the ends are left out": (BIAS, "", "table[2 * farthest] += right;", "", "exceeds"),
-    "no barrier after diagonals": (BIAS, "", "__syncthreads();  // every warp is done with the keys", "", "races"),
+    "no barrier before diagonals": (BIAS, "", "__syncthreads();  // the tile of gradients", "//", "races|no thread"),
     "the other element": (ROWS, "", "half ? lower[3] : upper[1]", "half ? lower[2] : upper[0]", "exceeds"),
 }  # fmt: skip
 
