@@ -3,33 +3,45 @@
 #include <vector>
 
 #include "bindings/cuda_operators.h"
+#include "sim/apart.h"
 #include "sim/simulator.h"
 
 namespace llmengine {
 namespace {
 
-// Every tensor of the call, by the name of its argument: kernels may touch these.
-template <class Params>
-std::vector<sim::NamedView> tensors_of(const Params& params) {
-  std::vector<sim::NamedView> tensors;
-  const auto add = [&](const auto& field) {
-    const auto& value = params.*(field.member);
-    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(value)>, TensorView>) {
-      if (value.defined()) tensors.push_back({field.name, value});
+// Calls visit(name, tensor) for every tensor of the call: kernels may touch these.
+template <class Params, class Visit>
+void visit_tensors(Params& params, const Visit& visit) {
+  const auto visit_field = [&](const auto& field) {
+    auto& value = params.*(field.member);
+    using Value = std::remove_cvref_t<decltype(value)>;
+    if constexpr (std::is_same_v<Value, TensorView>) {
+      if (value.defined()) visit(field.name, value);
+    } else if constexpr (std::is_same_v<Value, TensorList>) {
+      for (auto& tensor : value) visit(field.name, tensor);
     }
   };
-  std::apply([&](const auto&... field) { (add(field), ...); }, Params::fields());
-  return tensors;
+  std::apply([&](const auto&... field) { (visit_field(field), ...); }, Params::fields());
+}
+
+// Runs on copies of the tensors that lie far apart, under the names of the arguments.
+template <class Params, class Launch>
+void run_apart(Params params, const Launch& launch) {
+  std::vector<TensorView*> tensors;
+  visit_tensors(params, [&](const char*, TensorView& tensor) { tensors.push_back(&tensor); });
+  const sim::Apart apart(tensors);
+  std::vector<sim::NamedView> named;
+  visit_tensors(params, [&](const char* name, const TensorView& tensor) { named.push_back({name, tensor}); });
+  const sim::Tensors touchable(named);
+  launch(params);
+  apart.give_back();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda_sim, module) {
   module.def("set_schedule", &sim::set_schedule, pybind11::arg("order"), pybind11::arg("seed") = 0);
-  bind_cuda_operators(module, dlpack::kCPU, [](const auto& params, const auto& launch) {
-    const sim::Tensors touchable(tensors_of(params));
-    launch();
-  });
+  bind_cuda_operators(module, dlpack::kCPU, [](const auto& params, const auto& launch) { run_apart(params, launch); });
 }
 
 }  // namespace llmengine

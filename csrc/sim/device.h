@@ -34,12 +34,29 @@ struct Gathered {
 };
 Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site);
 
+// An instruction of the whole warp, for which every lane of it must come to the same line: the last one carries it out
+// for all, on what each has brought, in the order of lanes.
+void whole_warp(const char* operation, void* brought, void (*carry_out)(const std::array<uint64_t, 32>& brought),
+                Site site);
+
 // The value of another lane, for shuffles: to read a lane that takes no part is a fault.
 uint64_t value_of_lane(const char* operation, const Gathered& gathered, int source, Site site);
 
 enum class Touch : uint8_t { read, write, atomic };
 // Checks an access before it is made. The instrumentation calls it for plain accesses, the twins for their own.
 void touch(const void* address, size_t size, Touch kind, const void* return_address);
+
+// An asynchronous copy of `size` bytes, of which `bytes` are read and the others are zeros; groups of copies.
+void copy_async(void* shared, const void* global, int size, int bytes, const void* return_address);
+void commit_copies();
+void wait_copies(int pending);
+
+// Mbarriers, and bulk copies that report to them. Only where an mbarrier is initialised do its bytes count for memory.
+void mbarrier_init(void* mbarrier, int arrivals, const void* return_address);
+void mbarrier_init_fence();
+void mbarrier_arrive(void* mbarrier, int expected_bytes, const void* return_address);
+bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site);
+void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
 
 void* dynamic_shared();
 

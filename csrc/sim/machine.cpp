@@ -16,19 +16,6 @@ namespace {
 
 constexpr int kNamedBarriers = 16;
 
-// Whether a kernel's own code runs. The linker may give the simulator the instrumented copy of a standard library
-// function that kernels' files use too; its accesses are nobody's.
-constinit bool watching = false;
-
-struct Unwatched {
-  Unwatched() { watching = false; }
-  ~Unwatched() { watching = true; }
-};
-
-std::string text(Index3 i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-}
-
 std::string text(Site site) {
   const std::string path = site.file_name();
   return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line());
@@ -51,6 +38,12 @@ std::string ranges(const std::vector<int>& numbers) {
 }
 
 }  // namespace
+
+constinit bool watching = false;
+
+std::string text(Index3 i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
 
 Machine& Machine::the() {
   static Machine machine;
@@ -91,20 +84,33 @@ void Machine::run_block() {
   exited_.assign(ready_.size(), 0);
   named_.assign(kNamedBarriers, {});
   at_barrier_ = 0;
+  copies_.begin_block(count_);
+  mbarriers_.clear();
+  mbarriers_.reserve(Clocks::kMbarriers);  // threads hold references to them while they stop
+  bulk_copies_.clear();
   last_ = schedule.order == Order::reversed ? count_ : -1;
   for (int t = 0; t < count_; ++t) {
     threads_[t].number = t;
     fibres_[t].prepare(thread_body, this);
     make_ready(threads_[t]);
   }
-  for (int t; fault_.empty() && (t = pick()) >= 0;) {
+  while (fault_.empty()) {
+    const int t = pick();
+    if (t < 0 && bulk_copies_may_finish(true)) continue;
+    if (t < 0) break;
     last_ = t;
     current_ = &threads_[t];
     fibres_[t].resume();
+    copies_.stopped(t, schedule.order, random_);
+    bulk_copies_may_finish(false);
   }
+  copies_.end_block();
+  for (const BulkCopy& copy : bulk_copies_) copy.take_effect();
   const bool all_exited =
       std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::exited; });
-  if (fault_.empty() && !all_exited) fault_ = "deadlock in block " + text(block_) + ": " + position_of_all();
+  if (fault_.empty() && !all_exited) {
+    fault_ = "deadlock in block " + text(block_) + ": " + position_of_all() + missing_of_mbarriers();
+  }
 }
 
 void Machine::thread_body(void* argument) {
@@ -144,8 +150,8 @@ void Machine::wait(Meeting meeting, const char* operation, Site site) {
 
 void Machine::yield() { fibres_[current_->number].suspend(); }
 
-void Machine::fail(const std::string& what) {
-  fault_ = position(current_->number) + " " + what;
+void Machine::fail(int thread, const std::string& what) {
+  fault_ = position(thread) + " " + what;
   for (;;) yield();  // never resumed: the launch is over
 }
 
@@ -183,15 +189,14 @@ int Machine::pick_next() {
 }
 
 int Machine::pick_random() {
-  std::vector<int> warps;
-  for (size_t w = 0; w < ready_.size(); ++w) {
-    if (ready_[w]) warps.push_back(static_cast<int>(w));
-  }
-  if (warps.empty()) return -1;
-  const int warp = warps[random_() % warps.size()];
-  uint32_t lanes = ready_[warp];
+  const auto is_ready = [](uint32_t lanes) { return lanes != 0; };
+  const auto warps = static_cast<uint64_t>(std::count_if(ready_.begin(), ready_.end(), is_ready));
+  if (warps == 0) return -1;
+  auto warp = std::find_if(ready_.begin(), ready_.end(), is_ready);
+  for (uint64_t skip = random_() % warps; skip > 0; --skip) warp = std::find_if(warp + 1, ready_.end(), is_ready);
+  uint32_t lanes = *warp;
   for (uint64_t skip = random_() % std::popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
-  return warp * 32 + std::countr_zero(lanes);
+  return static_cast<int>(warp - ready_.begin()) * 32 + std::countr_zero(lanes);
 }
 
 bool Machine::preempts() {
@@ -265,13 +270,31 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
          ", which has exited");
   }
   wait(Meeting::warp, operation, site);
+  meet(mask, value, orders, nullptr);
+  return self.gathered;
+}
+
+void Machine::whole_warp(const char* operation, void* brought, CarryOut carry_out, Site site) {
+  const int warp = current_->number / 32, lanes = std::min(count_ - warp * 32, 32);
+  const auto complain = [&](const std::string& problem) {
+    fail(std::string("calls ") + operation + " (" + text(site) + "), which takes a whole warp, " + problem);
+  };
+  if (lanes < 32) complain("in a warp of " + std::to_string(lanes) + (lanes == 1 ? " thread" : " threads"));
+  if (exited_[warp]) complain("but " + position(warp * 32 + std::countr_zero(exited_[warp])) + " has exited");
+  wait(Meeting::warp, operation, site);
+  meet(~0u, reinterpret_cast<uint64_t>(brought), false, carry_out);
+}
+
+// The running thread, which has begun to wait, brings what it has to a collective.
+void Machine::meet(uint32_t mask, uint64_t value, bool orders, CarryOut carry_out) {
+  Thread& self = *current_;
   self.mask = mask;
   self.value = value;
   self.orders = orders;
+  self.carry_out = carry_out;
   in_collective_[self.number / 32] |= 1u << lane();
   try_collective(self);
   yield();
-  return self.gathered;
 }
 
 std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
@@ -285,39 +308,88 @@ std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
 // Completes the collective that `last` has come to, if it is the last one.
 void Machine::try_collective(const Thread& last) {
   const int warp = last.number / 32;
-  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32);
-  if (last.mask & present & ~in_collective_[warp]) return;
-  const std::vector<int> lanes = lanes_of(warp, last.mask);
+  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32), mask = last.mask & present;
+  if (mask & ~in_collective_[warp]) return;
   Gathered gathered{};
-  for (int l : lanes) {
-    const Thread& other = threads_[l];
+  gathered.lanes = mask;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    const int l = std::countr_zero(rest);
+    const Thread& other = threads_[warp * 32 + l];
     if (other.mask != last.mask || !same_line(other.site, last.site)) return;
     if (!same_text(other.operation, last.operation)) return;
-    gathered.lanes |= 1u << (l % 32);
-    gathered.value[l % 32] = other.value;
+    gathered.value[l] = other.value;
   }
-  if (last.orders) memory.clocks.meet(lanes, lanes);
-  in_collective_[warp] &= ~last.mask;
-  for (int l : lanes) {
-    threads_[l].gathered = gathered;
-    make_ready(threads_[l]);
+  if (last.orders) memory.clocks.meet(lanes_of(warp, mask), lanes_of(warp, mask));
+  if (last.carry_out) last.carry_out(gathered.value);
+  in_collective_[warp] &= ~mask;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    Thread& other = threads_[warp * 32 + std::countr_zero(rest)];
+    if (!last.carry_out) other.gathered = gathered;
+    make_ready(other);
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 void Machine::touch(const Access& access) {
   if (fibres_[current_->number].holds(access.address)) return;  // local memory
   if (preempts()) yield();
+  check(access, current_->number);
+}
+
+void Machine::touch_for_warp(const Access& access, int lane) { check(access, current_->number / 32 * 32 + lane); }
+
+void Machine::check(const Access& access, int thread) {
   std::optional<Conflict> conflict;
-  const auto problem = memory.check(access, current_->number, conflict);
+  const auto problem = memory.check(access, thread, conflict);
   if (!problem) return;
   const std::string here = " (" + source_line(access.site) + ")";
-  if (!conflict) fail(*problem + here);
-  const std::string other = conflict->thread < 0 ? "a thread of another block" : position(conflict->thread);
-  const std::string when = conflict->thread < 0 ? " without an order between blocks" : " with no barrier between";
-  fail(*problem + here + " what " + other + " " + verb(conflict->kind) + " (" + source_line(conflict->site) + ")" +
-       when + ": " + memory.name_of(access.address));
+  if (!conflict) fail(thread, *problem + here);
+  const Clocks& clocks = memory.clocks;
+  const int other = conflict->agent, owner = other < 0 ? -1 : clocks.thread_of(other);
+  const bool copy = other >= 0 && clocks.is_copier(other), bulk = other >= 0 && clocks.is_carrier(other);
+  const std::string whose = other < 0 ? "a thread of another block" : bulk ? "a bulk copy" : position(owner);
+  const std::string when = other < 0                                            ? " without an order between blocks"
+                           : bulk                                               ? " with no mbarrier_wait between"
+                           : copy && !clocks.has_waited(owner, conflict->stamp) ? " with no wait_copies between"
+                                                                                : " with no barrier between";
+  fail(thread, *problem + here + " what " + (copy ? "a copy of " : "") + whose + " " + verb(conflict->kind) + " (" +
+                   source_line(conflict->site) + ")" + when + ": " + memory.name_of(access.address));
+}
+
+// Checks and remembers both sides; addresses must be multiples of `alignment`.
+void Machine::check_copy(const Transfer& copy, uint32_t alignment, int agent, uintptr_t site) {
+  const int self = current_->number;
+  const auto shared = reinterpret_cast<uintptr_t>(copy.shared), global = reinterpret_cast<uintptr_t>(copy.global);
+  const auto complain = [&](const std::string& problem) { fail(problem + " (" + source_line(site) + ")"); };
+  const auto misaligned = [&](const char* way) {
+    complain("copies " + std::to_string(copy.size) + " bytes " + way + " an address that is not a multiple of " +
+             std::to_string(alignment));
+  };
+  if (copy.bytes > 0) {
+    if (global % alignment != 0) misaligned("from");
+    check({global, copy.bytes, Kind::read, site, By::copy, agent}, self);
+    if (!memory.is_global(global)) complain("copies from memory that is not global");
+  }
+  if (shared % alignment != 0) misaligned("to");
+  check({shared, copy.size, Kind::write, site, By::copy, agent}, self);
+  if (!memory.is_shared(shared)) complain("copies to memory that is not shared");
+}
+
+void Machine::copy_async(Copy copy, uintptr_t site) {
+  if (preempts()) yield();
+  if (copy.bytes > copy.size) {
+    fail("copies " + std::to_string(static_cast<int32_t>(copy.bytes)) + " bytes where 0 to " +
+         std::to_string(copy.size) + " fit (" + source_line(site) + ")");
+  }
+  const int self = current_->number, agent = memory.clocks.copier(self);
+  check_copy(copy, copy.size, agent, site);
+  copy.group = memory.clocks.now(agent);
+  copies_.issue(self, copy, schedule.order, random_);
+}
+
+void Machine::wait_copies(int pending) {
+  copies_.wait(current_->number, memory.clocks.wait(current_->number, static_cast<uint32_t>(pending)));
 }
 
 // ---- reports --------------------------------------------------------------------------------------------------------
@@ -377,6 +449,11 @@ Gathered meet_warp(const char* operation, uint32_t mask, uint64_t value, bool or
   return Machine::the().meet_warp(operation, mask, value, orders, site);
 }
 
+void whole_warp(const char* operation, void* brought, Machine::CarryOut carry_out, Site site) {
+  const Unwatched simulator;
+  Machine::the().whole_warp(operation, brought, carry_out, site);
+}
+
 uint64_t value_of_lane(const char* operation, const Gathered& gathered, int source, Site site) {
   if (gathered.lanes >> source & 1) return gathered.value[static_cast<size_t>(source)];
   const Unwatched simulator;
@@ -389,6 +466,20 @@ void touch(const void* address, size_t size, Touch kind, const void* return_addr
   const Unwatched simulator;
   const Kind as = kind == Touch::read ? Kind::read : kind == Touch::write ? Kind::write : Kind::atomic;
   Machine::the().touch({reinterpret_cast<uintptr_t>(address), size, as, reinterpret_cast<uintptr_t>(return_address)});
+}
+
+void copy_async(void* shared, const void* global, int size, int bytes, const void* return_address) {
+  const Unwatched simulator;
+  const Transfer transfer{static_cast<char*>(shared), static_cast<const char*>(global), static_cast<uint32_t>(size),
+                          static_cast<uint32_t>(bytes)};
+  Machine::the().copy_async({transfer}, reinterpret_cast<uintptr_t>(return_address));
+}
+
+void commit_copies() { Machine::the().commit_copies(); }
+
+void wait_copies(int pending) {
+  const Unwatched simulator;
+  Machine::the().wait_copies(pending);
 }
 
 void run(const Launch& launch) { Machine::the().run(launch); }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
 
 #include "sim/image.h"
 
@@ -16,7 +17,9 @@ uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 std::string bytes(uint64_t n) { return std::to_string(n) + (n == 1 ? " byte" : " bytes"); }
 
-// First and one past the last byte that a tensor's elements touch; strides are not negative in PyTorch.
+}  // namespace
+
+// Strides are not negative in PyTorch.
 std::pair<uintptr_t, uintptr_t> extent(const TensorView& t) {
   int64_t last = 0;
   for (int d = 0; d < t.ndim; ++d) {
@@ -26,23 +29,6 @@ std::pair<uintptr_t, uintptr_t> extent(const TensorView& t) {
   return {address_of(t.data), address_of(t.data) + static_cast<uintptr_t>((last + 1) * size_of(t.dtype))};
 }
 
-// Whether some index of the tensor has this offset in elements: the largest stride goes first, which is exact for
-// tensors whose rows do not interleave.
-bool is_element(const TensorView& t, int64_t offset) {
-  uint32_t done = 0;
-  for (int i = 0; i < t.ndim; ++i) {
-    int d = -1;
-    for (int e = 0; e < t.ndim; ++e) {
-      if (!(done >> e & 1) && (d < 0 || t.strides[e] > t.strides[d])) d = e;
-    }
-    done |= 1u << d;
-    if (t.strides[d] > 0) offset -= std::min(offset / t.strides[d], t.sizes[d] - 1) * t.strides[d];
-  }
-  return offset == 0;
-}
-
-}  // namespace
-
 const char* verb(Kind kind) {
   switch (kind) {
     case Kind::read: return "reads";
@@ -51,6 +37,8 @@ const char* verb(Kind kind) {
   }
   return "";
 }
+
+static const char* agent_of(By by) { return by == By::copy ? "its copy " : by == By::warp ? "its warp " : ""; }
 
 void Memory::begin_launch(const Launch& launch) {
   pages_.clear();
@@ -69,32 +57,35 @@ void Memory::begin_block(int threads) {
   for (const SharedVariable& v : Image::own().shared_variables()) {
     std::memset(reinterpret_cast<void*>(v.begin), 0xff, v.end - v.begin);
   }
-  last_ = nullptr;
-  for (auto it = pages_.begin(); it != pages_.end();) {
-    it = is_shared(it->first) ? pages_.erase(it) : std::next(it);
-  }
 }
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
-  const bool global = region_at(access.address, access.size);
-  if (!global) {
-    if (is_constant(access)) return {};
+  const bool shared = is_shared(access.address);
+  if (shared || !region_at(access.address, access.size)) {
+    if (!shared && is_constant(access)) return {};
     if (auto problem = outside(access)) return problem;
   }
   if (std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at an address that is not a multiple of " +
            std::to_string(access.size);
   }
-  const bool shared = !global && is_shared(access.address);
   const uint32_t site = site_number(access.site);
+  Cell past, present;
   for (uint64_t i = 0; i < access.size; ++i) {
     Cell& byte = cell(access.address + i);
+    if (i > 0 && byte == past) {  // neighbours mostly have the same past
+      byte = present;
+      continue;
+    }
+    past = byte;
+    if (shared && !clocks.of_this_block(byte.write_stamp)) byte = Cell{};  // an earlier block's
     if (shared && access.kind != Kind::write && byte.write_stamp == 0) {
       return "reads shared memory that no thread of the block wrote";
     }
-    conflict = conflict_at(byte, access.kind, thread);
-    if (conflict) return std::string("races: ") + verb(access.kind);
-    remember(byte, access.kind, thread, site);
+    conflict = conflict_at(byte, access, thread);
+    if (conflict) return std::string("races: ") + agent_of(access.by) + verb(access.kind);
+    remember(byte, access, thread, site);
+    present = byte;
   }
   return {};
 }
@@ -111,8 +102,9 @@ bool Memory::is_constant(const Access& access) const {
 bool Memory::is_dynamic(uintptr_t address) const { return address - address_of(dynamic_.get()) < sizeof(Dynamic); }
 
 bool Memory::is_shared(uintptr_t address) const {
+  if (is_dynamic(address)) return true;
   const SharedVariable* variable = Image::own().shared_variable_at(address);
-  return is_dynamic(address) || (variable && address < variable->end);
+  return variable && address < variable->end;
 }
 
 std::optional<std::string> Memory::outside(const Access& access) const {
@@ -120,14 +112,14 @@ std::optional<std::string> Memory::outside(const Access& access) const {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(offset) + " of " +
            name + ", which has " + std::to_string(size);
   };
-  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
-    if (access.address + access.size <= variable->end) return {};
-    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
-  }
   if (is_dynamic(access.address)) {
     const uint64_t offset = access.address - address_of(dynamic_.get());
     if (offset + access.size <= dynamic_bytes_) return {};
     return beyond(offset, "dynamic shared memory", dynamic_bytes_);
+  }
+  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
+    if (access.address + access.size <= variable->end) return {};
+    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
   }
   return outside_tensors(access);
 }
@@ -136,17 +128,45 @@ void Memory::set_tensors(const std::vector<NamedView>& tensors) {
   regions_.clear();
   last_region_ = nullptr;
   for (const NamedView& t : tensors) {
-    const auto [begin, end] = extent(t.tensor);
-    if (begin != end) regions_.push_back({t.name, t.tensor, begin, end, t.tensor.contiguous()});
+    Region region(t);
+    if (region.begin != region.end) regions_.push_back(std::move(region));
   }
+}
+
+Memory::Region::Region(const NamedView& view) : name(view.name), tensor(view.tensor) {
+  std::tie(begin, end) = extent(tensor);
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.sizes[d] > 1 && tensor.strides[d] > 0) by_stride.push_back(d);
+  }
+  std::sort(by_stride.begin(), by_stride.end(), [&](int a, int b) { return tensor.strides[a] > tensor.strides[b]; });
+  int64_t packed = 1;
+  for (auto d = by_stride.rbegin(); d != by_stride.rend() && tensor.strides[*d] == packed; ++d) {
+    packed *= tensor.sizes[*d];
+  }
+  dense = static_cast<uint64_t>(packed * size_of(tensor.dtype)) == end - begin;
+}
+
+// How many elements lie side by side from this offset (in elements) on; 0 where none lies. The largest stride goes
+// first, which is exact for tensors whose rows do not interleave.
+int64_t Memory::Region::run_at(int64_t offset) const {
+  int64_t run = 1;
+  for (const int d : by_stride) {
+    const int64_t stride = tensor.strides[d], index = std::min(offset / stride, tensor.sizes[d] - 1);
+    offset -= index * stride;
+    if (stride == 1) run = tensor.sizes[d] - index;
+  }
+  return offset == 0 ? run : 0;
 }
 
 bool Memory::Region::holds(uintptr_t address, uint64_t size) const {
   if (address < begin || address + size > end) return false;
   if (dense) return true;
-  const auto element = static_cast<uint64_t>(size_of(tensor.dtype));
-  for (uint64_t e = (address - begin) / element; e * element < address + size - begin; ++e) {
-    if (!is_element(tensor, static_cast<int64_t>(e))) return false;
+  const int64_t element = size_of(tensor.dtype);
+  const auto last = static_cast<int64_t>(address + size - 1 - begin) / element;
+  for (auto at = static_cast<int64_t>(address - begin) / element; at <= last;) {
+    const int64_t run = run_at(at);
+    if (run == 0) return false;
+    at += run;
   }
   return true;
 }
@@ -205,35 +225,39 @@ Memory::Cell& Memory::cell(uintptr_t address) {
   return last_->cells[address - page];
 }
 
-std::optional<Conflict> Memory::conflict_at(const Cell& c, Kind kind, int thread) const {
-  const auto unordered = [&](uint32_t stamp, int other) {
-    return stamp != 0 && (!clocks.of_this_block(stamp) || !clocks.before(other, stamp, thread));
+std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access, int thread) const {
+  const auto unordered = [&](uint32_t stamp, int agent) {
+    if (stamp == 0) return false;
+    if (!clocks.of_this_block(stamp)) return true;
+    return access.by == By::warp ? !clocks.before_warp(agent, stamp, thread) : !clocks.before(agent, stamp, thread);
   };
-  const auto side = [&](Kind earlier, uint32_t stamp, int other, uint32_t site) {
-    return Conflict{earlier, clocks.of_this_block(stamp) ? other : -1, sites_[site]};
+  const auto side = [&](Kind earlier, uint32_t stamp, int agent, uint32_t site) {
+    return Conflict{earlier, clocks.of_this_block(stamp) ? agent : -1, stamp, sites_[site]};
   };
-  if (unordered(c.write_stamp, c.writer) && !(c.atomic && kind == Kind::atomic)) {
+  if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) {
     return side(c.atomic ? Kind::atomic : Kind::write, c.write_stamp, c.writer, c.write_site);
   }
-  if (kind == Kind::read) return {};
+  if (access.kind == Kind::read) return {};
   for (int r = 0; r < kReaders; ++r) {
     if (unordered(c.read_stamp[r], c.reader[r])) return side(Kind::read, c.read_stamp[r], c.reader[r], c.read_site[r]);
   }
   return {};
 }
 
-void Memory::remember(Cell& c, Kind kind, int thread, uint32_t site) {
-  const uint32_t now = clocks.now(thread);
-  if (kind != Kind::read) {
+void Memory::remember(Cell& c, const Access& access, int thread, uint32_t site) {
+  const int agent = access.by == By::copy ? access.agent : thread;
+  const uint32_t now = clocks.now(agent);
+  if (access.kind != Kind::read) {
     c = Cell{};
-    c.write_stamp = now, c.write_site = site, c.writer = static_cast<uint16_t>(thread), c.atomic = kind == Kind::atomic;
+    c.write_stamp = now, c.write_site = site, c.writer = static_cast<uint16_t>(agent);
+    c.atomic = access.kind == Kind::atomic;
     return;
   }
   // A reader that this one comes after is no longer needed: who is ordered after this one is ordered after both.
   const bool replaces = c.read_stamp[0] == 0 ||
                         (clocks.of_this_block(c.read_stamp[0]) && clocks.before(c.reader[0], c.read_stamp[0], thread));
   const int slot = replaces ? 0 : 1;
-  c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(thread);
+  c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(agent);
 }
 
 uint32_t Memory::site_number(uintptr_t site) {

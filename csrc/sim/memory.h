@@ -5,6 +5,9 @@
 //            symbol table; dynamic shared memory is one array of the launch's size. Both are filled with NaN
 //            before each block.
 //   constant the kernel's parameters, and what the image never writes
+//
+// An asynchronous copy is checked and remembered when it is issued, as a write and a read of the agent that copies
+// (clocks.h): whoever then touches what it touches, and was not told that it is done, races with it.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "sim/clocks.h"
@@ -22,19 +26,28 @@ namespace llmengine::sim {
 enum class Kind : uint8_t { read, write, atomic };
 const char* verb(Kind kind);
 
+// Whose access it is: the thread's own, that of its warp as a whole (matrix.h), or that of a copy it issues.
+enum class By : uint8_t { thread, warp, copy };
+
 struct Access {
   uintptr_t address;
   uint64_t size;
   Kind kind;
   uintptr_t site;  // return address of the access
+  By by = By::thread;
+  int agent = -1;  // of a copy: in whose name it is remembered (clocks.h)
 };
 
-// An earlier access that no barrier orders before this one.
+// An earlier access that nothing orders before this one.
 struct Conflict {
   Kind kind;
-  int thread;  // -1: of another block
+  int agent;  // -1: of another block
+  uint32_t stamp;
   uintptr_t site;
 };
+
+// First and one past the last byte that a tensor's elements touch.
+std::pair<uintptr_t, uintptr_t> extent(const TensorView& tensor);
 
 class Memory {
  public:
@@ -45,6 +58,8 @@ class Memory {
   // race.
   std::optional<std::string> check(const Access& access, int thread, std::optional<Conflict>& conflict);
 
+  bool is_global(uintptr_t address) const { return region_at(address, 1); }
+  bool is_shared(uintptr_t address) const;
   std::string name_of(uintptr_t address) const;  // "byte 12 of shared slots", of an address that check() let pass
   char* dynamic_shared() { return dynamic_->bytes; }
   size_t dynamic_shared_bytes() const { return dynamic_bytes_; }
@@ -59,8 +74,10 @@ class Memory {
   struct Cell {  // a byte; a stamp of 0 is "never"
     uint32_t write_stamp, read_stamp[kReaders];
     uint32_t write_site, read_site[kReaders];
-    uint16_t writer, reader[kReaders];
+    uint16_t writer, reader[kReaders];  // agents (clocks.h)
     bool atomic;
+
+    bool operator==(const Cell&) const = default;
   };
   struct Page {
     Cell cells[4096];
@@ -70,21 +87,23 @@ class Memory {
     std::string name;
     TensorView tensor;
     uintptr_t begin, end;
-    bool dense;  // every byte between them is an element's
+    std::vector<int> by_stride;  // the dimensions of more than one element, the largest stride first
+    bool dense;                  // every byte between begin and end is an element's
 
+    explicit Region(const NamedView& view);
     bool holds(uintptr_t address, uint64_t size) const;
+    int64_t run_at(int64_t offset) const;
   };
 
   const Region* region_at(uintptr_t address, uint64_t size) const;
   std::optional<std::string> outside(const Access& access) const;
   std::string outside_tensors(const Access& access) const;
   bool is_dynamic(uintptr_t address) const;
-  bool is_shared(uintptr_t address) const;
   bool is_constant(const Access& access) const;
 
   Cell& cell(uintptr_t address);
-  std::optional<Conflict> conflict_at(const Cell& cell, Kind kind, int thread) const;
-  void remember(Cell& cell, Kind kind, int thread, uint32_t site);
+  std::optional<Conflict> conflict_at(const Cell& cell, const Access& access, int thread) const;
+  void remember(Cell& cell, const Access& access, int thread, uint32_t site);
   uint32_t site_number(uintptr_t site);
 
   struct alignas(4096) Dynamic {  // pages of its own, like the static variables

@@ -5,8 +5,10 @@ every schedule, and csrc/cuda's own files with one line broken.
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ LINE = r"\(cases\.cu:\d+\)"
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
 RACE = rf"{PLACE} races: (reads|writes) {LINE} what {PLACE} (reads|writes) {LINE} with no barrier between: byte \d+ of"
+UNWAITED = rf"what a copy of {PLACE} (reads|writes) {LINE} with no wait_copies between: byte \d+ of"
+UNTOLD = rf"what a bulk copy writes {LINE} with no mbarrier_wait between: byte \d+ of shared slots"
 FINDINGS = {
     "reverse_in_shared": rf"({UNWRITTEN}|{RACE} shared tile)",
     "reuse_of_slots": rf"{RACE} shared slots",
@@ -51,7 +55,54 @@ FINDINGS = {
     "count_threads": rf"{RACE} out",
     "one_element_of_all_blocks": rf"{PLACE} races: writes {LINE} what a thread of another block writes {LINE} "
     r"without an order between blocks: byte 0 of out",
+    "forgotten_wait": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
+    "forgotten_commit": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
+    "wait_without_barrier": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} what a copy of {PLACE} writes {LINE} "
+    r"with no (wait_copies|barrier) between: byte \d+ of shared tile)",
+    "group_too_many": rf"{PLACE} races: reads {LINE} {UNWAITED} shared stages",
+    "stage_overwritten": rf"({PLACE} races: its copy writes {LINE} what {PLACE} reads {LINE} with no barrier between: "
+    rf"byte \d+ of shared stages|{PLACE} races: reads {LINE} {UNWAITED} shared stages)",
+    "source_overwritten": rf"{PLACE} races: writes {LINE} {UNWAITED} out",
+    "fetch_past_the_end": rf"thread \(17, 0, 0\) of block \(0, 0, 0\) reads 16 bytes at byte 272 of in \(1, 70\), "
+    rf"across its end {LINE}|{PLACE} reads 16 bytes \d+ bytes past the end of in \(1, 70\) {LINE}",
+    "fetch_of_too_many_bytes": rf"{PLACE} copies 16 bytes where 0 to 8 fit {LINE}",
+    "misaligned_source": rf"{PLACE} copies 16 bytes from an address that is not a multiple of 16 {LINE}",
+    "misaligned_destination": rf"{PLACE} copies 16 bytes to an address that is not a multiple of 16 {LINE}",
+    "fetch_to_global_memory": rf"{PLACE} copies to memory that is not shared {LINE}",
+    "rows_of_a_warp": rf"{PLACE} races: its warp reads {LINE} what {PLACE} writes {LINE} with no barrier between: "
+    r"byte \d+ of shared rows",
+    "misaligned_row": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
+    "row_past_the_array": r"thread \(28, 0, 0\) of block \(0, 0, 0\) reads 16 bytes at byte 512 of shared tile, which "
+    rf"has 512 {LINE}",
+    "unwritten_row": rf"thread \(28, 0, 0\) of block \(0, 0, 0\) reads shared memory that no thread of the block wrote "
+    rf"{LINE}",
+    "stored_rows": rf"{RACE} shared rows",
+    "lane_missing_from_a_product": rf"({PLACE} exits while {PLACE} waits for it at mma_16x8x16_bf16 {LINE}|"
+    rf"{PLACE} calls mma_16x8x16_bf16 {LINE}, which takes a whole warp, but {PLACE} has exited)",
+    "product_in_branches": rf"deadlock in block \(0, 0, 0\): threads 0-15 at mma_16x8x16_bf16 {LINE}; "
+    rf"threads 16-31 at mma_16x8x16_bf16 {LINE}",
+    "product_of_half_a_warp": rf"{PLACE} calls mma_16x8x8_bf16 {LINE}, which takes a whole warp, in a warp of 16 "
+    r"threads",
+    "bulk_no_wait": rf"{PLACE} races: reads {LINE} {UNTOLD}",
+    "bulk_one_look": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
+    "bulk_parity": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
+    "bulk_expectation": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
+    "bulk_few_bytes": rf"(in block \(0, 0, 0\) a phase ends while a bulk copy is under way that reports to its "
+    rf"mbarrier, byte \d+ of shared full: it expects fewer bytes than come|{PLACE} races: reads {LINE} {UNTOLD})",
+    "bulk_arrivals": rf"deadlock in block \(0, 0, 0\): threads 0-127 at mbarrier_wait {LINE}; the mbarrier at byte 0 "
+    r"of shared full lacks 1 arrival and 0 bytes",
+    "bulk_fence": rf"{PLACE} calls copy_bulk {LINE} on an mbarrier that {PLACE} initialises {LINE} with no "
+    r"mbarrier_init_fence between",
+    "bulk_sync": rf"{PLACE} calls mbarrier_try_wait {LINE} on (what no thread has initialised as an mbarrier|an "
+    rf"mbarrier that {PLACE} initialises {LINE} with no barrier between: byte 0 of shared full)",
+    # the fetching thread may be so far ahead that others miss a phase
+    "bulk_slots": rf"({PLACE} races: its copy writes {LINE} what {PLACE} reads {LINE} with no barrier between: byte "
+    rf"\d+ of shared slots|{PLACE} races: reads {LINE} {UNTOLD}|deadlock .* at mbarrier_wait {LINE}; the mbarrier .*)",
+    "bulk_copy_of_odd_size": rf"{PLACE} copies 500 bytes in bulk {LINE}; multiples of 16 are needed",
 }  # fmt: skip
+
+
+BULK_MISTAKES = {name for name in FINDINGS if name.startswith("bulk_")} - {"bulk_copy_of_odd_size"}  # of one kernel
 
 
 @functools.cache
@@ -71,13 +122,21 @@ def findings(case: str, version: str) -> list[str]:
 @pytest.mark.parametrize("case", FINDINGS)
 def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
     for found in findings(case, "broken"):
-        assert re.fullmatch(rf"{case}<true>: (?:{FINDINGS[case]}).*", found), found
+        kernel = r"bulk<true, .*?>" if case in BULK_MISTAKES else f"{case}<true>"
+        assert re.fullmatch(rf"{kernel}: (?:{FINDINGS[case]}).*", found), found
 
 
-@pytest.mark.parametrize("case", [*FINDINGS, "row_sums"])
+@pytest.mark.parametrize("case", [*FINDINGS, "copies_left_behind", "row_sums"])
 def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
     results = set(findings(case, "fixed"))
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
+
+
+def test_copies_take_effect_at_any_lawful_moment():
+    """How many of 128 have arrived while none was waited for."""
+    arrived = [float(found.removeprefix("ok ")) for found in findings("early_arrivals", "fixed")]
+    assert arrived[:2] == pytest.approx([0, 128]), "forward: as late as possible; reversed: at once"
+    assert all(1 < count < 127 for count in arrived[3:]), "random: some"
 
 
 # ---- the engine's own kernels ----------------------------------------------------------------------------------------
@@ -108,14 +167,6 @@ def test_a_mistake_in_a_shared_header_is_caught(file: str, line: str, broken: st
 
 
 # ---- the backend -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def native():
-    simulator.ready()
-    from llmengine import _cuda_sim
-
-    return _cuda_sim
 
 
 def add_norm(backend: str, x, residual, weight, bias) -> list[torch.Tensor]:
@@ -187,6 +238,16 @@ def test_arguments_that_no_kernel_may_see_are_errors(native):
             native.norm_forward(**(good | change))
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.norm_forward(**{k: v for k, v in good.items() if k != "stream"})
+
+
+def test_what_a_kernel_only_reads_may_be_memory_that_none_may_write(native):
+    """As a file's is that is mapped: results go back to where they have changed, and nowhere else."""
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, that the tensor must not be written
+        x = torch.frombuffer(page, dtype=torch.float32).view(4, 256)
+    with llmengine.backend("cuda_sim"):
+        assert torch.equal(functional.softmax(x, -1), torch.full((4, 256), 1 / 256))
 
 
 def test_an_unknown_schedule_is_an_error(native):

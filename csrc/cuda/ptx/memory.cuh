@@ -8,6 +8,15 @@
 
 namespace llmengine::ptx {
 
+namespace detail {
+
+// As PTX instructions on shared memory take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace detail
+
 // What this kernel reads once: it takes no room in the first-level cache.
 __device__ __forceinline__ uint4 load_16_once(const void* address) {
   uint4 word;
@@ -36,6 +45,10 @@ __device__ __forceinline__ void store_16(void* address, uint4 word) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word.x), "r"(word.y), "r"(word.z),
                "r"(word.w)
                : "memory");
+}
+
+__device__ __forceinline__ void store_8(void* address, uint2 word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word.x), "r"(word.y) : "memory");
 }
 
 // The block's dynamic shared memory, of the size that the launch asked for.

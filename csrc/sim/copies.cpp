@@ -1,0 +1,47 @@
+#include "sim/copies.h"
+
+#include <cstring>
+
+namespace llmengine::sim {
+
+void Transfer::take_effect() const {
+  if (bytes > 0) std::memcpy(shared, global, bytes);
+  std::memset(shared + bytes, 0, size - bytes);
+}
+
+void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
+  const auto choice = order == Order::random ? random() % 4 : 0;
+  if (order == Order::reversed || choice == 1) return copy.take_effect();
+  copy.late = order == Order::forward || choice == 2;
+  under_way_[static_cast<size_t>(thread)].push_back(copy);
+  ++count_;
+}
+
+void Copies::stopped(int thread, Order order, std::mt19937_64& random) {
+  if (count_ == 0 || order == Order::forward) return;
+  if (order == Order::random) thread = static_cast<int>(random() % under_way_.size());
+  auto& copies = under_way_[static_cast<size_t>(thread)];
+  if (copies.empty()) return;
+  Copy& chosen = order == Order::random ? copies[random() % copies.size()] : copies.back();
+  if (chosen.late) return;
+  chosen.take_effect();
+  chosen = copies.back();
+  copies.pop_back();
+  --count_;
+}
+
+void Copies::wait(int thread, uint32_t group) {
+  count_ -= std::erase_if(under_way_[static_cast<size_t>(thread)], [=](const Copy& copy) {
+    if (copy.group > group) return false;
+    copy.take_effect();
+    return true;
+  });
+}
+
+void Copies::end_block() {
+  for (const auto& copies : under_way_) {
+    for (const Copy& copy : copies) copy.take_effect();
+  }
+}
+
+}  // namespace llmengine::sim
