@@ -22,7 +22,7 @@ from llmengine.testing.simulator import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = r"thread \(\d+, 0, 0\) of block \(\d+, 0, 0\)"
-LINE = r"\(cases\.cu:\d+\)"
+LINE = r"\((?:cases\.cu|tensor_cases\.cuh):\d+\)"
 
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
@@ -51,6 +51,7 @@ FINDINGS = {
     "dynamic_memory": rf"thread \(63, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 252 of dynamic shared memory, "
     rf"which has 252 {LINE}",
     "unwritten_slot": UNWRITTEN,
+    "partly_written_vector": UNWRITTEN,
     "misaligned_vector": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
     "count_threads": rf"{RACE} out",
     "one_element_of_all_blocks": rf"{PLACE} races: writes {LINE} what a thread of another block writes {LINE} "
@@ -98,6 +99,7 @@ FINDINGS = {
     # the fetching thread may be so far ahead that others miss a phase
     "bulk_slots": rf"({PLACE} races: its copy writes {LINE} what {PLACE} reads {LINE} with no barrier between: byte "
     rf"\d+ of shared slots|{PLACE} races: reads {LINE} {UNTOLD}|deadlock .* at mbarrier_wait {LINE}; the mbarrier .*)",
+    "copies_behind_an_mbarrier": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
     "bulk_copy_of_odd_size": rf"{PLACE} copies 500 bytes in bulk {LINE}; multiples of 16 are needed",
 }  # fmt: skip
 
@@ -132,9 +134,10 @@ def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_sch
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
 
 
-def test_copies_take_effect_at_any_lawful_moment():
-    """How many of 128 have arrived while none was waited for."""
-    arrived = [float(found.removeprefix("ok ")) for found in findings("early_arrivals", "fixed")]
+@pytest.mark.parametrize("case", ["arrivals_at_once", "early_arrivals"])
+def test_copies_take_effect_at_any_lawful_moment(case: str):
+    """How many of 128 have arrived though none needs to: at the issue, and when the group before was waited for."""
+    arrived = [float(found.removeprefix("ok ")) for found in findings(case, "fixed")]
     assert arrived[:2] == pytest.approx([0, 128]), "forward: as late as possible; reversed: at once"
     assert all(1 < count < 127 for count in arrived[3:]), "random: some"
 
