@@ -312,6 +312,7 @@ std::map<std::string, Case> all_cases() {
       {"bulk_sync", plain(bulk<broken, Bulk::sync>, 128)},
       {"bulk_slots", plain(bulk<broken, Bulk::slots>, 128)},
       {"copies_behind_an_mbarrier", plain(copies_behind_an_mbarrier<broken>, 64)},
+      {"one_copy_expected", plain(one_copy_expected<broken>, 32)},
       {"bulk_copy_of_odd_size", plain(bulk_copy_of_odd_size<broken>, 32)},
       {"row_sums", plain(row_sums, 128)},
   };

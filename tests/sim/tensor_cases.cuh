@@ -323,6 +323,22 @@ __global__ void copies_behind_an_mbarrier(const float* in, float* out) {
   }
 }
 
+// Broken: two copies come where one is expected.
+template <bool broken>
+__global__ void one_copy_expected(const float* in, float* out) {
+  __shared__ float4 tile[32];
+  __shared__ ptx::Mbarrier full;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&full, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect_tx(&full, broken ? 256 : 512);
+    for (int half = 0; half < 2; ++half) ptx::copy_bulk(tile + half * 16, in + half * 64, 256, &full);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(&full, 0);
+  out[threadIdx.x] = tile[threadIdx.x].y;
+}
+
 // Broken: a size that is no multiple of 16.
 template <bool broken>
 __global__ void bulk_copy_of_odd_size(const float* in, float* out) {

@@ -28,7 +28,11 @@ LINE = r"\((?:cases\.cu|tensor_cases\.cuh):\d+\)"
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
 RACE = rf"{PLACE} races: (reads|writes) {LINE} what {PLACE} (reads|writes) {LINE} with no barrier between: byte \d+ of"
 UNWAITED = rf"what a copy of {PLACE} (reads|writes) {LINE} with no wait_copies between: byte \d+ of"
-UNTOLD = rf"what a bulk copy writes {LINE} with no mbarrier_wait between: byte \d+ of shared slots"
+UNTOLD = rf"what a bulk copy writes {LINE} with no mbarrier_wait between: byte \d+ of shared (slots|tile)"
+FEW_BYTES = (
+    r"in block \(0, 0, 0\) a phase ends while a bulk copy is under way that reports to its mbarrier, byte \d+ of "
+    "shared full: it expects fewer bytes than come"
+)
 FINDINGS = {
     "reverse_in_shared": rf"({UNWRITTEN}|{RACE} shared tile)",
     "reuse_of_slots": rf"{RACE} shared slots",
@@ -88,8 +92,7 @@ FINDINGS = {
     "bulk_one_look": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
     "bulk_parity": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
     "bulk_expectation": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} {UNTOLD})",
-    "bulk_few_bytes": rf"(in block \(0, 0, 0\) a phase ends while a bulk copy is under way that reports to its "
-    rf"mbarrier, byte \d+ of shared full: it expects fewer bytes than come|{PLACE} races: reads {LINE} {UNTOLD})",
+    "bulk_few_bytes": rf"({FEW_BYTES}|{PLACE} races: reads {LINE} {UNTOLD})",
     "bulk_arrivals": rf"deadlock in block \(0, 0, 0\): threads 0-127 at mbarrier_wait {LINE}; the mbarrier at byte 0 "
     r"of shared full lacks 1 arrival and 0 bytes",
     "bulk_fence": rf"{PLACE} calls copy_bulk {LINE} on an mbarrier that {PLACE} initialises {LINE} with no "
@@ -100,6 +103,7 @@ FINDINGS = {
     "bulk_slots": rf"({PLACE} races: its copy writes {LINE} what {PLACE} reads {LINE} with no barrier between: byte "
     rf"\d+ of shared slots|{PLACE} races: reads {LINE} {UNTOLD}|deadlock .* at mbarrier_wait {LINE}; the mbarrier .*)",
     "copies_behind_an_mbarrier": rf"{PLACE} races: reads {LINE} {UNWAITED} shared tile",
+    "one_copy_expected": rf"({FEW_BYTES}|{PLACE} races: reads {LINE} {UNTOLD})",
     "bulk_copy_of_odd_size": rf"{PLACE} copies 500 bytes in bulk {LINE}; multiples of 16 are needed",
 }  # fmt: skip
 
