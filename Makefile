@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo        pretrain a BERT and a GPT on six novels (about 5 minutes on 2 cores); results in $(RUNS)/"
 	@echo "make recipe NAME=intents   fine-tune on real data: intents, topics, tweets, reviews, entities,"
-	@echo "                           descriptions, corrections, translations, replies"
+	@echo "                           descriptions, corrections, translations, continuations, replies"
 	@echo "make test        all tests        make test-heavy  also the large matrices"
 	@echo "make bench       every operator beside PyTorch"
 	@echo "make lint format dev info clean"

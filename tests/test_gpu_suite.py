@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PASSES = {"adamw": ("step",), "gradient_norm": ("forward",)}
 SUITE = ROOT / "benchmarks" / "gpu_suite.py"
 
 
@@ -21,10 +22,10 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     operators = {row["operator"] for row in rows}
     assert operators == {
         "attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
-        "ffn", "rotary", "adamw",
+        "ffn", "rotary", "embedding", "adamw", "gradient_norm",
     }  # fmt: skip
     for operator in operators:
-        for which in ("step",) if operator == "adamw" else ("forward", "forward + backward"):
+        for which in PASSES.get(operator, ("forward", "forward + backward")):
             peers = {row["peer"] for row in rows if row["operator"] == operator and row["pass"] == which}
             assert {"llmengine triton", "torch"} <= peers, (operator, which)
         assert (tmp_path / f"gpu_{operator}.png").stat().st_size > 1000

@@ -14,6 +14,7 @@ from torch.nn import functional as torch_functional
 
 import llmengine
 from llmengine import functional
+from llmengine.ops import linear_cross_entropy as ops
 from llmengine.testing import LAYOUTS, Sample, all_operators, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 
@@ -148,6 +149,68 @@ def test_ignored_tokens_may_hold_anything(dtype):
     assert torch.equal(clean[0][0], ours[0][0])
     assert all(torch.equal(clean[1][key], ours[1][key]) for key in clean[1])
     assert not ours[1][0][ignored].any()
+
+
+# ---- loss and gradients at once --------------------------------------------------------------------------------------
+
+SIZES = {"one block": (70, 24, 3300), "several blocks": (230, 24, 3300), "few classes": (40, 8, 5)}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 96 tokens of 3,300 classes in float32, of 192 in bfloat16."""
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 100 * 3300 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_made_with_the_loss(small_blocks, size, reduction, dtype):
+    """Beside a float32 weight, as it is under autocast."""
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "weighted": True}
+    half = make(*SIZES[size], 5, ignored=0.1, reduction=reduction, **options).rounded(dtype)
+    x, w, target = half.args
+    given = Sample(half.name, (x, w.float(), target), half.kwargs, half.constants)
+    assert ops.at_once(x, w.float(), reduction, 0.0)
+    assert_lawful(half, given)
+
+
+def test_a_weight_of_16_bits_is_summed_once(small_blocks):
+    x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16()
+    assert not ops.at_once(x, w, "mean", 0.0) and ops.at_once(x[:190], w, "mean", 0.0)
+    assert not ops.at_once(x.half(), w.half(), "mean", 0.0) and not ops.at_once(x.float(), w.float(), "none", 0.0)
+    assert not ops.at_once(x.float(), w.float(), "mean", 5.0)
+    sample = make(190, 24, 3300, 6, ignored=0.1).rounded(torch.bfloat16)
+    assert_lawful(sample, sample)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_wanted(small_blocks, wanted):
+    sample = make(230, 24, 3300, 7).rounded(torch.float32)
+    leaves = [
+        t.requires_grad_(want) for t, want in zip((*sample.args[:2], sample.kwargs["linear_bias"]), wanted, strict=True)
+    ]
+    ours = functional.linear_cross_entropy(*leaves[:2], sample.args[2], linear_bias=leaves[2])
+    ours.backward()
+    plain = torch_functional.cross_entropy(torch_functional.linear(*leaves), sample.args[2])
+    (leaf,) = (t for t in leaves if t.requires_grad)
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad(plain, leaf)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_backward_may_run_again_and_scales():
+    sample = make(50, 24, 300, 8).rounded(torch.float32)
+    leaves = [t.requires_grad_() for t in sample.args[:2]]
+    loss = functional.linear_cross_entropy(*leaves, sample.args[2])
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in torch.autograd.grad(0.25 * loss, leaves, retain_graph=True):
+        assert torch.equal(g, 0.25 * kept.pop(0))
+    loss.backward(retain_graph=True)
+    for leaf in leaves:
+        leaf.grad.mul_(3)  # as clipping in place does
+    loss.backward()
+    for leaf, g in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 4 * g)
 
 
 PEAK = """

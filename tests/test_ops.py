@@ -207,5 +207,5 @@ def test_other_float_dtypes_run_on_the_reference(op: Operator, sample: Sample, d
 
 
 def test_every_public_operator_has_samples():
-    assert {op.name for op in OPERATORS if not op.updates} == set(llmengine.functional.__all__)
-    assert {op.function.__name__ for op in OPERATORS if op.updates} == {"adamw"}
+    assert {op.name for op in OPERATORS if not op.of_optim} == set(llmengine.functional.__all__)
+    assert {op.function.__name__ for op in OPERATORS if op.of_optim} == {"adamw", "gradient_norm"}

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:llmengine. .* runs on the slow r
 
 # ---- PyTorch's OpInfo ------------------------------------------------------------------------------------------------
 
+
+def _embedding(weight, input, **options):
+    """In OpInfo's order."""
+    return functional.embedding(input, weight, **options)
+
+
 # OpInfo: its function here, and how many samples must run
 OPINFO = {
     ("nn.functional.layer_norm", ""): (functional.layer_norm, 5),
@@ -32,6 +38,7 @@ OPINFO = {
     ("softmax", ""): (functional.softmax, 7),
     ("softmax", "with_dtype"): (functional.softmax, 7),
     ("nn.functional.cross_entropy", ""): (functional.cross_entropy, 11),
+    ("nn.functional.embedding", ""): (_embedding, 5),
     ("nn.functional.scaled_dot_product_attention", ""): (functional.scaled_dot_product_attention, 13),
 }
 INFOS = {(o.name, o.variant_test_name): o for o in op_db if (o.name, o.variant_test_name) in OPINFO}
@@ -66,6 +73,8 @@ def _outside(name: str, given) -> str | None:
         return "dropout"  # other random numbers
     if name == "nn.functional.cross_entropy" and given.args[0].is_floating_point():
         return "class probabilities"
+    if name == "nn.functional.embedding" and given.kwargs.keys() & {"max_norm", "scale_grad_by_freq", "sparse"}:
+        return "what embedding does not support"
     if given.kwargs.get("eps", 0.0) < 0:
         return "negative eps"  # a ValueError here
     return None

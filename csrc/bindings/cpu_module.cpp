@@ -10,7 +10,9 @@
 #include "ops/attention.h"
 #include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
+#include "ops/embedding.h"
 #include "ops/ffn.h"
+#include "ops/gradient_norm.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/multiply_add_peak.h"
 #include "ops/norm.h"
@@ -58,10 +60,14 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::ChainFieldDecode>(module, "chain_field_decode");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
+  bind_cpu<ops::EmbeddingForward>(module, "embedding_forward");
+  bind_cpu<ops::EmbeddingBackward>(module, "embedding_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
+  bind_cpu<ops::GradientNorm>(module, "gradient_norm");
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
+  bind_cpu<ops::LinearCrossEntropyWithGradients>(module, "linear_cross_entropy_with_gradients");
   bind_cpu<ops::MultiplyAddPeak>(module, "multiply_add_peak");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");

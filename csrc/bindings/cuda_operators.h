@@ -6,8 +6,12 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#include "cuda/adamw.h"
+#include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/gradient_norm.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
@@ -34,10 +38,16 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
           around(params, [](const OnStream<Params>& given) { cuda::run(given, cuda::Stream{given.stream}); });
         });
   };
+  operation("adamw", cuda::AdamW{});
+  operation("attention_forward", cuda::AttentionForward{});
+  operation("attention_backward", cuda::AttentionBackward{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
+  operation("embedding_forward", cuda::EmbeddingForward{});
+  operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("gradient_norm", cuda::GradientNorm{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

@@ -14,8 +14,11 @@ template <class Params, class Visit>
 void visit_tensors(Params& params, const Visit& visit) {
   const auto visit_field = [&](const auto& field) {
     auto& value = params.*(field.member);
-    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(value)>, TensorView>) {
+    using Value = std::remove_cvref_t<decltype(value)>;
+    if constexpr (std::is_same_v<Value, TensorView>) {
       if (value.defined()) visit(field.name, value);
+    } else if constexpr (std::is_same_v<Value, TensorList>) {
+      for (auto& tensor : value) visit(field.name, tensor);
     }
   };
   std::apply([&](const auto&... field) { (visit_field(field), ...); }, Params::fields());

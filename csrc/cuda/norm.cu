@@ -261,16 +261,6 @@ __device__ __forceinline__ void store_gradients(const Backward<T>& p, uint64_t s
   store_vector(p.grad_input[row], column, p.columns, p.grad_input.aligned, pack<T>(grad));
 }
 
-// The sums of one vector of columns into a row of `partial`.
-template <int n>
-__device__ __forceinline__ void store_partial(float* line, int column, int columns, bool aligned, const float (&x)[n]) {
-#pragma unroll
-  for (int first = 0; first < n; first += 4) {
-    const float part[4] = {x[first], x[first + 1], x[first + 2], x[first + 3]};
-    store_vector(line, column + first, columns, aligned, pack<float>(part));
-  }
-}
-
 // x and g of a row in registers, `kVectors` of each in a thread.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_held(const Backward<T> p) {
@@ -335,8 +325,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_held(const 
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int column = first + k * threads * n;
-    store_partial(line, column, p.columns, p.partial_aligned, grad_weight[k]);
-    store_partial(line + p.columns, column, p.columns, p.partial_aligned, grad_bias[k]);
+    store_floats(line, column, p.columns, p.partial_aligned, grad_weight[k]);
+    store_floats(line + p.columns, column, p.columns, p.partial_aligned, grad_bias[k]);
   }
 }
 
@@ -391,8 +381,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) norm_backward_wide(const 
         store_gradients(p, seed, row + r, column, x, g, mean_g, sums[2 * r + 1] / columns, statistics.rstd, carried);
       }
       if (!line) continue;
-      store_partial(line, column, p.columns, p.partial_aligned, grad_weight);
-      store_partial(line + p.columns, column, p.columns, p.partial_aligned, grad_bias);
+      store_floats(line, column, p.columns, p.partial_aligned, grad_weight);
+      store_floats(line + p.columns, column, p.columns, p.partial_aligned, grad_bias);
     }
   }
 }

@@ -201,7 +201,17 @@ __device__ __forceinline__ void load_floats(const S* line, int column, int colum
   }
 }
 
-// The same of parameters; `missing` everywhere if there are none.
+// n floats into a line, as far as it goes.
+template <int n>
+__device__ __forceinline__ void store_floats(float* line, int column, int columns, bool aligned, const float (&x)[n]) {
+#pragma unroll
+  for (int first = 0; first < n; first += 4) {
+    const float part[4] = {x[first], x[first + 1], x[first + 2], x[first + 3]};
+    store_vector(line, column + first, columns, aligned, pack<float>(part));
+  }
+}
+
+// load_floats of parameters; `missing` everywhere if there are none.
 template <class T>
 __device__ __forceinline__ void load_line(const Line& line, int column, int columns, float missing,
                                           float (&x)[kLanes<T>]) {

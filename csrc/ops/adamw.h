@@ -20,10 +20,9 @@
 #include "common/check.h"
 #include "common/tensor.h"
 #include "ops/fields.h"
+#include "ops/tensor_list.h"
 
 namespace llmengine::ops {
-
-using TensorList = std::vector<TensorView>;
 
 struct AdamW {
   TensorList parameters;             // contiguous, all of one dtype, of any shapes
@@ -63,30 +62,9 @@ struct AdamW {
   }
 };
 
-// A list that has one tensor for each parameter, contiguous and of its size, all of the first one's dtype.
-inline void validate_list(const Checker& at, const TensorList& list, const char* name, const TensorList& parameters,
-                          std::initializer_list<DType> allowed) {
-  if (list.size() != parameters.size()) {
-    at.fail_at(name, "has " + std::to_string(list.size()) + " tensors; expected " + std::to_string(parameters.size()));
-  }
-  for (size_t i = 0; i < list.size(); ++i) {
-    const std::string place = std::string(name) + "[" + std::to_string(i) + "]";
-    const TensorView& t = list[i];
-    at.defined(t, place.c_str());
-    at.dtype(t, place.c_str(), allowed);
-    if (t.dtype != list[0].dtype)
-      at.fail_at(place.c_str(), "must have the dtype of the first, " + std::string(llmengine::name(list[0].dtype)));
-    if (t.numel() != parameters[i].numel()) {
-      at.fail_at(place.c_str(),
-                 "has shape " + t.shape() + "; expected that of its parameter, " + parameters[i].shape());
-    }
-    at.contiguous(t, place.c_str());
-  }
-}
-
-inline void validate(const AdamW& p) {
+// All but the learning rate, which may be elsewhere; `floats`: of parameters and moments.
+inline void validate_lists(const AdamW& p, std::initializer_list<DType> floats) {
   const Checker at{"adamw"};
-  const std::initializer_list<DType> floats = {DType::f32, DType::bf16};
   validate_list(at, p.parameters, "parameters", p.parameters, floats);
   if (p.parameters.empty()) return;
   const DType dtype = p.parameters[0].dtype;
@@ -108,10 +86,14 @@ inline void validate(const AdamW& p) {
     at.defined(step, "steps");
     scalar(step, "steps", {DType::f32});
   }
-  at.defined(p.lr, "lr");
   scalar(p.lr, "lr", {DType::f32, DType::f64});
   scalar(p.multiplier, "multiplier", {DType::f32});
   scalar(p.found_inf, "found_inf", {DType::f32});
+}
+
+inline void validate(const AdamW& p) {
+  validate_lists(p, {DType::f32, DType::bf16});
+  if (!p.parameters.empty()) Checker{"adamw"}.defined(p.lr, "lr");
 }
 
 }  // namespace llmengine::ops

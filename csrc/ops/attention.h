@@ -21,6 +21,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "common/check.h"
@@ -105,10 +106,18 @@ struct AttentionBackward : AttentionOptions {
   }
 };
 
-inline void check_operands(const Checker& at, const AttentionOptions& p) {
+// What operands and masks may be: a CPU's kernels take no float16, and not all of a GPU's take float32.
+struct AttentionTypes {
+  std::initializer_list<DType> operands, masks;
+};
+inline constexpr std::initializer_list<DType> kAttentionOperands = {DType::f32, DType::bf16};
+inline constexpr std::initializer_list<DType> kAttentionMasks = {DType::boolean, DType::f32, DType::bf16};
+inline constexpr AttentionTypes kAttentionTypes = {kAttentionOperands, kAttentionMasks};
+
+inline void check_operands(const Checker& at, const AttentionOptions& p, std::initializer_list<DType> types) {
   for (auto [t, argument] : NamedTensors{{&p.query, "query"}, {&p.key, "key"}, {&p.value, "value"}}) {
     at.defined(*t, argument);
-    at.dtype(*t, argument, {DType::f32, DType::bf16});
+    at.dtype(*t, argument, types);
     at.dtype(*t, argument, {p.query.dtype});
     if (t->ndim != 4) at.fail_at(argument, "must be (batch, heads, tokens, head_dim), got " + t->shape());
     at.unit_last_stride(*t, argument);
@@ -122,9 +131,9 @@ inline void check_operands(const Checker& at, const AttentionOptions& p) {
   }
 }
 
-inline void check_mask(const Checker& at, const AttentionOptions& p) {
+inline void check_mask(const Checker& at, const AttentionOptions& p, std::initializer_list<DType> types) {
   if (!p.mask.defined()) return;
-  at.dtype(p.mask, "mask", {DType::boolean, DType::f32, DType::bf16});
+  at.dtype(p.mask, "mask", types);
   const int64_t full[] = {p.query.size(0), p.heads(), p.query.size(2), p.key.size(2)};
   bool fits = p.mask.ndim == 4;
   for (int d = 0; fits && d < 4; ++d) fits = p.mask.size(d) == 1 || p.mask.size(d) == full[d];
@@ -143,9 +152,10 @@ inline void check_distance_bias(const Checker& at, const AttentionOptions& p) {
   at.contiguous(p.distance_bias, "distance_bias");
 }
 
-inline void validate_options(const Checker& at, const AttentionOptions& p) {
-  check_operands(at, p);
-  check_mask(at, p);
+inline void validate_options(const Checker& at, const AttentionOptions& p,
+                             const AttentionTypes& types = kAttentionTypes) {
+  check_operands(at, p, types.operands);
+  check_mask(at, p, types.masks);
   if (p.cu_seqlens_q.defined() != p.cu_seqlens_k.defined()) at.fail_at("cu_seqlens_q", "and cu_seqlens_k go together");
   for (auto [t, argument] : NamedTensors{{&p.cu_seqlens_q, "cu_seqlens_q"}, {&p.cu_seqlens_k, "cu_seqlens_k"}}) {
     at.dtype(*t, argument, {DType::i32});
@@ -180,9 +190,9 @@ inline void check_statistics(const Checker& at, const TensorView& t, const char*
   at.contiguous(t, argument);
 }
 
-inline void validate(const AttentionForward& p) {
+inline void validate(const AttentionForward& p, const AttentionTypes& types = kAttentionTypes) {
   const Checker at{"attention"};
-  validate_options(at, p);
+  validate_options(at, p, types);
   at.defined(p.output, "output");
   at.dtype(p.output, "output", {p.query.dtype});
   check_like(at, p.output, "output", p.query, p.value.size(3));
@@ -192,9 +202,9 @@ inline void validate(const AttentionForward& p) {
   }
 }
 
-inline void validate(const AttentionBackward& p) {
+inline void validate(const AttentionBackward& p, const AttentionTypes& types = kAttentionTypes) {
   const Checker at{"attention backward"};
-  validate_options(at, p);
+  validate_options(at, p, types);
   for (auto [t, argument] : NamedTensors{{&p.output, "output"}, {&p.grad_output, "grad_output"}}) {
     at.defined(*t, argument);
     at.dtype(*t, argument, {p.query.dtype});

@@ -13,33 +13,55 @@
 
 namespace llmengine::ops {
 
-constexpr int64_t clamp_index(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+constexpr auto clamp_index(auto x, decltype(x) low, decltype(x) high) { return x < low ? low : x > high ? high : x; }
 
-struct Band {
-  int64_t rows, keys, left, right, shift;
+// What a tile sees across: some of its lines see [begin, end), all of them [full, full_end), which may be empty.
+template <class Int>
+struct SpanOf {
+  Int begin = 0, end = 0, full = 0, full_end = 0;
 
-  constexpr Band(int64_t rows, int64_t keys, int64_t left, int64_t right, bool bottom_right)
+  constexpr bool some(Int first, Int last) const { return first < end && last > begin; }
+  constexpr bool all(Int first, Int last) const { return first >= full && last <= full_end; }
+};
+
+// Int: int64_t, or on a GPU int32_t, for up to 2^30 rows and keys and windows of as many.
+template <class Int>
+struct BandOf {
+  Int rows, keys, left, right, shift;
+
+  constexpr BandOf(Int rows, Int keys, Int left, Int right, bool bottom_right)
       : rows(rows), keys(keys), left(left), right(right), shift(bottom_right ? keys - rows : 0) {}
 
   // the keys [begin, end) of a row
-  constexpr int64_t begin(int64_t row) const {
+  constexpr Int begin(Int row) const {
     return left < 0 ? 0 : left > row + shift ? 0 : clamp_index(row + shift - left, 0, keys);
   }
-  constexpr int64_t end(int64_t row) const {
+  constexpr Int end(Int row) const {
     return right < 0 || right >= keys - (row + shift) ? keys : clamp_index(row + shift + right + 1, 0, keys);
   }
   // the rows [first_row, last_row) that see a key
-  constexpr int64_t first_row(int64_t key) const {
+  constexpr Int first_row(Int key) const {
     return right < 0 || right >= key - shift ? 0 : clamp_index(key - shift - right, 0, rows);
   }
-  constexpr int64_t last_row(int64_t key) const {
+  constexpr Int last_row(Int key) const {
     return left < 0 || left >= rows - (key - shift) ? rows : clamp_index(key - shift + left + 1, 0, rows);
   }
+  // the keys that rows [row, row_end) see, and the rows that see keys [key, key_end): empty of empty tiles
+  constexpr SpanOf<Int> keys_of(Int row, Int row_end) const {
+    if (row >= row_end) return {};
+    return {begin(row), end(row_end - 1), begin(row_end - 1), end(row)};
+  }
+  constexpr SpanOf<Int> rows_of(Int key, Int key_end) const {
+    if (key >= key_end) return {};
+    return {first_row(key), last_row(key_end - 1), first_row(key_end - 1), last_row(key)};
+  }
   // Do all rows [row, row_end) see all keys [key, key_end)?
-  constexpr bool covers(int64_t row, int64_t row_end, int64_t key, int64_t key_end) const {
+  constexpr bool covers(Int row, Int row_end, Int key, Int key_end) const {
     return begin(row_end - 1) <= key && end(row) >= key_end;
   }
 };
+
+using Band = BandOf<int64_t>;
 
 // One independent block of attention: a batch entry, or one of the packed sequences.
 struct Sequence {

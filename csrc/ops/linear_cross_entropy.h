@@ -52,6 +52,22 @@ struct LinearCrossEntropyBackward : LinearCrossEntropyOptions {
   }
 };
 
+// Loss and gradients (of the loss itself: grad_loss is 1) in one pass over the logits; not for "none", nor with a
+// softcap, whose derivative would need the logits once more.
+struct LinearCrossEntropyWithGradients : LinearCrossEntropyForward {
+  TensorView block;  // like input (block tokens, classes rounded up to kClassBlock): the tokens taken at a time
+  TensorView grad_input, grad_linear_weight, grad_linear_bias;  // as above
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyWithGradients;
+    return std::tuple_cat(LinearCrossEntropyForward::fields(),
+                          std::tuple{field("block", &P::block), field("grad_input", &P::grad_input),
+                                     field("grad_linear_weight", &P::grad_linear_weight),
+                                     field("grad_linear_bias", &P::grad_linear_bias)});
+  }
+};
+inline constexpr int64_t kClassBlock = 1536;
+
 // What forward and backward have in common.
 inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntropyOptions& p) {
   at.defined(p.input, "input");
@@ -72,6 +88,19 @@ inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntro
   check_cross_entropy_options(at, p, tokens, classes);
 }
 
+template <class Params>
+void check_linear_gradients(const Checker& at, const Params& p) {
+  at.dtype(p.grad_input, "grad_input", {p.input.dtype});
+  at.shape(p.grad_input, "grad_input", {p.input.size(0), p.input.size(1)});
+  at.unit_last_stride(p.grad_input, "grad_input");
+  at.dtype(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.dtype});
+  at.shape(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.size(0), p.input.size(1)});
+  at.unit_last_stride(p.grad_linear_weight, "grad_linear_weight");
+  if (p.grad_linear_bias.defined()) {
+    check_statistic(at, p.grad_linear_bias, "grad_linear_bias", {p.linear_weight.size(0)});
+  }
+}
+
 inline void validate(const LinearCrossEntropyForward& p) {
   const Checker at{"linear_cross_entropy"};
   check_linear_cross_entropy(at, p);
@@ -82,18 +111,29 @@ inline void validate(const LinearCrossEntropyForward& p) {
 inline void validate(const LinearCrossEntropyBackward& p) {
   const Checker at{"linear_cross_entropy backward"};
   check_linear_cross_entropy(at, p);
-  const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0), d = p.input.size(1);
   check_grad_loss(at, p.grad_loss, p);
-  if (p.grad_input.defined()) {
-    check_statistic(at, p.sums, "sums", {tokens, d});
-    at.dtype(p.grad_input, "grad_input", {p.input.dtype});
-    at.shape(p.grad_input, "grad_input", {tokens, d});
-    at.unit_last_stride(p.grad_input, "grad_input");
+  if (p.grad_input.defined()) check_statistic(at, p.sums, "sums", {p.input.size(0), p.input.size(1)});
+  check_linear_gradients(at, p);
+}
+
+inline void validate(const LinearCrossEntropyWithGradients& p) {
+  const Checker at{"linear_cross_entropy with gradients"};
+  validate(static_cast<const LinearCrossEntropyForward&>(p));
+  if (p.reduction == "none") at.fail_at("reduction", "is 'none'; allowed: 'mean', 'sum'");
+  if (p.softcap > 0) at.fail_at("softcap", "must be 0");
+  check_linear_gradients(at, p);
+  at.defined(p.block, "block");
+  at.dtype(p.block, "block", {p.input.dtype});
+  const int64_t classes = p.linear_weight.size(0), wanted = (classes + kClassBlock - 1) / kClassBlock * kClassBlock;
+  if (p.block.ndim != 2 || p.block.size(0) < 1 || p.block.size(1) != wanted) {
+    at.fail_at("block", "must be (block tokens, " + std::to_string(wanted) + "), got " + p.block.shape());
   }
-  at.dtype(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.dtype});
-  at.shape(p.grad_linear_weight, "grad_linear_weight", {classes, d});
-  at.unit_last_stride(p.grad_linear_weight, "grad_linear_weight");
-  if (p.grad_linear_bias.defined()) check_statistic(at, p.grad_linear_bias, "grad_linear_bias", {classes});
+  at.contiguous(p.block, "block");
+  const bool rounded = p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
+  if (rounded && p.block.size(0) < p.input.size(0)) {
+    at.fail_at("block", "must hold all " + std::to_string(p.input.size(0)) + " tokens where grad_linear_weight is " +
+                            name(p.grad_linear_weight.dtype));
+  }
 }
 
 }  // namespace llmengine::ops

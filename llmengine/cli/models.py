@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmengine.models import Transformer
     from llmengine.training import RunConfig
 
-READABLE = "A model directory (Hugging Face's or ours), a run folder, or a file of Fairseq, OpenNMT-py or GGUF."
+READABLE = "A model directory (Hugging Face's, Eole's or ours), a run folder, or a file of Fairseq, OpenNMT-py or GGUF."
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of other toolkits, in and out: a table per family (bert.py, gpt.py, …), and our own layout.
 
-A new family is one file with a `Family` and one word in FAMILIES. Single files of other toolkits (fairseq.py, …) are
-read only.
+A new family is one file with a `Family` and one word in FAMILIES. Other toolkits' files (fairseq.py, …) and
+directories (eole.py) are read only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmengine.convert import fairseq, files, gguf, opennmt
+from llmengine.convert import eole, fairseq, files, gguf, opennmt
 from llmengine.convert.bart import BART, MARIAN, MBART
 from llmengine.convert.bert import ALBERT, BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from llmengine.convert.family import Family
@@ -47,15 +47,20 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
+        self._get: Callable[[str], Tensor]
         if self.path.is_file():
-            foreign = read_file(self.path)
-            self.family, self.fields, self.files = foreign.family, foreign.fields, foreign.tensors
-            self._get: Callable[[str], Tensor] = foreign.tensors.__getitem__
+            self._take(read_file(self.path))
         else:
             self._open_directory()
 
+    def _take(self, foreign: Foreign) -> None:
+        self.family, self.fields, self.files = foreign.family, foreign.fields, foreign.tensors
+        self._get = foreign.tensors.__getitem__
+
     def _open_directory(self) -> None:
         config = files.read_config(self.path)
+        if eole.recognises(config):
+            return self._take(eole.read(self.path, config))
         model_type = config.get("model_type")
         if model_type != OWN and model_type not in FAMILIES:
             known = ", ".join([*FAMILIES, OWN])

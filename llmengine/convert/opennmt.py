@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from llmengine.convert.bart import BART
 from llmengine.convert.family import unless_equal
 from llmengine.convert.foreign import Foreign, demand, depth, renamed, words_of
@@ -62,66 +64,73 @@ def read(content: Mapping[str, Any]) -> Foreign:
     options = vars(content["opt"]) if isinstance(content["opt"], argparse.Namespace) else dict(content["opt"])
     demand("OpenNMT-py", options, DEMANDED)
     tensors = renamed(content["model"], _NAMES, _NO_PARAMETER) | renamed(content["generator"], _GENERATOR, "$^")
+    fields = fields_of(
+        "OpenNMT-py",
+        tensors,
+        n_heads=options.get("heads", 8),
+        activation=options.get("pos_ffn_activation_fn", "relu"),
+        positions="sinusoid",
+        max_positions=POSITIONS,
+        embed_scale=True,
+        norm_eps=float(options.get("norm_eps", 1e-6)),
+    )
+    return Foreign(BART, fields | _dropouts(options) | token_fields(content.get("vocab"), ROLES), tensors)
+
+
+def fields_of(toolkit: str, tensors: dict[str, Tensor], **given: Any) -> dict[str, Any]:
+    """Of a pre-LN Transformer whose tensors have the names of Hugging Face's BART: `given`, and what they tell."""
     for needed in ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"):
         if needed not in tensors:
-            raise ValueError(f"OpenNMT-py checkpoint: it lacks {needed}, by the name that llmengine gives it")
+            raise ValueError(f"{toolkit} checkpoint: it lacks {needed}, by the name that llmengine gives it")
     if "final_logits_bias" in tensors:
         tensors["final_logits_bias"] = tensors["final_logits_bias"][None]
     layers, decoder_layers = (depth(tensors, f"model.{side}.layers") for side in ("encoder", "decoder"))
     width, decoder_width = (len(tensors[f"model.{side}.layers.0.fc1.weight"]) for side in ("encoder", "decoder"))
     first = "model.encoder.layers.0."
-    fields = {
+    return {
         "family": "custom",
         "architecture": "encoder_decoder",
         "objectives": ["seq2seq"],
         **words_of(tensors),
         "n_layers": layers,
         "n_decoder_layers": unless_equal(decoder_layers, layers),
-        "n_heads": options.get("heads", 8),
         "d_ff": width,
         "d_decoder_ff": unless_equal(decoder_width, width),
-        "activation": options.get("pos_ffn_activation_fn", "relu"),
-        "positions": "sinusoid",
-        "max_positions": POSITIONS,
-        "embed_scale": True,
-        "norm_eps": float(options.get("norm_eps", 1e-6)),
         "norm_place": "pre",
         "final_norm": True,
         "qkv_bias": f"{first}self_attn.q_proj.bias" in tensors,
         "attention_bias": f"{first}self_attn.out_proj.bias" in tensors,
         "feed_forward_bias": f"{first}fc1.bias" in tensors,
         "head_bias": "final_logits_bias" in tensors,
-        **_dropouts(options),
-        **_tokens(content.get("vocab")),
+        **given,
     }
-    return Foreign(BART, fields, tensors)
+
+
+def last_of(options: Mapping[str, Any], name: str, default: float) -> float:
+    """Lists hold what was in force after so many steps; a model goes on with the last."""
+    value = options.get(name, default)
+    return float(value[-1] if isinstance(value, list) else value)
 
 
 def _dropouts(options: Mapping[str, Any]) -> dict[str, float]:
-    """Lists hold what was in force after so many steps; a model goes on with the last."""
-
-    def last(name: str, default: float) -> float:
-        value = options.get(name, default)
-        return float(value[-1] if isinstance(value, list) else value)
-
-    dropout = last("dropout", 0.1)
-    attention = last("attention_dropout", 0.1)
+    dropout = last_of(options, "dropout", 0.1)
+    attention = last_of(options, "attention_dropout", 0.1)
     return {
         "dropout": dropout, "embed_dropout": dropout, "activation_dropout": dropout, "attention_dropout": attention,
     }  # fmt: skip
 
 
-def _tokens(vocabulary: Any) -> dict[str, Any]:
-    """Ids of the special tokens, where the file has the list of the target's words. The source's padding is another
-    token where the lists differ in it; its embedding is then no frozen row."""
+def token_fields(vocabulary: Any, roles: Mapping[str, str]) -> dict[str, Any]:
+    """Ids of the special tokens, where there is a list of the target's words; `roles`: their texts. The source's
+    padding is another token where the lists differ in it; its embedding is then no frozen row."""
     words = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
     if not isinstance(words, list):
         return {}
     source = vocabulary.get("src") or words
-    ids = {field: words.index(token) for field, token in ROLES.items() if token in words}
-    start = vocabulary.get("decoder_start_token", ROLES["bos_token_id"])
+    ids = {field: words.index(token) for field, token in roles.items() if token in words}
+    start = vocabulary.get("decoder_start_token", roles["bos_token_id"])
     return {
         **ids,
         "decoder_start_token_id": words.index(start) if start in words else None,
-        "freeze_padding_row": "pad_token_id" in ids and source[ids["pad_token_id"] :][:1] == [ROLES["pad_token_id"]],
+        "freeze_padding_row": "pad_token_id" in ids and source[ids["pad_token_id"] :][:1] == [roles["pad_token_id"]],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmengine.functional.attention import scaled_dot_product_attention, varlen_attention
 from llmengine.functional.chain_field import chain_field_decode, chain_field_loss
 from llmengine.functional.cross_entropy import cross_entropy
+from llmengine.functional.embedding import embedding
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "chain_field_decode",
     "chain_field_loss",
     "cross_entropy",
+    "embedding",
     "ffn",
     "layer_norm",
     "linear_cross_entropy",

@@ -27,7 +27,8 @@ def linear_cross_entropy(
     The formula, its options and the dtype of the result are those of `llmengine.functional.cross_entropy`; names and
     order are those of `torch.nn.functional.linear_cross_entropy`. Tokens of class ignore_index (None: -100) are left
     out before any product. Extra memory is a few blocks of fixed size and, in the backward, one float32 copy of the
-    input's gradient; the backward computes the logits again from each token's saved log-sum-exp.
+    input's gradient; the backward computes the logits again from each token's saved log-sum-exp. On CPUs a mean or sum
+    that needs gradients makes them at once instead, with a block of at most 64 MiB: the backward then only scales them.
 
     Shapes: input (*, d), linear_weight (C, d), linear_bias and weight (C,), target (*) of class indices; the result is
     () or, for reduction "none", like target. linear_weight and linear_bias are in input's dtype, or float32 beside a
@@ -65,7 +66,10 @@ def linear_cross_entropy(
         None if weight is None else weight.detach(), reduction, -100 if ignore_index is None else int(ignore_index),
         float(label_smoothing), float(z_loss), float(softcap),
     )  # fmt: skip
-    run = ops.LinearCrossEntropy.apply if needs_grad(*args[:3]) else ops.linear_cross_entropy_forward
-    loss = run(*args)
-    loss = loss if isinstance(loss, Tensor) else loss[0]
+    if not needs_grad(*args[:3]):
+        loss = ops.linear_cross_entropy_forward(*args)[0]
+    elif ops.at_once(*args[:2], reduction, softcap):
+        loss = ops.LinearCrossEntropyAtOnce.apply(*args)
+    else:
+        loss = ops.LinearCrossEntropy.apply(*args)
     return loss.view(expected) if reduction == "none" else loss

@@ -117,8 +117,8 @@ class Transformer(Generation):
         cls, directory: str | os.PathLike, *, objectives: list[str] | tuple[str, ...] | None = None, device=None,
         dtype: Policy | None = None, **fields: Any,
     ) -> Transformer:  # fmt: skip
-        """A model from a Hugging Face directory (config.json and safetensors, sharded or not) or from our own; or from
-        a file of Fairseq, OpenNMT-py or llama.cpp (GGUF, Llama models; needs the package gguf).
+        """A model from a directory of Hugging Face (config.json and safetensors, sharded or not), Eole or our own; or
+        from a file of Fairseq, OpenNMT-py or llama.cpp (GGUF, Llama models; needs the package gguf).
 
         objectives: keep only these heads of the file (None: all that it has); a fine-tuning head that the file lacks is
         made fresh, as the file's family has it. fields: other fields of the config to replace (n_labels, dropout, …).

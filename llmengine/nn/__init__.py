@@ -1,6 +1,6 @@
 """Public modules, named and shaped as in torch.nn, same state_dict keys: `from llmengine import nn` is the port.
 
-FeedForward is ours. Everything else of torch.nn (Linear, Embedding, Dropout, ...) is served from torch.nn itself.
+FeedForward is ours. Everything else of torch.nn (Linear, Dropout, ...) is served from torch.nn itself.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn as _torch_nn
 
 from llmengine.nn.attention import MultiheadAttention
+from llmengine.nn.embedding import Embedding
 from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmengine.nn.norm import LayerNorm, RMSNorm
@@ -16,6 +17,7 @@ from llmengine.nn.transformer import TransformerDecoderLayer, TransformerEncoder
 
 __all__ = [
     "CrossEntropyLoss",
+    "Embedding",
     "FeedForward",
     "LayerNorm",
     "LinearCrossEntropyLoss",

@@ -1,8 +1,9 @@
 """Cross-entropy of a linear layer's logits, which are never held whole: schemas, fake kernels, autograd.
 
 Kernels see `input` as (tokens, d), `linear_weight` as (classes, d), `target` as int64 (tokens,). The forward keeps one
-log-sum-exp a token; the backward forms the logits again, block by block. What holds for targets, losses and statistics
-in ops/cross_entropy.py holds here; what for dtypes of parameters in ops/ffn.py.
+log-sum-exp a token; the backward forms the logits again, block by block. On CPUs, where a loss of all tokens is wanted
+with its gradients, both are made at once, from logits formed once (Hsu et al. 2024, Liger Kernel). What holds for
+targets, losses and statistics in ops/cross_entropy.py holds here; what for dtypes of parameters in ops/ffn.py.
 """
 
 from __future__ import annotations
@@ -19,10 +20,7 @@ def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, 
     return lse.new_empty(lse.shape if reduction == "none" else ()), lse, lse.new_empty(())
 
 
-def _backward_fake(
-    grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, wanted,
-):  # fmt: skip
+def _gradients_fake(input, linear_weight, wanted):
     gradients = (
         (input.shape, input.dtype),
         (linear_weight.shape, linear_weight.dtype),
@@ -32,6 +30,14 @@ def _backward_fake(
         input.new_empty(shape if want else (0,), dtype=dtype)
         for (shape, dtype), want in zip(gradients, wanted, strict=True)
     )
+
+
+def _backward_fake(grad_loss, input, linear_weight, *others):
+    return _gradients_fake(input, linear_weight, others[-1])
+
+
+def _with_gradients_fake(input, linear_weight, *others):
+    return (input.new_empty((), dtype=statistics_dtype(input)), *_gradients_fake(input, linear_weight, others[-1]))
 
 
 # lse: each token's log-sum-exp, 0 where it is ignored. normaliser: what the sum was divided by: for "mean" the sum of
@@ -50,6 +56,41 @@ linear_cross_entropy_backward = define(
     " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     _backward_fake,
 )
+# The loss, for "mean" or "sum" and without a softcap, and the gradients of exactly it. block_tokens: how many tokens to
+# take at a time, with memory for the logits of all their classes.
+linear_cross_entropy_with_gradients = define(
+    "linear_cross_entropy_with_gradients(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " Tensor? weight, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    " int block_tokens, bool[] wanted)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
+    _with_gradients_fake,
+)
+BLOCK_BYTES = 64 << 20
+"""What the tokens that are taken at a time may take, with all their classes."""
+BLOCK_STEP = 96
+"""Fewer tokens at a time would leave the products waiting for the weight."""
+
+
+def block_tokens(input, linear_weight) -> int:
+    """How many tokens BLOCK_BYTES hold; 0: too few for gradients to be made with the loss."""
+    tokens, classes = input.shape[0], linear_weight.shape[0]
+    fitting = BLOCK_BYTES // (max(classes, 1) * input.element_size())
+    if fitting >= tokens:
+        return max(tokens, 1)
+    rounded = linear_weight.dtype != torch.float32  # its gradient would be rounded once a block
+    return 0 if rounded else fitting // BLOCK_STEP * BLOCK_STEP
+
+
+def at_once(input, linear_weight, reduction, softcap) -> bool:
+    """Whether loss and gradients are quicker made together. float16 is not, whose losses are scaled to keep gradients
+    from vanishing: here they would be made before the loss is scaled."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and reduction != "none"
+        and softcap == 0
+        and block_tokens(input, linear_weight) > 0
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -77,3 +118,38 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_bias.to(ctx.saved_tensors[2].dtype) if wanted[2] else None,
             *(None,) * (2 + len(ctx.options)),
         )
+
+
+class LinearCrossEntropyAtOnce(torch.autograd.Function):
+    """The same where `at_once` holds."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
+        ctx.wanted = list(ctx.needs_input_grad[:3])
+        loss, *gradients = linear_cross_entropy_with_gradients(
+            input, linear_weight, linear_bias, target, weight, *options, block_tokens(input, linear_weight), ctx.wanted
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grad_input, grad_weight, grad_bias = (
+            _times(gradient, grad_loss) if want else None
+            for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        )
+        return grad_input, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), *(None,) * 9
+
+
+def _times(gradient, factor):
+    """gradient * factor; where factor is 1 and the graph is not kept for another backward, itself, unread."""
+    if torch.compiler.is_compiling() or type(factor) is not torch.Tensor or _graph_is_kept() or factor.item() != 1:
+        return (gradient * factor).to(gradient.dtype)
+    return gradient
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs was asked to keep its graph; so it is taken to be where PyTorch does not tell."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

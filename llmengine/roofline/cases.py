@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.optim import AdamW
+from llmengine.optim import AdamW, gradient_norm
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -26,7 +26,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
         "rotary": [(16384, 32, 128)],  # tokens, heads, head_dim
-        "adamw": [(148, 1 << 22)],  # parameters, elements of each
+        "embedding": [(16384, 50257, 768), (16384, 131072, 4096)],  # tokens, rows of the table, width
+        "parameters": [(148, 1 << 22)],  # parameters, elements of each
     },
     "cpu": {
         "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
@@ -35,7 +36,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(512, 768), (16384, 1024)],
         "logits": [(512, 50257)],
         "rotary": [(16384, 16, 64)],
-        "adamw": [(74, 1 << 19)],
+        "embedding": [(4096, 50257, 768)],
+        "parameters": [(74, 1 << 19)],
     },
     "small": {
         "attention": [(1, 2, 40, 16)],
@@ -44,7 +46,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "rows": [(5, 48)],
         "logits": [(6, 50)],
         "rotary": [(6, 2, 16)],
-        "adamw": [(3, 40)],
+        "embedding": [(20, 30, 16)],
+        "parameters": [(3, 40)],
     },
 }
 
@@ -232,6 +235,19 @@ def _rotary(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("rotary", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 2 * make.bytes(x))
 
 
+def _embedding(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """Ids as text has them, by Zipf's law. What is read and written of the tokens, and the table's whole gradient."""
+    tokens, rows, width = shape
+    weight = make.randn(rows, width)
+    ids = torch.multinomial(1 / torch.arange(1.0, rows + 1, device=make.device), tokens, replacement=True)
+    run = {
+        "llmengine": lambda weight: functional.embedding(ids, weight),
+        "torch": lambda weight: torch_functional.embedding(ids, weight),
+    }
+    size = tokens * width * weight.element_size()
+    yield Case("embedding", _name(shape), make.dtype, run, [weight], 2 * size, 0, size + make.bytes(weight))
+
+
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +278,15 @@ def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("adamw", _name(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
 
 
+def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    gradients = [make.randn(shape[1]) for _ in range(shape[0])]
+    run = {
+        "llmengine": lambda: gradient_norm(gradients),
+        "torch": lambda: torch.nn.utils.get_total_norm(gradients, foreach=True),
+    }
+    yield Case("gradient_norm", _name(shape), make.dtype, run, [], make.bytes(*gradients), passes=("forward",))
+
+
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
     "ffn": ("ffn", _ffn),
@@ -272,5 +297,7 @@ OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = 
     "softmax": ("rows", _softmax),
     "cross_entropy": ("logits", _cross_entropy),
     "rotary": ("rotary", _rotary),
-    "adamw": ("adamw", _adamw),
+    "embedding": ("embedding", _embedding),
+    "adamw": ("parameters", _adamw),
+    "gradient_norm": ("parameters", _gradient_norm),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module
 
-from llmengine.optim import AdamW
+from llmengine.optim import AdamW, gradient_norm
 from llmengine.training.layer_rates import shares
 from llmengine.training.sections import OptimizerSection, ScheduleSection
 
@@ -49,7 +49,7 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
 
 def clipping(gradients: list[Tensor], limit: float | None) -> tuple[Tensor, Tensor | None]:
     """The gradients' common norm, (), and what the step must scale them by so that it is at most `limit` (None: 1)."""
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = gradient_norm(gradients)
     if limit is not None and norm > limit:  # a NaN compares false: the caller sees it in the norm
         return norm, limit / norm
     return norm, None

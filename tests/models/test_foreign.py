@@ -17,30 +17,27 @@ from llmengine import Transformer
 from llmengine.testing import assert_near
 
 from .peers import hf_model, random_ids
-from .translators import HEADS, INNER, PAD, SOURCE_WORDS, WIDTH, WORDS, Fairseq, OpenNMT
-
-# what fairseq's loader gives (padding of the source on the left, of the target on the right), and OpenNMT's
-LEFT = torch.tensor([[PAD, PAD, 5, 9, 30, 2], [4, 8, 15, 16, 23, 2]])
-RIGHT = torch.tensor([[5, 9, 30, 2, PAD, PAD], [4, 8, 15, 16, 23, 2]])
-TARGET = torch.tensor([[2, 7, 11, 3, 20], [2, 6, 10, PAD, PAD]])
+from .translators import (
+    HEADS,
+    INNER,
+    LEFT,
+    PAD,
+    RIGHT,
+    SOURCE_WORDS,
+    TARGET,
+    VOCABULARY,
+    WIDTH,
+    WORDS,
+    Fairseq,
+    OpenNMT,
+    check_words,
+    logits_of,
+)  # fmt: skip
 
 
 def of_file(path: Path, content: object) -> Transformer:
     torch.save(content, path)
     return Transformer.from_pretrained(path)
-
-
-def logits_of(model: Transformer, source: Tensor, target: Tensor) -> Tensor:
-    out = model(source, (source != PAD).long(), decoder_input_ids=target, decoder_attention_mask=(target != PAD).long())
-    return out.logits[target != PAD]
-
-
-def check_words(ours: Transformer, apart: bool) -> None:
-    """That there are as many word embeddings as vocabularies, of their sizes."""
-    sizes = [len(p) for name, p in ours.named_parameters() if name.endswith("embeddings.word.weight")]
-    assert sizes == ([SOURCE_WORDS, WORDS] if apart else [WORDS])
-    assert ours.config.share_embeddings != apart and ours.config.vocab_size == WORDS
-    assert ours.config.source_vocab_size == (SOURCE_WORDS if apart else WORDS)
 
 
 # ---- Fairseq ---------------------------------------------------------------------------------------------------------
@@ -221,7 +218,6 @@ def test_fairseq_roberta_is_hugging_faces(task, names, tmp_path):
 
 # ---- OpenNMT-py ------------------------------------------------------------------------------------------------------
 
-VOCABULARY = ["<unk>", "<blank>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS - 4))]
 OPENNMT = {
     "version 2": OpenNMT(),
     "tied": OpenNMT(tied=True, activation="gelu"),

@@ -1,4 +1,4 @@
-"""Fairseq's and OpenNMT-py's Transformers by their published formulas, as functions of a checkpoint's tensors.
+"""Fairseq's, OpenNMT-py's and Eole's Transformers by their published formulas, as functions of a checkpoint's tensors.
 
 Oracles: plain loops over plain PyTorch functions, which share no line with llmengine.
 """
@@ -14,9 +14,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmengine import Transformer
+
 WORDS, WIDTH, INNER, HEADS, PAD = 37, 16, 24, 4, 1
 SOURCE_WORDS = 41  # where the source has a vocabulary of its own
 State = dict[str, Tensor]
+# what fairseq's loader gives (padding of the source on the left, of the target on the right), and OpenNMT's
+LEFT = torch.tensor([[PAD, PAD, 5, 9, 30, 2], [4, 8, 15, 16, 23, 2]])
+RIGHT = torch.tensor([[5, 9, 30, 2, PAD, PAD], [4, 8, 15, 16, 23, 2]])
+TARGET = torch.tensor([[2, 7, 11, 3, 20], [2, 6, 10, PAD, PAD]])
+VOCABULARY = ["<unk>", "<blank>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS - 4))]
+
+
+def logits_of(model: Transformer, source: Tensor, target: Tensor) -> Tensor:
+    out = model(source, (source != PAD).long(), decoder_input_ids=target, decoder_attention_mask=(target != PAD).long())
+    return out.logits[target != PAD]
+
+
+def check_words(ours: Transformer, apart: bool) -> None:
+    """That there are as many word embeddings as vocabularies, of their sizes."""
+    sizes = [len(p) for name, p in ours.named_parameters() if name.endswith("embeddings.word.weight")]
+    assert sizes == ([SOURCE_WORDS, WORDS] if apart else [WORDS])
+    assert ours.config.share_embeddings != apart and ours.config.vocab_size == WORDS
+    assert ours.config.source_vocab_size == (SOURCE_WORDS if apart else WORDS)
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
@@ -181,6 +201,7 @@ class OpenNMT:
     apart: bool = False
     activation: str = "relu"
     layers: tuple[int, int] = (3, 2)
+    eps: float = 1e-6
 
     def options(self) -> argparse.Namespace:
         return argparse.Namespace(
@@ -234,22 +255,25 @@ class OpenNMT:
         x = self._embed(state, "encoder", source)
         for i in range(self.layers[0]):
             name = f"encoder.transformer.{i}"
-            normed = norm(state, f"{name}.layer_norm", x, 1e-6)
+            normed = norm(state, f"{name}.layer_norm", x, self.eps)
             x = self._feed_forward(state, name, x + self._attend(state, f"{name}.self_attn", normed, normed, seen))
-        memory = norm(state, "encoder.layer_norm", x, 1e-6)
+        memory = norm(state, "encoder.layer_norm", x, self.eps)
         x = self._embed(state, "decoder", target)
         past = torch.ones(target.shape[1], target.shape[1]).tril().bool() & (target != PAD)[:, None]
         for i in range(self.layers[1]):
             name = f"decoder.transformer_layers.{i}"
-            normed = norm(state, f"{name}.layer_norm_1", x, 1e-6)
+            normed = norm(state, f"{name}.layer_norm_1", x, self.eps)
             x = x + self._attend(state, f"{name}.self_attn", normed, normed, past)
-            normed = norm(state, f"{name}.layer_norm_2", x, 1e-6)
+            normed = norm(state, f"{name}.layer_norm_2", x, self.eps)
             x = self._feed_forward(state, name, x + self._attend(state, f"{name}.context_attn", normed, memory, seen))
-        return functional.linear(norm(state, "decoder.layer_norm", x, 1e-6), generator["weight"], generator["bias"])
+        return functional.linear(norm(state, "decoder.layer_norm", x, self.eps), generator["weight"], generator["bias"])
 
     def _embed(self, state: State, side: str, tokens: Tensor) -> Tensor:
-        x = state[f"{side}.embeddings.make_embedding.emb_luts.0.weight"][tokens] * math.sqrt(WIDTH)
-        return x + torch.tensor([self._sinusoid(place) for place in range(tokens.shape[1])])
+        words = state[f"{side}.embeddings.make_embedding.emb_luts.0.weight"][tokens]
+        return self._placed(state, side, words)
+
+    def _placed(self, state: State, side: str, words: Tensor) -> Tensor:
+        return words * math.sqrt(WIDTH) + torch.tensor([self._sinusoid(place) for place in range(words.shape[1])])
 
     @staticmethod
     def _sinusoid(place: int) -> list[float]:
@@ -264,6 +288,77 @@ class OpenNMT:
         return linear(state, f"{name}.final_linear", attention(q, k, v, seen))
 
     def _feed_forward(self, state: State, name: str, x: Tensor) -> Tensor:
-        activation = {"relu": torch.relu, "gelu": functional.gelu}[self.activation]
-        inner = linear(state, f"{name}.feed_forward.w_1", norm(state, f"{name}.feed_forward.layer_norm", x, 1e-6))
+        activation = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu}[self.activation]
+        inner = linear(state, f"{name}.feed_forward.w_1", norm(state, f"{name}.feed_forward.layer_norm", x, self.eps))
         return x + linear(state, f"{name}.feed_forward.w_2", activation(inner))
+
+
+# ---- Eole ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Eole(OpenNMT):
+    """Its Transformer is OpenNMT-py's; names, files and some positions are its own."""
+
+    positions: str = "SinusoidalInterleaved"
+    eps: float = 1e-5
+
+    def config(self) -> dict:
+        side = {"heads": HEADS, "hidden_size": WIDTH, "transformer_ff": INNER, "mlp_activation_fn": self.activation}
+        side |= {"add_qkvbias": self.attention_bias, "add_ffnbias": True}
+        embeddings = {"position_encoding_type": self.positions, "word_vec_size": WIDTH}
+        embeddings |= {"n_positions": self.PLACES} if self.positions == "Learned" else {}
+        return {
+            "training": {"dropout": [0.2, 0.1], "attention_dropout": [0.0]},
+            "model": {
+                "architecture": "transformer", "eole_version": "0.6.4", "share_embeddings": not self.apart,
+                "share_decoder_embeddings": self.tied, "embeddings": embeddings,
+                "encoder": side | {"encoder_type": "transformer", "layers": self.layers[0]},
+                "decoder": side | {"decoder_type": "transformer", "layers": self.layers[1]},
+            },
+        }  # fmt: skip
+
+    PLACES = 30
+    NAMES = (
+        ("embeddings.make_embedding.emb_luts.0", "embeddings"), ("embeddings.make_embedding.pe.pe", "pe.pe"),
+        ("encoder.transformer.", "encoder.transformer_layers."),
+        ("feed_forward.layer_norm", "post_attention_layernorm"), ("feed_forward.w_1", "mlp.gate_up_proj"),
+        ("feed_forward.w_2", "mlp.down_proj"),
+        ("layer_norm_1", "input_layernorm"), ("layer_norm_2", "precontext_layernorm"),
+    )  # fmt: skip
+
+    def file(self) -> State:
+        """Tensors as Eole names and writes them: those that modules share are there once."""
+        state, generator = self.state()
+        result = {f"generator.{kind}": tensor for kind, tensor in generator.items()}
+        for name, tensor in state.items():
+            for old, new in self.NAMES:
+                name = name.replace(old, new)
+            if ".transformer_layers." in name and name.startswith("encoder"):
+                name = name.replace(".layer_norm.", ".input_layernorm.")
+            if name.split(".")[1] in ("embeddings", "pe"):
+                name = {"encoder": "src_emb", "decoder": "tgt_emb"}[name.split(".")[0]] + name[len("encoder") :]
+            result[name] = tensor
+        result |= {f"decoder.transformer_layers.{i}.layer_scalar": torch.ones(1) for i in range(self.layers[1])}
+        if self.positions == "Learned":
+            result |= {f"{side}_emb.pe.weight": self._table(place) for place, side in enumerate(("src", "tgt"))}
+            result = {name: tensor for name, tensor in result.items() if not name.endswith("pe.pe")}
+        if not self.apart:
+            del result["tgt_emb.embeddings.weight"]
+        if self.tied:
+            del result["generator.weight"]
+        return {name: tensor.contiguous() for name, tensor in result.items()}
+
+    def _table(self, seed: int) -> Tensor:
+        return torch.randn(self.PLACES, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def _placed(self, state: State, side: str, words: Tensor) -> Tensor:
+        length = words.shape[1]
+        if self.positions == "Learned":
+            return words + self._table(("encoder", "decoder").index(side))[:length]
+        if self.positions == "SinusoidalInterleaved":
+            return super()._placed(state, side, words)
+        half = WIDTH // 2
+        angles = [[place * 10000.0 ** (-k / (half - 1)) for k in range(half)] for place in range(length)]
+        rows = [[math.sin(a) for a in row] + [math.cos(a) for a in row] for row in angles]
+        return words * math.sqrt(WIDTH) + torch.tensor(rows)

@@ -12,6 +12,7 @@ from llmengine import nn
 from .peers import pair
 
 SIZES = {
+    "Embedding": ((10, 8), {"padding_idx": 3}),
     "LayerNorm": ((8,), {}),
     "RMSNorm": ((8,), {}),
     "MultiheadAttention": ((8, 2), {"add_bias_kv": True}),

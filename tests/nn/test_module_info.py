@@ -24,6 +24,7 @@ REFUSED = {
 # What becomes of PyTorch 2.13's samples, in training (the layers have fewer in eval mode)
 COUNTS = {
     "CrossEntropyLoss": {"equal": 68, "class probabilities are not supported": 36, NO_LABELS: 1},
+    "Embedding": {"equal": 2},
     "LayerNorm": {"equal": 7},
     "LinearCrossEntropyLoss": {"equal": 460, "class probabilities": 24, "out_features": 373},
     "MultiheadAttention": {"equal": 64},

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and the losses against torch.nn's."""
+"""LayerNorm, RMSNorm, Embedding and the losses against torch.nn's."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def test_rms_norm(shape, options):
         ours, theirs = pair("RMSNorm", shape, **options)
         assert_near(ours(randn(2, 3, 8)), theirs(randn(2, 3, 8)), 1e-12)
     compare(*pair("RMSNorm", shape, **options), randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": -1}], ids=str)
+@pytest.mark.parametrize("shape", [(), (9,), (2, 3, 4)], ids=str)
+def test_embedding(shape, options):
+    ids = torch.randint(5, shape, generator=torch.Generator().manual_seed(1))
+    compare(*pair("Embedding", 5, 7, **options), ids)
+
+
+def test_an_embedding_of_given_rows_is_frozen_as_pytorchs():
+    rows = randn(4, 3)
+    ours = nn.Embedding.from_pretrained(rows, padding_idx=0)
+    assert isinstance(ours, nn.Embedding) and not ours.weight.requires_grad
+    assert torch.equal(ours(torch.tensor([3, 0])), rows[[3, 0]])
 
 
 def targets(*shape: int, ignored: int | None = -100) -> torch.Tensor:

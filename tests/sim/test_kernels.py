@@ -5,10 +5,6 @@ equal bits under every schedule, and kernels with one line broken, each of which
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,50 +13,9 @@ from torch import Tensor
 
 import llmengine
 from llmengine import functional
-from llmengine.backends import cuda_sim
-from llmengine.testing import assert_law, simulator
-from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import ffn
-from llmengine.testing.simulator import SCHEDULES
 
-ROOT = Path(__file__).resolve().parents[2]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture(scope="module")
-def native():
-    simulator.ready()
-    from llmengine import _cuda_sim
-
-    return _cuda_sim
-
-
-def check(call, leaves: list[Tensor], native=None, schedules=SCHEDULES, plain_call=None) -> None:
-    """`call(*leaves)` and its gradients on cuda_sim, by the law; equal bits under the schedules.
-
-    plain_call: the same in PyTorch's own operators; without it the reference backend is the peer in precision.
-    """
-
-    def run(call, backend: str, *tensors: Tensor) -> list[Tensor]:
-        given = [t.detach().requires_grad_() for t in tensors]
-        torch.manual_seed(3)
-        with llmengine.backend(backend):
-            y = call(*given)
-            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-            return [y.detach(), *torch.autograd.grad(y, given, upstream.to(y.dtype))]
-
-    oracle = run(call, "reference", *(t.double() for t in leaves))
-    plain = run(plain_call or call, "reference", *leaves)
-    first = None
-    for order in schedules:
-        if native is not None:
-            native.set_schedule(order, 7)
-        found = run(call, "cuda_sim", *leaves)
-        first = first or found
-        for i, (y, p, o) in enumerate(zip(found, plain, oracle, strict=True)):
-            assert_law(y, p, o, GRADIENT if i else OUTPUT, f"{order}: {i}")
-        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), order
-
+from .harness import DTYPES, assert_caught, check
 
 # ---- cross-entropy ---------------------------------------------------------------------------------------------------
 
@@ -233,29 +188,6 @@ BREAKS = {
 }  # fmt: skip
 
 
-def built_with(source: str, file: str, line: str, broken: str, folder: Path) -> Path:
-    """`_cuda_sim` with one kernel file compiled anew, a line of it or of a header broken."""
-    text = (ROOT / "csrc/cuda" / file).read_text()
-    assert line in text, "the line to break has changed: change this test with it"
-    changed = folder / "cuda" / file
-    changed.parent.mkdir()
-    changed.write_text(text.replace(line, broken, 1))
-    compiled = changed if file == f"{source}.cu" else ROOT / f"csrc/cuda/{source}.cu"
-    built = simulator.build("_cuda_sim")
-    parts = (built / "CMakeFiles" / f"{part}.dir" for part in ("_cuda_sim", "simulated_kernels"))
-    objects = [o for part in parts for o in part.rglob("*.o")]
-    (replaced,) = (o for o in objects if o.name == f"{source}.cu.o")
-    own = folder / "own.o"
-    options = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fsanitize=thread"]
-    includes = [f"-I{path}" for path in (folder, ROOT / "csrc/sim/include", ROOT / "csrc")]
-    subprocess.run(["c++", *options, "-w", *includes, "-x", "c++", "-c", compiled, "-o", own], check=True)
-    module = folder / f"_cuda_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
-    others = [o for o in objects if o != replaced]
-    link = ["c++", "-shared", own, *others, built / "libsimulator.a", "-ldl", "-o", module]
-    subprocess.run(link, check=True)
-    return module
-
-
 def try_cross_entropy() -> None:
     for classes, options in ((33, {}), (1401, EVERYTHING)):
         x, target, weight = logits_and_labels(5, classes, torch.float32)
@@ -291,18 +223,4 @@ def test_whole_kernels_pass_what_broken_ones_must_fail(native, source: str):
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_line_is_caught(native, name: str, tmp_path: Path, monkeypatch):
-    source, file, line, broken, said = BREAKS[name]
-    module = built_with(source, file, line, broken, tmp_path)
-    monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
-    with pytest.raises((AssertionError, RuntimeError), match=said):
-        TRIES[source]()
-
-
-def loaded(module: Path, name: str):
-    """Under a name of its own: pybind11 would put the functions into the module that already has it."""
-    loader = importlib.machinery.ExtensionFileLoader(f"{name}._cuda_sim", str(module))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    fresh = importlib.util.module_from_spec(spec)
-    loader.exec_module(fresh)
-    return fresh
+    assert_caught(BREAKS[name], TRIES[BREAKS[name][0]], tmp_path, monkeypatch)

@@ -176,14 +176,6 @@ def test_a_mistake_in_a_shared_header_is_caught(file: str, line: str, broken: st
 # ---- the backend -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def native():
-    simulator.ready()
-    from llmengine import _cuda_sim
-
-    return _cuda_sim
-
-
 def add_norm(backend: str, x, residual, weight, bias) -> list[torch.Tensor]:
     """Outputs and gradients of one call with dropout."""
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]

@@ -18,63 +18,13 @@
 //   labels reading the weight, once forward and twice backward.
 #include "ops/linear_cross_entropy.h"
 
-#include <vector>
-
-#include "cpu/gemm.h"
-#include "cpu/lines.h"
-#include "cpu/token_loss.h"
+#include "cpu/linear_logits.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
 constexpr int64_t kStripTiles = 8, kStrip = kStripTiles * kTileColumns;
-constexpr int64_t kClasses = 4 * kTileColumns, kBlockBytes = 1024 * kClasses * 4;
-
-// Rows [first, first + count) of a matrix.
-TensorView rows_of(const TensorView& t, int64_t first, int64_t count) {
-  TensorView part = t;
-  part.data = static_cast<char*>(t.data) + first * t.stride(0) * size_of(t.dtype);
-  part.sizes[0] = count;
-  return part;
-}
-
-// What both directions know of a call: the tokens that have labels, and the product that gives their logits.
-template <class Params>
-struct Logits {
-  const Params& p;
-  const ops::TokenLoss token{p.weight, p.linear_weight.size(0), p.label_smoothing, p.z_loss};
-  const Cap cap{p.softcap};
-  const int64_t d = p.input.size(1), classes = p.linear_weight.size(0);
-  const std::vector<float> bias = as_floats(p.linear_bias, p.linear_bias.defined() ? classes : 0, 0.0f);
-  std::vector<int64_t> labelled;
-
-  Logits(const Params& params, const char* op) : p(params) {
-    for (int64_t row = 0; row < p.input.size(0); ++row) {
-      if (token.labelled(op, target(row), row, p.ignore_index)) labelled.push_back(row);
-    }
-  }
-
-  int64_t target(int64_t row) const { return p.target.template as<int64_t>()[row]; }
-
-  // Calls epilogue(tile) on the logits, bias included, of labelled tokens [row, row + rows) and classes [first, first +
-  // n); the tile counts from there.
-  template <class Body>
-  void tiles(int64_t row, int64_t rows, int64_t first, int64_t n, const Body& epilogue) const {
-    gemm(rows, n,
-         {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
-         [&](const Tile& tile) {
-           if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
-           epilogue(tile);
-         });
-  }
-
-  static void add_bias(const Tile& tile, const float* line) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      float* z = tile.c[0] + r * tile.stride;
-      for_lanes(tile.columns, [&](int64_t i, auto n) { store_n(z + i, load_n(z + i, n) + load_n(line + i, n), n); });
-    }
-  }
-};
+constexpr int64_t kBlockBytes = 1024 * kClasses * 4;
 
 struct Forward : Logits<ops::LinearCrossEntropyForward> {
   // of the logits of one row in one tile, or in all tiles so far
@@ -137,19 +87,6 @@ struct Forward : Logits<ops::LinearCrossEntropyForward> {
   }
 };
 
-// `to` = or += a tile whose row r lies at to + index(r) stride
-template <class Index>
-void gather_tile(const Tile& tile, bool add, float* to, int64_t stride, const Index& index) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float* c = tile.c[0] + r * tile.stride;
-    float* out = to + index(tile.row + r) * stride + tile.column;
-    for_lanes(tile.columns, [&](int64_t i, auto n) {
-      const F value = load_n(c + i, n);
-      store_n(out + i, add ? load_n(out + i, n) + value : value, n);
-    });
-  }
-}
-
 struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   const LogitsGradient gradient{token, cap};
   const double scale = loss_scale(p);
@@ -173,9 +110,11 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
       for (int64_t row = 0; row < std::max<int64_t>(count, 1); row += block_tokens) {
         run_block(row, std::min(block_tokens, count - row), first, n);
       }
-      if (rounded) round_rows(weight_sums, d, rows_of(p.grad_linear_weight, first, n));
+      if (rounded) {
+        parallel_each(n, [&](int64_t row) { round_row(weight_sums + row * d, p.grad_linear_weight, first + row); });
+      }
     }
-    finish_grad_input();
+    finish_grad_input(*this);
   }
 
  private:
@@ -221,27 +160,6 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   template <class Body>
   void visit_dx(const Body& body) const {
     visit_float(dx_type, [&]<class T>(T) { body(static_cast<T*>(static_cast<void*>(dx))); });
-  }
-
-  // Rows of float sums, rounded to their tensor.
-  static void round_rows(const float* sums, int64_t stride, const TensorView& out) {
-    parallel_each(out.size(0), [&](int64_t row) { round_row(sums + row * stride, out, row); });
-  }
-  static void round_row(const float* sums, const TensorView& out, int64_t row) {
-    visit_float(out.dtype, [&]<class T>(T) {
-      T* to = out.as<T>() + row * out.stride(0);
-      for_lanes(out.size(1), [&](int64_t i, auto n) { store_n(to + i, sums ? load_n(sums + i, n) : F{}, n); });
-    });
-  }
-
-  // Zeros where there is no label; the others are rounded where grad_input is not the sums themselves.
-  void finish_grad_input() const {
-    if (!p.grad_input.defined()) return;
-    const float* sums = p.sums.as<float>();
-    parallel_each(p.input.size(0), [&](int64_t row) {
-      const bool any = target(row) != p.ignore_index && classes > 0;
-      if (!any || sums != p.grad_input.data) round_row(any ? sums + row * d : nullptr, p.grad_input, row);
-    });
   }
 };
 

@@ -47,6 +47,10 @@ __device__ __forceinline__ void store_16(void* address, uint4 word) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_8(void* address, uint2 word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word.x), "r"(word.y) : "memory");
+}
+
 // The block's dynamic shared memory, of the size that the launch asked for.
 __device__ __forceinline__ void* dynamic_shared() {
   extern __shared__ uint4 dynamic_shared_memory[];

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from llmengine.backends.cuda import cross_entropy, ffn, norm, rotary, softmax
+from llmengine.backends.cuda import (
+    adamw,
+    attention,
+    cross_entropy,
+    embedding,
+    ffn,
+    gradient_norm,
+    norm,
+    rotary,
+    softmax,
+)
 from llmengine.backends.cuda.native import Native
 from llmengine.ops.registry import Kernel
 
 
 def all_kernels(native: Native) -> dict[str, Kernel]:
-    files = (cross_entropy, ffn, norm, rotary, softmax)
+    files = (adamw, attention, cross_entropy, embedding, ffn, gradient_norm, norm, rotary, softmax)
     return {op: run for file in files for op, run in file.kernels(native).items()}

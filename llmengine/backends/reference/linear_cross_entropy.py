@@ -44,3 +44,11 @@ def linear_cross_entropy_backward(
         grad_logits.sum(0),
     )
     return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, wanted, strict=True))
+
+
+@kernel(KERNELS, "linear_cross_entropy_with_gradients")
+def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
+    *given, _block_tokens, wanted = options
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
+    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)

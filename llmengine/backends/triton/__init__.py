@@ -15,7 +15,9 @@ if unavailable() is None:
         attention,
         chain_field,
         cross_entropy,
+        embedding,
         ffn,
+        gradient_norm,
         linear_cross_entropy,
         norm,
         relative_attention,
@@ -24,7 +26,7 @@ if unavailable() is None:
     )
 
     for module in (
-        adamw, attention, chain_field, cross_entropy, ffn, linear_cross_entropy, norm, relative_attention, rotary,
-        softmax,
+        adamw, attention, chain_field, cross_entropy, embedding, ffn, gradient_norm, linear_cross_entropy,
+        norm, relative_attention, rotary, softmax,
     ):  # fmt: skip
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

@@ -1,33 +1,26 @@
 """One step of AdamW over a list of parameters (csrc/ops/adamw.h), in one launch.
 
-A table of addresses, sizes and first blocks goes to the device; it is kept as long as addresses stay, so that a steady
-training loop copies nothing. A program owns BLOCK elements of one parameter, which it finds by comparing its number
-with all first blocks: a few KiB from the L2 cache.
+A program owns BLOCK elements of one parameter (tensor_list.py).
 Limit: memory, 28 bytes an element in float32, 30 in bfloat16 with masters, 14 in bfloat16 alone.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from llmengine.backends.buffers import Packed
 from llmengine.backends.triton.device import refuses_tensors
 from llmengine.backends.triton.philox import random_words
 from llmengine.backends.triton.rows import power_of_2
+from llmengine.backends.triton.tensor_list import BLOCK, DTYPES, blocks, find, is_aligned, table_of, tensor_at
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
-
-BLOCK = 2048  # elements of a program: 16 bytes of a 16-bit dtype for each of 256 threads
-TABLES = 64  # that are kept
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -38,10 +31,7 @@ def _step(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    places = tl.arange(0, COUNT)
-    firsts = tl.load(table + places, places < count, 1 << 62)
-    which = tl.sum((firsts <= program).to(tl.int32)) - 1
-    row = table + which
+    row = find(table, count, program, COUNT)
     at = (program - tl.load(row)) * BLOCK + tl.arange(0, BLOCK)
     size = tl.load(row + count)
     inside = at < (tl.multiple_of(size, 16) if ALIGNED else size)
@@ -53,10 +43,10 @@ def _step(
     bias1 = (1.0 - tl.exp(t.to(tl.float64) * log_beta1)).to(tl.float32)
     bias2 = (1.0 - tl.exp(t.to(tl.float64) * log_beta2)).to(tl.float32)
 
-    parameters = _tensor(row + 4 * count, WEIGHT, ALIGNED) + at
-    exp_avgs = _tensor(row + 6 * count, MOMENT, ALIGNED) + at
-    exp_avg_sqs = _tensor(row + 7 * count, MOMENT, ALIGNED) + at
-    g = tl.load(_tensor(row + 5 * count, WEIGHT, ALIGNED) + at, inside, 0.0).to(tl.float32) * sign
+    parameters = tensor_at(row + 4 * count, WEIGHT, ALIGNED) + at
+    exp_avgs = tensor_at(row + 6 * count, MOMENT, ALIGNED) + at
+    exp_avg_sqs = tensor_at(row + 7 * count, MOMENT, ALIGNED) + at
+    g = tl.load(tensor_at(row + 5 * count, WEIGHT, ALIGNED) + at, inside, 0.0).to(tl.float32) * sign
     if multiplier is not None:
         g *= tl.load(multiplier)
     m = tl.load(exp_avgs, inside, 0.0).to(tl.float32)
@@ -75,11 +65,11 @@ def _step(
     tl.store(exp_avgs, _rounded(m, high, MOMENT, STOCHASTIC), inside)
     tl.store(exp_avg_sqs, _rounded(v, low_1, MOMENT, STOCHASTIC), inside)
     if PEAK:
-        peaks = _tensor(row + 8 * count, MOMENT, ALIGNED) + at
+        peaks = tensor_at(row + 8 * count, MOMENT, ALIGNED) + at
         v = tl.maximum(tl.load(peaks, inside, 0.0).to(tl.float32), v, propagate_nan=tl.PropagateNan.ALL)
         tl.store(peaks, _rounded(v, high_1, MOMENT, STOCHASTIC), inside)
 
-    weights = _tensor(row + 9 * count, tl.float32, ALIGNED) + at if MASTER else parameters
+    weights = tensor_at(row + 9 * count, tl.float32, ALIGNED) + at if MASTER else parameters
     w = tl.load(weights, inside, 0.0).to(tl.float32)
     w = w * (1.0 - rate * weight_decay) - (rate / bias1) * m / (tl.sqrt(v) / tl.sqrt(bias2) + eps)
     if MASTER:
@@ -87,12 +77,6 @@ def _step(
         tl.store(parameters, w.to(WEIGHT), inside)
     else:
         tl.store(parameters, _rounded(w, low, WEIGHT, STOCHASTIC), inside)
-
-
-@triton.jit
-def _tensor(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(address).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
@@ -136,11 +120,11 @@ def adamw(
                    for i, (p, number) in enumerate(zip(parameters, numbers, strict=True)) if p.numel()]  # fmt: skip
         # one that begins or ends between 16 bytes would have all read their elements singly
         for aligned in (True, False):
-            chosen = tuple(entry for entry in entries if _is_aligned(*entry) == aligned)
+            chosen = tuple(entry for entry in entries if is_aligned(entry[0], *entry[3:]) == aligned)
             if not chosen:
                 continue
-            _step[(sum(map(_blocks, chosen)),)](
-                _table(chosen, parameters[0].device), len(chosen), float(lr) if lr.is_cpu else lr, multiplier,
+            _step[(sum(map(blocks, chosen)),)](
+                table_of(chosen, parameters[0].device), len(chosen), float(lr) if lr.is_cpu else lr, multiplier,
                 found_inf, _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
                 -1.0 if maximize else 1.0, seed, BLOCK=BLOCK,
                 COUNT=power_of_2(len(chosen)), WEIGHT=DTYPES[parameters[0].dtype], MOMENT=DTYPES[exp_avgs[0].dtype],
@@ -149,38 +133,8 @@ def adamw(
             )  # fmt: skip
 
 
-def _is_aligned(size: int, number: int, step: int, *addresses: int) -> bool:
-    return size % 16 == 0 and all(address % 16 == 0 for address in addresses)
-
-
-def _blocks(entry: tuple[int, ...]) -> int:
-    return -(-entry[0] // BLOCK)
-
-
 def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
-
-
-def _table(*key) -> Tensor:
-    """int64 (10, parameters) on the device: first block, size, number, addresses."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        # the copy is part of the graph: each replay reads the host's table again, and no one else has the device's
-        host, table = _new_table(*key)
-        _captured.append(host)
-        return table
-    return _kept_table(*key)[1]
-
-
-def _new_table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    firsts = itertools.accumulate(map(_blocks, entries[:-1]), initial=0)
-    host = torch.tensor([[first, *entry] for first, entry in zip(firsts, entries, strict=True)]).T.contiguous()
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host, host.to(device, non_blocking=True)
-
-
-_kept_table = functools.lru_cache(maxsize=TABLES)(_new_table)
-_captured: list[Tensor] = []
 
 
 def aot_calls(dtype: torch.dtype):

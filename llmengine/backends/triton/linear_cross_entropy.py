@@ -247,6 +247,15 @@ def linear_cross_entropy_backward(
     return grad_input.to(x.dtype), grad_weight, grad_bias
 
 
+@kernel(KERNELS, "linear_cross_entropy_with_gradients", _forward_refuses)
+def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
+    """In two passes over the logits: on GPUs `at_once` never asks for it."""
+    *given, _block_tokens, wanted = options
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
+    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)
+
+
 def aot_calls(dtype: torch.dtype):
     """With every option and with none; many, few and unaligned (aot.py)."""
 

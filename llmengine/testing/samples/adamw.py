@@ -81,4 +81,4 @@ def _samples() -> list[Sample]:
     ]
 
 
-OPERATORS = [Operator("adamw", adamw, _samples, plain, updates=True)]
+OPERATORS = [Operator("adamw", adamw, _samples, plain, of_optim=True)]

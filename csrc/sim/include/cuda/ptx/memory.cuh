@@ -27,6 +27,7 @@ __forceinline__ uint4 load_16_once(const void* address) { return twin::load<uint
 __forceinline__ uint4 load_16(const void* address) { return twin::load<uint4>(address); }
 __forceinline__ uint2 load_8(const void* address) { return twin::load<uint2>(address); }
 __forceinline__ void store_16(void* address, uint4 word) { twin::store(address, word); }
+__forceinline__ void store_8(void* address, uint2 word) { twin::store(address, word); }
 __forceinline__ void* dynamic_shared() { return sim::dynamic_shared(); }
 
 }  // namespace llmengine::ptx

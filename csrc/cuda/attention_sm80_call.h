@@ -1,0 +1,103 @@
+// The host's side of the attention kernels for sm_80: from the operator's arguments to those of kernels.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include "cuda/attention.h"
+#include "cuda/attention_sm80.cuh"
+#include "cuda/dispatch.h"
+
+namespace llmengine::cuda::attention {
+
+inline constexpr std::initializer_list<DType> kOperandTypes = {DType::bf16, DType::f16};
+inline constexpr std::initializer_list<DType> kMaskTypes = {DType::boolean, DType::f32, DType::bf16, DType::f16};
+inline constexpr ops::AttentionTypes kTypes = {kOperandTypes, kMaskTypes};
+
+inline constexpr int64_t kMostTokens = int64_t{1} << 30;  // positions, and windows beside them, are 32-bit numbers
+
+template <class T>
+Operand<T> operand_of(const TensorView& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  for (int d = 0; d < 3; ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) % 8 == 0);
+  return {t.as<T>(), t.stride(0), t.stride(1), t.stride(2), static_cast<int>(t.size(3)), aligned};
+}
+
+inline Mask mask_of(const ops::AttentionOptions& p) {
+  if (!p.mask.defined()) return {nullptr, 0, 0, 0, 0, Mask::none};
+  const auto step = [&](int d) { return p.mask.size(d) == 1 ? 0 : p.mask.stride(d); };
+  const DType dtype = p.mask.dtype;
+  check(dtype == DType::boolean || dtype == DType::f32 || dtype == p.query.dtype,
+        std::string("attention: mask has dtype ") + name(dtype) + ", which CUDA takes beside " + name(dtype) +
+            " operands alone; allowed: bool, float32, " + name(p.query.dtype));
+  const auto kind = dtype == DType::boolean ? Mask::boolean : dtype == DType::f32 ? Mask::floats : Mask::operands;
+  return {p.mask.data, step(0), step(1), step(2), step(3), kind};
+}
+
+// Logits are positive multiples of the products, and stay those.
+inline bool is_plain(const ops::AttentionOptions& p) {
+  return p.scale > 0 && p.softcap == 0 && !p.mask.defined() && !p.alibi_slopes.defined() && !p.distance_bias.defined();
+}
+
+inline Options options_of(const ops::AttentionOptions& p) {
+  const auto window = [](int64_t side) { return static_cast<int>(std::min(side, kMostTokens)); };
+  const bool slopes = p.alibi_slopes.defined(), distances = p.distance_bias.defined();
+  return {mask_of(p),
+          slopes ? p.alibi_slopes.as<float>() : nullptr,
+          slopes ? p.alibi_slopes.stride(0) : 0,
+          slopes ? p.alibi_slopes.stride(1) : 0,
+          distances ? p.distance_bias.as<float>() : nullptr,
+          distances ? static_cast<int>(p.farthest()) : 0,
+          window(p.window_left),
+          window(p.window_right),
+          p.bottom_right,
+          static_cast<float>(p.scale),
+          static_cast<float>((is_plain(p) ? p.scale : 1.0) * 1.4426950408889634),
+          static_cast<float>(p.softcap),
+          dropout_of(p.dropout_p, p.seed)};
+}
+
+// For kernels whose blocks own `tile` lines of at most `longest`, in packed sequences or of `tokens`.
+inline Sizes sizes_of(const ops::AttentionOptions& p, int64_t longest, int64_t tokens, int tile) {
+  for (int64_t count : {p.query.size(2), p.key.size(2)}) {
+    check(count <= kMostTokens, "attention: " + std::to_string(count) +
+                                    " tokens are not supported on CUDA; allowed: up to " + std::to_string(kMostTokens));
+  }
+  const int64_t lines = p.packed() ? std::min(longest, tokens) : tokens, tiles = (lines + tile - 1) / tile;
+  return {p.cu_seqlens_q.as<int32_t>(),
+          p.cu_seqlens_k.as<int32_t>(),
+          static_cast<int>(p.packed() ? std::max<int64_t>(tiles, 1) : tiles),
+          static_cast<int>(p.heads()),
+          static_cast<int>(p.group()),
+          static_cast<int>(p.sequences()),
+          static_cast<int>(p.query.size(2)),
+          static_cast<int>(p.key.size(2))};
+}
+inline Sizes sizes_of_rows(const ops::AttentionOptions& p, int tile) {
+  return sizes_of(p, p.max_seqlen_q, p.query.size(2), tile);
+}
+inline Sizes sizes_of_keys(const ops::AttentionOptions& p, int tile) {
+  return sizes_of(p, p.max_seqlen_k, p.key.size(2), tile);
+}
+
+// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
+inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners) {
+  const int64_t blocks = tiles * owners * (p.sequences() + p.packed());
+  check(blocks <= std::numeric_limits<int>::max(), "attention: more than 2^31 tiles are not supported on CUDA");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+// body(T{}, the class of the head dim, whether logits are plain)
+template <class Body>
+void visit(const ops::AttentionOptions& p, const Body& body) {
+  const auto of_type = [&]<class T>(T) {
+    visit_at_least<64, 128, 256>(static_cast<int>(std::max(p.query.size(3), p.value.size(3))), [&](auto dim) {
+      is_plain(p) ? body(T{}, dim, std::true_type{}) : body(T{}, dim, std::false_type{});
+    });
+  };
+  p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
+}
+
+}  // namespace llmengine::cuda::attention

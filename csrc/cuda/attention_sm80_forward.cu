@@ -1,0 +1,243 @@
+// Attention, forward, on every GPU from sm_80 on: an online softmax over tiles of keys (ops/attention.h; Dao 2023).
+//
+//                      keys ->                    A block of four warps owns `rows` query rows of one head, a warp
+//              +-------+-------+-------+---       blocks x 16 of them. The query tile stays in shared memory; output
+//     rows     |       |       |       |          sums, the running maximum and sum of each row stay in registers, in
+//      |  Q    |   S   |   S   |   S   |          float32. Keys and values stream through shared memory by cp.async,
+//      v       +-------+-------+-------+---       one buffer for each: values are on their way while S is made, the
+//              K_0 V_0 K_1 V_1 K_2 V_2            next keys while O is, and there is room for a second block.
+//
+//     S = Q K^T;  m' = max(m, rowmax S);  P = exp2(S - m');  O = exp2(m - m') O + P V
+//
+//   P goes from accumulators to the next product in registers. Tiles that none of a warp's rows sees are skipped; those
+//   that all of them see whole are not compared.
+//
+//   flops   4 rows keys head_dim a tile, by mma.sync m16n8k16
+//   bytes   query and output once; keys and values once a block, from the second-level cache; from shared memory a
+//           warp reads a tile of keys and of values for blocks x 16 rows: 1 / (16 blocks) byte a flop
+//   limit   the tensor cores; with one block of rows a warp (head dims above 128) shared memory as well, which on an
+//   A100
+//           feeds 128 bytes a clock, and so 2048 flops at 1/16 byte each: what its tensor cores do
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_sm80_call.h"
+#include "cuda/launch.cuh"
+
+namespace llmengine::cuda {
+namespace attention {
+namespace {
+
+// Of a head dim up to D. Tiles fit into 99 KiB of shared memory, which every GPU from sm_80 on gives a block.
+template <int D, bool plain>
+struct Shape {
+  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps,
+                       keys = D <= 64    ? 64
+                              : !plain   ? 32
+                              : D <= 128 ? 48
+                                         : 64;
+};
+
+template <class T>
+struct Forward {
+  Operand<const T> query, key, value;
+  Operand<T> output;
+  float *lse, *lse_low;
+  Options options;
+  Sizes sizes;
+};
+
+template <class T, int D, bool plain>
+struct Tiles {
+  using S = Shape<D, plain>;
+  Tile<T, S::rows, D> query;
+  Tile<T, S::keys, D> key, value;
+
+  static constexpr int bytes = (S::rows + 2 * S::keys) * D * 2;
+
+  __device__ explicit Tiles(void* shared)
+      : query(query.at(shared, 0)),
+        key(key.at(shared, query.bytes)),
+        value(value.at(shared, query.bytes + key.bytes)) {}
+};
+
+// The softmax of a warp's rows so far; `sum` is over this thread's columns.
+template <int blocks>
+struct Softmax {
+  float base[blocks][2], sum[blocks][2];
+
+  __device__ Softmax() {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) base[m][half] = -INFINITY, sum[m][half] = 0.0f;
+  }
+
+  // Logits x to exponentials; what was summed up before, also in `output`, is brought to the new maximum.
+  template <int n, int wide>
+  __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&output)[blocks][wide][4]) {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float most = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < n; ++j) most = fmaxf(most, fmaxf(x[m][j][2 * half], x[m][j][2 * half + 1]));
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
+        // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
+        const float higher = fmaxf(base[m][half], __fmul_rn(most, factor));
+        const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
+        const float rescaling = ptx::exp2_approx(base[m][half] - from);
+        base[m][half] = higher;
+        sum[m][half] *= rescaling;
+#pragma unroll
+        for (int j = 0; j < n; ++j)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
+            sum[m][half] += x[m][j][i];
+          }
+#pragma unroll
+        for (int j = 0; j < wide; ++j) output[m][j][2 * half] *= rescaling, output[m][j][2 * half + 1] *= rescaling;
+      }
+  }
+
+  __device__ __forceinline__ void gather() {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 1);
+        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 2);
+      }
+  }
+};
+
+// Rows that belong to no sequence: every `tiles`-th tile from `tile` on.
+template <class T>
+__device__ void leave_empty(const Forward<T>& p, const Sequence& s, int tile, int head, int rows) {
+  for (int first = tile * rows; first < s.rows; first += p.sizes.tiles * rows) {
+    const int count = least(rows, s.rows - first);
+    zero_rows<kThreads>(p.output.lines(s.batch, head, s.row0 + first), count);
+    const int64_t statistics = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + first;
+    for (int row = static_cast<int>(threadIdx.x); row < count; row += kThreads) {
+      p.lse[statistics + row] = -INFINITY;
+      p.lse_low[statistics + row] = 0.0f;
+    }
+  }
+}
+
+// lse of the row, and what rounding takes from it.
+__device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base, float sum) {
+  const double exact = sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
+  const float high = static_cast<float>(exact);
+  *lse = high;
+  *lse_low = high == INFINITY || high == -INFINITY ? 0.0f : static_cast<float>(exact - high);
+}
+
+template <class T, int D, bool plain>
+__global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward<T> p) {
+  using S = Shape<D, plain>;
+  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
+  const Sequence s = sequence_of(p.sizes, place.sequence);
+  if (place.sequence == p.sizes.sequences) return leave_empty(p, s, place.tile, place.head, S::rows);
+  // the last rows first: where attention is causal they see most keys
+  const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;
+  if (first >= s.rows) return;
+
+  const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
+  const int key_head = place.head / p.sizes.group;
+  const auto begin_keys = [&](int key) {
+    copy_rows<kThreads>(tiles.key, p.key.lines(s.batch, key_head, s.key0 + key), s.keys - key);
+    ptx::commit_copies();
+  };
+  const auto begin_values = [&](int key) {
+    copy_rows<kThreads>(tiles.value, p.value.lines(s.batch, key_head, s.key0 + key), s.keys - key);
+    ptx::commit_copies();
+  };
+  const int own = warp_of() * 16 * S::blocks, row = first + own;  // this warp's first row, in the tile and at all
+  const Span block = keys_of_rows(s.band(p.options), first, S::rows);
+  const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
+  const int begin = block.begin / S::keys * S::keys;
+
+  Softmax<S::blocks> softmax;
+  Sums<S::blocks, D> output;
+  clear(output);
+  if (begin < block.end) {
+    copy_rows<kThreads>(tiles.query, p.query.lines(s.batch, place.head, s.row0 + first), s.rows - first);
+    begin_keys(begin);
+  }
+#pragma unroll 1
+  for (int key = begin; key < block.end; key += S::keys) {
+    const bool sees = reach.some(key, key + S::keys);
+    uint32_t probabilities[S::blocks][S::keys / 16][4];
+    ptx::wait_copies<0>();
+    __syncthreads();  // the keys are there, and every warp is done with the values before these
+    begin_values(key);
+    if (sees) {
+      Sums<S::blocks, S::keys> x;
+      product_of_rows<S::blocks>(x, tiles.query, own, tiles.key);
+      if constexpr (!plain) make_logits<T, false>(x, p.options, s, place.head, row, key);
+      if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, s.band(p.options), row, key);
+      softmax.add(x, p.options.factor, output);
+      if (p.options.dropout.seed) {
+        const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + place.head);
+        drop(x, draw<false, S::blocks, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
+      }
+      round_to_operands<T>(x, probabilities);
+    }
+    ptx::wait_copies<0>();
+    __syncthreads();  // the values are there, and every warp is done with the keys
+    if (key + S::keys < block.end) begin_keys(key + S::keys);
+    if (sees) add_product(output, probabilities, tiles.value);
+  }
+
+  const int count = least(16 * S::blocks, s.rows - row);
+  if (count <= 0) return;
+  softmax.gather();
+  const auto share = [&](int m, int half) {
+    const float sum = softmax.sum[m][half];
+    return sum == 0.0f ? 0.0f : p.options.dropout.keep_scale / sum;
+  };
+  store_rows(output, share, tiles.query, own, p.output.lines(s.batch, place.head, s.row0 + row), count);
+  const int64_t statistics = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
+#pragma unroll
+  for (int m = 0; m < S::blocks; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int line = 16 * m + 8 * half + lane_of() / 4;
+      if (lane_of() % 4 != 0 || line >= count) continue;
+      store_lse(p.lse + statistics + line, p.lse_low + statistics + line, softmax.base[m][half], softmax.sum[m][half]);
+    }
+}
+
+}  // namespace
+}  // namespace attention
+
+void validate(const AttentionForward& p) { ops::validate(p, attention::kTypes); }
+
+void run(const AttentionForward& p, Stream stream) {
+  using namespace attention;
+  visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
+    constexpr int rows = Shape<D, plain>::rows;
+    const Forward<T> given{operand_of<const T>(p.query),
+                           operand_of<const T>(p.key),
+                           operand_of<const T>(p.value),
+                           operand_of<T>(p.output),
+                           p.lse.as<float>(),
+                           p.lse_low.as<float>(),
+                           options_of(p),
+                           sizes_of_rows(p, rows)};
+    const LaunchSite at{"attention_forward_sm80",
+                        grid_of(p, given.sizes.tiles, given.sizes.heads),
+                        kThreads,
+                        cuda_stream(stream),
+                        p.query,
+                        Tiles<T, D, plain>::bytes};
+    launch(at, attention_forward_sm80<T, D, plain>, given);
+  });
+}
+
+}  // namespace llmengine::cuda

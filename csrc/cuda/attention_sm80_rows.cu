@@ -1,0 +1,255 @@
+// Attention, backward, of queries (formulas and flops: attention_sm80_backward.cuh), and what both halves of the
+// backward read of each row.
+//
+//   attention_statistics_sm80   base: lse in units of log 2, and infinite where a row sees no key, so that its P are 0;
+//                               delta = rowsum(dO O) - grad_lse. The sum is the diagonal of dO O^T by the same tensor
+//                               core products as dO V^T: where a row has one key, and O is its value, both err alike
+//                               and their difference is 0. Bytes: dO and O once; limit: memory.
+//
+//                      keys ->                    A block of four warps owns `rows` rows of one head, a warp blocks x
+//                      16
+//               +-------+-------+-------+---      of them. Query and dO stay in shared memory, dQ in registers, in
+//     rows      |   S   |   S   |       |         float32. Keys and values stream through two stages of shared memory
+//     by
+//      | Q dO   |  dP   |  dP   |       |         cp.async, one ahead; G goes from accumulators to dQ += G K in
+//      v        +-------+-------+-------+---      registers.
+//                K_0 V_0  K_1 V_1
+//
+//   bytes   query, dO, dQ once; keys and values once a block, from the second-level cache
+//   limit   the tensor cores; with one block of rows a warp (head dims above 64) shared memory as well
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attention_sm80_backward.cuh"
+#include "cuda/launch.cuh"
+
+namespace llmengine::cuda {
+namespace attention {
+namespace {
+
+// ---- statistics -----------------------------------------------------------------------------------------------------
+
+inline constexpr int kStatisticsRows = 16 * kWarps;
+
+template <class T>
+struct Statistics {
+  Operand<const T> output, grad_output;
+  const float *lse, *grad_lse;  // grad_lse: null where there is none
+  float *base, *delta;
+  int tiles, heads, rows;
+};
+
+// Two elements side by side of a row, zeros past its end.
+template <class T>
+__device__ __forceinline__ uint32_t pair_at(const Lines<const T>& from, int line, int column, int count) {
+  if (line >= count || column >= from.columns) return 0;
+  const T* at = from.data + line * from.stride + column;
+  if (from.aligned && column + 1 < from.columns) return *reinterpret_cast<const uint32_t*>(at);
+  return at[0].bits | (column + 1 < from.columns ? static_cast<uint32_t>(at[1].bits) << 16 : 0u);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) attention_statistics_sm80(const Statistics<T> p) {
+  const Place place = place_of(p.tiles, p.heads);
+  const int first = place.tile * kStatisticsRows + 16 * warp_of(), count = p.rows - first;
+  if (count <= 0) return;
+  const Lines<const T> o = p.output.lines(place.sequence, place.head, first);
+  const Lines<const T> g = p.grad_output.lines(place.sequence, place.head, first);
+  const int line = lane_of() / 4, column = lane_of() % 4 * 2;
+  float upper[4] = {}, lower[4] = {};  // dO of all rows, with O of the first eight and of the others
+#pragma unroll 1
+  for (int k = 0; k < o.columns; k += 16) {
+    uint32_t a[4], b[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = pair_at(g, line + i % 2 * 8, k + column + i / 2 * 8, count);
+      b[i] = pair_at(o, line + i / 2 * 8, k + column + i % 2 * 8, count);
+    }
+    multiply_add_two<T>(upper, lower, a, b);
+  }
+  // of row g the diagonal lies in lane 4 g + g mod 8 / 2, element g mod 2
+  if (lane_of() % 4 != line / 2) return;
+  const int64_t statistics = (static_cast<int64_t>(place.sequence) * p.heads + place.head) * p.rows + first;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = line + 8 * half;
+    if (row >= count) continue;
+    const int64_t at = statistics + row;
+    const float sum = line % 2 ? (half ? lower[3] : upper[1]) : half ? lower[2] : upper[0], lse = p.lse[at];
+    p.delta[at] = p.grad_lse ? sum - p.grad_lse[at] : sum;
+    p.base[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+  }
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+template <int D, bool plain>
+struct Shape {
+  static constexpr int blocks = D <= 64 ? 2 : 1, rows = 16 * blocks * kWarps;
+  static constexpr int keys = D > 128 || (D > 64 && !plain) ? 16 : 32;
+};
+
+template <class T, int D, bool plain>
+struct Tiles {
+  using S = Shape<D, plain>;
+  Tile<T, S::rows, D> query, grad;
+  void* stages;
+
+  static constexpr int kLines = S::rows * D * 2, kStage = S::keys * D * 2, bytes = 2 * kLines + 4 * kStage;
+
+  __device__ explicit Tiles(void* shared)
+      : query(query.at(shared, 0)), grad(grad.at(shared, kLines)), stages(grad.data + S::rows * D) {}
+  __device__ Tile<T, S::keys, D> key(int stage) const { return Tile<T, S::keys, D>::at(stages, 2 * stage * kStage); }
+  __device__ Tile<T, S::keys, D> value(int stage) const {
+    return Tile<T, S::keys, D>::at(stages, (2 * stage + 1) * kStage);
+  }
+};
+
+// A float of each of this thread's rows, `other` below the last.
+template <int blocks>
+__device__ __forceinline__ void load_statistic(float (&x)[blocks][2], const float* rows, int count, float other) {
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int line = 16 * m + 8 * half + lane_of() / 4;
+      x[m][half] = line < count ? rows[line] : other;
+    }
+}
+
+template <int blocks, int n>
+__device__ __forceinline__ void subtract_of_rows(float (&x)[blocks][n][4], const float (&of_row)[blocks][2]) {
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int j = 0; j < n; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][j][i] -= of_row[m][i / 2];
+}
+
+template <class T, int D, bool plain>
+__global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p) {
+  using S = Shape<D, plain>;
+  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
+  const Sequence s = sequence_of(p.sizes, place.sequence);
+  if (place.sequence == p.sizes.sequences) {  // rows that belong to none
+    for (int first = place.tile * S::rows; first < s.rows; first += p.sizes.tiles * S::rows) {
+      zero_rows<kThreads>(p.grad_query.lines(s.batch, place.head, s.row0 + first), least(S::rows, s.rows - first));
+    }
+    return;
+  }
+  const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;
+  if (first >= s.rows) return;
+
+  const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
+  const int key_head = place.head / p.sizes.group;
+  const int own = warp_of() * 16 * S::blocks, row = first + own;  // this warp's first row, in the tile and at all
+  const int count = least(16 * S::blocks, s.rows - row);
+  const Span block = keys_of_rows(s.band(p.options), first, S::rows);
+  const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
+  const int begin = block.begin / S::keys * S::keys;
+  const auto begin_stage = [&](int key) {
+    const int left = s.keys - key, stage = key / S::keys % 2;
+    copy_rows<kThreads>(tiles.key(stage), p.key.lines(s.batch, key_head, s.key0 + key), left);
+    copy_rows<kThreads>(tiles.value(stage), p.value.lines(s.batch, key_head, s.key0 + key), left);
+    ptx::commit_copies();
+  };
+
+  float base[S::blocks][2], delta[S::blocks][2];
+  const int64_t statistics = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
+  load_statistic(base, p.base + statistics, count, INFINITY);
+  load_statistic(delta, p.delta + statistics, count, 0.0f);
+  Sums<S::blocks, D> grad_query;
+  clear(grad_query);
+  if (begin < block.end) {
+    copy_rows<kThreads>(tiles.query, p.query.lines(s.batch, place.head, s.row0 + first), s.rows - first);
+    copy_rows<kThreads>(tiles.grad, p.grad_output.lines(s.batch, place.head, s.row0 + first), s.rows - first);
+    begin_stage(begin);
+  }
+#pragma unroll 1
+  for (int key = begin; key < block.end; key += S::keys) {
+    const int stage = key / S::keys % 2;
+    ptx::wait_copies<0>();
+    __syncthreads();  // this stage is there, and every warp is done with the other
+    if (key + S::keys < block.end) begin_stage(key + S::keys);
+    if (!reach.some(key, key + S::keys)) continue;
+
+    using Scores = Sums<S::blocks, S::keys>;
+    Scores products, x, grad;
+    product_of_rows<S::blocks>(products, tiles.query, own, tiles.key(stage));
+    copy(products, x);
+    if constexpr (!plain) make_logits<T, false>(x, p.options, s, place.head, row, key);
+    if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, s.band(p.options), row, key);
+#pragma unroll
+    for (int m = 0; m < S::blocks; ++m)
+#pragma unroll
+      for (int j = 0; j < S::keys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], p.options.factor, -base[m][i / 2]));
+    product_of_rows<S::blocks>(grad, tiles.grad, own, tiles.value(stage));
+    if (p.options.dropout.seed) {
+      const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + place.head);
+      drop(grad, draw<false, S::blocks, S::keys / 8>(p.options.dropout, stream, row, key),
+           p.options.dropout.keep_scale);
+    }
+    subtract_of_rows(grad, delta);
+    through_softmax<plain>(grad, x, products, p.options);
+    uint32_t rounded[S::blocks][S::keys / 16][4];
+    round_to_operands<T>(grad, rounded);
+    add_product(grad_query, rounded, tiles.key(stage));
+  }
+
+  if (count <= 0) return;
+  const auto by = [&](int, int) { return p.options.scale; };
+  store_rows(grad_query, by, tiles.query, own, p.grad_query.lines(s.batch, place.head, s.row0 + row), count);
+}
+
+}  // namespace
+
+void run_statistics(const AttentionBackward& p, Stream stream) {
+  const auto of_type = [&]<class T>(T) {
+    const int tiles = static_cast<int>((p.query.size(2) + kStatisticsRows - 1) / kStatisticsRows);
+    const Statistics<T> given{operand_of<const T>(p.output),
+                              operand_of<const T>(p.grad_output),
+                              p.lse.as<float>(),
+                              p.grad_lse.defined() ? p.grad_lse.as<float>() : nullptr,
+                              p.base.as<float>(),
+                              p.delta.as<float>(),
+                              tiles,
+                              static_cast<int>(p.heads()),
+                              static_cast<int>(p.query.size(2))};
+    const dim3 grid(static_cast<unsigned>(tiles * p.heads() * p.query.size(0)));
+    launch({"attention_statistics_sm80", grid, kThreads, cuda_stream(stream), p.output}, attention_statistics_sm80<T>,
+           given);
+  };
+  p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
+}
+
+void run_rows(const AttentionBackward& p, Stream stream) {
+  visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
+    const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, Shape<D, plain>::rows));
+    const LaunchSite at{
+        "attention_rows_sm80",    grid_of(p, given.sizes.tiles, p.heads()), kThreads, cuda_stream(stream), p.query,
+        Tiles<T, D, plain>::bytes};
+    launch(at, attention_rows_sm80<T, D, plain>, given);
+  });
+}
+
+}  // namespace attention
+
+void validate(const AttentionBackward& p) {
+  ops::validate(p, attention::kTypes);
+  const Checker at{"attention backward"};
+  for (auto [t, argument] : NamedTensors{{&p.base, "base"}, {&p.delta, "delta"}}) {
+    at.defined(*t, argument);
+    ops::check_statistics(at, *t, argument, p.query);
+  }
+}
+
+void run(const AttentionBackward& p, Stream stream) {
+  attention::run_statistics(p, stream);
+  attention::run_keys(p, stream);
+  attention::run_rows(p, stream);
+}
+
+}  // namespace llmengine::cuda
