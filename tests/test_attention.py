@@ -22,7 +22,7 @@ LAYOUT = st.sampled_from([layout for name, layout in LAYOUTS.items() if name != 
 DIMS = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 128]))
 LENGTHS = st.one_of(st.integers(1, 20), st.integers(90, 100), st.integers(185, 200))
 # That of a table has few elements, of which each sums errors over rows: the laws' samples are made for it.
-CONSTANTS = ("alibi_slopes", "distance_bias")
+CONSTANTS = ("alibi_slopes", "distance_bias", "sinks")
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -49,6 +49,8 @@ def options(draw, heads: int) -> dict:
     if farthest := draw(st.sampled_from([0, 0, 10, 40, 250])):
         g = torch.Generator().manual_seed(farthest)
         chosen["distance_bias"] = randn(g, heads, 2 * farthest + 1)
+    if chosen["window_size"][0] % 2:
+        chosen["sinks"] = torch.linspace(-3, 3, heads, dtype=torch.float64)
     return chosen
 
 
@@ -57,8 +59,9 @@ def padded_calls(draw, lengths=LENGTHS) -> Sample:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     rows, keys, dim, value_dim = draw(lengths), draw(lengths), draw(DIMS), draw(DIMS)
-    # the law compares largest and mean errors: every gradient gets the elements that make them meaningful
-    batch = -(-256 // (min(rows, keys) * min(dim, value_dim))) + draw(st.integers(0, 1))
+    # the law compares largest and mean errors: every gradient gets the elements that make them meaningful, of rows
+    # enough, since the elements of one row share the error of its statistics
+    batch = -(-256 // (min(rows, keys) * min(dim, value_dim, 8))) + draw(st.integers(0, 1))
     heads = key_heads * group
     chosen = draw(options(heads)) | {"enable_gqa": True}
     if draw(st.booleans()):
@@ -157,6 +160,7 @@ def test_packed_equals_padded_bit_by_bit(dtype, dropout_p, is_causal):
     longest = max(lengths)
     packed = [torch.randn(sum(lengths), heads, dim).to(dtype).requires_grad_() for _ in range(3)]
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "distance_bias": torch.randn(heads, 41)}
+    options["sinks"] = torch.randn(heads)
     grad = torch.randn(sum(lengths), heads, dim).to(dtype)
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     seen = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, tokens)
@@ -233,14 +237,16 @@ def test_thread_counts_change_no_bit(shape, group):
     batch, heads, rows, dim = shape
     args = [torch.randn(batch, h, rows, dim, requires_grad=True) for h in (heads * group, heads, heads)]
     mask = torch.randn(1, 1, rows, rows, requires_grad=True)
-    bias = torch.randn(heads * group, 65, requires_grad=True)
+    bias, sinks = (torch.randn(heads * group, *n, requires_grad=True) for n in [(65,), ()])
     grad, results, threads = torch.randn(batch, heads * group, rows, dim), [], torch.get_num_threads()
     try:
         for n in (1, 2, 3, 2):
             torch.set_num_threads(n)
             with llmengine.backend("cpu"):
-                output = scaled_dot_product_attention(*args, mask, is_causal=True, enable_gqa=True, distance_bias=bias)
-                results.append([output, *torch.autograd.grad(output, [*args, mask, bias], grad)])
+                output = scaled_dot_product_attention(
+                    *args, mask, is_causal=True, enable_gqa=True, distance_bias=bias, sinks=sinks
+                )
+                results.append([output, *torch.autograd.grad(output, [*args, mask, bias, sinks], grad)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -257,6 +263,33 @@ def test_fully_masked_rows_give_zeros_and_no_gradients():
     assert (output[0, :, 20:30] == 0).all() and (lse[0, :, 20:30] == -torch.inf).all()
     assert (grads[0][0, :, 20:30] == 0).all()
     assert all(g.isfinite().all() for g in (output, *grads)) and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_where_a_row_sees_no_key_its_sink_takes_all(name):
+    """Output 0 and lse the sink, whose gradient is that of lse; tokens after the last sequence have no sink."""
+    q, k, v = (torch.randn(7, 3, 16, requires_grad=True) for _ in range(3))
+    sinks = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    cu_q, cu_k = cu(0, 4, 6), cu(0, 0, 5)  # the first sequence has no keys, and a token follows the second
+    with llmengine.backend(name):
+        output, lse = varlen_attention(q, k, v, cu_q, cu_k, 4, 5, sinks=sinks, return_lse=True)
+        upstream = torch.randn_like(output[:4]), torch.randn_like(lse)
+        grads = torch.autograd.grad(
+            [output[:4], lse], [q, sinks], [upstream[0], torch.where(torch.arange(7) == 5, 0, upstream[1])]
+        )
+    assert (output[:4] == 0).all() and (lse[:, :4] == sinks[:, None]).all()
+    assert (output[6] == 0).all() and (lse[:, 6] == -torch.inf).all()
+    assert (grads[0][:4] == 0).all() and (grads[0][5:] == 0).all()
+    share = torch.exp(sinks[:, None] - lse[:, 4:5])  # of the row that has keys and a gradient of lse
+    torch.testing.assert_close(grads[1], upstream[1][:, :4].sum(1) + (share * upstream[1][:, 4:5]).sum(1))
+
+
+def test_a_sink_of_zero_adds_one_to_the_denominator():
+    q, k, v = (torch.randn(2, 3, 20, 8) for _ in range(3))
+    weights = torch.exp(q @ k.mT / 8**0.5)
+    with llmengine.backend("cpu"):
+        output = scaled_dot_product_attention(q, k, v, sinks=torch.zeros(3))
+    torch.testing.assert_close(output, weights @ v / (1 + weights.sum(-1, keepdim=True)))
 
 
 @pytest.mark.parametrize("argument", range(3))
@@ -317,6 +350,8 @@ SDPA_ERRORS = {
     "table": ({"distance_bias": torch.ones(4, 6)}, ValueError, r"distance_bias has shape \(4, 6\); expected \(4, 2"),
     "table heads": ({"distance_bias": torch.ones(2, 5)}, ValueError, r"distance_bias has shape \(2, 5\); expected \(4"),
     "table dtype": ({"distance_bias": torch.ones(4, 5).half()}, ValueError, "distance_bias has dtype float16; allowed"),
+    "sinks": ({"sinks": torch.zeros(1, 4)}, ValueError, r"sinks has shape \(1, 4\); expected \(4,\), one per"),
+    "sinks dtype": ({"sinks": torch.zeros(4).double()}, ValueError, "sinks has dtype float64; allowed: float32"),
     "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes has shape \(3,\); expected \(4,\)"),
 }  # fmt: skip
 

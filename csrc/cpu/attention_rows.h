@@ -111,9 +111,9 @@ inline void for_groups(Span span, const Body& body) {
 struct Statistics {
   alignas(64) float largest[kRows], total[kRows], beta[kRows];
 
-  Statistics() {
-    std::fill_n(largest, kRows, -INFINITY);
-    std::fill_n(total, kRows, 0.0f);
+  explicit Statistics(float sink) {  // a logit that comes before all others, or -inf
+    std::fill_n(largest, kRows, sink);
+    std::fill_n(total, kRows, sink == -INFINITY ? 0.0f : 1.0f);
   }
 
   // Logits become exponentials.
@@ -183,7 +183,8 @@ class ForwardRows {
         rows_(std::min(kRows, s.rows - row)),
         scores_(std::move(scores)),
         query_(memory),
-        sums_(memory + P::transposed_floats(p.query.size(3))) {
+        sums_(memory + P::transposed_floats(p.query.size(3))),
+        statistics_(p.sink(s, head)) {
     P::transpose_rows(Rows<const T>(p.query, s.batch, head, s.row0 + row), rows_, query_);
     std::fill_n(sums_, kRows * padded(p.value.size(3)), 0.0f);
   }
@@ -308,6 +309,7 @@ class BackwardRows {
 
   Span keys() const { return scores_.keys(row_, row_ + rows_); }
   int64_t head() const { return head_; }
+  int64_t row() const { return row_; }
   const Scores& scores() const { return scores_; }
 
   // P keep and P (grad_P keep - delta), the gradient of the logits
@@ -342,6 +344,14 @@ class BackwardRows {
     alignas(64) float factors[kRows];
     std::fill_n(factors, kRows, static_cast<float>(p_.scale));
     P::write_rows(grad_query_, rows_, factors, Rows<T>(p_.grad_query, s_.batch, head_, s_.row0 + row_));
+  }
+
+  // The rows' part in the gradient of the head's sink.
+  double grad_sink() const {
+    const float sink = p_.sink(s_, head_);
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows_; ++r) sum -= double{std::exp(sink - lse_[r] - lse_low_[r])} * delta_[r];
+    return sum;
   }
 
  private:

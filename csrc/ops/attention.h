@@ -5,8 +5,9 @@
 //   logits = cap(u) - slope |key - p| + bias(key - p) + mask, -inf where the key is not seen;
 //            cap(u) = softcap tanh(u / softcap)    (p, and the keys a row sees: ops/attention_band.h)
 //            bias(d) = distance_bias[head, clamp(d, -M, M) + M]: distances beyond M share the end entries
-//   lse = log sum_keys exp(logits),  P = exp(logits - lse),  output = (P keep / (1 - dropout_p)) value
-//   A row that sees no key: output 0, lse -inf, no gradients.
+//   lse = log (exp(sinks[head]) + sum_keys exp(logits)),  P = exp(logits - lse)    (no sinks: exp(-inf))
+//   output = (P keep / (1 - dropout_p)) value
+//   A row that sees no key: output 0, lse -inf, or the sink's logit, and no gradients of query, key and value.
 //   lse_low is what rounding took from lse (0 where lse is infinite): with |lse| in the hundreds, float32 lse alone
 //   would make every P of a row wrong by 1e-5.
 //
@@ -14,6 +15,8 @@
 //     grad_value = (P Z)^T grad_output
 //     grad_logits = P ((grad_output value^T) Z - delta) = grad_mask, summed over what the mask was broadcast along
 //     grad_distance_bias[head, m] = sum of grad_logits over the scores, of all sequences, that entry m was added to
+//     grad_sinks[head] = - sum over rows of exp(sinks[head] - lse) delta: a sink is a key that every row of a sequence
+//                        sees, whose value is 0
 //     grad_u = grad_logits cap'(u),  grad_query = scale grad_u key,  grad_key = scale grad_u^T query
 //
 //   Dropout draws (ops/philox.h): stream = sequence x heads + head, row and column counted within the sequence.
@@ -38,6 +41,7 @@ struct AttentionOptions {
   TensorView mask;                        // (1|batch, 1|heads, 1|rows, 1|keys), bool (true: seen) or float, or none
   TensorView alibi_slopes;                // float32 (sequences, heads), or none
   TensorView distance_bias;               // float32 (heads, 2 M + 1), or none
+  TensorView sinks;                       // float32 (heads,), or none
   TensorView cu_seqlens_q, cu_seqlens_k;  // int32 (sequences + 1,): batch is 1 and rows and keys are cut; or none
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
   TensorView seed;  // int64 (1,), where dropout_p > 0
@@ -53,6 +57,7 @@ struct AttentionOptions {
                       field("mask", &P::mask),
                       field("alibi_slopes", &P::alibi_slopes),
                       field("distance_bias", &P::distance_bias),
+                      field("sinks", &P::sinks),
                       field("cu_seqlens_q", &P::cu_seqlens_q),
                       field("cu_seqlens_k", &P::cu_seqlens_k),
                       field("max_seqlen_q", &P::max_seqlen_q),
@@ -72,6 +77,10 @@ struct AttentionOptions {
   bool packed() const { return cu_seqlens_q.defined(); }
   int64_t sequences() const { return packed() ? cu_seqlens_q.size(0) - 1 : query.size(0); }
   int64_t farthest() const { return distance_bias.size(1) / 2; }  // M
+  // The logit that takes part in each row's softmax beside its keys' (of tokens outside all sequences: in none).
+  float sink(const Sequence& s, int64_t head) const {
+    return sinks.defined() && s.index < sequences() ? sinks.as<float>()[head] : -INFINITY;
+  }
   Band band(const Sequence& s) const { return {s.rows, s.keys, window_left, window_right, bottom_right}; }
 };
 
@@ -94,6 +103,7 @@ struct AttentionBackward : AttentionOptions {
   TensorView grad_query, grad_key, grad_value;  // like query, key, value
   TensorView grad_mask;                         // float32, like mask; or none
   TensorView grad_distance_bias;                // float32, like distance_bias; or none
+  TensorView grad_sinks;                        // float32, like sinks; or none
 
   static constexpr auto fields() {
     using P = AttentionBackward;
@@ -102,7 +112,8 @@ struct AttentionBackward : AttentionOptions {
         std::tuple{field("grad_output", &P::grad_output), field("grad_lse", &P::grad_lse), field("output", &P::output),
                    field("lse", &P::lse), field("lse_low", &P::lse_low), field("grad_query", &P::grad_query),
                    field("grad_key", &P::grad_key), field("grad_value", &P::grad_value),
-                   field("grad_mask", &P::grad_mask), field("grad_distance_bias", &P::grad_distance_bias)});
+                   field("grad_mask", &P::grad_mask), field("grad_distance_bias", &P::grad_distance_bias),
+                   field("grad_sinks", &P::grad_sinks)});
   }
 };
 
@@ -168,6 +179,9 @@ inline void validate_options(const Checker& at, const AttentionOptions& p,
   at.dtype(p.alibi_slopes, "alibi_slopes", {DType::f32});
   at.shape(p.alibi_slopes, "alibi_slopes", {p.sequences(), p.heads()});
   check_distance_bias(at, p);
+  at.dtype(p.sinks, "sinks", {DType::f32});
+  at.shape(p.sinks, "sinks", {p.heads()});
+  at.contiguous(p.sinks, "sinks");
   at.probability(p.dropout_p, "dropout_p");
   if (p.dropout_p > 0) at.defined(p.seed, "seed");
   at.dtype(p.seed, "seed", {DType::i64});
@@ -238,6 +252,10 @@ inline void validate(const AttentionBackward& p, const AttentionTypes& types = k
     at.shape(p.grad_distance_bias, "grad_distance_bias", {p.heads(), p.distance_bias.size(1)});
     at.contiguous(p.grad_distance_bias, "grad_distance_bias");
   }
+  if (p.grad_sinks.defined()) at.defined(p.sinks, "sinks");
+  at.dtype(p.grad_sinks, "grad_sinks", {DType::f32});
+  at.shape(p.grad_sinks, "grad_sinks", {p.heads()});
+  at.contiguous(p.grad_sinks, "grad_sinks");
 }
 
 // The independent blocks of a call. Reads cu_seqlens, and refuses what does not cut the tokens into sequences: for

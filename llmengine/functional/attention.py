@@ -31,7 +31,7 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
     window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    distance_bias: Tensor | None = None, return_lse: Literal[False] = False,
+    distance_bias: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
     window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    distance_bias: Tensor | None = None, return_lse: Literal[True],
+    distance_bias: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def scaled_dot_product_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     distance_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale query key^T + bias) value without the score matrix, as `torch.nn.functional`'s of that name.
@@ -80,11 +81,14 @@ def scaled_dot_product_attention(
     distance_bias: (H, 2 M + 1), in query's dtype or float32; distance_bias[h, clamp(j - p, -M, M) + M] is added to the
         scores of head h, so that distances beyond M share the end entries (Raffel et al. 2020, with M the largest
         distance that their buckets tell apart). It gets its gradient, summed in a fixed order.
-    return_lse: also return the natural log of each row's sum of exponentials, (..., H, L), in the scores' dtype;
-        it is differentiable.
+    sinks: (H,), in query's dtype or float32; exp(sinks[h]) joins the sum of exponentials by which each row of head h is
+        divided, as a key without a value would (Agarwal et al. 2025, gpt-oss). Scale, softcap, masks, windows and
+        dropout leave it alone; -inf is no sink. It gets its gradient, summed in a fixed order.
+    return_lse: also return the natural log of each row's sum of exponentials, that of the sink included, (..., H, L),
+        in the scores' dtype; it is differentiable.
 
-    A row that sees no key gives 0, lse -inf and zero gradients. Raises ValueError or TypeError where arguments do not
-    fit, before any kernel runs.
+    A row that sees no key gives 0, lse -inf (with a sink: the sink) and no gradients of query, key and value. Raises
+    ValueError or TypeError where arguments do not fit, before any kernel runs.
     """
     op = "scaled_dot_product_attention"
     query, key, value = _operands(op, query, key, value)
@@ -92,13 +96,16 @@ def scaled_dot_product_attention(
     rows, head_dim = query.shape[2:]
     mask = _mask(op, attn_mask, query, lead, key.shape[2])
     slopes = _slopes(op, alibi_slopes, query, query.shape[0], "batch")
-    bias = _distance_bias(op, distance_bias, query)
-    check_same_device(op, query=query, key=key, value=value, attn_mask=mask, alibi_slopes=slopes, distance_bias=bias)
+    bias, sinks = _distance_bias(op, distance_bias, query), _sinks(op, sinks, query)
+    check_same_device(
+        op, query=query, key=key, value=value, attn_mask=mask, alibi_slopes=slopes, distance_bias=bias, sinks=sinks
+    )
     band = _band(op, is_causal, causal, window_size, "top_left")
     numbers = _numbers(op, scale, softcap, dropout_p, head_dim)
     output, lse = _run(
-        query, key, value, mask, slopes, bias, None, None, rows, key.shape[2], _seed(query, dropout_p), *band, *numbers
-    )
+        query, key, value, mask, slopes, bias, sinks, None, None, rows, key.shape[2], _seed(query, dropout_p), *band,
+        *numbers,
+    )  # fmt: skip
     if len(lead) != 2:
         output, lse = output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, rows)
     return (output, lse) if return_lse else output
@@ -109,7 +116,8 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
     scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, return_lse: Literal[False] = False,
+    alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -118,7 +126,8 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
     scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, return_lse: Literal[True],
+    alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, sinks: Tensor | None = None,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -139,6 +148,7 @@ def varlen_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     distance_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within each of N packed sequences: no padding is computed, nothing crosses a boundary.
@@ -150,8 +160,8 @@ def varlen_attention(
 
     Options: as `scaled_dot_product_attention`, with rows and keys counted from each sequence's beginning. is_causal
     and window_size are aligned "bottom_right": the last row stands at the last key; `causal` says otherwise.
-    alibi_slopes is (H,) or (N, H); distance_bias is one table for all sequences. Dropout draws by (sequence, head, row,
-    key): a packed batch drops what the padded one drops.
+    alibi_slopes is (H,) or (N, H); distance_bias is one table, and sinks are the same, for all sequences. Dropout draws
+    by (sequence, head, row, key): a packed batch drops what the padded one drops.
     """
     op = "varlen_attention"
     query, key, value = _operands(op, query, key, value)
@@ -164,10 +174,10 @@ def varlen_attention(
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     _check_heads(op, query, key, value, grouped=True)
     slopes = _slopes(op, alibi_slopes, query, sequences, "sequences")
-    bias = _distance_bias(op, distance_bias, query)
+    bias, sinks = _distance_bias(op, distance_bias, query), _sinks(op, sinks, query)
     check_same_device(
         op, query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        alibi_slopes=slopes, distance_bias=bias,
+        alibi_slopes=slopes, distance_bias=bias, sinks=sinks,
     )  # fmt: skip
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length < 0:
@@ -175,16 +185,16 @@ def varlen_attention(
     band = _band(op, is_causal, causal, window_size, "bottom_right")
     numbers = _numbers(op, scale, softcap, dropout_p, query.shape[3])
     output, lse = _run(
-        query, key, value, None, slopes, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        query, key, value, None, slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         _seed(query, dropout_p), *band, *numbers,
     )  # fmt: skip
     output, lse = output.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (output, lse) if return_lse else output
 
 
-def _run(query, key, value, mask, slopes, bias, *options):
-    run = ops.Attention.apply if needs_grad(query, key, value, mask, bias) else ops.attention_forward
-    output, lse, *_ = run(query, key, value, mask, slopes, bias, *options)
+def _run(query, key, value, mask, slopes, bias, sinks, *options):
+    run = ops.Attention.apply if needs_grad(query, key, value, mask, bias, sinks) else ops.attention_forward
+    output, lse, *_ = run(query, key, value, mask, slopes, bias, sinks, *options)
     return output, lse
 
 
@@ -301,10 +311,7 @@ def _distance_bias(op: str, bias: Tensor | None, query: Tensor) -> Tensor | None
     """The bias by distance, in the scores' dtype."""
     if bias is None:
         return None
-    check_tensor(op, "distance_bias", bias)
-    if bias.dtype not in (torch.float32, query.dtype):
-        allowed = ", ".join(dict.fromkeys((short(query.dtype), "float32")))
-        raise ValueError(f"{op}: distance_bias has dtype {short(bias.dtype)}; allowed: {allowed}")
+    _check_learned(op, "distance_bias", bias, query)
     heads = query.shape[1]
     if bias.ndim != 2 or bias.shape[0] != heads or bias.shape[1] % 2 != 1:
         raise ValueError(
@@ -312,6 +319,24 @@ def _distance_bias(op: str, bias: Tensor | None, query: Tensor) -> Tensor | None
             "of each query head"
         )
     return bias.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _sinks(op: str, sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """The sinks, in the scores' dtype."""
+    if sinks is None:
+        return None
+    _check_learned(op, "sinks", sinks, query)
+    heads = query.shape[1]
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"{op}: sinks has shape {tuple(sinks.shape)}; expected ({heads},), one per query head")
+    return sinks.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _check_learned(op: str, argument: str, tensor: Tensor, query: Tensor) -> None:
+    check_tensor(op, argument, tensor)
+    if tensor.dtype not in (torch.float32, query.dtype):
+        allowed = ", ".join(dict.fromkeys((short(query.dtype), "float32")))
+        raise ValueError(f"{op}: {argument} has dtype {short(tensor.dtype)}; allowed: {allowed}")
 
 
 def _band(op: str, is_causal: bool, causal: str | None, window_size: Sequence[int], alignment: str) -> _Band:

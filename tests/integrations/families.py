@@ -69,6 +69,8 @@ FAMILIES: dict[str, tuple[str, str, dict, set[str]]] = {
                {"RMS norm with weight 1 + w", "feed-forward"}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WINDOW | {"head_dim": 8},
                {"RMS norm with weight 1 + w", "feed-forward"}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig",
+                _DECODER | _WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, {"RMS norm"}),
     "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig",
                    {**_CLASSIC, "num_hidden_layers": 3, "local_attention": 6, "global_attn_every_n_layers": 3,
                     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},

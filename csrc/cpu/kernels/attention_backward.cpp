@@ -18,11 +18,11 @@
 //
 //   The gradient of a mask is made by tasks of its own, each owning a tile of it and going through all batch entries,
 //   heads or rows that share the tile: two products more where it is asked for, and no quadratic buffer. A bias that is
-//   one for all keys of a row moves lse and nothing else: its gradient is that of lse.
+//   one for all keys of a row moves lse and, where there is a sink, what it leaves to them: that takes no scores.
 //
 //   The gradient of a bias by distance is made of the tiles G as they pass: their sums along the diagonals, an addition
 //   a score, go to a table that the task has for each of its heads, no longer than the sequence has distances. These
-//   tables, too, are added in a fixed order.
+//   tables, too, are added in a fixed order; so is what each tile of rows gives to the gradient of its head's sink.
 #include <numeric>
 
 #include "cpu/attention_rows.h"
@@ -89,6 +89,42 @@ class DistanceSums {
   std::unique_ptr<float[]> sums_;
 };
 
+// ---- grad_sinks -----------------------------------------------------------------------------------------------------
+
+// Of each sequence and head, a number for each tile of rows.
+class SinkSums {
+ public:
+  SinkSums(const ops::AttentionBackward& p, const std::vector<ops::Sequence>& sequences) : p_(p) {
+    if (!wanted()) return;
+    for (const ops::Sequence& s : sequences) first_.push_back(first_.back() + p.heads() * count_of(s.rows, kRows));
+    sums_ = std::make_unique<double[]>(static_cast<size_t>(first_.back()));
+  }
+
+  bool wanted() const { return p_.grad_sinks.defined(); }
+
+  template <class RowTile>
+  void set(const SequenceTasks::Task& at, const RowTile& rows) const {
+    sums_[first_[at.which] + rows.head() * count_of(at.sequence.rows, kRows) + rows.row() / kRows] = rows.grad_sink();
+  }
+
+  void write() const {
+    for (int64_t head = 0; head < p_.heads(); ++head) {
+      double total = 0.0;
+      for (size_t s = 0; s + 1 < first_.size(); ++s) {
+        const int64_t tiles = (first_[s + 1] - first_[s]) / p_.heads();
+        const double* sums = sums_.get() + first_[s] + head * tiles;
+        total = std::accumulate(sums, sums + tiles, total);
+      }
+      p_.grad_sinks.as<float>()[head] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  const ops::AttentionBackward& p_;
+  std::vector<int64_t> first_{0};
+  std::unique_ptr<double[]> sums_;
+};
+
 // ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
 constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
@@ -102,6 +138,7 @@ class Backward {
         sequences_(ops::sequences_of(p)),
         shares_(shares()),
         distances_(p, sequences_, shares_),
+        sinks_(p, sequences_),
         tasks_(sequences_, [&](size_t s) { return p.key_heads() * shares_[s]; }) {
     for (size_t s = 0; s < sequences_.size(); ++s) {
       const int64_t partials = shares_[s] > 1 ? p.key_heads() * shares_[s] : 0;
@@ -118,6 +155,7 @@ class Backward {
     });
     parallel_each(sums.size(), [&](int64_t index) { add_partials<T>(sums[index]); });
     if (distances_.wanted()) distances_.write();
+    if (sinks_.wanted()) sinks_.write();
   }
 
  private:
@@ -172,7 +210,10 @@ class Backward {
         if (distances_.wanted()) distances_.add(at, rows.head(), share, place, tiles.g);
         rows.accumulate(place, tile, tiles, grad_key, grad_value);
       });
-      for (const RowTile& rows : all) rows.write();
+      for (const RowTile& rows : all) {
+        rows.write();
+        if (sinks_.wanted()) sinks_.set(at, rows);
+      }
     }
     if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
   }
@@ -209,6 +250,7 @@ class Backward {
   std::vector<ops::Sequence> sequences_;
   std::vector<int64_t> shares_;
   DistanceSums distances_;
+  SinkSums sinks_;
   SequenceTasks tasks_;
   std::vector<int64_t> first_partial_{0};
   std::unique_ptr<float[]> partials_;
@@ -245,7 +287,7 @@ class MaskGradient {
       if (keys_ > 1) {
         for_sharers(batch, head, [&](int64_t b, int64_t h) { add_scores<T>(b, h, row, key, sum); });
       } else {
-        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_grad_lse(b, h, row, sum); });
+        for_sharers(batch, head, [&](int64_t b, int64_t h) { add_rows<T>(b, h, row, sum); });
       }
       write(slice, row, key, sum);
     });
@@ -276,13 +318,26 @@ class MaskGradient {
     }
   }
 
-  void add_grad_lse(int64_t b, int64_t h, int64_t first_row, float* sum) const {
-    if (!p_.grad_lse.defined()) return;
+  // What the gradients of a row's logits add up to: grad_lse, and exp(sink - lse) delta.
+  template <class T>
+  void add_rows(int64_t b, int64_t h, int64_t first_row, float* sum) const {
+    const float sink = p_.sink({b, b, 0, rows_.full, 0, 0}, h);
     const int64_t statistic = (b * p_.heads() + h) * rows_.full;
     for (int64_t row = rows_.first(first_row); row < rows_.last(first_row, kRows); ++row) {
-      const bool sees = p_.lse.as<float>()[statistic + row] != -INFINITY;
-      if (sees) sum[row % kRows] += p_.grad_lse.as<float>()[statistic + row];
+      const float lse = p_.lse.as<float>()[statistic + row];
+      if (lse == -INFINITY) continue;
+      const float grad_lse = p_.grad_lse.defined() ? p_.grad_lse.as<float>()[statistic + row] : 0.0f;
+      sum[row % kRows] += grad_lse;
+      if (sink != -INFINITY) sum[row % kRows] += std::exp(sink - lse) * (grad_times_output<T>(b, h, row) - grad_lse);
     }
+  }
+
+  template <class T>
+  float grad_times_output(int64_t b, int64_t h, int64_t row) const {
+    const Rows<const T> grad(p_.grad_output, b, h, row), output(p_.output, b, h, row);
+    float sum = 0.0f;
+    for (int64_t c = 0; c < output.columns; ++c) sum += widen(grad.data[c]) * widen(output.data[c]);
+    return sum;
   }
 
   // The tile that begins at (row, key); rows that share an element have come to lie side by side.

@@ -24,6 +24,7 @@ class _Options:
     mask: Tensor | None
     alibi_slopes: Tensor | None
     distance_bias: Tensor | None
+    sinks: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int
@@ -68,21 +69,28 @@ class Softmax:
     logits: Tensor
     keep: Tensor | None
 
-    def lse(self) -> tuple[Tensor, Tensor]:
-        """lse, and what rounding took from it."""
-        if self.logits.shape[-1] == 0:
-            high = self.logits.new_full(self.logits.shape[:-1], -torch.inf)
+    def lse(self, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """lse, and what rounding took from it; sinks: (heads,), logits beside those of the keys."""
+        logits = self.logits
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:-1], 1)], -1)
+        if logits.shape[-1] == 0:
+            high = logits.new_full(logits.shape[:-1], -torch.inf)
         else:
-            high = self.logits.logsumexp(-1)
-        low = self.probabilities(high, torch.zeros_like(high)).sum(-1).log()
+            high = logits.logsumexp(-1)
+        low = exponentials(logits, high, torch.zeros_like(high)).sum(-1).log()
         return high, torch.where(high.isinf(), 0.0, low)
 
     def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
-        """Zero in rows that see no key."""
-        return torch.exp(self.logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
+        return exponentials(self.logits, lse, lse_low)
 
     def dropped(self, p: Tensor) -> Tensor:
         return p if self.keep is None else p * self.keep
+
+
+def exponentials(logits: Tensor, lse: Tensor, lse_low: Tensor) -> Tensor:
+    """exp(logits - lse); zero in rows that see nothing."""
+    return torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None] - lse_low[..., None])
 
 
 class _Block(Softmax):
@@ -142,11 +150,11 @@ def attention_forward(query, key, value, *options):
     q, k, v = _wide(query), _wide(key), _wide(value)
     output = empty_rows_first(query, value.shape[3]).zero_()
     lse = torch.full(query.shape[:3], -torch.inf, dtype=q.dtype, device=query.device)
-    lse_low = torch.zeros_like(lse)
+    lse_low, sinks = torch.zeros_like(lse), _wide(o.sinks)
     group = _group(query, key)
     for stream, b, rows, keys in o.sequences(query, key):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
-        lse[b, :, rows], lse_low[b, :, rows] = block.lse()
+        lse[b, :, rows], lse_low[b, :, rows] = block.lse(sinks)
         p = block.dropped(block.probabilities(lse[b, :, rows], lse_low[b, :, rows]))
         output[b, :, rows] = (p @ _repeat(v[b, :, keys], group)).to(output.dtype)
     return output, lse, lse_low
@@ -154,7 +162,7 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward")
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-    *given, want_grad_mask, want_grad_distance_bias = options
+    *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
     o = _Options(*given)
     q, k, v, do = _wide(query), _wide(key), _wide(value), _wide(grad_output)
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]).zero_() for x in (query, key, value))
@@ -165,6 +173,11 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     delta = (do * _wide(output)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
+    grad_sinks = q.new_zeros(0)
+    if o.sinks is not None and want_grad_sinks:
+        logits = torch.where(lse == -torch.inf, -torch.inf, o.sinks[:, None].to(q.dtype))  # none in rows of no sequence
+        shares = exponentials(logits[..., None], lse.to(q.dtype), lse_low.to(q.dtype)).squeeze(-1)
+        grad_sinks = -(shares * delta).sum((0, 2))
     group = _group(query, key)
     for stream, b, rows, keys in o.sequences(query, key):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
@@ -179,4 +192,4 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
         grad_query[b, :, rows] = (o.scale * (grad_u @ _repeat(k[b, :, keys], group))).to(query.dtype)
         grad_key[b, :, keys] = _sum_groups(o.scale * (grad_u.mT @ q[b, :, rows]), group).to(key.dtype)
         grad_value[b, :, keys] = _sum_groups(block.dropped(p).mT @ do[b, :, rows], group).to(value.dtype)
-    return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias
+    return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks

@@ -58,7 +58,7 @@ class _Call:
     """The arguments that the kernels of one call share."""
 
     def __init__(
-        self, query, key, value, mask, alibi_slopes, distance_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        self, query, key, value, mask, alibi_slopes, distance_bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, seed, window_left, window_right, bottom_right, scale, softcap, dropout_p,
     ):  # fmt: skip
         self.query, self.key, self.value = (unit_last_stride(x) for x in (query, key, value))
@@ -75,6 +75,7 @@ class _Call:
             None if mask is None else _mask(mask),
             None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
             None if distance_bias is None else Distances(distance_bias.contiguous(), self.farthest),
+            None if sinks is None else sinks.contiguous(),
             cu_seqlens_q.contiguous() if self.packed else None,
             cu_seqlens_k.contiguous() if self.packed else None,
             seed if dropout_p else None,
@@ -115,18 +116,21 @@ class _Call:
         between = (2, self.sequences, heads, max(2 * self.farthest - 1, 0))
         return _DistanceSums(*(self.query.new_zeros(sizes, dtype=torch.float32) for sizes in (ends, between)))
 
-    def statistics(self, output, grad_output, lse, grad_lse):
-        """What the backward kernels read of each row beside its operands (statistics_kernel): base and delta."""
+    def statistics(self, output, grad_output, lse, low, grad_lse, want_grad_sinks):
+        """What the backward kernels read of each row beside its operands (statistics_kernel), base and delta, and the
+        gradient of the sinks where it is wanted."""
         base, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
         batch, heads, rows = lse.shape
         shape, launch = self.shape(STATISTICS)
-        if programs := batch * heads * _ceil(rows, launch.rows):
+        tiles = _ceil(rows, launch.rows)
+        grad_sinks = lse.new_empty((batch, heads, tiles)) if want_grad_sinks else None
+        if programs := batch * heads * tiles:
             statistics_kernel[(programs,)](
-                _rows(unit_last_stride(output)), _rows(grad_output), lse.contiguous(),
-                None if grad_lse is None else grad_lse.contiguous(), base, delta, heads, rows, shape,
-                num_warps=launch.warps, num_stages=launch.stages,
+                _rows(unit_last_stride(output)), _rows(grad_output), lse.contiguous(), low,
+                None if grad_lse is None else grad_lse.contiguous(), base, delta, self.options.sinks, grad_sinks, heads,
+                rows, shape, num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
-        return base, delta
+        return base, delta, lse.new_empty(0) if grad_sinks is None else grad_sinks.sum((0, 2))
 
     def shape(self, kind: str) -> tuple[Shape, Tile]:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
@@ -173,11 +177,11 @@ def attention_forward(query, key, value, *options):
 
 @kernel(KERNELS, "attention_backward", _backward_refuses)
 def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, mask, *options):
-    *given, want_grad_mask, want_grad_distance_bias = options
+    *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
     call = _Call(query, key, value, mask, *given)
     grad_output = unit_last_stride(grad_output)
     low = lse_low.contiguous() if query.dtype == torch.float32 else None  # float32 alone sees it
-    base, delta = call.statistics(output, grad_output, lse, grad_lse)
+    base, delta, grad_sinks = call.statistics(output, grad_output, lse, low, grad_lse, want_grad_sinks)
     statistics = base, low, delta
     operands = [_rows(x) for x in (call.query, call.key, call.value, grad_output)]
     grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
@@ -194,12 +198,17 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     elif mask.shape[3] > 1:
         sizes = tuple(mask.shape[:3])
         call.run(mask_kernel, MASK, *operands, grad_mask, *statistics, sizes, mask_sizes=sizes)
-    elif grad_lse is None:
-        grad_mask.zero_()
-    else:  # a bias that is one for all keys of a row moves lse and nothing else
-        seen = grad_lse.masked_fill(lse == -math.inf, 0.0)[..., None]
-        grad_mask = seen.sum_to_size(mask.shape).contiguous()
-    return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias
+    else:
+        grad_mask = _grad_of_row_bias(grad_lse, lse, delta, call.options.sinks).sum_to_size(mask.shape).contiguous()
+    return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
+
+
+def _grad_of_row_bias(grad_lse, lse, delta, sinks):
+    """A bias that is one for all keys of a row moves lse and, where there is a sink, what it leaves to the keys."""
+    grad = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    if sinks is not None:
+        grad = grad + torch.exp(sinks[:, None] - lse) * delta
+    return grad.masked_fill(lse == -math.inf, 0.0)[..., None]
 
 
 def aot_calls(dtype: torch.dtype):
@@ -210,12 +219,13 @@ def aot_calls(dtype: torch.dtype):
     yield "causal 192", lambda: _aot_call(dtype, 192, window_right=0)
     yield "packed 96, window", lambda: _aot_call(dtype, 96, packed=True, window_left=512, window_right=0)
     yield "packed 64, dropout", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1)
+    yield "packed 64, sinks", lambda: _aot_call(dtype, 64, packed=True, window_left=127, window_right=0, sinks=True)
     for head_dim in (64, 80, 256):
         yield (
             f"everything {head_dim}",
             lambda head_dim=head_dim: _aot_call(
                 dtype, head_dim, mask=(1, 16, 2048, 2048), alibi=True, window_left=512, window_right=0, softcap=30.0,
-                dropout_p=0.1, grad_lse=True, farthest=128,
+                dropout_p=0.1, grad_lse=True, farthest=128, sinks=True,
             ),
         )  # fmt: skip
     yield "packed 64, distances", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1, farthest=128)
@@ -225,7 +235,7 @@ def aot_calls(dtype: torch.dtype):
 
 def _aot_call(
     dtype, head_dim, packed=False, mask=None, mask_dtype=None, alibi=False, window_left=-1, window_right=-1,
-    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None,
+    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None, sinks=False,
 ):  # fmt: skip
     """Forward and backward of 16 query heads over 4 key heads; a float mask and a bias by distance get theirs."""
     batch, heads, key_heads, tokens = 1 if packed else 2, 16, 4, 2048
@@ -239,13 +249,12 @@ def _aot_call(
         meta(*mask, dtype=mask_dtype or dtype) if mask else None,
         meta(batch, heads, dtype=torch.float32) if alibi else None,
         meta(heads, 2 * farthest + 1, dtype=torch.float32) if farthest else None,
+        meta(heads, dtype=torch.float32) if sinks else None,
         meta(5, dtype=torch.int32) if packed else None,
         meta(5, dtype=torch.int32) if packed else None,
         1024, 1024, meta(1, dtype=torch.int64), window_left, window_right, True, head_dim**-0.5, softcap, dropout_p,
     )  # fmt: skip
     output, lse, lse_low = attention_forward(query, key, value, *options)
     upstream = torch.empty_like(lse) if grad_lse else None
-    wanted = bool(mask) and mask_dtype != torch.bool
-    attention_backward(
-        torch.empty_like(output), upstream, query, key, value, output, lse, lse_low, *options, wanted, bool(farthest)
-    )
+    wanted = (bool(mask) and mask_dtype != torch.bool, bool(farthest), sinks)
+    attention_backward(torch.empty_like(output), upstream, query, key, value, output, lse, lse_low, *options, *wanted)

@@ -1,6 +1,7 @@
 """Attention, backward: probabilities are made again from lse, tile by tile (formulas: csrc/ops/attention.h).
 
-    statistics_kernel   delta = rowsum(grad_output output) - grad_lse, and lse in units of log 2: one sweep of both
+    statistics_kernel   delta = rowsum(grad_output output) - grad_lse, lse in units of log 2, and what each tile of rows
+                        gives to the gradient of its head's sink: one sweep of both
     keys_kernel         a program owns a tile of keys of one key head: grad_key and grad_value in registers, key and
                         value in shared memory; query and grad_output stream by, head after head of the group
     rows_kernel         a program owns a tile of query rows of one head: grad_query in registers; keys and values
@@ -45,8 +46,9 @@ from llmengine.backends.triton.attention_tile import (
 
 
 @triton.jit
-def statistics_kernel(output, grad_output, lse, grad_lse, base, delta, heads, rows, shape):
+def statistics_kernel(output, grad_output, lse, low, grad_lse, base, delta, sinks, grad_sinks, heads, rows, shape):
     """base: lse as `exponential` takes it, with 0 for -inf: of a row that sees no key, exp(-inf - 0) is 0, not NaN.
+    grad_sinks: (batch, heads, tiles), yet to be added up.
 
     delta is added up as grad_output value^T is, by the same product: where a row has one key, and output is its value,
     delta takes the rounding errors of that product with it.
@@ -64,8 +66,15 @@ def statistics_kernel(output, grad_output, lse, grad_lse, base, delta, heads, ro
     if grad_lse is not None:
         change -= tl.load(grad_lse + at, inside, 0.0)
     tl.store(delta + at, change, inside)
-    logarithm = tl.load(lse + at, inside, 0.0)
-    logarithm = tl.where(logarithm == -float("inf"), 0.0, logarithm)
+    logarithm = tl.load(lse + at, inside, -float("inf"))
+    sees = logarithm != -float("inf")
+    logarithm = tl.where(sees, logarithm, 0.0)
+    if grad_sinks is not None:
+        exponent = tl.load(sinks + head) - logarithm
+        if low is not None:
+            exponent -= tl.load(low + at, inside, 0.0)
+        share = tl.where(sees, tl.exp(exponent), 0.0)
+        tl.store(grad_sinks + tl.program_id(0), -tl.sum(share * change))
     tl.store(base + at, logarithm * (LOG2E if shape.fold else 1.0), inside)
 
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from llmengine.backends.triton.attention_tile import (
+    LOG2E,
     address,
     exponential,
     keep_of,
@@ -63,6 +64,9 @@ def forward_kernel(query, key, value, output, lse, lse_low, sizes, option, shape
     q = load_rows(query_at, query.row, rows - first, shape.rows, shape.head_dim, shape.depth, True)
     largest = tl.full([shape.rows], -float("inf"), tl.float32)
     total = tl.zeros([shape.rows], tl.float32)
+    if option.sinks is not None:  # a logit before all others, whose value is 0
+        largest = tl.zeros_like(largest) + tl.load(option.sinks + head) * (LOG2E if shape.fold else 1.0)
+        total = tl.where(largest == -float("inf"), 0.0, 1.0)
     sums = tl.zeros([shape.rows, shape.width], tl.float32)
     phases = key_phases(first, block, option, shape.rows, shape.keys)
     for edges in tl.static_range(2):

@@ -83,6 +83,7 @@ class Options(NamedTuple):
     mask: Mask | None
     slopes: Rows | None
     distances: Distances | None
+    sinks: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seed: Tensor | None

@@ -104,8 +104,8 @@ class _Call:
         shape, tile = self.shape(STATISTICS)
         if programs := heads * _ceil(rows, tile.rows):
             statistics_kernel[(programs,)](
-                _rows(unit_last_stride(output)), grad_output, lse.contiguous(), grad_lse, base, delta, heads, rows,
-                shape, num_warps=tile.warps, num_stages=tile.stages,
+                _rows(unit_last_stride(output)), grad_output, lse.contiguous(), None, grad_lse, base, delta, None,
+                None, heads, rows, shape, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         return base, delta
 

@@ -150,12 +150,8 @@ def attention(
         mask = mask.to(query.dtype)
     output, lse = functional.scaled_dot_product_attention(
         query, key, value, mask, dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
-        softcap=softcap or 0.0, return_lse=True, **seen,
+        softcap=softcap or 0.0, sinks=s_aux, return_lse=True, **seen,
     )  # fmt: skip
-    if s_aux is not None:
-        share = torch.sigmoid(lse - s_aux[:, None])  # what the sink leaves of each row: e^lse / (e^lse + e^sink)
-        output = output * share.unsqueeze(-1).to(output.dtype)
-        lse = torch.logaddexp(lse, s_aux[:, None].to(lse.dtype))
     weights = None
     if options.get("output_attentions"):
         mask = attention_mask if attention_mask is not None else _dense(query, key, **seen)

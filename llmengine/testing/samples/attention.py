@@ -50,12 +50,28 @@ def _plain(query, key, value, attn_mask, scale, enable_gqa, band, more):
         bias = gathered if bias is None else bias + gathered
     if not (more.get("softcap") or more.get("return_lse")):
         mask: Tensor | None = seen if bias is None else torch.where(seen, bias, -torch.inf).to(query.dtype)
-        if bias is None and seen.all():
+        if more.get("sinks") is not None:
+            key, value, mask = _with_sinks(query, key, value, mask, more["sinks"])
+        elif bias is None and seen.all():
             mask = None
         return torch_functional.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=enable_gqa
         )
     return _written_out(query, key, value, seen, bias, scale, more)
+
+
+def _with_sinks(query, key, value, mask, sinks):
+    """A last key and value of zeros, which the mask gives the sinks as logits."""
+    key, value = (torch_functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    scores = (*query.shape[:-1], key.shape[-2] - 1)
+    return key, value, torch.cat([mask.expand(scores), _column(sinks, scores).to(mask.dtype)], -1)
+
+
+def _column(sinks, scores):
+    """Sinks as one more key's scores."""
+    return sinks[:, None, None].expand(*scores[:-1], 1)
 
 
 def _written_out(query, key, value, seen, bias, scale, more):
@@ -67,6 +83,10 @@ def _written_out(query, key, value, seen, bias, scale, more):
         scores = cap * torch.tanh(scores / cap)
     scores = scores if bias is None else scores + bias.to(wide)
     scores = torch.where(seen, scores, -torch.inf)
+    if (sinks := more.get("sinks")) is not None:
+        column = _column(sinks, scores.shape).to(wide)
+        seen = torch.cat([seen.expand(scores.shape), column > -torch.inf], -1)
+        scores, v = torch.cat([scores, column], -1), torch_functional.pad(v, (0, 0, 0, 1))
     some = seen.expand(scores.shape).any(-1, keepdim=True)
     scores = torch.where(some, scores, 0.0)  # rows that see nothing, without the NaN of their gradients
     output = torch.where(some, torch.softmax(scores, -1) @ v, 0.0).to(query.dtype)
@@ -116,6 +136,10 @@ class _Maker:
         """A bias by distance, of numbers of its own: with or without it, a sample's operands are the same."""
         return torch.randn(heads, 2 * farthest + 1, generator=self.tables, dtype=torch.float64)
 
+    @staticmethod
+    def sinks(heads):
+        return torch.linspace(0, 1, heads, dtype=torch.float64)
+
     def chance(self, *shape, p=0.5):
         return torch.rand(shape, generator=self.generator) < p
 
@@ -158,12 +182,20 @@ DISTANCES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
+# What goes with sinks. In samples of many heads, as DISTANCES.
+SINKS: dict[str, dict[str, Any]] = {
+    "alone": {}, "lse": {"return_lse": True}, "causal": {"is_causal": True},
+    "softcap": {"softcap": 1.5, "return_lse": True}, "dropout": {"dropout_p": 0.3, "return_lse": True},
+    "window": {"causal": "bottom_right", "window_size": (20, -1), "return_lse": True},
+}  # fmt: skip
+
+
 def _sdpa_samples() -> list[Sample]:
     m = _Maker(0)
     m.padded(
         "everything", 2, 4, 5, 7, 8, 6, 2, attn_mask=m.randn(2, 1, 5, 7), causal="bottom_right", window_size=(4, -1),
-        softcap=3.0, alibi_slopes=m.randn(4).abs(), distance_bias=m.table(4, 2), dropout_p=0.2, scale=-0.4,
-        return_lse=True,
+        softcap=3.0, alibi_slopes=m.randn(4).abs(), distance_bias=m.table(4, 2), sinks=m.sinks(4), dropout_p=0.2,
+        scale=-0.4, return_lse=True,
     )  # fmt: skip
     for name, options in CAUSAL.items():
         for rows, keys in [(70, 70), (33, 130), (130, 33), (1, 64), (64, 1)]:
@@ -214,15 +246,37 @@ def _sdpa_samples() -> list[Sample]:
     never = m.table(3, 10)
     never[:, ::3] = -torch.inf
     m.padded("distances never seen", 2, 3, 40, 75, 16, distance_bias=never, return_lse=True)
+    _sinks(m)
     m.padded("distances of nothing", 2, 2, 0, 4, 8, distance_bias=m.table(2, 2), return_lse=True)
     return m.samples
+
+
+def _sinks(m: _Maker) -> None:
+    heads, sinks = 32, m.sinks(32)
+    for name, options in SINKS.items():
+        m.padded(f"sinks {name}", 1, heads, 40, 75, 8, sinks=sinks, **options)
+    m.padded("sinks of several tiles", 1, heads, 130, 101, 8, sinks=sinks, is_causal=True, return_lse=True)
+    m.padded("sinks of grouped heads", 2, heads, 20, 30, 8, key_heads=4, sinks=sinks, is_causal=True)
+    for name, others in {"high": 30 + sinks, "low": sinks - 200, "large": 20 * sinks}.items():
+        m.padded(f"{name} sinks", 1, heads, 40, 75, 8, sinks=others, scale=3.0, return_lse=True)
+    absent = torch.where(torch.arange(heads) % 2 == 0, -torch.inf, sinks)
+    empty = m.chance(2, 1, 24, 75)
+    empty[:, :, 3:9] = False
+    for name, some in {"sinks": sinks, "absent sinks": absent}.items():
+        m.padded(f"{name} of rows without keys", 2, heads, 24, 75, 8, attn_mask=empty, sinks=some, return_lse=True)
+        for shape in [(2, heads, 24, 75), (2, 1, 1, 75), (heads, 24, 1), (heads, 1, 1)]:
+            m.padded(f"{name} and a bias {shape}", 2, heads, 24, 75, 8, attn_mask=m.randn(*shape), sinks=some)
+    bias = m.randn(heads, 24, 1)
+    m.padded("sinks and a bias of rows, lse", 2, heads, 24, 75, 8, attn_mask=bias, sinks=sinks, return_lse=True)
+    for batch, rows, keys in [(0, 3, 4), (2, 0, 4), (2, 3, 0)]:
+        m.padded(f"sinks of nothing {(batch, rows, keys)}", batch, 2, rows, keys, 8, sinks=m.sinks(2), return_lse=True)
 
 
 def _varlen_samples() -> list[Sample]:
     m = _Maker(1)
     m.packed(
         "everything", [2, 0, 3], [4, 1, 3], 4, 2, 8, 6, is_causal=True, window_size=(2, -1), softcap=3.0,
-        alibi_slopes=m.randn(4).abs(), distance_bias=m.table(4, 4), dropout_p=0.2, return_lse=True,
+        alibi_slopes=m.randn(4).abs(), distance_bias=m.table(4, 4), sinks=m.sinks(4), dropout_p=0.2, return_lse=True,
     )  # fmt: skip
     for name, options in CAUSAL.items():
         m.packed(f"{name} equal", [5, 70, 33, 1], [5, 70, 33, 1], 2, 2, 16, **options)
@@ -243,6 +297,9 @@ def _varlen_samples() -> list[Sample]:
     for name, farthest, options in DISTANCES:
         rows, keys, bias = [5, 0, 140, 9], [60, 3, 110, 9], m.table(12, farthest)
         m.packed(f"distances to {farthest} {name}", rows, keys, 12, 6, 16, spare=2, distance_bias=bias, **options)
+    for name, options in SINKS.items():
+        rows, keys = [5, 0, 70, 9], [60, 3, 40, 0]
+        m.packed(f"sinks {name}", rows, keys, 32, 16, 8, spare=2, sinks=m.sinks(32), **options)
     return m.samples
 
 
