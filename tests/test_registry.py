@@ -172,6 +172,27 @@ def test_all_refusals_together_are_an_error(monkeypatch):
         functional.softmax(X.half(), -1)
 
 
+def test_a_backend_that_stands_back_runs_before_the_reference_and_where_it_is_demanded(monkeypatch):
+    """As cuda does for attention: the other of its device comes first, and `explain` says why."""
+
+    def fake(name: str, refusal: str | None = None) -> registry.Backend:
+        kernel = registry.Kernel(lambda *_: X, lambda *_: refusal)
+        return registry.Backend(name, kernels={"attention_forward": kernel, "softmax_forward": kernel})
+
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(registry._loaded, name, fake(name))
+    assert registry.pick("softmax_forward", (X,), "cuda")[0] == "cuda"
+    assert registry.pick("attention_forward", (X,), "cuda")[0] == "triton"
+    assert next(registry._order("attention_forward", "cuda")) == ("cuda", registry.UNMEASURED)
+    with llmengine.backend("cuda"):
+        assert registry.pick("attention_forward", (X,), "cuda")[0] == "cuda"
+    monkeypatch.setitem(registry._loaded, "triton", fake("triton", "too wide"))
+    assert registry.pick("attention_forward", (X,), "cuda")[0] == "cuda"
+    monkeypatch.setitem(registry._loaded, "cuda", fake("cuda", "too narrow"))
+    with pytest.warns(UserWarning, match="cuda: too narrow; triton: too wide"):
+        assert registry.pick("attention_forward", (X,), "cuda")[0] == "reference"
+
+
 def test_report():
     report = registry.report()
     assert list(report["backends"]) == ["cuda", "triton", "cpu", "cuda_sim", "reference"]

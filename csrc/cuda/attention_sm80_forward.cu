@@ -32,7 +32,11 @@ namespace {
 // Of a head dim up to D. Tiles fit into 99 KiB of shared memory, which every GPU from sm_80 on gives a block.
 template <int D, bool plain>
 struct Shape {
-  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps, keys = plain || D <= 64 ? 64 : 32;
+  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps,
+                       keys = D <= 64    ? 64
+                              : !plain   ? 32
+                              : D <= 128 ? 48
+                                         : 64;
 };
 
 template <class T>

@@ -27,7 +27,7 @@ enum Wanted : int { kValue = 1, kKey = 2, kBoth = 3 };
 template <int D, bool plain>
 struct Shape {
   static constexpr int blocks = D <= 64 ? 2 : 1, keys = 16 * blocks * kWarps;
-  static constexpr int rows = D > 128 || !plain ? 16 : 32;
+  static constexpr int rows = plain && D > 64 && D <= 128 ? 32 : 16;
 };
 
 template <class T, int D, bool plain, Wanted wanted>
@@ -72,17 +72,14 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
   const Span block = rows_of_keys(s.band(p.options), first, S::keys);
   const Span reach = rows_of_keys(s.band(p.options), key, 16 * S::blocks);
   const int begin = block.begin / S::rows * S::rows;
-  const int row_tiles = block.begin < block.end ? (block.end - begin + S::rows - 1) / S::rows : 0;
-  const int count = p.sizes.group * row_tiles;
-  const auto head_of = [&](int n) { return place.head * p.sizes.group + n / row_tiles; };
-  const auto row_of = [&](int n) { return begin + n % row_tiles * S::rows; };
-  const auto begin_stage = [&](int n) {
-    const int head = head_of(n), row = row_of(n), left = s.rows - row, stage = n % 2;
+  const int head_end = block.begin < block.end ? (place.head + 1) * p.sizes.group : 0;
+  const auto begin_stage = [&](int stage, int head, int row) {
+    const int left = s.rows - row;
     copy_rows<kThreads>(tiles.query(stage), p.query.lines(s.batch, head, s.row0 + row), left);
     copy_rows<kThreads>(tiles.grad(stage), p.grad_output.lines(s.batch, head, s.row0 + row), left);
     const int line = static_cast<int>(threadIdx.x);
     if (line < S::rows) {
-      const int64_t at = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + row + (line < left ? line : 0);
+      const int64_t at = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + row + line;
       ptx::copy_async_4(tiles.base(stage) + line, p.base + at, line < left ? 4 : 0);
       if (of_keys) ptx::copy_async_4(tiles.delta(stage) + line, p.delta + at, line < left ? 4 : 0);
     }
@@ -92,17 +89,19 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
   Sums<S::blocks, D> grad_key, grad_value;
   clear(grad_key);
   clear(grad_value);
-  if (count > 0) {
+  int head = place.head * p.sizes.group, row = begin, stage = 0;
+  if (head < head_end) {
     copy_rows<kThreads>(tiles.key, p.key.lines(s.batch, place.head, s.key0 + first), s.keys - first);
     if (of_keys) copy_rows<kThreads>(tiles.value, p.value.lines(s.batch, place.head, s.key0 + first), s.keys - first);
-    begin_stage(0);
+    begin_stage(0, head, row);
   }
-#pragma unroll 1
-  for (int n = 0; n < count; ++n) {
+  for (int next_head, next_row; head < head_end; head = next_head, row = next_row, stage ^= 1) {
+    const bool last = row + S::rows >= block.end;
+    next_head = head + last;
+    next_row = last ? begin : row + S::rows;
     ptx::wait_copies<0>();
     __syncthreads();  // this stage is there, and every warp is done with the other
-    if (n + 1 < count) begin_stage(n + 1);
-    const int head = head_of(n), row = row_of(n), stage = n % 2;
+    if (next_head < head_end) begin_stage(stage ^ 1, next_head, next_row);
     if (!reach.some(row, row + S::rows)) continue;
 
     using Scores = Sums<S::blocks, S::rows>;

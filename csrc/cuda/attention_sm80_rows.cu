@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) attention_statistics_sm80(const Stat
     const int row = line + 8 * half;
     if (row >= count) continue;
     const int64_t at = statistics + row;
-    const float sum = half ? lower[2 + line % 2] : upper[line % 2], lse = p.lse[at];
+    const float sum = line % 2 ? (half ? lower[3] : upper[1]) : half ? lower[2] : upper[0], lse = p.lse[at];
     p.delta[at] = p.grad_lse ? sum - p.grad_lse[at] : sum;
     p.base[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
   }

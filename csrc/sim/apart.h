@@ -2,6 +2,7 @@
 // in no other, however far it goes, up to the size of the largest and 64 KiB.
 //
 //   Tensors that share memory go together, so that they still do. Alignment to a page and strides stay as they were.
+//   Only elements are copied: what lies between them may be gigabytes, or another's.
 #pragma once
 
 #include <cstddef>
@@ -21,13 +22,12 @@ class Apart {
   void give_back() const;  // what has changed, and nothing else: an original may be memory that none may write
 
  private:
-  struct Piece {
-    char* original;
+  struct Pair {
+    TensorView original;
     char* copy;
-    size_t bytes;
   };
 
-  std::vector<Piece> pieces_;
+  std::vector<Pair> pairs_;
   void* map_ = nullptr;
   size_t map_bytes_ = 0;
 };

@@ -8,7 +8,7 @@ tensors are read by the table of Hugging Face's BART.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,14 @@ def read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     def common(name: str, default: Any) -> Any:
         return of_both("Eole", name, encoder.get(name, default), decoder.get(name, default))
 
-    tensors = _tensors(directory)
+    theirs = _tensors(directory)
+    tensors = _in_barts_names(theirs)
     fields = fields_of(
         "Eole",
         tensors,
         n_heads=common("heads", 8),
         activation=ACTIVATIONS[common("mlp_activation_fn", "relu")],
-        norm_eps=float(common("norm_eps", _norm_eps(model))),
+        norm_eps=_norm_eps(common("norm_eps", None), model.get("eole_version"), theirs),
         **_positions(embeddings, tensors),
     )
     return Foreign(BART, fields | _dropouts(config.get("training")) | _tokens(directory), tensors)
@@ -132,13 +133,21 @@ def _demand_whole_heads(side: Mapping[str, Any]) -> None:
     demand("Eole", side, {"heads_kv": (None, heads), "head_dim": (None, width // heads)})
 
 
-def _norm_eps(model: Mapping[str, Any]) -> float:
-    """Of the version that wrote the file, since it writes only what was set: 1e-6 until 0.1."""
-    return 1e-6 if re.match(r"0\.[01](\.|$)", str(model.get("eole_version", "0.0"))) else 1e-5
+def _norm_eps(said: float | None, version: Any, theirs: Iterable[str]) -> float:
+    """Files tell only what was set: otherwise it is what the version that wrote them had, where that can be known."""
+    if said is not None:
+        return float(said)
+    if version is not None:
+        return 1e-6 if re.match(r"0\.[01](\.|$)", str(version)) else 1e-5
+    if any(map(_SCALAR.match, theirs)):  # of versions from 0.6 on
+        return 1e-5
+    raise ValueError(
+        'Eole checkpoint: config.json tells neither norm_eps nor eole_version; add "norm_eps" to its "model": 1e-06 if '
+        "Eole 0.1 wrote it, 1e-05 if a later version did"
+    )
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    """By the names of Hugging Face's BART, with those that two modules share under both."""
     shards = sorted(directory.glob("model.[0-9]*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"from_pretrained: {directory} has no model.00.safetensors")
@@ -146,9 +155,22 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     for name, tensor in theirs.items():
         if _SCALAR.match(name) and not torch.all(tensor == 1):
             raise ValueError(f"Eole checkpoint: {name} is {tensor.tolist()}; llmengine computes only 1")
-    theirs = {"tgt_emb.embeddings.weight": theirs.get("src_emb.embeddings.weight"), **theirs}
-    theirs = {"generator.weight": theirs["tgt_emb.embeddings.weight"], **theirs}
-    return renamed({name: t for name, t in theirs.items() if t is not None}, _NAMES, _NO_PARAMETER)
+    return theirs
+
+
+def _in_barts_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With those that two modules share under both, and zeros where one layer has no bias of a kind that others have:
+    one option asks for those of queries, keys and values, and for some versions' output projections of one side."""
+    words = theirs.get("tgt_emb.embeddings.weight", theirs.get("src_emb.embeddings.weight"))
+    shared = {name: words for name in ("tgt_emb.embeddings.weight", "generator.weight") if words is not None}
+    tensors = renamed({**shared, **theirs}, _NAMES, _NO_PARAMETER)
+    for kind in ("[qkv]_proj", "out_proj", "fc[12]"):
+        weights = [name for name in tensors if re.search(rf"\.{kind}\.weight$", name)]
+        biases = {name: f"{name.removesuffix('weight')}bias" for name in weights}
+        if tensors.keys() & biases.values():
+            zeros = {bias: tensors[name].new_zeros(len(tensors[name])) for name, bias in biases.items()}
+            tensors = zeros | tensors
+    return tensors
 
 
 def _positions(embeddings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -309,6 +309,12 @@ class Family:
         known = {theirs for rule in self.rules(every) for theirs in rule.theirs} | self._tied(fields).keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
+        read_by_rules = {theirs for rule in rules for theirs in rule.theirs} | self._tied(fields).keys()
+        unread = (name for name in names & known - read_by_rules if not name.startswith(self.heads))
+        if placeless := sorted(unread):
+            raise ValueError(
+                f"checkpoint of family {self.name} has {_some(placeless)}, for which a model of its config has no place"
+            )
         tied, second_of = fields["tie_embeddings"], self._tied(fields)
         for second, first in second_of.items():
             if tied and {first, second} <= names and not torch.equal(get(first), get(second)):

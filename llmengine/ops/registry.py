@@ -174,7 +174,7 @@ def pick(op: str, args: tuple, device: str | None = None) -> tuple[str, Kernel]:
 
 def _order(op: str, device: str) -> Iterator[tuple[str, str | None]]:
     """The backends to ask; one that stands back is named first, with why, and asked before the reference."""
-    later = []
+    later: list[tuple[str, str | None]] = []
     for name in PREFERENCE.get(device, FALLBACK):
         behind = STAND_BACK.get((name, op))
         if name == "reference":

@@ -70,14 +70,14 @@ def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict
     return {names[mangled]: usage[mangled] | accesses[mangled] for mangled in usage}
 
 
-def machine_code_accesses(source: Path, architecture: str) -> dict[str, int]:
-    """16-byte loads of global memory in the machine code of each kernel; needs cuobjdump."""
+def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int]:
+    """How many instructions in the machine code of each kernel match; needs cuobjdump."""
     report(source, architecture)
     disassembler = cuobjdump()
     assert disassembler, "cuobjdump is not at hand"
     (cubin,) = (ROOT / "build" / "resources").glob(f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '')}.cubin")
     code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    counts = {p.split("\n")[0].strip(): len(re.findall(r"\bLDG\.[\w.]*128", p)) for p in code.split("Function : ")[1:]}
+    counts = {p.split("\n")[0].strip(): len(re.findall(pattern, p)) for p in code.split("Function : ")[1:]}
     names = _demangled(list(counts))
     return {names[mangled]: count for mangled, count in counts.items()}
 
@@ -121,7 +121,9 @@ def _demangled(names: list[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|llmengine::(?:cuda::)?|^void ", "", name)
+    name = re.sub(
+        r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|llmengine::(?:cuda::)?(?:attention::)?|^void ", "", name
+    )
     name = re.sub(r"\([\w:]+\)(?=\d)", "", name)  # an enumerator is its number
     depth = 0
     for i, letter in enumerate(name):

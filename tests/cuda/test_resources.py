@@ -43,6 +43,10 @@ def test_nothing_is_spilled_and_nothing_lies_on_a_stack(architecture: str):
     assert not bad
 
 
+NEEDS_CUOBJDUMP = pytest.mark.skipif(
+    resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel"
+)
+
 # What they write is a number a row, a column or a block.
 FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
@@ -52,18 +56,37 @@ NO_ROWS = ("adamw_factors", "gradient_norm_root")
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
     for name, taken in reported(architecture).items():
-        if name.startswith(NO_ROWS):
-            continue
+        if name.startswith(("attention_", *NO_ROWS)):
+            continue  # attention: tests below
         assert taken["wide_loads"] > 0, name
         assert taken["wide_stores"] > 0 or name.startswith(FEW_STORES), name
 
 
-@pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel")
+@NEEDS_CUOBJDUMP
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
     for source in resources.sources():
-        for name, loads in resources.machine_code_accesses(source, architecture).items():
+        if source.stem.startswith("attention_"):
+            continue
+        for name, loads in resources.instructions(source, architecture, r"\bLDG\.[\w.]*128").items():
             assert loads > 0 or name.startswith(NO_ROWS), name
+
+
+# Products of each kernel on the tensor cores, of 16 x 8 x 16: of scores and of sums, by their tiles.
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously(architecture: str):
+    for source in resources.sources():
+        if not source.stem.startswith("attention_sm80"):
+            continue
+        copies = resources.instructions(source, architecture, r"\bLDGSTS\.[\w.]*128")
+        matrices = resources.instructions(source, architecture, r"\bLDSM\.16\.")
+        for name, products in resources.instructions(source, architecture, r"\bHMMA\.16816\.F32").items():
+            assert products >= 2, name
+            if not name.startswith("attention_statistics"):
+                assert copies[name] >= 8 and matrices[name] >= 32 and products >= 48, name
+                stores = resources.report(source, architecture)[name]["wide_stores"]
+                assert stores > 0, name
 
 
 def test_the_compiler_log_is_read_rightly():

@@ -73,6 +73,36 @@ def test_eoles_options_of_both_sides_and_of_older_versions(tmp_path):
     assert_near(logits_of(ours, RIGHT, TARGET), expected[TARGET != PAD], 1e-5)
 
 
+def test_a_side_without_biases_that_the_other_has(tmp_path):
+    """As some versions write add_qkvbias: output projections of the decoder alone have them. They count as zero."""
+    theirs = Eole()
+    run = eole_directory(theirs, tmp_path / "run")
+    tensors = safetensors.torch.load_file(run / "model.00.safetensors")
+    lost = [name for name in tensors if name.startswith("encoder.") and name.endswith("final_linear.bias")]
+    state, generator = theirs.state()
+    for name in lost:
+        del tensors[name]
+        state[name.replace("transformer_layers", "transformer")].zero_()
+    safetensors.torch.save_file(tensors, run / "model.00.safetensors")
+    ours = Transformer.from_pretrained(run)
+    assert lost and ours.config.attention_bias
+    expected = theirs.logits(state, generator, RIGHT, TARGET)
+    assert_near(logits_of(ours, RIGHT, TARGET), expected[TARGET != PAD], 1e-5)
+
+
+@pytest.mark.parametrize("scalars", [True, False])
+def test_an_epsilon_that_nothing_tells_is_not_guessed(scalars, tmp_path):
+    run = eole_directory(Eole(), tmp_path / "run", lambda config: config["model"].pop("eole_version"))
+    tensors = safetensors.torch.load_file(run / "model.00.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if scalars or "layer_scalar" not in name}
+    safetensors.torch.save_file(kept, run / "model.00.safetensors")
+    if scalars:  # of versions whose epsilon is known
+        assert Transformer.from_pretrained(run).config.norm_eps == 1e-5
+        return
+    with pytest.raises(ValueError, match=r'add "norm_eps" to its "model": 1e-06 if Eole 0\.1 wrote it'):
+        Transformer.from_pretrained(run)
+
+
 EOLE_REFUSED = {
     "rotary": (lambda c: c["model"]["embeddings"].update(position_encoding_type="Rotary"), "type is 'Rotary'"),
     "grouped heads": (

@@ -233,6 +233,13 @@ def test_broken_directories_are_named(name, tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
+def test_tensors_that_the_config_has_no_place_for_are_no_loss_in_silence(tmp_path):
+    hf_model("LlamaForCausalLM", attention_bias=True).save_pretrained(tmp_path)
+    change_config(tmp_path, attention_bias=False)
+    with pytest.raises(ValueError, match=r"self_attn\.k_proj\.bias, .* for which a model of its config has no place"):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_no_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a directory with config\.json"):
         Transformer.from_pretrained(tmp_path / "nowhere")

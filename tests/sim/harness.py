@@ -67,7 +67,7 @@ def built_with(source: str, file: str, line: str, broken: str, folder: Path) -> 
     text = (ROOT / "csrc/cuda" / file).read_text()
     assert line in text, "the line to break has changed: change this test with it"
     changed = folder / "cuda" / file
-    changed.parent.mkdir()
+    changed.parent.mkdir(exist_ok=True)
     changed.write_text(text.replace(line, broken, 1))
     compiled = changed if file == f"{source}.cu" else ROOT / f"csrc/cuda/{source}.cu"
     built = simulator.build("_cuda_sim")
