@@ -11,14 +11,19 @@ namespace llmengine::cuda {
 struct AttentionForward : ops::AttentionForward {};
 
 struct AttentionBackward : ops::AttentionBackward {
-  TensorView base, delta;  // room, like lse: what the kernels read of each row beside its operands
+  TensorView base, delta;        // room, like lse: what the kernels read of each row beside its operands
+  TensorView partial_distances;  // float32 (sequences, heads, tiles of kDistanceRows, 2 M + 1): what is yet to be
+                                 // added up along the third for grad_distance_bias, which is not looked at; or none
 
   static constexpr auto fields() {
     using P = AttentionBackward;
     return std::tuple_cat(ops::AttentionBackward::fields(),
-                          std::tuple{ops::field("base", &P::base), ops::field("delta", &P::delta)});
+                          std::tuple{ops::field("base", &P::base), ops::field("delta", &P::delta),
+                                     ops::field("partial_distances", &P::partial_distances)});
   }
 };
+
+inline constexpr int kDistanceRows = 64;  // of a part: parts are tiles of the longest sequence
 
 void validate(const AttentionForward& p);
 void validate(const AttentionBackward& p);

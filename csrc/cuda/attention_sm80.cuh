@@ -58,6 +58,7 @@ struct Options {
   int64_t slope_sequence, slope_head;
   const float* distances;  // (heads, 2 farthest + 1), or null
   int farthest;
+  const float* sinks;  // (heads,), or null
   int left, right;
   bool bottom_right;
   float scale, factor, softcap;

@@ -1,14 +1,15 @@
-// What the backward attention kernels for sm_80 share (attention_sm80_keys.cu, attention_sm80_rows.cu).
+// What the backward attention kernels for sm_80 share (attention_sm80_keys.cu, _rows.cu, _bias.cu).
 //
 //   Against every tile of scores that is seen, with Z the dropout's multiplier:
 //     P = exp2(logits factor - base),  G = P (dO V^T Z - delta) cap'
 //     attention_keys_sm80   dV += (P Z)^T dO,  dK += G^T Q      4 products
 //     attention_rows_sm80   dQ += G K                           3 products
+//   and where it is wanted (attention_sm80_bias.cu), G before the soft cap, summed over what a bias was shared by
 //
 //   Every sum is made by one block in a fixed order: no atomics, equal bits in every run, no room but two floats a row.
-//   The price: scores and dO V^T are made twice, 14 rows keys head_dim flops where atomic sums need 10. So the roof is
-//   5/7 of the tensor cores' rate in the customary count of 10 (above head dims of 128 10/16: see
-//   attention_sm80_keys.cu); sums on an integer grid would be as deterministic at 10.
+//   The price: scores and dO V^T are made twice, 14 rows keys head_dim flops where atomic sums need 10. So the roof, in
+//   the customary count of 10, is 5/7 of the tensor cores' rate, and 5/8 above head dims of 128, where scores are made
+//   three times (attention_sm80_keys.cu). Sums on an integer grid would be as deterministic at 10.
 #pragma once
 
 #include "cuda/attention_sm80.cuh"
@@ -40,6 +41,64 @@ Backward<T> backward_of(const AttentionBackward& p, const Sizes& sizes) {
           sizes};
 }
 
+// ---- of rows --------------------------------------------------------------------------------------------------------
+
+// base and delta of this thread's rows; below the last of `count`, those that make P and its gradient 0.
+template <int blocks>
+struct RowStatistics {
+  float base[blocks][2], delta[blocks][2];
+
+  __device__ __forceinline__ RowStatistics(const float* bases, const float* deltas, int count) {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int line = 16 * m + 8 * half + lane_of() / 4;
+        base[m][half] = line < count ? bases[line] : INFINITY;
+        delta[m][half] = line < count ? deltas[line] : 0.0f;
+      }
+  }
+};
+
+// Where a warp's tile of scores lies.
+struct Corner {
+  int head, row, key;
+  bool all;  // every row sees every key
+};
+
+// Of a warp's rows (from `own` of their tiles) and a tile of keys: query key^T, P, and dO V^T Z - delta.
+template <bool plain, int blocks, class T, int rows, int keys, int D>
+__device__ __forceinline__ void scores_of_rows(Sums<blocks, keys>& products, Sums<blocks, keys>& p,
+                                               Sums<blocks, keys>& grad, const Tile<T, rows, D>& query,
+                                               const Tile<T, rows, D>& grad_output, int own,
+                                               const Tile<T, keys, D>& key, const Tile<T, keys, D>& value,
+                                               const Options& o, const Sizes& sizes, const Sequence& s,
+                                               const Corner& at, const RowStatistics<blocks>& statistics) {
+  product_of_rows<blocks>(products, query, own, key);
+  copy(products, p);
+  if constexpr (!plain) make_logits<T, false>(p, o, s, at.head, at.row, at.key);
+  if (!at.all) hide_unseen<false>(p, s.band(o), at.row, at.key);
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int j = 0; j < keys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[m][j][i] = ptx::exp2_approx(fmaf(p[m][j][i], o.factor, -statistics.base[m][i / 2]));
+  product_of_rows<blocks>(grad, grad_output, own, value);
+  if (o.dropout.seed) {
+    const auto stream = static_cast<uint32_t>(s.index * sizes.heads + at.head);
+    drop(grad, draw<false, blocks, keys / 8>(o.dropout, stream, at.row, at.key), o.dropout.keep_scale);
+  }
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int j = 0; j < keys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grad[m][j][i] -= statistics.delta[m][i / 2];
+}
+
+// ---- of logits ------------------------------------------------------------------------------------------------------
+
 // What a score's gradient is multiplied by on its way through the soft cap; u: the product.
 __device__ __forceinline__ float slope_of_cap(const Options& o, float u) {
   const float t = tanh_of(u * (o.scale / o.softcap));
@@ -66,5 +125,7 @@ __device__ __forceinline__ void through_softmax(float (&grad)[blocks][n][4], con
 void run_statistics(const AttentionBackward& p, Stream stream);
 void run_rows(const AttentionBackward& p, Stream stream);
 void run_keys(const AttentionBackward& p, Stream stream);
+void run_mask(const AttentionBackward& p, Stream stream);
+void run_distances(const AttentionBackward& p, Stream stream);
 
 }  // namespace llmengine::cuda::attention

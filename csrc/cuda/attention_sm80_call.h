@@ -50,6 +50,7 @@ inline Options options_of(const ops::AttentionOptions& p) {
           slopes ? p.alibi_slopes.stride(1) : 0,
           distances ? p.distance_bias.as<float>() : nullptr,
           distances ? static_cast<int>(p.farthest()) : 0,
+          p.sinks.defined() ? p.sinks.as<float>() : nullptr,
           window(p.window_left),
           window(p.window_right),
           p.bottom_right,

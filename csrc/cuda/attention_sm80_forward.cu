@@ -13,11 +13,12 @@
 //   that all of them see whole are not compared.
 //
 //   flops   4 rows keys head_dim a tile, by mma.sync m16n8k16
-//   bytes   query and output once; keys and values once a block, from the second-level cache; from shared memory a
-//           warp reads a tile of keys and of values for blocks x 16 rows: 1 / (16 blocks) byte a flop
-//   limit   the tensor cores; with one block of rows a warp (head dims above 128) shared memory as well, which on an
-//   A100
-//           feeds 128 bytes a clock, and so 2048 flops at 1/16 byte each: what its tensor cores do
+//   bytes   query and output once; keys and values once a block, from the second-level cache. From shared memory a warp
+//           reads (2 keys + 16 blocks) 2 head_dim bytes for 64 blocks keys head_dim flops: 1/23 to 1/26 byte a flop
+//           with two blocks of rows, 1/14 with one (head dims above 128)
+//   limit   the tensor cores; of an A100 they do 2048 flops a clock and shared memory gives 128 bytes: with one block
+//   of
+//           rows that feeds 1820 flops
 #include <cmath>
 #include <cstdint>
 
@@ -32,11 +33,9 @@ namespace {
 // Of a head dim up to D. Tiles fit into 99 KiB of shared memory, which every GPU from sm_80 on gives a block.
 template <int D, bool plain>
 struct Shape {
-  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps,
-                       keys = D <= 64    ? 64
-                              : !plain   ? 32
-                              : D <= 128 ? 48
-                                         : 64;
+  static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps;
+  static constexpr int most_keys = D > 64 && D <= 128 ? 48 : 64;  // that registers leave room for
+  static constexpr int keys = plain || D <= 64 ? most_keys : 32;
 };
 
 template <class T>
@@ -67,11 +66,15 @@ template <int blocks>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
-  __device__ Softmax() {
+  // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
+  __device__ explicit Softmax(float sink) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) base[m][half] = -INFINITY, sum[m][half] = 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        base[m][half] = __fmul_rn(sink, kLog2e);
+        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
+      }
   }
 
   // Logits x to exponentials; what was summed up before, also in `output`, is brought to the new maximum.
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
   const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
   const int begin = block.begin / S::keys * S::keys;
 
-  Softmax<S::blocks> softmax;
+  Softmax<S::blocks> softmax(p.options.sinks ? p.options.sinks[place.head] : -INFINITY);
   Sums<S::blocks, D> output;
   clear(output);
   if (begin < block.end) {

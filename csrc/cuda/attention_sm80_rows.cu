@@ -6,17 +6,15 @@
 //                               core products as dO V^T: where a row has one key, and O is its value, both err alike
 //                               and their difference is 0. Bytes: dO and O once; limit: memory.
 //
-//                      keys ->                    A block of four warps owns `rows` rows of one head, a warp blocks x
-//                      16
-//               +-------+-------+-------+---      of them. Query and dO stay in shared memory, dQ in registers, in
-//     rows      |   S   |   S   |       |         float32. Keys and values stream through two stages of shared memory
-//     by
-//      | Q dO   |  dP   |  dP   |       |         cp.async, one ahead; G goes from accumulators to dQ += G K in
-//      v        +-------+-------+-------+---      registers.
+//                      keys ->                    A block of four warps owns `rows` rows of one head, a warp
+//               +-------+-------+-------+---      blocks x 16 of them. Query and dO stay in shared memory, dQ in
+//     rows      |   S   |   S   |       |         registers, in float32. Keys and values stream through two stages of
+//      | Q dO   |  dP   |  dP   |       |         shared memory by cp.async, one ahead; G goes from accumulators to
+//      v        +-------+-------+-------+---      dQ += G K in registers.
 //                K_0 V_0  K_1 V_1
 //
 //   bytes   query, dO, dQ once; keys and values once a block, from the second-level cache
-//   limit   the tensor cores; with one block of rows a warp (head dims above 64) shared memory as well
+//   limit   the tensor cores; with one block of rows a warp (head dims above 64) shared memory, at 1/12 byte a flop
 #include <cmath>
 #include <cstdint>
 
@@ -105,28 +103,6 @@ struct Tiles {
   }
 };
 
-// A float of each of this thread's rows, `other` below the last.
-template <int blocks>
-__device__ __forceinline__ void load_statistic(float (&x)[blocks][2], const float* rows, int count, float other) {
-#pragma unroll
-  for (int m = 0; m < blocks; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int line = 16 * m + 8 * half + lane_of() / 4;
-      x[m][half] = line < count ? rows[line] : other;
-    }
-}
-
-template <int blocks, int n>
-__device__ __forceinline__ void subtract_of_rows(float (&x)[blocks][n][4], const float (&of_row)[blocks][2]) {
-#pragma unroll
-  for (int m = 0; m < blocks; ++m)
-#pragma unroll
-    for (int j = 0; j < n; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[m][j][i] -= of_row[m][i / 2];
-}
-
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p) {
   using S = Shape<D, plain>;
@@ -155,10 +131,8 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
     ptx::commit_copies();
   };
 
-  float base[S::blocks][2], delta[S::blocks][2];
-  const int64_t statistics = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
-  load_statistic(base, p.base + statistics, count, INFINITY);
-  load_statistic(delta, p.delta + statistics, count, 0.0f);
+  const int64_t lines = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
+  const RowStatistics<S::blocks> statistics(p.base + lines, p.delta + lines, count);
   Sums<S::blocks, D> grad_query;
   clear(grad_query);
   if (begin < block.end) {
@@ -176,23 +150,9 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
 
     using Scores = Sums<S::blocks, S::keys>;
     Scores products, x, grad;
-    product_of_rows<S::blocks>(products, tiles.query, own, tiles.key(stage));
-    copy(products, x);
-    if constexpr (!plain) make_logits<T, false>(x, p.options, s, place.head, row, key);
-    if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, s.band(p.options), row, key);
-#pragma unroll
-    for (int m = 0; m < S::blocks; ++m)
-#pragma unroll
-      for (int j = 0; j < S::keys / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], p.options.factor, -base[m][i / 2]));
-    product_of_rows<S::blocks>(grad, tiles.grad, own, tiles.value(stage));
-    if (p.options.dropout.seed) {
-      const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + place.head);
-      drop(grad, draw<false, S::blocks, S::keys / 8>(p.options.dropout, stream, row, key),
-           p.options.dropout.keep_scale);
-    }
-    subtract_of_rows(grad, delta);
+    scores_of_rows<plain, S::blocks>(products, x, grad, tiles.query, tiles.grad, own, tiles.key(stage),
+                                     tiles.value(stage), p.options, p.sizes, s,
+                                     {place.head, row, key, reach.all(key, key + S::keys)}, statistics);
     through_softmax<plain>(grad, x, products, p.options);
     uint32_t rounded[S::blocks][S::keys / 16][4];
     round_to_operands<T>(grad, rounded);
@@ -250,6 +210,8 @@ void run(const AttentionBackward& p, Stream stream) {
   attention::run_statistics(p, stream);
   attention::run_keys(p, stream);
   attention::run_rows(p, stream);
+  if (p.grad_mask.defined()) attention::run_mask(p, stream);
+  if (p.partial_distances.defined()) attention::run_distances(p, stream);
 }
 
 }  // namespace llmengine::cuda

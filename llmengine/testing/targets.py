@@ -22,7 +22,8 @@ class Target:
     slow: bool = False  # an interpreter: a few hundred times slower than a processor
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
-    # Nodes whose options it takes in part only: a test of its own tries those (tests/sim/test_attention.py).
+    # Nodes that it takes in some dtypes only, float32 not among them: tests of their own try those
+    # (tests/sim/test_attention.py).
     partial: tuple[str, ...] = ()
 
     def always_tries(self, operator: Operator, sample: int, dtype: torch.dtype) -> bool:

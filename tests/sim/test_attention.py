@@ -4,7 +4,6 @@ the edges of its tiles, layouts, equal bits under every schedule, refusals, and 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,8 @@ def scheduled(request):
 
 
 def assert_right(op: Operator, sample: Sample, dtype: torch.dtype) -> None:
-    """Outputs and gradients of query, key and value by the law."""
-    constants = (3, *(k for k in ("attn_mask", "distance_bias") if k in sample.kwargs))
-    given = dataclasses.replace(sample, constants=sample.constants + constants).rounded(dtype)
+    """Outputs and all gradients by the law."""
+    given = sample.rounded(dtype)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
     plain = evaluate(op.plain, given, None)
     with poison():
@@ -43,7 +41,7 @@ def assert_right(op: Operator, sample: Sample, dtype: torch.dtype) -> None:
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: output")
     if sample.kwargs.get("return_lse"):
         assert_lse(*(outputs[1].double() for outputs, _ in (ours, plain, oracle)))
-    for key in (0, 1, 2):
+    for key in ours[1]:
         assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name} {dtype}: grad {key}")
 
 
@@ -165,22 +163,22 @@ def test_packed_sequences_have_the_bits_of_single_ones():
 
 def test_what_is_not_supported_names_itself():
     q = torch.randn(1, 2, 8, 16)
-    bias = torch.randn(8, 8, dtype=torch.bfloat16, requires_grad=True)
     with llmengine.backend("cuda_sim"):
         with pytest.raises(RuntimeError, match="multiplies bfloat16 and float16, got float32"):
             functional.scaled_dot_product_attention(q, q, q)
         wide = torch.randn(1, 2, 8, 264, dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="head dims up to 256, got 264"):
             functional.scaled_dot_product_attention(wide, wide, wide)
-        y = functional.scaled_dot_product_attention(*[q.bfloat16()] * 3, bias)
-        with pytest.raises(RuntimeError, match="no gradient of an additive mask yet"):
+        table = torch.randn(2, 2 * 1849 + 1, requires_grad=True)
+        y = functional.scaled_dot_product_attention(*[q.bfloat16()] * 3, distance_bias=table)
+        with pytest.raises(RuntimeError, match="gradients of distances up to 1848, got 1849"):
             y.sum().backward()
 
 
 # ---- one line broken -------------------------------------------------------------------------------------------------
 
-FORWARD, KEYS, ROWS = "attention_sm80_forward", "attention_sm80_keys", "attention_sm80_rows"
-LOGITS, TILES = "attention_sm80.cuh", "matrix_tile.cuh"
+FORWARD, KEYS, ROWS, BIAS = (f"attention_sm80_{part}" for part in ("forward", "keys", "rows", "bias"))
+LOGITS, BACKWARD, TILES = "attention_sm80.cuh", "attention_sm80_backward.cuh", "matrix_tile.cuh"
 WAIT = "ptx::wait_copies<0>();\n    __syncthreads();  // "
 # (kernel file, header to break or none: the file, line, what it becomes, what must be said): a wrong result, or what
 # the simulator found.
@@ -205,9 +203,15 @@ BREAKS = {
     "one head of a group": (KEYS, "", "place.head + 1) * p.sizes.group", "place.head * p.sizes.group + 1)", "exceeds"),
     "dropped scores pass": (KEYS, "", "drop(kept, dropped, 1.0f);", "", "exceeds"),
     "draws of another lane": (KEYS, LOGITS, "(all >> (4 * i + own) & 1)", "(all >> (4 * own + i) & 1)", "exceeds"),
-    "delta is forgotten": (ROWS, "", "subtract_of_rows(grad, delta);", "", "exceeds"),
+    "delta is forgotten": (ROWS, BACKWARD, "grad[m][j][i] -= statistics.delta[m][i / 2];", "", "exceeds"),
     "keys of one stage": (ROWS, "", "const int stage = key / S::keys % 2;", "const int stage = 0;", "exceeds|races"),
-    "a diagonal beside": (ROWS, "", "half ? lower[3] : upper[1]", "half ? lower[2] : upper[0]", "exceeds"),
+    "no barrier after a mask's tiles": (BIAS, "", "__syncthreads();  // every warp is done with them", "", "races"),
+    "one head shares a mask": (BIAS, "", "head_end = m.heads == 1 ?", "head_end = m.heads == 0 ?", "exceeds"),
+    "rows of one warp": (BIAS, "", "warp < kWarps && threadIdx.x < keys", "warp < 1 && threadIdx.x < keys", "exceeds"),
+    "a diagonal too far": (BIAS, "", "r = c - diagonal + kRows - 1", "r = c - diagonal + kRows", "exceeds"),
+    "the ends are left out": (BIAS, "", "table[2 * farthest] += right;", "", "exceeds"),
+    "no barrier after diagonals": (BIAS, "", "__syncthreads();  // every warp is done with the keys", "", "races"),
+    "the other element": (ROWS, "", "half ? lower[3] : upper[1]", "half ? lower[2] : upper[0]", "exceeds"),
 }  # fmt: skip
 
 
@@ -216,6 +220,10 @@ def try_attention() -> None:
         SDPA, sample_of("a", 70, 150, 24, 4, 2, causal="bottom_right", dropout_p=0.2, return_lse=True), HALVES[0]
     )
     assert_right(SDPA, sample_of("window", 20, 70, 40, window_size=(30, 10)), HALVES[1])
+    g = torch.Generator().manual_seed(1)
+    mask, table = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((40, 70), (2, 21)))
+    assert_right(SDPA, sample_of("mask", 40, 70, 16, 2, 2, attn_mask=mask, distance_bias=table), HALVES[0])
+    assert_right(SDPA, sample_of("one row of a mask", 70, 40, 16, 2, 2, attn_mask=mask[:1, :40]), HALVES[0])
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail():

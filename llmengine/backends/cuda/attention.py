@@ -1,6 +1,8 @@
-"""Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and _keys.cu and _rows.cu for the backward."""
+"""Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -14,16 +16,16 @@ OPTIONS = (
 )  # fmt: skip
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
+FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
+DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
 
 def kernels(native: Native) -> dict[str, Kernel]:
     table: dict[str, Kernel] = {}
 
-    def forward_refuses(query, key, value, mask, alibi_slopes, distance_bias, sinks, *options):
+    def forward_refuses(query, key, value, mask, *options):
         if reason := native.refuses_tensors(query, key, value, mask):
             return reason
-        if sinks is not None:
-            return f"the {native.backend} attention has no sinks yet; it has every other option"
         if query.dtype == torch.float32:
             return f"the {native.backend} attention multiplies bfloat16 and float16, got float32"
         if (widest := max(query.shape[3], value.shape[3])) > WIDEST:
@@ -33,10 +35,9 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return None
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-        *given, want_grad_mask, want_grad_distance_bias, _ = options
-        for wanted, of in ((want_grad_mask, "an additive mask"), (want_grad_distance_bias, "distance_bias")):
-            if wanted:
-                return f"the {native.backend} attention has no gradient of {of} yet; it has those of query, key, value"
+        *given, _, want_grad_distance_bias, _ = options
+        if want_grad_distance_bias and (farthest := given[2].shape[1] // 2) > FARTHEST:
+            return f"the {native.backend} attention has gradients of distances up to {FARTHEST}, got {farthest}"
         return native.refuses_tensors(grad_output, grad_lse, output, lse) or forward_refuses(query, key, value, *given)
 
     @kernel(table, "attention_forward", forward_refuses)
@@ -51,25 +52,52 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     @kernel(table, "attention_backward", backward_refuses)
     def attention_backward(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
-        *given, _, _, _ = options
+        *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
+        arguments = _arguments(query, key, value, given)
+        mask, bias, sinks = given[0], arguments["distance_bias"], arguments["sinks"]
+        base, delta = torch.empty_like(lse), torch.empty_like(lse)
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
+        grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
+        by_kernel = want_grad_mask and mask.shape[3] > 1
+        partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         native.call(
-            "attention_backward", query, **_arguments(query, key, value, given),
-            grad_output=unit_last_stride(grad_output), grad_lse=None if grad_lse is None else grad_lse.contiguous(),
-            output=output, lse=lse, lse_low=lse_low, grad_query=grad_query, grad_key=grad_key, grad_value=grad_value,
-            grad_mask=None, grad_distance_bias=None, grad_sinks=None, base=torch.empty_like(lse),
-            delta=torch.empty_like(lse),
+            "attention_backward", query, **arguments, grad_output=unit_last_stride(grad_output),
+            grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
+            grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
+            grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
         )  # fmt: skip
-        none = [query.new_empty(0, dtype=torch.float32) for _ in range(3)]
-        return grad_query, grad_key, grad_value, *none
+        # what the sink's probability takes of each row's gradient
+        taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
+        if want_grad_mask and not by_kernel:
+            grad_mask = _grad_of_row_bias(grad_lse, lse, taken).sum_to_size(mask.shape).contiguous()
+        grad_sinks = -taken.masked_fill(lse == -math.inf, 0.0).sum((0, 2)) if want_grad_sinks else lse.new_empty(0)
+        grad_distance_bias = lse.new_empty(0) if partial is None else partial.sum((0, 2))
+        return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
     return table
+
+
+def _grad_of_row_bias(grad_lse, lse, taken):
+    """A bias that is one for all keys of a row moves lse and, where there is a sink, what it leaves to the keys."""
+    grad = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grad = grad if taken is None else grad + taken
+    return grad.masked_fill(lse == -math.inf, 0.0)[..., None]
+
+
+def _parts(query, options, bias):
+    """Sizes of what is yet to be added up of the gradient of a bias by distance: a table for each tile of rows."""
+    cu_seqlens_q, longest = options[4], options[6]
+    if cu_seqlens_q is None:
+        sequences, tiles = query.shape[0], -(-query.shape[2] // DISTANCE_ROWS)
+    else:
+        sequences, tiles = len(cu_seqlens_q) - 1, max(1, -(-min(longest, query.shape[2]) // DISTANCE_ROWS))
+    return sequences, query.shape[1], tiles, bias.shape[1]
 
 
 def _arguments(query, key, value, options):
     """The arguments that forward and backward share, by their names in csrc/ops/attention.h."""
     named = dict(zip(OPTIONS, options, strict=True))
-    for name in ("distance_bias", "cu_seqlens_q", "cu_seqlens_k", "seed"):
+    for name in ("distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seed"):
         named[name] = None if named[name] is None else named[name].contiguous()
     mask = named.pop("mask")
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
