@@ -65,23 +65,14 @@ def sample_of(name: str, rows: int, keys: int, dim: int, heads: int = 1, key_hea
 
 
 def cases() -> list:
-    """A sixth of the samples, each in one dtype; the others on demand. Sinks are refused as yet."""
+    """A sixth of the samples, each in one dtype; the others on demand."""
     return [
         pytest.param(
-            op,
-            without_sinks(s),
-            HALVES[i.bit_count() % 2],
-            id=f"{op.name}-{s.name}",
-            marks=[pytest.mark.heavy] * (i % 6 > 0),
+            op, s, HALVES[i.bit_count() % 2], id=f"{op.name}-{s.name}", marks=[pytest.mark.heavy] * (i % 6 > 0)
         )
         for op in attention.OPERATORS
         for i, s in enumerate(op.samples())
-        if "sinks" not in s.name
     ]
-
-
-def without_sinks(sample: Sample) -> Sample:
-    return dataclasses.replace(sample, kwargs={k: v for k, v in sample.kwargs.items() if k != "sinks"})
 
 
 @pytest.mark.parametrize("op, sample, dtype", cases())
