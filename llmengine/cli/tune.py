@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmengine.backends.triton.tuning import Found, Problem
 
 EXAMPLES = (
-    "  llmengine tune                                   all tables, about 10 minutes\n"
+    "  llmengine tune                                   all tables, for 10 minutes at most\n"
     "  llmengine tune --operator attention --seconds 3600\n"
     "  LLMENGINE_TUNED= llmengine train ...             for once without what was found"
 )
