@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSES = {"adamw": ("step",), "gradient_norm": ("forward",)}
+PASSES = {"adamw": ("step",), "gradient_norm": ("step",)}
 SUITE = ROOT / "benchmarks" / "gpu_suite.py"
 
 

@@ -9,17 +9,18 @@
 namespace llmengine::sim {
 
 void Machine::mbarrier_init(uintptr_t address, int arrivals, uintptr_t site) {
-  const std::string here = " (" + source_line(site) + ")";
-  if (arrivals <= 0) fail("initialises an mbarrier for " + std::to_string(arrivals) + " arrivals" + here);
+  const auto complain = [&](const std::string& problem) {
+    fail("initialises an mbarrier " + problem + " (" + source_line(site) + ")");
+  };
+  if (arrivals <= 0) complain("for " + std::to_string(arrivals) + " arrivals");
   if (preempts()) yield();
   check({address, sizeof(uint64_t), Kind::write, site}, current_->number);
-  if (!memory.is_shared(address)) fail("initialises an mbarrier that is not in shared memory" + here);
+  if (!memory.is_shared(address)) complain("that is not in shared memory");
   const int self = current_->number;
   auto place = std::find_if(mbarriers_.begin(), mbarriers_.end(), [&](auto& b) { return b.address == address; });
   const auto number = static_cast<int>(place - mbarriers_.begin());
-  if (number == Clocks::kMbarriers) fail("initialises more mbarriers than the simulator has room for" + here);
-  if (place != mbarriers_.end() && place->under_way > 0)
-    fail("initialises anew an mbarrier that waits for bytes" + here);
+  if (number == Clocks::kMbarriers) complain("where the simulator has no room for more");
+  if (place != mbarriers_.end() && place->under_way > 0) complain("anew while a bulk copy reports to it");
   if (place == mbarriers_.end()) place = mbarriers_.insert(place, Mbarrier{});
   Clocks& clocks = memory.clocks;
   *place = Mbarrier{address, number, self, clocks.now(self), site, false, arrivals, arrivals, 0, 0, 0, {}, {}, {}};
@@ -96,14 +97,13 @@ void Machine::try_end_phase(Mbarrier& b) {
 
 void Machine::copy_bulk(Transfer transfer, uintptr_t mbarrier, uintptr_t site) {
   Mbarrier& b = mbarrier_at(mbarrier, "copy_bulk", site);
-  const std::string here = " (" + source_line(site) + ")";
   if (!b.fenced) {
-    fail("calls copy_bulk" + here + " on an mbarrier that " + position(b.thread) + " initialises (" +
+    fail("calls copy_bulk (" + source_line(site) + ") on an mbarrier that " + position(b.thread) + " initialises (" +
          source_line(b.site) + ") with no mbarrier_init_fence between");
   }
   if (transfer.size == 0 || transfer.size % 16 != 0) {
-    fail("copies " + std::to_string(static_cast<int32_t>(transfer.size)) + " bytes in bulk" + here +
-         "; multiples of 16 are needed");
+    fail("copies " + std::to_string(static_cast<int32_t>(transfer.size)) + " bytes in bulk (" + source_line(site) +
+         "); multiples of 16 are needed");
   }
   check_copy(transfer, 16, memory.clocks.carrier(b.number), site);
   ++b.under_way;

@@ -8,9 +8,9 @@
 //                 whichever order the schedule happened to run them in
 //     shared      a read of a byte that no thread of the block wrote
 //     alignment   of every access to its own size
-//   Asynchronous copies take effect when the schedule says (copies.h, mbarrier.h), and race with all that is not told of
-//   their end. Warp matrix instructions want their whole warp (matrix.h).
-//   A fault ends the launch with a std::runtime_error that names kernel, thread, block, memory and source lines.
+//   Asynchronous copies take effect when the schedule says (copies.h, mbarrier.h), and race with all that is not told
+//   of their end. Warp matrix instructions want their whole warp (matrix.h). A fault ends the launch with a
+//   std::runtime_error that names kernel, thread, block, memory and source lines.
 //
 //   Not modelled yet: order between blocks (an access by two blocks, one writing, is a race unless both are atomic),
 //   tensor copies, wgmma, clusters, time.

@@ -50,7 +50,7 @@ RECIPES = {
     "translations": Recipe(
         "translator", "from English to German, what a program says (encoder-decoder pretrained here)", "chrf", 40.0
     ),
-    "continuations": Recipe("decoder", "how a Wikipedia page goes on (decoder pretrained here)", "perplexity", 60.0),
+    "continuations": Recipe("decoder", "how a Wikipedia page goes on (decoder pretrained here)", "perplexity", 120.0),
     "replies": Recipe("decoder", "answers in small talk (decoder pretrained here)", "perplexity", 100.0),
 }
 CORPORA = {

@@ -19,6 +19,7 @@ from llmengine.cli import (
     predict,
     tokenize,
     train,
+    tune,
     verify,
 )
 
@@ -31,7 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for module in (train, finetune, tokenize, evaluate, predict, generate, fill, inspect, convert, verify, bench, info):
+COMMANDS = (train, finetune, tokenize, evaluate, predict, generate, fill, inspect, convert, verify, bench, tune, info)
+for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(module.command)
 

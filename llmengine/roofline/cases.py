@@ -284,7 +284,7 @@ def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "llmengine": lambda: gradient_norm(gradients),
         "torch": lambda: torch.nn.utils.get_total_norm(gradients, foreach=True),
     }
-    yield Case("gradient_norm", _name(shape), make.dtype, run, [], make.bytes(*gradients), passes=("forward",))
+    yield Case("gradient_norm", _name(shape), make.dtype, run, [], make.bytes(*gradients), passes=("step",))
 
 
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {

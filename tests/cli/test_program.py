@@ -15,7 +15,7 @@ from tests.cli.conftest import call, succeed
 
 COMMANDS = [
     "train", "finetune", "tokenize", "evaluate", "predict", "generate", "fill", "inspect", "convert", "verify",
-    "bench", "info",
+    "bench", "tune", "info",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -65,12 +65,12 @@ def test_only_in_training_with_labels():
 
 
 def test_memory_of_the_logits_is_not_spent():
-    """Peak of the CPU allocator over a training step, against one with the logits (3 copies of 8 MiB and more)."""
+    """Largest allocation of a training step, against one with the logits (128 MiB): ours are a block of 64 at most."""
     config = transformers.GPT2Config(
-        vocab_size=16384, n_embd=32, n_layer=1, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+        vocab_size=32768, n_embd=32, n_layer=1, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0
     )
     model = transformers.GPT2LMHeadModel(config).train()
-    ids = torch.randint(16384, (1, 128))
+    ids = torch.randint(32768, (1, 1024))
 
     def largest() -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -78,11 +78,11 @@ def test_memory_of_the_logits_is_not_spent():
         model.zero_grad()
         return max(event.cpu_memory_usage for event in profile.events())
 
-    logits = 4 * 128 * 16384
-    parameters = 4 * 32 * 16384
+    logits = 4 * 1024 * 32768
+    parameters = 4 * 32 * 32768
     assert largest() >= logits > 2 * parameters
     accelerate(model)
-    assert largest() < logits
+    assert largest() <= logits / 2
 
 
 SYMBOLIC = {

@@ -71,7 +71,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         if want_grad_mask and not by_kernel:
             grad_mask = _grad_of_row_bias(grad_lse, lse, taken).sum_to_size(mask.shape).contiguous()
         grad_sinks = lse.new_empty(0)
-        if want_grad_sinks and taken is not None:
+        if taken is not None and want_grad_sinks:
             grad_sinks = -taken.masked_fill(lse == -math.inf, 0.0).sum((0, 2))
         grad_distance_bias = lse.new_empty(0) if partial is None else partial.sum((0, 2))
         return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks

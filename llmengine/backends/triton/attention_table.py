@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: one explicit table, nothing is searched at run time.
 
 Chosen by ahead-of-time compilation (aot.py): the largest tiles that spill no register and fit the shared memory, with
-two programs to a multiprocessor where that costs little. No GPU has timed them yet.
+two programs to a multiprocessor where that costs little. No GPU has timed them yet: `llmengine tune` does (tuned.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from llmengine.backends.triton import tuned
 from llmengine.backends.triton.device import architecture
 
 
@@ -113,5 +114,16 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
             return Tile(16, 16, 4, 1)
         return Tile(32, 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
     operands = "float32" if x.dtype == torch.float32 else "plain" if plain else "busy"
-    table = _TABLES.get(place, _AMPERE)[operands]
-    return table[kernel][min(widest for widest in table[kernel] if widest >= head_dim)]
+    tiles = table(place)[operands][kernel]
+    served = min(widest for widest in tiles if widest >= head_dim)
+    return tuned.tile(slot(operands, kernel, served), tiles[served], x.device)
+
+
+def table(place: str) -> dict[str, dict[str, dict[int, Tile]]]:
+    """Of an architecture: operands, kernel, widest head dim: tile."""
+    return _TABLES.get(place, _AMPERE)
+
+
+def slot(operands: str, kernel: str, widest: int) -> str:
+    """The name of a place in the table."""
+    return f"attention {kernel} {operands} {widest}"

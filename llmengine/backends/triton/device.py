@@ -83,6 +83,11 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def device_name(device: torch.device) -> str:
+    """What files about a GPU are named by."""
+    return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 @contextlib.contextmanager
 def assume(name: str) -> Iterator[None]:
     """Within the block, tiles are chosen as on that architecture: for compiling ahead of time (aot.py)."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from llmengine.backends.triton import tuned
 from llmengine.backends.triton.device import architecture, multiprocessors
 from llmengine.backends.triton.rows import power_of_2
 
@@ -16,8 +16,7 @@ SMALLEST = 16
 GROUP = 8
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """m x n of the result, by k of the products at a time; `stages` k-steps are on their way to shared memory."""
 
     m: int
@@ -41,7 +40,7 @@ class Tile:
 #   fused: an epilogue with an activation or a second operand, which needs registers beside the accumulators.
 #   pair: two accumulators (a gate) and such an epilogue, or an epilogue that holds several operands.
 #   ragged: strides that are no multiple of 16, so that each element of an operand is loaded by itself.
-# Each was compiled for its architectures without spilling (aot.py); none has been timed.
+# Each was compiled for its architectures without spilling (aot.py); none has been timed: `llmengine tune` does.
 Table = dict[str, tuple[Tile, ...]]
 _FLOAT32: Table = {
     "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 2)),
@@ -81,7 +80,15 @@ TABLE = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942":
 
 def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
     """The tile of the product a b (b.T in memory or not: what counts is strides)."""
-    (rows, depth), columns = a.shape, b.shape[1]
+    tile = tuned.tile(*slot_of(kind, a, b), a.device)
+    m, n, k = (max(power_of_2(size), SMALLEST) for size in (a.shape[0], b.shape[1], a.shape[1]))
+    m, n, k = min(tile.m, m), min(tile.n, n), min(tile.k, k)
+    return tile._replace(m=m, n=n, k=k, warps=tile.warps if m * n >= 2048 else 4)
+
+
+def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
+    """The place in the tables that serves the product, by name, and the tile there."""
+    rows, columns = a.shape[0], b.shape[1]
     place = architecture(a.device)
     if place == "interpreter":
         table = _INTERPRETER
@@ -92,10 +99,9 @@ def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
     if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):
         kind = "ragged"
     enough = multiprocessors(a.device)
-    tile = next((t for t in table[kind] if t.programs(rows, columns) >= enough), table[kind][-1])
-    m, n, k = (max(power_of_2(size), SMALLEST) for size in (rows, columns, depth))
-    m, n, k = min(tile.m, m), min(tile.n, n), min(tile.k, k)
-    return replace(tile, m=m, n=n, k=k, warps=tile.warps if m * n >= 2048 else 4)
+    tiles = table[kind]
+    index = next((i for i, t in enumerate(tiles) if t.programs(rows, columns) >= enough), len(tiles) - 1)
+    return f"products {kind} {'float32' if a.dtype == torch.float32 else '16-bit'} {index}", tiles[index]
 
 
 def precision(dtype: torch.dtype) -> str:

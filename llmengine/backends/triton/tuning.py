@@ -1,0 +1,136 @@
+"""The search behind `llmengine tune`: from the built-in tile of a slot to its fastest neighbour, and so on.
+
+    tile = built-in
+    repeat: measure the neighbours of the tile (one field a step up or down) beside it, by turns
+            the fastest becomes the tile, if it is faster by MARGIN; else stop
+
+A neighbour takes part if every call of the problem runs with it and agrees with the built-in tile's results. At the end
+built-in and tile are measured once more, side by side: what is kept has been faster twice. What a call takes is up to
+`measure`, so that the search runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import TritonError
+
+from llmengine.backends.triton import tuned
+
+Call = Callable[[], Sequence[Tensor]]
+Measure = Callable[[Mapping[Any, Call]], Mapping[Any, float]]  # calls by tile -> milliseconds by tile
+
+MARGIN = 0.02
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A slot of the tables, and what runs with its tile: `timed` is measured, and `others` must run, too."""
+
+    slot: str
+    built_in: Any
+    timed: Call
+    others: tuple[Call, ...] = ()
+
+    def under(self, tile: Any) -> Call:
+        def call() -> Sequence[Tensor]:
+            with tuned.trial(self.slot, tile):
+                return self.timed()
+
+        return call
+
+    def results(self, tile: Any) -> list[list[Tensor]]:
+        """Of all calls."""
+        with tuned.trial(self.slot, tile):
+            return [list(call()) for call in (self.timed, *self.others)]
+
+
+@dataclass(frozen=True)
+class Found:
+    slot: str
+    built_in: Any
+    tile: Any
+    built_in_ms: float
+    ms: float
+
+    @property
+    def improved(self) -> bool:
+        return self.tile != self.built_in
+
+    def record(self) -> dict[str, Any]:
+        return {**self.tile._asdict(), "ms": self.ms, "built_in_ms": self.built_in_ms}
+
+
+def search(problem: Problem, measure: Measure, expired: Callable[[], bool] = lambda: False) -> Found:
+    """The fastest tile that was found before the time expired."""
+    expected = problem.results(problem.built_in)
+    best, tried = problem.built_in, {problem.built_in}
+    while not expired():
+        around = [tile for tile in neighbours(best) if tile not in tried]
+        tried.update(around)
+        right = [tile for tile in around if agrees(problem, tile, expected)]
+        times = measure({tile: problem.under(tile) for tile in (best, *right)})
+        fastest = min(times, key=times.__getitem__)
+        if times[fastest] > times[best] * (1 - MARGIN):
+            break
+        best = fastest
+    times = measure({tile: problem.under(tile) for tile in dict.fromkeys((problem.built_in, best))})
+    before = times[problem.built_in]
+    if times[best] > before * (1 - MARGIN):
+        best = problem.built_in
+    return Found(problem.slot, problem.built_in, best, before, times[best])
+
+
+def neighbours(tile: Any) -> Iterator[Any]:
+    for field in tile._fields:
+        choices = tuned.allowed(field)
+        at = choices.index(getattr(tile, field))
+        for step in (at - 1, at + 1):
+            if 0 <= step < len(choices):
+                yield tile._replace(**{field: choices[step]})
+
+
+def agrees(problem: Problem, tile: Any, expected: list[list[Tensor]]) -> bool:
+    """Whether all calls run with the tile, and give what they give with the built-in one."""
+    try:
+        found = problem.results(tile)
+    except TritonError:  # too much shared memory, or no code for it
+        return False
+    return all(
+        same(a, b) for got, wanted in zip(found, expected, strict=True) for a, b in zip(got, wanted, strict=True)
+    )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Up to the order of sums: tiles add in theirs."""
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return False
+    tolerance = 2**-14 if b.dtype == torch.float32 else 2**-5
+    a, b = a[finite].float(), b[finite].float()
+    return not b.numel() or bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def medians(calls: Mapping[Any, Call]) -> dict[Any, float]:
+    """Milliseconds on the GPU, of calls by turns, each with an empty cache."""
+    device = torch.device("cuda")
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    events: dict[Any, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for call in calls.values():  # compiles
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            cache.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) for name, pairs in events.items()}

@@ -1,0 +1,245 @@
+"""Tuned tiles: the file, the search on a model of what calls cost, and both on kernels that the interpreter runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+import llmengine
+from llmengine import functional
+from llmengine.backends.triton import attention_table, device, tiles, tuned, tuning, tuning_problems
+from llmengine.backends.triton.tuning import Problem
+from llmengine.cli.tune import tune
+from tests.cli.conftest import call
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not device.INTERPRETED, reason="needs Triton's interpreter")
+SLOT = "attention forward plain 64"
+FIELDS = {"rows": 64, "keys": 32, "warps": 4, "stages": 3, "ms": 1.0, "built_in_ms": 2.0}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Where tuned tiles are looked for within the test; nothing is there."""
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    tuned.forget()
+    yield path
+    tuned.forget()
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    rows: int = 128
+    keys: int = 128
+    warps: int = 8
+    stages: int = 2
+
+
+def test_what_is_written_is_used(file):
+    tuned.write(file, CPU, {SLOT: FIELDS})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile(64, 32, 4, 3)
+        assert tuned.tile("attention forward plain 128", Tile(), CPU) == Tile()
+        assert tuned.tile(SLOT, Tile(), torch.device("meta")) == Tile()  # ahead of time: the built-in tables
+
+
+BROKEN = {
+    "JSON": (lambda r: "{", "is not JSON"),
+    "an object": (lambda r: "[]", "holds a list"),
+    "format": (lambda r: r | {"format": 0}, "made for format 0; here it is 1"),
+    "another GPU": (lambda r: r | {"device": "X"}, "made for device 'X'; here it is"),
+    "another Triton": (lambda r: r | {"triton": "1.0"}, "made for triton '1.0'"),
+    "no tiles": (lambda r: r | {"tiles": None}, "has no object 'tiles'"),
+    "a table": (lambda r: r | {"tiles": {"convolution 3": FIELDS}}, "'convolution 3' is in no table; tables are att"),
+    "a field less": (lambda r: r | {"tiles": {SLOT: {"rows": 64}}}, "must have the fields rows, keys, warps, stages"),
+    "no power of 2": (lambda r: r | {"tiles": {SLOT: FIELDS | {"rows": 48}}}, r"has rows 48; allowed: \(16, 32,"),
+    "a boolean": (lambda r: r | {"tiles": {SLOT: FIELDS | {"warps": True}}}, r"has warps True; allowed: \(1, 2,"),
+    "too many": (lambda r: r | {"tiles": {SLOT: FIELDS | {"stages": 99}}}, r"has stages 99; allowed: \(1, 2,"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_does_not_fit_is_named_and_left_alone(case, file):
+    change, said = BROKEN[case]
+    broken = change(tuned.origin(CPU) | {"tiles": {SLOT: FIELDS}})
+    file.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    with pytest.warns(tuned.TunedTableWarning, match=f"tuned.json.*{said}.*the built-in tiles are used"):
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile()
+
+
+def test_a_missing_file_is_told_where_it_was_asked_for(file, tmp_path, monkeypatch):
+    with pytest.warns(tuned.TunedTableWarning, match="tuned.json"):
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile()
+    monkeypatch.delenv(tuned.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile()
+
+
+def test_a_file_a_model_of_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert tuned.path_for(CPU) == tmp_path / "llmengine" / "tuned-nvidia-h100-80gb-hbm3.json"
+    monkeypatch.setenv(tuned.VARIABLE, "")
+    assert tuned.path_for(CPU) is None
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+BEST = Tile(32, 256, 4, 4)
+
+
+def cost(tile) -> float:
+    """A millisecond for each step, of any field, from the best tile."""
+    steps = (abs(math.log2(a / b)) for a, b in zip(tile[:3], BEST[:3], strict=True))
+    return 1.0 + sum(steps) + abs(tile.stages - BEST.stages)
+
+
+def modelled(calls, cost=cost):
+    return {tile: cost(tile) for tile in calls}
+
+
+def problem(run=lambda tile: [torch.ones(3)]) -> Problem:
+    """One whose result depends on the tile that its slot holds."""
+    return Problem(SLOT, Tile(), lambda: run(tuned.tile(SLOT, Tile(), torch.device("meta"))))
+
+
+def test_the_search_ends_at_the_fastest_tile():
+    found = tuning.search(problem(), modelled)
+    assert found.tile == BEST and (found.built_in_ms, found.ms) == (cost(Tile()), 1.0)
+    assert found.record() == {**found.tile._asdict(), "ms": 1.0, "built_in_ms": cost(Tile())}
+
+
+def test_what_is_hardly_faster_is_not_taken():
+    found = tuning.search(problem(), functools.partial(modelled, cost=lambda t: 1.0 if t == Tile() else 0.99))
+    assert found.tile == found.built_in and not found.improved
+
+
+def test_what_is_not_faster_again_is_not_taken():
+    """The last measurement decides: noise that favoured a tile once is not written down."""
+    times = iter([{Tile(): 1.0, Tile(64): 0.5}, {}, {}])
+
+    def measure(calls):
+        return dict.fromkeys(calls, 1.0) | {tile: ms for tile, ms in next(times).items() if tile in calls}
+
+    assert not tuning.search(problem(), measure).improved
+
+
+def refusing(tile):
+    if tile.rows < 128:
+        raise OutOfResources(300, 200, "shared memory")
+    return [torch.ones(3)]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [refusing, lambda t: [torch.ones(3) * (1.1 if t.rows < 128 else 1)], lambda t: [torch.ones(3) / (t.rows >= 128)]],
+    ids=["does not fit", "is wrong", "is infinite"],
+)
+def test_a_tile_that_fails_is_no_candidate(run):
+    """However fast it is, and so nothing beyond it is reached."""
+    assert tuning.search(problem(run), modelled).tile == Tile(128, 256, 4, 4)
+
+
+def test_the_search_stops_in_time():
+    left = iter([False, True])
+    found = tuning.search(problem(), modelled, lambda: next(left))
+    assert found.ms == cost(Tile()) - 1  # one step
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+TINY = tuning_problems.Place(CPU, torch.float16, batch=1, heads=1, tokens=40)
+SHAPES = [(300, 32, 528), (40, 32, 48)]
+
+
+def all_problems():
+    yield from tuning_problems.attention(TINY)
+    yield from tuning_problems.products(TINY, SHAPES)
+
+
+@interpreted
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.heavy)])
+def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeypatch):
+    """And they run: nothing but the slot's tile is asked for where a call says that it is that slot's."""
+    asked: list[str] = []
+    lookup = tuned.tile
+    monkeypatch.setattr(tuned, "tile", lambda slot, *rest: asked.append(slot) or lookup(slot, *rest))
+    slots = []
+    with device.assume(architecture):
+        for p in all_problems():
+            for one in (p.timed, *p.others):
+                asked.clear()
+                assert all(t.isfinite().all() for t in one())
+                assert p.slot in asked, p.slot
+            slots.append(p.slot)
+        tables = attention_table.table(architecture)
+    places = ((o, kernel, width) for o, kernels in tables.items() for kernel in kernels for width in kernels[kernel])
+    assert len(slots) == len(set(slots)) and {attention_table.slot(*place) for place in places} <= set(slots)
+    assert {s.split()[1] for s in slots if s.startswith("products")} == {"plain", "fused", "pair", "ragged"}
+
+
+@interpreted
+def test_from_the_search_to_the_kernels(file, capsys):
+    wanted = {"attention forward plain 64", "products plain float32 1"}
+    best = {"attention": attention_table.Tile(64, 32, 4, 3), "products": tiles.Tile(32, 64, 16, 4, 2)}
+
+    def measure(calls):
+        return {t: 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(t, best[_table(t)], strict=True)) for t in calls}
+
+    with device.assume("sm_80"):
+        tune((p for p in all_problems() if p.slot in wanted), file, CPU, measure, lambda: False)
+        said = capsys.readouterr().out
+        assert "2 of 2 tiles are faster than built in" in said and "(rows 64, keys 32, warps 4, stages 3)" in said
+        assert json.loads(file.read_text())["tiles"].keys() == wanted
+        query = torch.randn(1, 2, 70, 64, dtype=torch.float16)
+        assert attention_table.tile_for(query, "forward", 64, plain=True) == best["attention"]
+        with llmengine.backend("triton"):
+            ours = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    with llmengine.backend("reference"):
+        torch.testing.assert_close(
+            ours, functional.scaled_dot_product_attention(query, query, query, is_causal=True), rtol=1e-2, atol=1e-3
+        )
+
+
+def _table(tile) -> str:
+    return "attention" if "rows" in tile._fields else "products"
+
+
+@interpreted
+def test_a_later_run_keeps_what_it_does_not_measure(file):
+    tuned.write(file, CPU, {"attention keys busy 256": FIELDS})
+    slow = Problem(SLOT, Tile(), lambda: [torch.ones(3)])
+    tune(iter([slow]), file, CPU, modelled, lambda: False)
+    assert tuned.read(file, CPU).keys() == {"attention keys busy 256", SLOT}
+    tune(iter([slow]), file, CPU, functools.partial(modelled, cost=lambda tile: 1.0), lambda: False)
+    assert tuned.read(file, CPU).keys() == {"attention keys busy 256"}
+    tune(iter([slow]), file, CPU, modelled, lambda: True)  # no time
+    assert tuned.read(file, CPU).keys() == {"attention keys busy 256"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and not device.INTERPRETED, reason="there is a GPU")
+def test_the_program_says_what_it_needs():
+    done = call("tune")
+    assert done.exit_code == 2
+    assert "error: tune needs a GPU that Triton compiles for (NVIDIA from Ampere on, AMD CDNA3): " in done.output
+    done = call("tune", "--operator", "softmax")
+    assert done.exit_code == 2 and "--operator softmax: allowed are attention, products" in done.output
