@@ -39,6 +39,7 @@ OF_A_RUN = frozenset(
     "smoothing".split()
 )
 OF_CLASSIFIERS = frozenset("classifier classifier_bias summary".split())
+STACKS = ("encoder.", "decoder.")  # ours: what no choice of heads leaves out
 
 
 @dataclass(frozen=True)
@@ -309,9 +310,10 @@ class Family:
         known = {theirs for rule in self.rules(every) for theirs in rule.theirs} | self._tied(fields).keys()
         if unknown := sorted(name for name in names - known if not re.search(self.skipped, name)):
             raise ValueError(f"checkpoint of family {self.name} has tensors unknown to llmengine: {_some(unknown)}")
-        read_by_rules = {theirs for rule in rules for theirs in rule.theirs} | self._tied(fields).keys()
-        unread = (name for name in names & known - read_by_rules if not name.startswith(self.heads))
-        if placeless := sorted(unread):
+        left_out = (rule for rule in self.rules(every) if not wanted & set(rule.ours))
+        stacks = {theirs for rule in left_out if any(o.startswith(STACKS) for o in rule.ours) for theirs in rule.theirs}
+        in_use = {theirs for rule in rules for theirs in rule.theirs} | self._tied(fields).keys()
+        if placeless := sorted(names & stacks - in_use):
             raise ValueError(
                 f"checkpoint of family {self.name} has {_some(placeless)}, for which a model of its config has no place"
             )
