@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -109,10 +110,12 @@ def test_the_module_builds_and_loads_without_a_driver(tmp_path: Path):
     """For one architecture. Where there is a driver, the backend has no reason to be unavailable."""
     import pybind11
 
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert cmake is not None
     configure = ["-DLLMENGINE_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *configure], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path, "--target", "_cuda"], check=True, capture_output=True)
+    subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *configure], check=True, capture_output=True)
+    subprocess.run([cmake, "--build", tmp_path, "--target", "_cuda"], check=True, capture_output=True)
     (module,) = tmp_path.glob("_cuda*.so")
     package = tmp_path / "site" / "llmengine"
     shutil.copytree(ROOT / "llmengine", package)
