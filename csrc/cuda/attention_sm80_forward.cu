@@ -16,9 +16,8 @@
 //   bytes   query and output once; keys and values once a block, from the second-level cache. From shared memory a warp
 //           reads (2 keys + 16 blocks) 2 head_dim bytes for 64 blocks keys head_dim flops: 1/23 to 1/26 byte a flop
 //           with two blocks of rows, 1/14 with one (head dims above 128)
-//   limit   the tensor cores; of an A100 they do 2048 flops a clock and shared memory gives 128 bytes: with one block
-//   of
-//           rows that feeds 1820 flops
+//   limit   the tensor cores; those of an A100 do 2048 flops a clock and its shared memory gives 128 bytes: with one
+//           block of rows that feeds 1820 flops
 #include <cmath>
 #include <cstdint>
 
