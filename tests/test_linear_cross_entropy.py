@@ -159,7 +159,7 @@ SIZES = {"one block": (70, 24, 3300), "several blocks": (230, 24, 3300), "few cl
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 96 tokens of 3,300 classes in float32, of 192 in bfloat16."""
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 100 * 3300 * 4)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 100 * 3 * ops.CLASS_BLOCK * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -173,6 +173,13 @@ def test_gradients_made_with_the_loss(small_blocks, size, reduction, dtype):
     given = Sample(half.name, (x, w.float(), target), half.kwargs, half.constants)
     assert ops.at_once(x, w.float(), reduction, 0.0)
     assert_lawful(half, given)
+
+
+@pytest.mark.parametrize("tokens, classes", [(300_000, 2), (4096, 50257), (10, 2_000_000), (1, 1), (0, 5), (7, 0)])
+def test_a_block_is_no_larger_than_it_may_be(tokens, classes):
+    x, w = (torch.empty(n, 8, device="meta") for n in (tokens, classes))
+    columns = -(-max(classes, 1) // ops.CLASS_BLOCK) * ops.CLASS_BLOCK
+    assert ops.block_tokens(x, w) * columns * 4 <= max(ops.BLOCK_BYTES, 4 * columns)
 
 
 def test_a_weight_of_16_bits_is_summed_once(small_blocks):

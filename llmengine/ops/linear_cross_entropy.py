@@ -67,14 +67,16 @@ linear_cross_entropy_with_gradients = define(
 )
 BLOCK_BYTES = 64 << 20
 """What the tokens that are taken at a time may take, with all their classes."""
+CLASS_BLOCK = 1536
+"""A row of the block takes whole multiples of so many classes (csrc/ops/linear_cross_entropy.h)."""
 BLOCK_STEP = 96
 """Fewer tokens at a time would leave the products waiting for the weight."""
 
 
 def block_tokens(input, linear_weight) -> int:
     """How many tokens BLOCK_BYTES hold; 0: too few for gradients to be made with the loss."""
-    tokens, classes = input.shape[0], linear_weight.shape[0]
-    fitting = BLOCK_BYTES // (max(classes, 1) * input.element_size())
+    tokens, columns = input.shape[0], -(-max(linear_weight.shape[0], 1) // CLASS_BLOCK) * CLASS_BLOCK
+    fitting = BLOCK_BYTES // (columns * input.element_size())
     if fitting >= tokens:
         return max(tokens, 1)
     rounded = linear_weight.dtype != torch.float32  # its gradient would be rounded once a block
