@@ -132,6 +132,7 @@ class LinearCrossEntropyAtOnce(torch.autograd.Function):
             input, linear_weight, linear_bias, target, weight, *options, block_tokens(input, linear_weight), ctx.wanted
         )
         ctx.save_for_backward(*gradients)
+        ctx.constants = 2 + len(options)
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
         return loss
 
@@ -142,7 +143,8 @@ class LinearCrossEntropyAtOnce(torch.autograd.Function):
             _times(gradient, grad_loss) if want else None
             for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         )
-        return grad_input, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), *(None,) * 9
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, *(None,) * ctx.constants
 
 
 def _times(gradient, factor):
