@@ -62,7 +62,7 @@ struct Index3 {
 
 struct Launch {
   const void* kernel;  // the function, for its name
-  Index3 grid, block;
+  Index3 grid, block, cluster;
   size_t shared_bytes;
   void (*call)(void*);  // runs one thread of the kernel
   void* parameters;     // given to call; the kernel's constant bank

@@ -1,0 +1,39 @@
+// What the asynchronous unit copies: in bulk, and boxes of tensors (PTX ISA, "cp.async.bulk", "cp.async.bulk.tensor").
+//
+//   A copy takes effect as the schedule says, like other copies (copies.h). To shared memory it reports to an mbarrier,
+//   in each block that it goes to, and the last legal moment is when no thread can go on. To global memory it belongs
+//   to a group of its thread, and the last moment is the wait for that group, or for the reads of it.
+//
+//   A tensor map (ptx/tensor_map.cuh) says where the tensor lies, how large a box is, and how it is laid out in shared
+//   memory. There a box is dense, its first dimension running fastest; swizzled, the 16-byte chunk of an address is
+//   XORed with the address's bits from 7 up: three of them for 128-byte rows, two for 64, one for 32. What of a box
+//   lies outside of the tensor is zero in shared memory, and is not written to global memory.
+//
+//   Writes of threads must be fenced (clocks.h) for what this unit reads or overwrites; that it overwrites what threads
+//   have read needs only an order, as in every ring of buffers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "sim/copies.h"
+
+namespace llmengine::sim {
+
+struct BulkCopy {
+  std::vector<Transfer> pieces;
+  uint32_t bytes = 0;
+  // To shared memory: the blocks' mbarriers, and how far from the first block's memory theirs lies.
+  struct Destination {
+    size_t mbarrier;
+    ptrdiff_t offset;
+  };
+  std::vector<Destination> destinations;
+  // To global memory: whose it is.
+  int thread = -1;
+  uint32_t group = 0;
+  bool late = false;
+};
+
+}  // namespace llmengine::sim
