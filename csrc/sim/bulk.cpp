@@ -123,7 +123,7 @@ void Machine::load_tensor(uintptr_t shared, const TensorMapFields& map, const Bo
   for (int block = 0; block < block_count_; ++block) {
     if (!(blocks >> block & 1)) continue;
     const auto place = [&](uintptr_t address) { return block_count_ == 1 ? address : memory.in_block(address, block); };
-    Mbarrier& b = mbarrier_at(place(mbarrier), "copy_tensor", site);
+    Mbarrier& b = mbarrier_at(place(mbarrier), "copy_tensor", site, By::bulk);
     need_fenced(b, "copy_tensor", site);
     check_remote(place(shared), b.carrier, "copies to", site);
     for (int64_t r = 0; r < box.rows; ++r) {

@@ -86,6 +86,7 @@ class Machine {
 
   // Products of warpgroups (wgmma.cpp).
   void wgmma_fence();
+  void settle_registers(const Access& access);
   void wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane& lane, Site site);
   void wgmma_commit();
   void wgmma_wait(int pending);
@@ -161,7 +162,7 @@ class Machine {
   bool meet_warpgroup(const char* operation, uint64_t value, Site site);
 
   Mbarrier* find_mbarrier(uintptr_t address);
-  Mbarrier& mbarrier_at(uintptr_t address, const char* operation, uintptr_t site);
+  Mbarrier& mbarrier_at(uintptr_t address, const char* operation, uintptr_t site, By by = By::thread);
   void arrive(Mbarrier& mbarrier, int bytes, const char* operation, uintptr_t site);
   void try_end_phase(Mbarrier& mbarrier);
   void copies_have_come();

@@ -38,12 +38,13 @@ Mbarrier* Machine::find_mbarrier(uintptr_t address) {
   return place == mbarriers_.end() ? nullptr : &*place;
 }
 
-// The mbarrier that the running thread uses, perhaps another block's: it must be one, and known to be.
-Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr_t site) {
+// The mbarrier that the running thread, or a copy that it issues, uses, perhaps another block's: it must be one, and
+// known to be.
+Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr_t site, By by) {
   if (preempts()) yield();
   const auto call = [&] { return std::string("calls ") + operation + " (" + source_line(site) + ") on "; };
-  check_remote(address, current_->number, "uses", site);
   Mbarrier* place = find_mbarrier(address);
+  check_remote(address, place && by == By::bulk ? place->carrier : current_->number, "uses", site);
   if (!place) fail(call() + "what no thread has initialised as an mbarrier");
   if (!memory.clocks.before(place->thread, place->stamp, current_->number)) {
     fail(call() + "an mbarrier that " + position(place->thread) + " initialises (" + source_line(place->site) +

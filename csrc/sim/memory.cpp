@@ -102,7 +102,7 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
     }
     conflict = conflict_at(byte, access, thread);
     if (conflict) {
-      return std::string(conflict->unfenced ? "" : "races: ") + agent_of(access.by) + verb(access.kind);
+      return std::string(conflict->unfenced ? "needs a fence: " : "races: ") + agent_of(access.by) + verb(access.kind);
     }
     remember(byte, access, thread, site);
     present = byte;

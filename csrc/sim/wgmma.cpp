@@ -104,14 +104,19 @@ void Machine::wgmma_fence() {
   current_->registers->touched.reset();
 }
 
-void Machine::touch_local(const Access& access) {
-  Registers& own = *current_->registers;
-  for (const Registers::InFlight& r : own.in_flight) {
+void Machine::settle_registers(const Access& access) {
+  if (!current_->registers) return;
+  for (const Registers::InFlight& r : current_->registers->in_flight) {
     if (access.address >= r.end || access.address + access.size <= r.begin) continue;
     fail(std::string(verb(access.kind)) + " (" + source_line(access.site) + ") " +
-         (r.accumulators ? "accumulators" : "registers of a") + " of a product (" + source_line(r.site) +
+         (r.accumulators ? "accumulators" : "fragments") + " of a product (" + source_line(r.site) +
          ") with no wgmma_wait between");
   }
+}
+
+void Machine::touch_local(const Access& access) {
+  settle_registers(access);
+  Registers& own = *current_->registers;
   const size_t first = fibres_[current_->number].offset_of(access.address) / 4;
   for (size_t word = first; word < first + (access.size + 3) / 4; ++word) own.touched.set(word);
 }
@@ -125,7 +130,7 @@ void Machine::check_registers(int t, const WgmmaLane& lane, const WgmmaShape& sh
   const Registers& own = *threads_[t].registers;
   const auto check_range = [&](const void* begin, int words, bool accumulators) {
     const uintptr_t first = number(begin), end = first + static_cast<uintptr_t>(words) * 4;
-    const char* what = accumulators ? "accumulators" : "registers of a";
+    const char* what = accumulators ? "accumulators" : "fragments";
     if (!fibres_[t].holds(first)) complain(std::string("with ") + what + " that are not local to the thread");
     for (int w = 0; w < words; ++w) {
       if (own.touched[fibres_[t].offset_of(first) / 4 + static_cast<size_t>(w)]) {
@@ -263,6 +268,12 @@ void wgmma_fence(Site site) {
 void wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane lane, Site site) {
   const Unwatched simulator;
   Machine::the().wgmma(operation, shape, lane, site);
+}
+
+void settle_registers(const float* d, int count, const void* return_address) {
+  const Unwatched simulator;
+  const auto bytes = static_cast<uint64_t>(count) * sizeof(float);
+  Machine::the().settle_registers({number(d), bytes, Kind::read, number(return_address)});
 }
 
 void wgmma_commit(Site site) {

@@ -82,6 +82,8 @@ struct Registers {
 // For every thread of the warpgroup. The fence, the commit and the wait want whole warps.
 void wgmma_fence(Site site);
 void wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane lane, Site site);
+// That none of these registers is in flight, where the compiler is told that they change.
+void settle_registers(const float* d, int count, const void* return_address);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 

@@ -56,7 +56,8 @@ __device__ __forceinline__ MatrixDescriptor matrix_descriptor(const void* tile, 
 }
 
 // Tells the compiler that the registers change here: it moves no use of them across. wgmma_fence and wgmma_wait do it
-// to the accumulators that they are given; further ones are given to this.
+// to the accumulators that they are given; further ones are given to this. Of a product in flight it is a use: the
+// compiler would put a wait before it.
 template <int count>
 __device__ __forceinline__ void settle_registers(float (&d)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");

@@ -24,6 +24,9 @@ namespace twin {
   lane.return_address = __builtin_return_address(0);
   sim::wgmma(operation, shape, lane, site);
 }
+[[gnu::noinline, gnu::no_sanitize("thread")]] inline void settle(const float* d, int count) {
+  sim::settle_registers(d, count, __builtin_return_address(0));
+}
 
 }  // namespace twin
 
@@ -35,11 +38,14 @@ __forceinline__ MatrixDescriptor matrix_descriptor(const void* tile, int leading
 }
 
 template <int count>
-__forceinline__ void settle_registers(float (&)[count]) {}
+__forceinline__ void settle_registers(float (&d)[count]) {
+  twin::settle(d, count);
+}
 
 __forceinline__ void wgmma_fence(sim::Site site = sim::Site::current()) { sim::wgmma_fence(site); }
 template <int count>
-__forceinline__ void wgmma_fence(float (&)[count], sim::Site site = sim::Site::current()) {
+__forceinline__ void wgmma_fence(float (&d)[count], sim::Site site = sim::Site::current()) {
+  settle_registers(d);
   sim::wgmma_fence(site);
 }
 
@@ -50,8 +56,9 @@ __forceinline__ void wgmma_wait(sim::Site site = sim::Site::current()) {
   sim::wgmma_wait(pending, site);
 }
 template <int pending, int count>
-__forceinline__ void wgmma_wait(float (&)[count], sim::Site site = sim::Site::current()) {
+__forceinline__ void wgmma_wait(float (&d)[count], sim::Site site = sim::Site::current()) {
   sim::wgmma_wait(pending, site);
+  settle_registers(d);
 }
 
 template <Multiplicand element, Major a_major = Major::k, Major b_major = Major::k, int count>
