@@ -34,7 +34,7 @@ def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     """
     compiler = nvcc()
     assert compiler, "nvcc is not on the PATH"
-    kept = ROOT / "build" / "resources" / f"{source.stem}-{architecture}-{_fingerprint(compiler)}"
+    kept = ROOT / "build" / "resources" / f"{source.stem}-{architecture}-{_fingerprint(compiler, source)}"
     kept.parent.mkdir(parents=True, exist_ok=True)
     result = kept.with_suffix(".json")
     if not result.exists():
@@ -43,14 +43,26 @@ def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     return json.loads(result.read_text())
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr(FLAGS).encode())
-    for folder in ("cuda", "common", "ops"):
-        for path in sorted((ROOT / "csrc" / folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.read_bytes())
+    for path in included_by(source):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def included_by(source: Path) -> list[Path]:
+    """The file and every file of csrc/ that it includes, straight or by way of others."""
+    found: set[Path] = set()
+    ahead = [source]
+    while ahead:
+        path = ahead.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), flags=re.M):
+            ahead += [p for p in (path.parent / name, ROOT / "csrc" / name) if p.is_file()][:1]
+    return sorted(found)
 
 
 def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict[str, dict[str, int]]:
@@ -75,7 +87,8 @@ def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int
     report(source, architecture)
     disassembler = cuobjdump()
     assert disassembler, "cuobjdump is not at hand"
-    (cubin,) = (ROOT / "build" / "resources").glob(f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '')}.cubin")
+    name = f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '', source)}.cubin"
+    cubin = ROOT / "build" / "resources" / name
     code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     counts = {p.split("\n")[0].strip(): len(re.findall(pattern, p)) for p in code.split("Function : ")[1:]}
     names = _demangled(list(counts))

@@ -89,6 +89,13 @@ def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously
                 assert resources.report(source, architecture)[name]["wide_stores"] > 0, name
 
 
+def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():
+    files = {p.relative_to(ROOT / "csrc").as_posix() for p in resources.included_by(ROOT / "csrc/cuda/norm.cu")}
+    assert {"cuda/norm.cu", "cuda/row.cuh", "cuda/ptx/memory.cuh", "common/tensor.h", "ops/norm.h"} <= files
+    assert not {f for f in files if f.endswith(".cu")} - {"cuda/norm.cu"}
+    assert "cuda/ptx/wgmma.cuh" not in files
+
+
 def test_the_compiler_log_is_read_rightly():
     log = """
 ptxas info    : Compiling entry function '_Z1av' for 'sm_80'

@@ -91,7 +91,11 @@ __global__ void load_box(const __grid_constant__ TensorMap map, uint32_t* out, i
 __global__ void store_box(const __grid_constant__ TensorMap map, const uint32_t* in, int words, Numbers n) {
   const Shared shared = shared_memory(words);
   copy_words(shared.words, in, words);
-  ptx::fence_async_shared();
+  if (n.at[kRank] == 1) {
+    ptx::fence_async();
+  } else {
+    ptx::fence_async_shared();
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
     with_place(n, [&](auto... place) { ptx::store_tensor(&map, shared.words, place...); });
@@ -165,7 +169,10 @@ __global__ void multicast(const __grid_constant__ TensorMap map, uint32_t* out) 
   begin_mbarrier(shared.barriers, 1);
   const int block = ptx::block_in_cluster(), blocks = ptx::blocks_of_cluster();
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
-  if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(shared.barriers, 256 * 4);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_expect_tx(shared.barriers, 256 * 4);
+    ptx::mbarrier_arrive(shared.barriers);
+  }
   ptx::cluster_sync();
   if (threadIdx.x == 0) {
     ptx::copy_tensor_multicast(shared.words + block * 128, &map, shared.barriers, 3, 0, (cluster * 2 + block) * 2);
@@ -176,21 +183,34 @@ __global__ void multicast(const __grid_constant__ TensorMap map, uint32_t* out) 
 }
 
 // In: 32 words a block. Out: those of the block before, in a ring, which writes them here, plus those of the block
-// after, which are read there.
+// after, which are read there; in words of 4 or of 16 bytes.
+template <bool wide>
 __global__ void ring(const uint32_t* in, uint32_t* out) {
+  constexpr int threads = wide ? 8 : 32, each = 32 / threads;
+  ptx::cluster_arrive_relaxed();
+  ptx::cluster_wait();
   const Shared shared = shared_memory(64);
-  begin_mbarrier(shared.barriers, 32);
+  begin_mbarrier(shared.barriers, threads);
   const int block = ptx::block_in_cluster(), blocks = ptx::blocks_of_cluster(), t = static_cast<int>(threadIdx.x);
   if (t < 32) shared.words[32 + t] = in[blockIdx.x * 32 + t];
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
+  ptx::cluster_sync();
   const int next = (block + 1) % blocks;
-  if (t < 32) {
-    ptx::store_cluster_4(ptx::map_to_block(shared.words, next) + t * 4, shared.words[32 + t]);
+  if (t < threads) {
+    const uint32_t* mine = shared.words + 32 + t * each;
+    const auto to = ptx::map_to_block(shared.words, next) + t * each * 4;
+    const auto from = ptx::map_to_block(shared.words + 32, next) + t * each * 4;
+    uint32_t theirs[each];
+    if constexpr (wide) {
+      ptx::store_cluster_16(to, make_uint4(mine[0], mine[1], mine[2], mine[3]));
+      const uint4 word = ptx::load_cluster_16(from);
+      theirs[0] = word.x, theirs[1] = word.y, theirs[2] = word.z, theirs[3] = word.w;
+    } else {
+      ptx::store_cluster_4(to, mine[0]);
+      theirs[0] = ptx::load_cluster_4(from);
+    }
     ptx::mbarrier_arrive_cluster(ptx::map_to_block(shared.barriers, next));
-    const uint32_t theirs = ptx::load_cluster_4(ptx::map_to_block(shared.words + 32, next) + t * 4);
     ptx::mbarrier_wait_cluster(shared.barriers, 0);
-    out[blockIdx.x * 32 + t] = shared.words[t] + theirs;
+    for (int i = 0; i < each; ++i) out[blockIdx.x * 32 + t * each + i] = shared.words[t * each + i] + theirs[i];
   }
   ptx::cluster_sync();
 }
@@ -319,7 +339,10 @@ const std::map<std::string, Run>& all_runs() {
       start(a, multicast, static_cast<unsigned>(a.in_words / 128), kThreads, 256, 2, map, a.out);
     };
     all["ring"] = [](const Arrays& a) {
-      start(a, ring, static_cast<unsigned>(a.in_words / 32), kThreads, 64, 4, a.in, a.out);
+      start(a, ring<false>, static_cast<unsigned>(a.in_words / 32), kThreads, 64, 4, a.in, a.out);
+    };
+    all["wide_ring"] = [](const Arrays& a) {
+      start(a, ring<true>, static_cast<unsigned>(a.in_words / 32), kThreads, 64, 4, a.in, a.out);
     };
     all["registers"] = [](const Arrays& a) { start(a, registers, 1, 512, 0, 1, a.out); };
     all["arriving_copies"] = [](const Arrays& a) { start(a, arriving_copies<true>, 1, kThreads, 0, 1, a.in, a.out); };

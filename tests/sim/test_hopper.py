@@ -318,9 +318,10 @@ def test_a_multicast_brings_a_box_to_every_block(run):
     np.testing.assert_array_equal(found, np.stack([rows, rows], 1))
 
 
-def test_blocks_write_to_and_read_from_each_other(run):
+@pytest.mark.parametrize("name", ["ring", "wide_ring"])
+def test_blocks_write_to_and_read_from_each_other(run, name):
     words = np.random.default_rng(2).integers(0, 2**31, (2, 4, 32), dtype=np.uint32)  # two rings of four blocks
-    found = run("ring", words.ravel(), 256).reshape(2, 4, 32)
+    found = run(name, words.ravel(), 256).reshape(2, 4, 32)
     np.testing.assert_array_equal(found, np.roll(words, 1, axis=1) + np.roll(words, -1, axis=1))
 
 
