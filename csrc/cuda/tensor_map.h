@@ -69,11 +69,11 @@ inline TensorMapFields tensor_map_fields(const char* name, const TensorView& ten
     must(map.box[d] >= 1 && map.box[d] <= 256, "the box covers " + text(map.box[d]) + " elements of " + dimension,
          "1 to 256");
     must(map.steps[d] >= 1 && map.steps[d] <= 8, "steps of " + text(map.steps[d]) + " in " + dimension, "1 to 8");
+    if (d == 0) must(map.strides[0] == element, "the last dimension has stride " + text(tensor.strides[outward]), "1");
     if (d == 0) continue;
     must(map.strides[d] > 0 && map.strides[d] % 16 == 0 && map.strides[d] < int64_t{1} << 40,
          dimension + " has a stride of " + text(map.strides[d]) + " bytes", "multiples of 16, above 0 and below 2^40");
   }
-  must(map.strides[0] == element, "the last dimension has stride " + text(map.strides[0] / element), "1");
   must(map.steps[0] == 1, "steps of " + text(map.steps[0]) + " in the last dimension", "1");
   const int row = map.box[0] * element, span = swizzle_span(swizzle);
   must(row % 16 == 0, "the box has rows of " + text(row) + " bytes", "multiples of 16");

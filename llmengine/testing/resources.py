@@ -28,7 +28,8 @@ def sources() -> list[Path]:
 
 
 def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """For every kernel of a file: registers, shared, stack, spills, and its 16-byte accesses of global memory.
+    """For every kernel of a file: registers, shared, stack, spills, its 16-byte accesses of global memory, and how often
+    the assembler put waits of its own between a warpgroup's products.
 
     Compiling takes a minute, so a result is kept under build/ until a file that it depends on changes.
     """
@@ -75,11 +76,13 @@ def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict
         [assembler, "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    usage = _usage(done.stdout + done.stderr)
+    log = done.stdout + done.stderr
+    usage = _usage(log)
     accesses = _wide_accesses(ptx.read_text())
     ptx.unlink()
     names = _demangled(list(usage))
-    return {names[mangled]: usage[mangled] | accesses[mangled] for mangled in usage}
+    waits = {m: {"injected_waits": len(re.findall(rf"\(C75\d\d\).*'{m}'", log))} for m in usage}
+    return {names[mangled]: usage[mangled] | accesses[mangled] | waits[mangled] for mangled in usage}
 
 
 def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int]:
