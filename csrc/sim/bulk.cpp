@@ -155,23 +155,50 @@ void Machine::check_box(uintptr_t shared, const TensorMapFields& map, int rank, 
 
 // ---- to global memory -----------------------------------------------------------------------------------------------
 
-void Machine::store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, uintptr_t site) {
+// A copy of this thread's to global memory, as far as the side in shared memory goes.
+BulkCopy Machine::begin_store(uintptr_t shared, uint64_t bytes, bool adds, uintptr_t site) {
+  const int self = current_->number, reads = memory.clocks.agent(self, Deeds::store_reads);
+  check({shared, bytes, Kind::read, site, By::bulk, reads}, self);
+  BulkCopy copy;
+  copy.adds = adds;
+  copy.thread = self;
+  copy.group = current_->last_store = memory.clocks.now(reads);
+  current_->store_site = site;
+  return copy;
+}
+
+void Machine::store_piece(BulkCopy& copy, const char* shared, const char* global, uint32_t bytes, uintptr_t site) {
+  const int writes = memory.clocks.agent(copy.thread, Deeds::store_writes);
+  check({number(global), bytes, copy.adds ? Kind::atomic : Kind::write, site, By::bulk, writes}, copy.thread);
+  copy.pieces.push_back({const_cast<char*>(global), shared, bytes, bytes});
+}
+
+void Machine::store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, bool adds,
+                           uintptr_t site) {
   if (preempts()) yield();
   check_box(shared, map, at.rank, site);
+  if (adds && map.dtype != DType::f32) {
+    fail(std::string("adds elements of ") + name(map.dtype) +
+         " to a tensor, of which the simulator adds float32 alone (" + source_line(site) + ")");
+  }
   const Box box(map, at);
-  Clocks& clocks = memory.clocks;
-  const int self = current_->number;
-  const int reads = clocks.agent(self, Deeds::store_reads), writes = clocks.agent(self, Deeds::store_writes);
-  check({shared, box.bytes(), Kind::read, site, By::bulk, reads}, self);
-  BulkCopy copy;
-  copy.thread = self;
-  copy.group = current_->last_store = clocks.now(reads);
-  current_->store_site = site;
+  BulkCopy copy = begin_store(shared, box.bytes(), adds, site);
   for_each_stretch(box, shared, [&](char* in_shared, const char* in_global, uint32_t bytes) {
-    if (!in_global) return;
-    check({number(in_global), bytes, Kind::write, site, By::bulk, writes}, self);
-    copy.pieces.push_back({const_cast<char*>(in_global), in_shared, bytes, bytes});
+    if (in_global) store_piece(copy, in_shared, in_global, bytes, site);
   });
+  issue(std::move(copy));
+}
+
+void Machine::store_bulk(uintptr_t global, uintptr_t shared, int bytes, bool adds, uintptr_t site) {
+  if (preempts()) yield();
+  const auto complain = [&](const std::string& problem) { fail(problem + " (" + source_line(site) + ")"); };
+  if (bytes <= 0 || bytes % 16 != 0)
+    complain("stores " + std::to_string(bytes) + " bytes in bulk; multiples of 16 are needed");
+  if (global % 16 != 0 || shared % 16 != 0) complain("stores in bulk at an address that is not a multiple of 16");
+  if (!memory.is_shared(shared)) complain("stores in bulk from memory that is not shared");
+  BulkCopy copy = begin_store(shared, static_cast<uint64_t>(bytes), adds, site);
+  store_piece(copy, reinterpret_cast<const char*>(shared), reinterpret_cast<const char*>(global),
+              static_cast<uint32_t>(bytes), site);
   issue(std::move(copy));
 }
 
@@ -223,8 +250,8 @@ bool Machine::bulk_copies_may_finish(bool last_moment) {
 void Machine::finish_bulk_copy(size_t i) {
   const BulkCopy copy = std::move(bulk_copies_[i]);
   bulk_copies_.erase(bulk_copies_.begin() + static_cast<std::ptrdiff_t>(i));
-  if (copy.destinations.empty()) {
-    for (const Transfer& piece : copy.pieces) piece.take_effect();
+  for (size_t p = 0; p < copy.pieces.size() && copy.destinations.empty(); ++p) {
+    copy.adds ? copy.pieces[p].add_floats() : copy.pieces[p].take_effect();
   }
   for (const BulkCopy::Destination& destination : copy.destinations) {
     for (Transfer piece : copy.pieces) {
@@ -255,9 +282,15 @@ void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, v
   machine.load_tensor(number(shared), map, at, number(mbarrier), blocks, number(return_address));
 }
 
-void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, const void* return_address) {
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+                  const void* return_address) {
   const Unwatched simulator;
-  Machine::the().store_tensor(map, at, number(shared), number(return_address));
+  Machine::the().store_tensor(map, at, number(shared), adds, number(return_address));
+}
+
+void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address) {
+  const Unwatched simulator;
+  Machine::the().store_bulk(number(global), number(shared), bytes, adds, number(return_address));
 }
 
 void commit_stores() {

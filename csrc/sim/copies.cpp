@@ -10,6 +10,16 @@ void Transfer::take_effect() const {
   std::memset(to + bytes, 0, size - bytes);
 }
 
+void Transfer::add_floats() const {
+  for (uint32_t at = 0; at < bytes; at += sizeof(float)) {
+    float sum, more;
+    std::memcpy(&sum, to + at, sizeof(float));
+    std::memcpy(&more, from + at, sizeof(float));
+    sum += more;
+    std::memcpy(to + at, &sum, sizeof(float));
+  }
+}
+
 void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
   const auto choice = order == Order::random ? random() % 4 : 0;
   if (order == Order::reversed || choice == 1) return copy.take_effect();

@@ -71,7 +71,9 @@ struct BoxPlace {
 void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
 void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, void* mbarrier, uint32_t blocks,
                  const void* return_address);
-void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, const void* return_address);
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+                  const void* return_address);
+void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address);
 void commit_stores();
 void wait_stores(int pending, bool reads_only);
 void fence_async(bool global);

@@ -417,7 +417,8 @@ void Machine::check(const Access& access, int thread) {
   if (!problem) return;
   const std::string here = " (" + source_line(access.site) + ")";
   if (!conflict) fail(thread, *problem + here);
-  fail(thread, *problem + here + " what " + other_side(*conflict) + ": " + memory.name_of(access.address));
+  fail(thread,
+       *problem + here + " what " + other_side(*conflict) + ": " + memory.name_of(access.address + conflict->offset));
 }
 
 // Whose deed an access conflicts with, and what lacks between them.

@@ -12,7 +12,7 @@ void Machine::mbarrier_init(uintptr_t address, int arrivals, uintptr_t site) {
   const auto complain = [&](const std::string& problem) {
     fail("initialises an mbarrier " + problem + " (" + source_line(site) + ")");
   };
-  if (arrivals <= 0) complain("for " + std::to_string(arrivals) + " arrivals");
+  if (arrivals <= 0 || arrivals > kMostCounted) complain("for " + std::to_string(arrivals) + " arrivals");
   if (preempts()) yield();
   check({address, sizeof(uint64_t), Kind::write, site}, current_->number);
   if (!memory.is_shared(address)) complain("that is not in shared memory");
@@ -60,6 +60,10 @@ Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr
 void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, uintptr_t site) {
   Mbarrier& b = mbarrier_at(address, operation, site);
   b.bytes += bytes;
+  if (bytes < 0 || b.bytes > kMostCounted) {
+    fail("expects " + std::to_string(b.bytes) + " bytes of an mbarrier (" + source_line(site) + "), which counts to " +
+         std::to_string(kMostCounted));
+  }
   if (!arrives) return;
   if (b.missing == 0) {
     fail("arrives (" + source_line(site) +

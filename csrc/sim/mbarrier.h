@@ -9,7 +9,8 @@
 
 namespace llmengine::sim {
 
-inline constexpr int kMbarriers = 64;  // of a block
+inline constexpr int kMbarriers = 64;               // of a block
+inline constexpr int kMostCounted = (1 << 20) - 1;  // arrivals, and bytes expected
 
 struct Mbarrier {
   uintptr_t address = 0;

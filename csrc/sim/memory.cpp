@@ -102,6 +102,7 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
     }
     conflict = conflict_at(byte, access, thread);
     if (conflict) {
+      conflict->offset = i;
       return std::string(conflict->unfenced ? "needs a fence: " : "races: ") + agent_of(access.by) + verb(access.kind);
     }
     remember(byte, access, thread, site);

@@ -48,6 +48,7 @@ struct Conflict {
   uint32_t stamp;
   uintptr_t site;
   bool unfenced = false;  // ordered, but not for the asynchronous unit
+  uint64_t offset = 0;    // of the byte, in the access
 };
 
 // First and one past the last byte that a tensor's elements touch.

@@ -28,8 +28,8 @@ def sources() -> list[Path]:
 
 
 def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """For every kernel of a file: registers, shared, stack, spills, its 16-byte accesses of global memory, and how often
-    the assembler put waits of its own between a warpgroup's products.
+    """For every kernel of a file: registers, shared, stack, spills, its 16-byte accesses of global memory, and how many
+    waits of its own the assembler put between products of warpgroups.
 
     Compiling takes a minute, so a result is kept under build/ until a file that it depends on changes.
     """

@@ -36,6 +36,8 @@ MBARRIERS = [
 BOXES = [
     *(f"cp.async.bulk.tensor.{n}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [" for n in range(1, 6)),
     *(f"cp.async.bulk.tensor.{n}d.global.shared::cta.tile.bulk_group [" for n in range(1, 6)),
+    *(f"cp.reduce.async.bulk.tensor.{n}d.global.shared::cta.add.tile.bulk_group [" for n in range(1, 6)),
+    "cp.async.bulk.global.shared::cta.bulk_group [", "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [",
     "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [",
     "cp.async.bulk.commit_group", "cp.async.bulk.wait_group 0", "cp.async.bulk.wait_group.read 0", "prefetch.tensormap",
     "fence.proxy.async;", "fence.proxy.async.shared::cta",
@@ -56,6 +58,7 @@ WGMMA = [  # of sm_90a alone
 # In the machine code of sm_90a: the instruction and how many of them there must be at least.
 MACHINE = {
     r"UTMALDG\.2D\.MULTICAST": 1, r"UTMALDG\.[1-5]D ": 5, r"UTMASTG\.[1-5]D ": 5, r"UTMACCTL\.PF": 1,
+    r"UTMAREDG\.[1-5]D\.ADD": 5, r"UBLKRED": 1,
     r"SYNCS\.": 10, r"HGMMA\.64x64x16\.F32 ": 6, r"HGMMA\.64x64x16\.F32\.BF16": 6, r"HGMMA\.64x64x8\.F32\.TF32": 2,
     r"HGMMA\.64x256x16": 2, r"HGMMA.*gdesc\[\w+\]\.tnspA\.tnspB": 2, r"USETMAXREG": 2, r"UCGABAR_ARV": 2,
     r"\bELECT\b": 2, r"ARRIVES\.LDGSTSBAR": 2,

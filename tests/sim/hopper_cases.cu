@@ -123,6 +123,58 @@ __global__ void stores(const __grid_constant__ TensorMap map, const float* in, f
   }
 }
 
+// A number is written to a tensor, of which a box is fetched. Broken: the fence is one for shared memory.
+template <bool broken>
+__global__ void fetch_what_was_written(const __grid_constant__ TensorMap map, float* out) {
+  Shared& s = shared_memory();
+  if (thread() == 0) {
+    ptx::mbarrier_init(&s.full[0], 1);
+    ptx::mbarrier_init_fence();
+    out[3] = 2.0f;
+    if constexpr (broken) {
+      ptx::fence_async_shared();
+    } else {
+      ptx::fence_async();
+    }
+    ptx::mbarrier_arrive_expect_tx(&s.full[0], kTile * 4);
+    ptx::copy_tensor(s.tiles[0], &map, &s.full[0], 0, 0);
+    ptx::mbarrier_wait(&s.full[0], 0);
+    out[kTile] = s.tiles[0][3];
+  }
+}
+
+// Two warps add a tile to the same place. Broken: one of them writes there instead.
+template <bool broken>
+__global__ void additions(const __grid_constant__ TensorMap map, const float* in) {
+  Shared& s = shared_memory();
+  s.tiles[0][thread()] = in[thread()];
+  ptx::fence_async_shared();
+  __syncthreads();
+  if (thread() % 64 != 0) return;
+  if (broken && thread() == 0) {
+    ptx::store_tensor(&map, s.tiles[0], 0, 0);
+  } else {
+    ptx::add_tensor(&map, s.tiles[0], 0, 0);
+  }
+  ptx::commit_stores();
+  ptx::wait_store_reads<0>();
+}
+
+// The first warp's lanes fetch, and their copies arrive. Broken: before they have been begun.
+template <bool broken>
+__global__ void copies_that_arrive(const float* in, float* out) {
+  Shared& s = shared_memory();
+  if (thread() == 0) ptx::mbarrier_init(&s.full[0], 32);
+  __syncthreads();
+  if (thread() < 32) {
+    if constexpr (broken) ptx::mbarrier_arrive_for_copies(&s.full[0]);
+    ptx::copy_async_16(s.tiles[0] + 4 * thread(), in + 4 * thread());
+    if constexpr (!broken) ptx::mbarrier_arrive_for_copies(&s.full[0]);
+  }
+  ptx::mbarrier_wait(&s.full[0], 0);
+  out[thread()] = s.tiles[0][kTile - 1 - thread()];
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
 enum class Product : uint8_t {
@@ -354,6 +406,10 @@ Cases all_cases() {
       {"stores_wait", to_map(stores<broken, Store::wait>)},
       {"stores_exit", to_map(stores<broken, Store::exit>)},
       {"stores_read_back", to_map(stores<broken, Store::read_back>)},
+      {"fetch_what_was_written",
+       {[](const float*, float* out) { start(fetch_what_was_written<broken>, 1, 128, 1, map_of(out), out); }}},
+      {"additions", {[](const float* in, float* out) { start(additions<broken>, 1, 128, 1, map_of(out), in); }}},
+      {"copies_that_arrive", plain(copies_that_arrive<broken>)},
       {"products_no_wait", plain(products<broken, Product::no_wait>)},
       {"products_wait_one", plain(products<broken, Product::wait_one>)},
       {"products_no_fence", plain(products<broken, Product::no_fence>)},

@@ -87,7 +87,8 @@ __global__ void load_box(const __grid_constant__ TensorMap map, uint32_t* out, i
   copy_words(out, shared.words, words);
 }
 
-// In: the words of shared memory. Out: a tensor, into which a box goes.
+// In: the words of shared memory. Out: a tensor, into which a box goes, or to which it is added, twice.
+template <bool adds>
 __global__ void store_box(const __grid_constant__ TensorMap map, const uint32_t* in, int words, Numbers n) {
   const Shared shared = shared_memory(words);
   copy_words(shared.words, in, words);
@@ -98,11 +99,35 @@ __global__ void store_box(const __grid_constant__ TensorMap map, const uint32_t*
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    with_place(n, [&](auto... place) { ptx::store_tensor(&map, shared.words, place...); });
+    for (int time = 0; time < (adds ? 2 : 1); ++time) {
+      with_place(n, [&](auto... place) {
+        if constexpr (adds) {
+          ptx::add_tensor(&map, shared.words, place...);
+        } else {
+          ptx::store_tensor(&map, shared.words, place...);
+        }
+      });
+    }
     ptx::commit_stores();
     ptx::wait_store_reads<0>();
     ptx::wait_stores<0>();
   }
+}
+
+// In: floats. Out: the same, and twice the same.
+__global__ void store_in_bulk(const uint32_t* in, uint32_t* out, int words) {
+  const Shared shared = shared_memory(words);
+  copy_words(shared.words, in, words);
+  ptx::fence_async_shared();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  ptx::store_bulk(out, shared.words, words * 4);
+  ptx::store_bulk(out + words, shared.words, words * 4);
+  ptx::commit_stores();
+  ptx::wait_stores<0>();
+  ptx::add_bulk(reinterpret_cast<float*>(out + words), reinterpret_cast<const float*>(shared.words), words * 4);
+  ptx::commit_stores();
+  ptx::wait_store_reads<0>();
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -328,9 +353,16 @@ const std::map<std::string, Run>& all_runs() {
       const auto map = ptx::encode_tensor_map(box_map(const_cast<uint32_t*>(a.in), a.numbers));
       start(a, load_box, 1, kThreads, a.out_words, 1, map, a.out, static_cast<int>(a.out_words), a.numbers);
     };
+    all["add_box"] = [](const Arrays& a) {
+      const auto map = ptx::encode_tensor_map(box_map(a.out, a.numbers));
+      start(a, store_box<true>, 1, kThreads, a.in_words, 1, map, a.in, static_cast<int>(a.in_words), a.numbers);
+    };
+    all["store_in_bulk"] = [](const Arrays& a) {
+      start(a, store_in_bulk, 1, kThreads, a.in_words, 1, a.in, a.out, static_cast<int>(a.in_words));
+    };
     all["store_box"] = [](const Arrays& a) {
       const auto map = ptx::encode_tensor_map(box_map(a.out, a.numbers));
-      start(a, store_box, 1, kThreads, a.in_words, 1, map, a.in, static_cast<int>(a.in_words), a.numbers);
+      start(a, store_box<false>, 1, kThreads, a.in_words, 1, map, a.in, static_cast<int>(a.in_words), a.numbers);
     };
     all["multicast"] = [](const Arrays& a) {
       TensorView rows = words(a.in, a.in_words);

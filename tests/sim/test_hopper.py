@@ -48,16 +48,16 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) an
 
 @pytest.fixture(params=DEVICES)
 def run(request, tmp_path_factory) -> Run:
-    """run(name, words, words that come out, numbers): what comes out, where nothing is written all ones."""
+    """run(name, words, words that come out, numbers): what comes out, where nothing is written `fill`."""
     device, order = request.param
     native = library(device, tmp_path_factory.getbasetemp())
     if device == "simulator":
         native.set_schedule(order.encode(), ctypes.c_uint64(5))
 
-    def call(name: str, given: Words, size: int, numbers=()) -> Words:
+    def call(name: str, given: Words, size: int, numbers=(), fill: int = -1) -> Words:
         place = "cpu" if device == "simulator" else "cuda"
         words = torch.from_numpy(np.ascontiguousarray(given, np.uint32).view(np.int32)).to(place)
-        out = torch.full((size,), -1, dtype=torch.int32, device=place)
+        out = torch.full((size,), fill, dtype=torch.int32, device=place)
         arrays = [ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(words.numel()),
                   ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.numel())]  # fmt: skip
         problem = native.run_layout(name.encode(), *arrays, (ctypes.c_int * 32)(*numbers))
@@ -151,6 +151,25 @@ def test_a_box_is_stored_where_it_lies_in_the_tensor(run, swizzle, dtype, sizes,
     numbers = box_numbers(dtype, swizzle, sizes, box, steps, place)
     found = run("store_box", given, expected.view(np.uint32).size, numbers)
     np.testing.assert_array_equal(found, expected.view(np.uint32))
+
+
+@SWIZZLES
+@pytest.mark.parametrize("dtype, sizes, box, steps, place", [b for b in BOXES if b[0] == "float32"], ids=str)
+def test_a_box_is_added_to_what_is_there(run, swizzle, dtype, sizes, box, steps, place):
+    box = swizzled_box(dtype, swizzle, box)
+    indices, inside = box_indices(sizes, box, steps, place)
+    elements = np.random.default_rng(4).integers(1, 2**15, len(indices)).astype(np.float32)
+    expected = np.zeros(np.prod(sizes), np.float32)
+    expected[indices[inside]] = 2 * elements[inside]
+    given = image(elements, swizzle).view(np.uint32)
+    found = run("add_box", given, expected.size, box_numbers(dtype, swizzle, sizes, box, steps, place), fill=0)
+    np.testing.assert_array_equal(found.view(np.float32), expected)
+
+
+def test_what_lies_together_is_stored_and_added_in_bulk(run):
+    floats = np.random.default_rng(4).standard_normal(200).astype(np.float32)
+    found = run("store_in_bulk", floats.view(np.uint32), 400).view(np.float32)
+    np.testing.assert_array_equal(found, np.concatenate([floats, 2 * floats]))
 
 
 GOOD = {"dtype": "float32", "swizzle": 3, "sizes": (40, 64), "box": (8, 32), "steps": (1, 1), "place": (0, 0)}

@@ -58,6 +58,12 @@ FINDINGS = {
     "memory",
     "stores_read_back": rf"{PLACE} races: reads {LINE} what a store of {PLACE} writes {LINE} with no wait_stores "
     "between: byte 0 of out",
+    "fetch_what_was_written": rf"{PLACE} needs a fence: its copy reads {LINE} what {PLACE} writes {LINE} with no "
+    "fence_async between: byte 12 of out",
+    "additions": rf"{PLACE} races: its copy (?:writes|changes atomically) {LINE} what a store of {PLACE} "
+    rf"(?:writes|changes atomically) {LINE} with no (?:wait_stores|barrier) between: byte 0 of out",
+    "copies_that_arrive": rf"({UNWRITTEN}|{PLACE} races: reads {LINE} what a copy of {PLACE} writes {LINE} with no "
+    rf"wait_copies between: {WHERE})",
     "products_no_wait": rf"{PLACE} reads {LINE} accumulators of a product {LINE} with no wgmma_wait between",
     "products_wait_one": rf"{PLACE} reads {LINE} accumulators of a product {LINE} with no wgmma_wait between",
     "products_no_fence": rf"{PLACE} calls wgmma {LINE} with no wgmma_fence before",

@@ -174,6 +174,70 @@ __device__ __forceinline__ void store_tensor(const TensorMap* map, const void* s
 #endif
 }
 
+// Adds to what is there, each element by itself: what others add meanwhile is not lost.
+template <class... Place>
+__device__ __forceinline__ void add_tensor(const TensorMap* map, const void* shared, Place... place) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int rank = sizeof...(place);
+  static_assert(rank >= 1 && rank <= 5);
+  const int at[] = {static_cast<int>(place)...};
+  if constexpr (rank == 1) {
+    asm volatile("cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group [%0, {%2}], [%1];" ::"l"(map),
+                 "r"(detail::shared_address(shared)), "r"(at[0])
+                 : "memory");
+  }
+  if constexpr (rank == 2) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+        "r"(detail::shared_address(shared)), "r"(at[0]), "r"(at[1])
+        : "memory");
+  }
+  if constexpr (rank == 3) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+        "r"(detail::shared_address(shared)), "r"(at[0]), "r"(at[1]), "r"(at[2])
+        : "memory");
+  }
+  if constexpr (rank == 4) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+            map),
+        "r"(detail::shared_address(shared)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+        : "memory");
+  }
+  if constexpr (rank == 5) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(
+            map),
+        "r"(detail::shared_address(shared)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+        : "memory");
+  }
+#else
+  __trap();
+#endif
+}
+
+// Bytes that lie together on both sides, of any number; addresses and number are multiples of 16.
+__device__ __forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(detail::shared_address(shared)), "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void add_bulk(float* global, const float* shared, int bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+               "r"(detail::shared_address(shared)), "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
 __device__ __forceinline__ void commit_stores() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -17,8 +17,12 @@ namespace twin {
   sim::load_tensor(shared, map->fields, at, barrier, blocks, __builtin_return_address(0));
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void store_tensor(const TensorMap* map, const sim::BoxPlace& at,
-                                                                       const void* shared) {
-  sim::store_tensor(map->fields, at, shared, __builtin_return_address(0));
+                                                                       const void* shared, bool adds) {
+  sim::store_tensor(map->fields, at, shared, adds, __builtin_return_address(0));
+}
+[[gnu::noinline, gnu::no_sanitize("thread")]] inline void store_bulk(void* global, const void* shared, int bytes,
+                                                                     bool adds) {
+  sim::store_bulk(global, shared, bytes, adds, __builtin_return_address(0));
 }
 
 }  // namespace twin
@@ -39,7 +43,19 @@ __forceinline__ void copy_tensor_multicast(void* shared, const TensorMap* map, M
 template <class... Place>
 __forceinline__ void store_tensor(const TensorMap* map, const void* shared, Place... place) {
   const sim::BoxPlace at{sizeof...(place), {static_cast<int>(place)...}};
-  twin::store_tensor(map, at, shared);
+  twin::store_tensor(map, at, shared, false);
+}
+template <class... Place>
+__forceinline__ void add_tensor(const TensorMap* map, const void* shared, Place... place) {
+  const sim::BoxPlace at{sizeof...(place), {static_cast<int>(place)...}};
+  twin::store_tensor(map, at, shared, true);
+}
+
+__forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
+  twin::store_bulk(global, shared, bytes, false);
+}
+__forceinline__ void add_bulk(float* global, const float* shared, int bytes) {
+  twin::store_bulk(global, shared, bytes, true);
 }
 
 __forceinline__ void commit_stores() { sim::commit_stores(); }
