@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -138,14 +139,20 @@ class Clocks {
       join(*all, *theirs);
       merged = theirs;
     }
-    for (int g : givers) give_own(g, *all);
+    for (int g : givers) {
+      give_own(g, *all);
+      step(g);
+    }
     for (int t : takers) known_[static_cast<size_t>(t)] = all;
   }
 
-  // Thread arrives: what it knew or did joins what the phase will tell.
-  void release(int thread, Knowledge& phase) {
-    join(phase, *known_[static_cast<size_t>(thread)]);
-    give_own(thread, phase);
+  // Thread arrives: what it knew or did joins what phases will tell.
+  void release(int thread, std::initializer_list<Knowledge*> phases) {
+    for (Knowledge* phase : phases) {
+      join(*phase, *known_[static_cast<size_t>(thread)]);
+      give_own(thread, *phase);
+    }
+    step(thread);
   }
 
   void acquire(int thread, const Knowledge& phase) {
@@ -158,8 +165,6 @@ class Clocks {
     phase.resize(std::max(phase.size(), now_.size()), 0);
     phase[static_cast<size_t>(agent)] = std::max(phase[static_cast<size_t>(agent)], stamp);
   }
-
-  void end_phase(int carrier, Knowledge& phase) { tell(phase, carrier, now_[static_cast<size_t>(carrier)]++); }
 
   // ---- groups ----
 
@@ -212,7 +217,7 @@ class Clocks {
 
   void give_own(int thread, Knowledge& all) {
     all.resize(std::max(all.size(), now_.size()), 0);
-    all[static_cast<size_t>(thread)] = now_[static_cast<size_t>(thread)]++;
+    all[static_cast<size_t>(thread)] = now_[static_cast<size_t>(thread)];
     for (const Waited& own : own_[static_cast<size_t>(thread)]) {
       if (own.agent < 0) continue;
       uint32_t& until = all[static_cast<size_t>(own.agent)];

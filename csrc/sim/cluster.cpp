@@ -59,9 +59,7 @@ void Machine::end_block(int block) {
              " uses its shared memory (" + source_line(access.site) + ") with no cluster_wait between";
   }
   for (const Mbarrier& b : mbarriers_) {
-    if (!memory.is_dynamic(b.address) && block_count_ > 1) continue;
-    if (block_count_ > 1 && memory.block_of(b.address) != block) continue;
-    if (b.last_copy == 0 || known(b.carrier, b.last_copy)) continue;
+    if (block_of(b) != block || b.last_copy == 0 || known(b.carrier, b.last_copy)) continue;
     fault_ = block_name(block) + " ends with no mbarrier_wait for a bulk copy to it (" + source_line(b.copy_site) + ")";
   }
 }
@@ -83,7 +81,7 @@ void Machine::cluster_arrive(bool orders, Site site) {
   cluster_.owes[self] = true;
   ++cluster_.next[self];
   ++cluster_.arrived;
-  if (orders) memory.clocks.release(self, cluster_.gathered);
+  if (orders) memory.clocks.release(self, {&cluster_.gathered});
   try_cluster_barrier();
   if (preempts()) yield();
 }

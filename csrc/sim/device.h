@@ -61,7 +61,7 @@ void mbarrier_init_fence();
 void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int expected_bytes,
                      const void* return_address);
 void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address);
-bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site);
+bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site);
 
 // What the asynchronous unit copies (bulk.h). `blocks`: the cluster's blocks that a box goes to, 0 for the own.
 struct BoxPlace {

@@ -66,7 +66,7 @@ class Machine {
   void mbarrier_init_fence();
   void mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, uintptr_t site);
   void mbarrier_arrive_for_copies(uintptr_t address, bool counted, uintptr_t site);
-  bool mbarrier_try_wait(uintptr_t address, int parity, uintptr_t return_address, Site site);
+  bool mbarrier_try_wait(uintptr_t address, int parity, bool cluster, uintptr_t return_address, Site site);
 
   // Bulk copies (bulk.cpp).
   void copy_bulk(Transfer transfer, uintptr_t mbarrier, uintptr_t site);
@@ -163,8 +163,8 @@ class Machine {
   bool meet_warpgroup(const char* operation, uint64_t value, Site site);
 
   Mbarrier* find_mbarrier(uintptr_t address);
+  int block_of(const Mbarrier& mbarrier) const { return mbarrier.thread / count_; }  // who initialises it owns it
   Mbarrier& mbarrier_at(uintptr_t address, const char* operation, uintptr_t site, By by = By::thread);
-  void arrive(Mbarrier& mbarrier, int bytes, const char* operation, uintptr_t site);
   void try_end_phase(Mbarrier& mbarrier);
   void copies_have_come();
   std::string missing_of_mbarriers() const;

@@ -69,7 +69,11 @@ void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arr
     fail("arrives (" + source_line(site) +
          ") where its mbarrier's phase waits for bytes only: " + memory.name_of(address));
   }
-  memory.clocks.release(current_->number, b.gathered);
+  if (block_of(b) == block()) {
+    memory.clocks.release(current_->number, {&b.gathered.all, &b.gathered.own});
+  } else {
+    memory.clocks.release(current_->number, {&b.gathered.all});
+  }
   --b.missing;
   try_end_phase(b);
   if (!fault_.empty()) yield();
@@ -100,14 +104,17 @@ void Machine::copies_have_come() {
                " arrive where their mbarrier's phase waits for bytes only: " + memory.name_of(b.address);
       return;
     }
-    memory.clocks.tell(b.gathered, memory.clocks.agent(arrival.thread, Deeds::copies), arrival.group);
+    for (Clocks::Knowledge* told : {&b.gathered.all, &b.gathered.own}) {
+      memory.clocks.tell(*told, memory.clocks.agent(arrival.thread, Deeds::copies), arrival.group);
+    }
     --b.missing;
     try_end_phase(b);
   }
 }
 
-// A first look at a phase that has not ended says so, which a kernel must stand; a second one waits.
-bool Machine::mbarrier_try_wait(uintptr_t address, int parity, uintptr_t return_address, Site site) {
+// A first look at a phase that has not ended says so, which a kernel must stand; a second one waits. Only a wait of the
+// cluster's scope orders what threads of other blocks did before they arrived.
+bool Machine::mbarrier_try_wait(uintptr_t address, int parity, bool cluster, uintptr_t return_address, Site site) {
   if (block_count_ > 1 && memory.is_dynamic(address) && memory.block_of(address) != block()) {
     fail("waits for another block's mbarrier (" + source_line(return_address) + ")");
   }
@@ -125,19 +132,21 @@ bool Machine::mbarrier_try_wait(uintptr_t address, int parity, uintptr_t return_
     if (first && !ended()) return false;
   }
   self.looked = false;
-  memory.clocks.acquire(self.number, b.released);
+  memory.clocks.acquire(self.number, cluster ? b.released.all : b.released.own);
   return true;
 }
 
 void Machine::try_end_phase(Mbarrier& b) {
   if (b.missing > 0 || b.bytes != 0) return;
   if (b.under_way > 0) {
-    const int block = b.thread / count_;
-    fault_ = "in " + block_name(block) + " a phase ends while a bulk copy is under way that reports to its mbarrier, " +
-             memory.name_of(b.address) + ": it expects fewer bytes than come";
+    fault_ = "in " + block_name(block_of(b)) +
+             " a phase ends while a bulk copy is under way that reports to its mbarrier, " + memory.name_of(b.address) +
+             ": it expects fewer bytes than come";
     return;
   }
-  memory.clocks.end_phase(b.carrier, b.gathered);
+  const uint32_t transfers = memory.clocks.now(b.carrier);
+  memory.clocks.step(b.carrier);
+  for (Clocks::Knowledge* told : {&b.gathered.all, &b.gathered.own}) memory.clocks.tell(*told, b.carrier, transfers);
   b.released = std::exchange(b.gathered, {});
   b.missing = b.arrivals;
   ++b.phase;
@@ -174,9 +183,9 @@ void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return
   Machine::the().mbarrier_arrive_for_copies(number(mbarrier), counted, number(return_address));
 }
 
-bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site) {
+bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site) {
   const Unwatched simulator;
-  return Machine::the().mbarrier_try_wait(number(mbarrier), parity, number(return_address), site);
+  return Machine::the().mbarrier_try_wait(number(mbarrier), parity, cluster, number(return_address), site);
 }
 
 }  // namespace llmengine::sim

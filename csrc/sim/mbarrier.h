@@ -28,7 +28,12 @@ struct Mbarrier {
   uint32_t last_copy = 0;  // the stamp of the latest one, and where it was issued
   uintptr_t copy_site = 0;
   std::vector<int> waiting;
-  Clocks::Knowledge gathered, released;  // by this phase; by the last
+  // What arrivals told: in this phase, in the last; of all threads, and of those of the mbarrier's own block, which is
+  // what a wait of the block's scope acquires.
+  struct Told {
+    Clocks::Knowledge all, own;
+  };
+  Told gathered, released;
 };
 
 }  // namespace llmengine::sim

@@ -321,6 +321,25 @@ __global__ void neighbours(const float* in, float* out) {
   }
 }
 
+// The first block writes to the second, and arrives. Broken: who waits there acquires what its own block did.
+template <bool broken>
+__global__ void message(const float* in, float* out) {
+  Shared& s = shared_memory();
+  if (thread() == 0) ptx::mbarrier_init(&s.full[0], kTile);
+  ptx::cluster_sync();
+  if (ptx::block_in_cluster() == 0) {
+    ptx::store_cluster_4(ptx::map_to_block(s.tiles, 1) + 4 * thread(), __float_as_uint(in[thread()]));
+    ptx::mbarrier_arrive_cluster(ptx::map_to_block(&s.full[0], 1));
+  } else {
+    if constexpr (broken) {
+      ptx::mbarrier_wait(&s.full[0], 0);
+    } else {
+      ptx::mbarrier_wait_cluster(&s.full[0], 0);
+    }
+    out[thread()] = s.tiles[0][kTile - 1 - thread()];
+  }
+}
+
 enum class Multicast : uint8_t { none, begin, wait, bytes, mask };
 
 // Each of two blocks brings a box to both.
@@ -433,6 +452,7 @@ Cases all_cases() {
       {"neighbours_beyond", plain(neighbours<broken, Cluster::beyond>, 128, 2)},
       {"neighbours_static_memory", plain(neighbours<broken, Cluster::static_memory>, 128, 2)},
       {"neighbours_warp", plain(neighbours<broken, Cluster::warp>, 128, 2)},
+      {"message", plain(message<broken>, 128, 2)},
       {"multicasts_begin", from_map(multicasts<broken, Multicast::begin>, 128, 2)},
       {"multicasts_wait", from_map(multicasts<broken, Multicast::wait>, 128, 2)},
       {"multicasts_bytes", from_map(multicasts<broken, Multicast::bytes>, 128, 2)},

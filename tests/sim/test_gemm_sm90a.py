@@ -111,6 +111,10 @@ BREAKS = {
         "ptx::mbarrier_wait_cluster(&shared.empty[s], turn.parity ^ 1);", "",
         "its copy writes .* what a product of|with no mbarrier_wait between|deadlock|where its mbarrier's phase waits",
     ),
+    "waits for the other block in its own scope": (
+        "ptx::mbarrier_wait_cluster(&shared.empty[s]", "ptx::mbarrier_wait(&shared.empty[s]",
+        "its copy writes .* what a product of .* with no",
+    ),
     "too few bytes expected": (
         "Shared<columns>::kStageBytes);", "Shared<columns>::kStageBytes - 128);",
         "it expects fewer bytes than come|with no mbarrier_wait between|deadlock|reads shared memory that no thread",

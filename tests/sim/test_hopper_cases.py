@@ -90,6 +90,7 @@ FINDINGS = {
     rf"simulator has dynamic shared memory only {LINE}",
     "neighbours_warp": rf"deadlock in {BLOCK}: (?:{BLOCK}, threads 0-31 at __syncthreads {LINE}; {BLOCK}, threads "
     rf"32-127 at cluster_wait {LINE}(?:; )?){{2}}",
+    "message": rf"({RACE}|{BLOCK} ends while {PLACE} uses its shared memory {LINE} with no cluster_wait between)",
     "multicasts_begin": rf"({PLACE} uses {LINE} shared memory of {BLOCK}, which may not have begun: there is no "
     rf"cluster_wait before|{PLACE} calls mbarrier_try_wait {LINE} on (what no thread has initialised as an mbarrier|an "
     rf"mbarrier that {PLACE} initialises {LINE} with no barrier between: {WHERE}))",

@@ -54,7 +54,7 @@ __forceinline__ void store_cluster_16(ClusterAddress to, uint4 word) { twin::sto
 
 __forceinline__ void mbarrier_arrive_cluster(ClusterAddress barrier) { twin::arrive_cluster(barrier); }
 __forceinline__ void mbarrier_wait_cluster(Mbarrier* barrier, int parity, sim::Site site = sim::Site::current()) {
-  while (!twin::try_wait(barrier, parity, site)) {}
+  while (!twin::try_wait(barrier, parity, true, site)) {}
 }
 
 }  // namespace llmengine::ptx

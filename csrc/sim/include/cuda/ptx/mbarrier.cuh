@@ -21,8 +21,9 @@ namespace twin {
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void arrive_for_copies(Mbarrier* barrier, bool counted) {
   sim::mbarrier_arrive_for_copies(barrier, counted, __builtin_return_address(0));
 }
-[[gnu::noinline, gnu::no_sanitize("thread")]] inline bool try_wait(Mbarrier* barrier, int parity, sim::Site site) {
-  return sim::mbarrier_try_wait(barrier, parity, __builtin_return_address(0), site);
+[[gnu::noinline, gnu::no_sanitize("thread")]] inline bool try_wait(Mbarrier* barrier, int parity, bool cluster,
+                                                                   sim::Site site) {
+  return sim::mbarrier_try_wait(barrier, parity, cluster, __builtin_return_address(0), site);
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void copy(void* shared, const void* global, int bytes,
                                                                Mbarrier* barrier) {
@@ -43,10 +44,10 @@ __forceinline__ void mbarrier_expect_tx(Mbarrier* barrier, int bytes) {
 __forceinline__ void mbarrier_arrive_for_copies(Mbarrier* barrier) { twin::arrive_for_copies(barrier, true); }
 __forceinline__ void mbarrier_arrive_also_for_copies(Mbarrier* barrier) { twin::arrive_for_copies(barrier, false); }
 __forceinline__ bool mbarrier_try_wait(Mbarrier* barrier, int parity, sim::Site site = sim::Site::current()) {
-  return twin::try_wait(barrier, parity, site);
+  return twin::try_wait(barrier, parity, false, site);
 }
 __forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity, sim::Site site = sim::Site::current()) {
-  while (!twin::try_wait(barrier, parity, site)) {}
+  while (!twin::try_wait(barrier, parity, false, site)) {}
 }
 __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* barrier) {
   twin::copy(shared, global, bytes, barrier);
