@@ -97,9 +97,10 @@ void Machine::run_cluster() {
   bulk_copies_.clear();
   at_warpgroup_.assign(ready_.size(), {});
   products_.assign(ready_.size(), {});
+  products_under_way_ = 0;
   last_ = schedule.order == Order::reversed ? total_ : -1;
   for (int t = 0; t < total_; ++t) {
-    threads_[t].number = t;
+    threads_[t].number = t, threads_[t].block = t / count_, threads_[t].index = index_of(t);
     fibres_[t].prepare(thread_body, this);
     make_ready(threads_[t]);
   }
@@ -123,9 +124,9 @@ void Machine::run_cluster() {
 // What is under way may take effect whenever a thread stops.
 void Machine::stopped(int thread) {
   copies_.stopped(thread, schedule.order, random_);
-  copies_have_come();
-  bulk_copies_may_finish(false);
-  products_may_finish();
+  if (!arrivals_of_copies_.empty()) copies_have_come();
+  if (!bulk_copies_.empty()) bulk_copies_may_finish(false);
+  if (products_under_way_ > 0) products_may_finish();
 }
 
 // No thread can go on: whether something that is under way takes effect.

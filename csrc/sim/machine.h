@@ -42,9 +42,9 @@ class Machine {
   void run(const Launch& launch);
 
   // For the thread that runs:
-  Index3 thread_index() const { return index_of(current_->number); }
+  Index3 thread_index() const { return current_->index; }
   Index3 block_index() const { return block_index(block()); }
-  int block() const { return current_->number / count_; }  // in its cluster
+  int block() const { return current_->block; }  // in its cluster
   const Launch& launch() const { return *launch_; }
   int lane() const { return current_->number % 32; }
   void block_barrier(Site site);
@@ -100,7 +100,8 @@ class Machine {
   enum class Meeting : uint8_t { block, named, warp, warpgroup, mbarrier, cluster, registers };
 
   struct Thread {
-    int number = 0;
+    int number = 0, block = 0;  // in the cluster
+    Index3 index;               // in the block
     State state = State::ready;
     // What it waits for, while it waits:
     Meeting meeting = Meeting::block;
@@ -220,7 +221,8 @@ class Machine {
   ClusterBarrier cluster_;
   std::vector<std::vector<int>> at_warpgroup_;  // the threads that have come, by the warpgroup's first warp
   std::vector<std::vector<Product>> products_;  // under way, in order, by the same
-  std::vector<int> warp_registers_;             // of each thread of a warp
+  int products_under_way_ = 0;
+  std::vector<int> warp_registers_;  // of each thread of a warp
   std::mt19937_64 random_;
   std::string fault_;
 };

@@ -62,6 +62,7 @@ void Memory::begin_launch(const Launch& launch) {
 
 void Memory::begin_cluster(int threads_of_block, int blocks) {
   threads_ = threads_of_block, blocks_ = blocks;
+  known_to_all_ = {};
   clocks.begin_cluster(threads_ * blocks_);
   if (blocks_ > dynamic_blocks_) {
     dynamic_ = std::make_unique<Dynamic[]>(static_cast<size_t>(blocks_));
@@ -77,7 +78,9 @@ void Memory::begin_cluster(int threads_of_block, int blocks) {
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
   const bool shared = is_shared(access.address);
-  if (auto problem = foreign(access, thread)) return problem;
+  if (blocks_ > 1) {
+    if (auto problem = foreign(access, thread)) return problem;
+  }
   if (shared || !region_at(access.address, access.size)) {
     if (!shared && is_constant(access)) return {};
     if (auto problem = outside(access)) return problem;
@@ -134,7 +137,6 @@ uintptr_t Memory::in_block(uintptr_t address, int block) const {
 
 // What a block of a cluster may not touch.
 std::optional<std::string> Memory::foreign(const Access& access, int thread) const {
-  if (blocks_ == 1) return {};
   if (is_dynamic(access.address)) {
     if (access.remote || block_of(access.address) == thread / threads_) return {};
     return std::string(verb(access.kind)) + " another block's shared memory, but not by its cluster address";
@@ -274,9 +276,15 @@ Memory::Cell& Memory::cell(uintptr_t address) {
 }
 
 bool Memory::comes_after(const Access& access, int agent, uint32_t stamp, int thread) const {
-  if (access.by == By::warp) return clocks.before_all(agent, stamp, thread / 32 * 32, 32);
-  if (access.by == By::product) return clocks.before_all(agent, stamp, first_of_warpgroup(thread), 128);
-  return clocks.before(agent, stamp, thread);
+  if (access.by != By::warp && access.by != By::product) return clocks.before(agent, stamp, thread);
+  const bool warp = access.by == By::warp;
+  const int first = warp ? thread / 32 * 32 : first_of_warpgroup(thread), count = warp ? 32 : 128;
+  // What all know they will always know, and the next row's past is mostly this one's.
+  const Known asked{agent, stamp, first, count};
+  if (asked == known_to_all_) return true;
+  const bool known = clocks.before_all(agent, stamp, first, count);
+  if (known) known_to_all_ = asked;
+  return known;
 }
 
 std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access, int thread) const {

@@ -133,6 +133,14 @@ class Memory {
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_ = 0;
   Page* last_ = nullptr;
+  struct Known {  // to the `count` threads from `first` on
+    int agent = -1;
+    uint32_t stamp = 0;
+    int first = 0, count = 0;
+
+    bool operator==(const Known&) const = default;
+  };
+  mutable Known known_to_all_;
   std::vector<uintptr_t> sites_;
   std::unordered_map<uintptr_t, uint32_t> site_numbers_;
 };

@@ -219,6 +219,7 @@ void Machine::wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane& l
   product.late = moment.late;
   auto& queue = products_[static_cast<size_t>(first / 32)];
   queue.push_back(product);
+  ++products_under_way_;
   while (moment.at_once && !queue.empty()) finish_product(static_cast<size_t>(first / 32));
 }
 
@@ -255,6 +256,7 @@ void Machine::products_may_finish() {
 void Machine::finish_product(size_t warp) {
   products_[warp].front().take_effect();
   products_[warp].erase(products_[warp].begin());
+  --products_under_way_;
 }
 
 // ---- what kernels call ----------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ BREAKS = {
     ),
     "waits for the other block in its own scope": (
         "ptx::mbarrier_wait_cluster(&shared.empty[s]", "ptx::mbarrier_wait(&shared.empty[s]",
-        "its copy writes .* what a product of .* with no",
+        "its copy writes .* what a (?:product of|bulk copy) .* with no",
     ),
     "too few bytes expected": (
         "Shared<columns>::kStageBytes);", "Shared<columns>::kStageBytes - 128);",
