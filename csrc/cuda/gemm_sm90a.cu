@@ -1,6 +1,7 @@
 // The host's side of gemm_sm90a.cuh: from tensors to tensor maps and a grid.
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <string>
 
 #include "common/check.h"
@@ -90,6 +91,10 @@ void validate(const GemmSm90a& p) {
 void run(const GemmSm90a& p, Stream stream) {
   validate(p);
   if (p.out.numel() == 0) return;
+  if (const int found = compute_capability(); found != 90) {
+    throw std::runtime_error("gemm_sm90a: the device has compute capability " + std::to_string(found / 10) + "." +
+                             std::to_string(found % 10) + "; allowed: 9.0");
+  }
   p.a.dtype == DType::bf16 ? launch_type<bf16>(p, stream) : launch_type<f16>(p, stream);
 }
 

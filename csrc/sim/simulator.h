@@ -77,6 +77,7 @@ void run(const Launch& launch);
 struct Device {
   int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests
   size_t shared_bytes_per_block = 227 << 10;
+  int compute_capability = 90;
 };
 inline constexpr Device kDevice;
 

@@ -156,6 +156,11 @@ void Machine::touch_operand(const MatrixView& view, const char* operation, int a
     fail(std::string("calls ") + operation + " (" + source_line(site) + ") " + problem);
   };
   if (view.descriptor >> 49 & 7) complain("with a base offset in a descriptor, which the simulator does not model");
+  const uintptr_t span = 16 * span_of(view.swizzle()), start = field(view.descriptor, 0) % (8 * span);
+  if (view.swizzle() != 0 && start >= span) {
+    complain("with a tile of which the swizzle's pattern begins " + std::to_string(start / span * span) +
+             " bytes behind a multiple of " + std::to_string(8 * span) + ", where it must begin");
+  }
   const int in_chunk = 16 / view.element_bytes;
   for (int row = 0; row < view.rows; ++row) {
     for (int column = 0; column < view.columns; column += in_chunk) {

@@ -190,7 +190,8 @@ enum class Product : uint8_t {
   branches,
   warp,
   descriptors,
-  outside
+  outside,
+  pattern
 };
 
 // 64 x 16 by 16 x 16, bf16, twice, a in shared memory and in registers; k-major, without a swizzle.
@@ -208,6 +209,9 @@ __global__ void products(const float* in, float* out) {
   const bool other = mistake == Product::descriptors && thread() >= 64;
   const auto a = ptx::matrix_descriptor(tiles + (other ? 4 : 0), 1024, 128, Swizzle::none);
   const auto b = ptx::matrix_descriptor(tiles + 512, mistake == Product::outside ? 1 << 17 : 256, 128, Swizzle::none);
+  // One row of a swizzle's pattern too far.
+  const auto rows =
+      ptx::matrix_descriptor(tiles + (mistake == Product::pattern ? 544 : 512), 16, 256, Swizzle::bytes_32);
   float d[8] = {}, e[8] = {};
   uint32_t fragment[4] = {0x3f803f80, 0x3f803f80, 0x40004000, 0x3f803f80};
   if constexpr (mistake != Product::no_fence) ptx::wgmma_fence(d);
@@ -221,7 +225,7 @@ __global__ void products(const float* in, float* out) {
   }
   ptx::wgmma_commit();
   if constexpr (mistake == Product::overwritten) tiles[thread()] = 0.0f;
-  ptx::wgmma<Multiplicand::bf16>(e, fragment, b, false);
+  ptx::wgmma<Multiplicand::bf16>(e, fragment, rows, false);
   ptx::wgmma_commit();
   if constexpr (mistake == Product::registers) fragment[1] = __float_as_uint(in[1]);
   if constexpr (mistake == Product::wait_one) {
@@ -441,6 +445,7 @@ Cases all_cases() {
       {"products_warp", plain(products<broken, Product::warp>)},
       {"products_descriptors", plain(products<broken, Product::descriptors>)},
       {"products_outside", plain(products<broken, Product::outside>)},
+      {"products_pattern", plain(products<broken, Product::pattern>)},
       {"early_release", from_map(early_release<broken>, 160)},
       {"product_of_three_warps", plain(product_of_three_warps<broken>, broken ? 96 : 128)},
       {"neighbours_begin", plain(neighbours<broken, Cluster::begin>, 128, 2)},
