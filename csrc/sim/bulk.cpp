@@ -96,15 +96,15 @@ void Machine::copy_bulk(Transfer transfer, uintptr_t mbarrier, uintptr_t site) {
   BulkCopy copy;
   copy.pieces = {transfer};
   copy.bytes = transfer.size;
-  report_to(copy, b, 0, site);
+  report_to(copy, b, site);
   issue(std::move(copy));
 }
 
-void Machine::report_to(BulkCopy& copy, Mbarrier& b, ptrdiff_t offset, uintptr_t site) {
+void Machine::report_to(BulkCopy& copy, Mbarrier& b, uintptr_t site) {
   ++b.under_way;
   b.last_copy = memory.clocks.now(b.carrier);
   b.copy_site = site;
-  copy.destinations.push_back({static_cast<size_t>(&b - mbarriers_.data()), offset});
+  copy.mbarrier = static_cast<int>(&b - mbarriers_.data());
 }
 
 // `blocks`: bit b is set for block b of the cluster, at the same place of whose shared memory the box goes, and the
@@ -118,8 +118,7 @@ void Machine::load_tensor(uintptr_t shared, const TensorMapFields& map, const Bo
     fail("copies a box to blocks " + std::to_string(blocks) + ", of which not all are in its cluster of " +
          std::to_string(block_count_) + " (" + source_line(site) + ")");
   }
-  BulkCopy copy;
-  copy.bytes = box.bytes();
+  std::vector<BulkCopy> copies;
   for (int block = 0; block < block_count_; ++block) {
     if (!(blocks >> block & 1)) continue;
     const auto place = [&](uintptr_t address) { return block_count_ == 1 ? address : memory.in_block(address, block); };
@@ -134,12 +133,14 @@ void Machine::load_tensor(uintptr_t shared, const TensorMapFields& map, const Bo
             current_->number);
     }
     check({place(shared), box.bytes(), Kind::write, site, By::bulk, b.carrier, true}, current_->number);
-    report_to(copy, b, static_cast<ptrdiff_t>(place(shared) - shared), site);
+    BulkCopy& copy = copies.emplace_back();
+    copy.bytes = box.bytes();
+    for_each_stretch(box, place(shared), [&](char* to, const char* from, uint32_t bytes) {
+      copy.pieces.push_back({to, from, bytes, from ? bytes : 0});
+    });
+    report_to(copy, b, site);
   }
-  for_each_stretch(box, shared, [&](char* to, const char* from, uint32_t bytes) {
-    copy.pieces.push_back({to, from, bytes, from ? bytes : 0});
-  });
-  issue(std::move(copy));
+  for (BulkCopy& copy : copies) issue(std::move(copy));
 }
 
 void Machine::check_box(uintptr_t shared, const TensorMapFields& map, int rank, uintptr_t site) {
@@ -250,19 +251,12 @@ bool Machine::bulk_copies_may_finish(bool last_moment) {
 void Machine::finish_bulk_copy(size_t i) {
   const BulkCopy copy = std::move(bulk_copies_[i]);
   bulk_copies_.erase(bulk_copies_.begin() + static_cast<std::ptrdiff_t>(i));
-  for (size_t p = 0; p < copy.pieces.size() && copy.destinations.empty(); ++p) {
-    copy.adds ? copy.pieces[p].add_floats() : copy.pieces[p].take_effect();
-  }
-  for (const BulkCopy::Destination& destination : copy.destinations) {
-    for (Transfer piece : copy.pieces) {
-      piece.to += destination.offset;
-      piece.take_effect();
-    }
-    Mbarrier& b = mbarriers_[destination.mbarrier];
-    --b.under_way;
-    b.bytes -= copy.bytes;
-    try_end_phase(b);
-  }
+  for (const Transfer& piece : copy.pieces) copy.adds ? piece.add_floats() : piece.take_effect();
+  if (copy.mbarrier < 0) return;
+  Mbarrier& b = mbarriers_[static_cast<size_t>(copy.mbarrier)];
+  --b.under_way;
+  b.bytes -= copy.bytes;
+  try_end_phase(b);
 }
 
 // ---- what kernels call ----------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 // What the asynchronous unit copies: in bulk, and boxes of tensors (PTX ISA, "cp.async.bulk", "cp.async.bulk.tensor").
 //
 //   A copy takes effect as the schedule says, like other copies (copies.h). To shared memory it reports to an mbarrier,
-//   in each block that it goes to, and the last legal moment is when no thread can go on. To global memory it belongs
-//   to a group of its thread, and the last moment is the wait for that group, or for the reads of it. It may add to
-//   what is there, float by float and each one atomically: in which order, nobody says.
+//   and the last legal moment is when no thread can go on; to several blocks it goes as several copies. To global
+//   memory it belongs to a group of its thread, and the last moment is the wait for that group, or for the reads of it.
+//   It may add to what is there, float by float and each one atomically: in which order, nobody says.
 //
 //   A tensor map (ptx/tensor_map.cuh) says where the tensor lies, how large a box is, and how it is laid out in shared
 //   memory. There a box is dense, its first dimension running fastest; swizzled, the 16-byte chunk of an address is
@@ -25,12 +25,7 @@ namespace llmengine::sim {
 struct BulkCopy {
   std::vector<Transfer> pieces;
   uint32_t bytes = 0;
-  // To shared memory: the blocks' mbarriers, and how far from the first block's memory theirs lies.
-  struct Destination {
-    size_t mbarrier;
-    ptrdiff_t offset;
-  };
-  std::vector<Destination> destinations;
+  int mbarrier = -1;  // to shared memory: where it reports to
   // To global memory: whose it is.
   int thread = -1;
   uint32_t group = 0;

@@ -172,7 +172,7 @@ class Machine {
 
   void issue(BulkCopy copy);
   void need_fenced(const Mbarrier& mbarrier, const char* operation, uintptr_t site);
-  void report_to(BulkCopy& copy, Mbarrier& mbarrier, ptrdiff_t offset, uintptr_t site);
+  void report_to(BulkCopy& copy, Mbarrier& mbarrier, uintptr_t site);
   void check_box(uintptr_t shared, const TensorMapFields& map, int rank, uintptr_t site);
   BulkCopy begin_store(uintptr_t shared, uint64_t bytes, bool adds, uintptr_t site);
   void store_piece(BulkCopy& copy, const char* shared, const char* global, uint32_t bytes, uintptr_t site);
@@ -184,7 +184,7 @@ class Machine {
   std::string missing_of_blocks() const;
   void try_cluster_barrier();
   void check_remote(uintptr_t address, int agent, const char* what, uintptr_t site);
-  bool give_registers(int thread, int count);
+  bool give_registers(int warp, int count);
 
   void touch_local(const Access& access);
   void check_registers(int thread, const WgmmaLane& lane, const WgmmaShape& shape, const char* operation);

@@ -317,6 +317,26 @@ def test_a_product_of_every_width(run, n, a_form):
     np.testing.assert_array_equal(multiply(run, "bf16", n, a_form, "k", 3, a, b, d, True), a @ b + d)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_a_product_of_random_numbers(run, kind):
+    """Within a few units in the last place of the largest term, whatever the order of the sum."""
+    depth, rng = 8 if kind == "tf32" else 16, np.random.default_rng(3)
+    a, b = (rng.integers(-64, 64, size) / 16 for size in ((64, depth), (depth, 64)))
+    d = rng.standard_normal((64, 64)).astype(np.float32)
+    found = multiply(run, kind, 64, "k", "k", 3 if depth == 16 else 1, a, b, d, True)
+    terms = np.abs(d) + np.abs(a) @ np.abs(b)
+    assert (np.abs(found - (d.astype(np.float64) + a @ b)) <= terms * 2.0**-22).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_infinity_and_nan_reach_their_row_or_column_alone(run, kind):
+    depth = 8 if kind == "tf32" else 16
+    a, b = np.ones((64, depth)), np.ones((depth, 64))
+    a[35, 5], b[2, 6] = np.inf, np.nan
+    found = np.delete(multiply(run, kind, 64, "k", "k", 2, a, b, np.zeros((64, 64)), False), 6, axis=1)
+    assert np.isinf(found[35]).all() and (np.delete(found, 35, axis=0) == depth).all()
+
+
 @pytest.mark.parametrize("a_form", ["k", "registers"])
 @pytest.mark.parametrize("swizzle", [0, 3], ids=["plain", "128B"])
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
