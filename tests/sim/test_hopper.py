@@ -357,6 +357,11 @@ def test_a_multicast_brings_a_box_to_every_block(run):
     np.testing.assert_array_equal(found, np.stack([rows, rows], 1))
 
 
+def test_blocks_that_are_no_whole_clusters_are_an_error_that_names_them(run):
+    with pytest.raises(RuntimeError, match=r"\(grid \(3, 1, 1\), block \(128, 1, 1\), cluster \(2, 1, 1\), "):
+        run("multicast", np.zeros(3 * 128), 3 * 256)
+
+
 @pytest.mark.parametrize("name", ["ring", "wide_ring"])
 def test_blocks_write_to_and_read_from_each_other(run, name):
     words = np.random.default_rng(2).integers(0, 2**31, (2, 4, 32), dtype=np.uint32)  # two rings of four blocks
