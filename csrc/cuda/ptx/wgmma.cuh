@@ -142,5 +142,6 @@ __device__ __forceinline__ void wgmma(float (&d)[count], const uint32_t (&a)[4],
 
 }  // namespace llmengine::ptx
 
-#include "cuda/ptx/wgmma_registers.cuh"  // IWYU pragma: export
-#include "cuda/ptx/wgmma_shared.cuh"     // IWYU pragma: export
+// What an instruction of each width is made of needs all that stands above.
+#include "cuda/ptx/wgmma_registers.cuh"
+#include "cuda/ptx/wgmma_shared.cuh"
