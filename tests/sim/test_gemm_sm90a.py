@@ -163,7 +163,7 @@ BREAKS = {
     "wrong swizzle of panels": ("((c + lane / 16) ^ line % 8) * 8", "(c + lane / 16) * 8", "exceeds"),
     "wrong advance along k": (
         "across ? kPerProduct * 128 : kPerProduct * 2;", "across ? kPerProduct * 128 : kPerProduct * 4;",
-        "exceeds|product reads",
+        "exceeds|with a tile of which the swizzle's pattern begins",
     ),
     "wrong half of b": (
         "shared.b[s] + block * kShare * kDepth", "shared.b[s] + (1 - block) * kShare * kDepth", "exceeds|races",
