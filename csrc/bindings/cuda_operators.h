@@ -11,6 +11,7 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/gemm_sm90a.h"
 #include "cuda/gradient_norm.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
@@ -47,6 +48,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("gemm_sm90a", cuda::GemmSm90a{});
   operation("gradient_norm", cuda::GradientNorm{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});

@@ -13,12 +13,18 @@ std::string device_problem() {
   return count == 0 ? "there is no CUDA device" : "";
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
+static int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-  return count;
+  return value;
+}
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+int compute_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace llmengine::cuda

@@ -19,6 +19,7 @@ inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::
 // when first asked, so the module loads everywhere.
 std::string device_problem();
 
-int multiprocessors();  // of the current device
+int multiprocessors();     // of the current device
+int compute_capability();  // 90 for 9.0
 
 }  // namespace llmengine::cuda

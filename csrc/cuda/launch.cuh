@@ -18,15 +18,18 @@ struct LaunchSite {
   cudaStream_t stream;
   const TensorView& operand;  // the one whose shape a message tells
   size_t shared_bytes = 0;
+  dim3 cluster = {1, 1, 1};  // blocks that run together (ptx/cluster.cuh; sm_90)
 };
 
 [[noreturn]] inline void fail(const LaunchSite& at, cudaError_t error) {
   const auto shape = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
   };
+  const bool clusters = at.cluster.x * at.cluster.y * at.cluster.z > 1;
   throw std::runtime_error(std::string(at.kernel) + " of " + name(at.operand.dtype) + " " + at.operand.shape() + ": " +
                            cudaGetErrorString(error) + " (grid " + shape(at.grid) + ", block " + shape(at.block) +
-                           ", " + std::to_string(at.shared_bytes) + " bytes of dynamic shared memory)");
+                           (clusters ? ", cluster " + shape(at.cluster) : "") + ", " + std::to_string(at.shared_bytes) +
+                           " bytes of dynamic shared memory)");
 }
 
 // A grid without blocks is an empty input: nothing is launched. Nothing here synchronises, so a stream may be
@@ -45,6 +48,13 @@ void launch(const LaunchSite& at, void (*kernel)(Parameters...), const std::type
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = at.stream;
+  cudaLaunchAttribute cluster{};
+  if (at.cluster.x * at.cluster.y * at.cluster.z > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = at.cluster.x, cluster.val.clusterDim.y = at.cluster.y;
+    cluster.val.clusterDim.z = at.cluster.z;
+    config.attrs = &cluster, config.numAttrs = 1;
+  }
   const auto error = cudaLaunchKernelEx(&config, kernel, given...);
   if (error != cudaSuccess) fail(at, error);
 }

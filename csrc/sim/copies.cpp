@@ -1,12 +1,23 @@
 #include "sim/copies.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace llmengine::sim {
 
 void Transfer::take_effect() const {
-  if (bytes > 0) std::memcpy(shared, global, bytes);
-  std::memset(shared + bytes, 0, size - bytes);
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  std::memset(to + bytes, 0, size - bytes);
+}
+
+void Transfer::add_floats() const {
+  for (uint32_t at = 0; at < bytes; at += sizeof(float)) {
+    float sum, more;
+    std::memcpy(&sum, to + at, sizeof(float));
+    std::memcpy(&more, from + at, sizeof(float));
+    sum += more;
+    std::memcpy(to + at, &sum, sizeof(float));
+  }
 }
 
 void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
@@ -38,7 +49,12 @@ void Copies::wait(int thread, uint32_t group) {
   });
 }
 
-void Copies::end_block() {
+bool Copies::has_any(int thread, uint32_t group) const {
+  const auto& copies = under_way_[static_cast<size_t>(thread)];
+  return std::any_of(copies.begin(), copies.end(), [=](const Copy& copy) { return copy.group <= group; });
+}
+
+void Copies::end_cluster() {
   for (const auto& copies : under_way_) {
     for (const Copy& copy : copies) copy.take_effect();
   }

@@ -9,6 +9,10 @@
 
 #include "sim/simulator.h"
 
+namespace llmengine {
+struct TensorMapFields;
+}
+
 namespace llmengine::sim {
 
 using Site = std::source_location;
@@ -51,12 +55,40 @@ void copy_async(void* shared, const void* global, int size, int bytes, const voi
 void commit_copies();
 void wait_copies(int pending);
 
-// Mbarriers, and bulk copies that report to them. Only where an mbarrier is initialised do its bytes count for memory.
+// Mbarriers. Only where one is initialised do its bytes count for memory. An address may be another block's.
 void mbarrier_init(void* mbarrier, int arrivals, const void* return_address);
 void mbarrier_init_fence();
-void mbarrier_arrive(void* mbarrier, int expected_bytes, const void* return_address);
-bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site);
+void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int expected_bytes,
+                     const void* return_address);
+void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address);
+bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site);
+
+// What the asynchronous unit copies (bulk.h). `blocks`: the cluster's blocks that a box goes to, 0 for the own.
+struct BoxPlace {
+  int rank;
+  int place[5];
+};
 void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
+void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, void* mbarrier, uint32_t blocks,
+                 const void* return_address);
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+                  const void* return_address);
+void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address);
+void commit_stores();
+void wait_stores(int pending, bool reads_only);
+void fence_async(bool global);
+
+// Blocks of a cluster (cluster.h).
+int block_in_cluster();
+int blocks_of_cluster();
+void cluster_arrive(bool orders, Site site);
+void cluster_wait(Site site);
+uintptr_t map_to_block(const void* shared, int block, const void* return_address);
+void touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address);
+
+// Of whole warps: the registers of each thread, and one lane of them.
+void set_registers(const char* operation, int count, bool increase, Site site);
+bool elect_one(Site site);
 
 void* dynamic_shared();
 

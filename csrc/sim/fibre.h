@@ -24,6 +24,7 @@ class Fibre {
   void suspend();  // from the fibre: back into the scheduler
 
   bool holds(uintptr_t address) const { return address - low_ < kStackBytes; }
+  size_t offset_of(uintptr_t address) const { return address - low_; }
 
  private:
   struct Portable;  // ucontext, where switch.S has no code for the processor

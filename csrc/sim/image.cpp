@@ -13,6 +13,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <set>
 #include <sstream>
 
 namespace llmengine::sim {
@@ -100,6 +101,7 @@ void Image::read_symbols() {
   const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(bytes.data());
   const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(bytes.data() + header->e_shoff);
   const uintptr_t offset = header->e_type == ET_DYN ? base_ : 0;
+  std::set<std::string> guarded;
   for (int s = 0; s < header->e_shnum; ++s) {
     if (sections[s].sh_type != SHT_SYMTAB) continue;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(bytes.data() + sections[s].sh_offset);
@@ -111,12 +113,16 @@ void Image::read_symbols() {
       const std::string name = names + symbol.st_name;
       const int type = symbol.st_info & 15;
       if (type == STT_FUNC) functions_.push_back({begin, name});
-      // "_ZZ" heads the mangled names of what functions declare
-      if (type == STT_OBJECT && name.starts_with("_ZZ") && begin % 4096 == 0) {
-        shared_.push_back({begin, begin + symbol.st_size, last_part(demangled(name))});
+      // "_ZZ" heads the mangled names of what functions declare, "_ZGVZ" those of their guards
+      if (name.starts_with("_ZGVZ")) guarded.insert("_Z" + name.substr(4));
+      const bool zeros = symbol.st_shndx < header->e_shnum && sections[symbol.st_shndx].sh_type == SHT_NOBITS;
+      if (type == STT_OBJECT && zeros && name.starts_with("_ZZ") && begin % 4096 == 0) {
+        shared_.push_back({begin, begin + symbol.st_size, name});
       }
     }
   }
+  std::erase_if(shared_, [&](const SharedVariable& v) { return guarded.count(v.name) > 0; });
+  for (SharedVariable& v : shared_) v.name = last_part(demangled(v.name));
   const auto by_begin = [](const auto& a, const auto& b) { return a.begin < b.begin; };
   std::sort(shared_.begin(), shared_.end(), by_begin);
   std::sort(functions_.begin(), functions_.end(), by_begin);

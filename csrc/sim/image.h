@@ -20,8 +20,8 @@ class Image {
  public:
   static const Image& own();
 
-  // Every __shared__ variable of the image: what include/cuda_runtime.h makes of it, a static variable of a function
-  // that begins a page, nothing else is.
+  // Every __shared__ variable of the image: what include/cuda_runtime.h makes of it is a static variable of a function
+  // that begins a page. Others may by chance, but they have an initial value, or a guard for the making of one.
   const std::vector<SharedVariable>& shared_variables() const { return shared_; }
   const SharedVariable* shared_variable_at(uintptr_t address) const;  // on whose pages the address lies, or null
 

@@ -16,11 +16,6 @@ namespace {
 
 constexpr int kNamedBarriers = 16;
 
-std::string text(Site site) {
-  const std::string path = site.file_name();
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line());
-}
-
 bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same_line(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
 
@@ -45,6 +40,13 @@ std::string text(Index3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
+std::string text(Site site) {
+  const std::string path = site.file_name();
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+
+uintptr_t number(const void* address) { return reinterpret_cast<uintptr_t>(address); }
+
 Machine& Machine::the() {
   static Machine machine;
   return machine;
@@ -53,64 +55,95 @@ Machine& Machine::the() {
 // The symbols are read when the program starts: later, a rebuilt file may have taken the place of the one that runs.
 [[maybe_unused]] static const Image& kImage = Image::own();
 
-// ---- launches and blocks --------------------------------------------------------------------------------------------
+// ---- launches and clusters ------------------------------------------------------------------------------------------
 
 void Machine::run(const Launch& launch) {
   launch_ = &launch;
   count_ = static_cast<int>(launch.block.count());
-  while (static_cast<int>(fibres_.size()) < count_) fibres_.emplace_back();
+  block_count_ = static_cast<int>(launch.cluster.count());
+  total_ = count_ * block_count_;
+  while (static_cast<int>(fibres_.size()) < total_) fibres_.emplace_back();
   memory.begin_launch(launch);
   random_.seed(schedule.seed);
   fault_.clear();
-  std::vector<uint64_t> blocks(launch.grid.count());
-  std::iota(blocks.begin(), blocks.end(), 0);
-  if (schedule.order == Order::reversed) std::reverse(blocks.begin(), blocks.end());
-  if (schedule.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random_);
-  for (const uint64_t b : blocks) {
-    block_ = {static_cast<unsigned>(b % launch.grid.x), static_cast<unsigned>(b / launch.grid.x % launch.grid.y),
-              static_cast<unsigned>(b / launch.grid.x / launch.grid.y)};
-    run_block();
+  const Index3 grid{launch.grid.x / launch.cluster.x, launch.grid.y / launch.cluster.y,
+                    launch.grid.z / launch.cluster.z};
+  std::vector<uint64_t> clusters(grid.count());
+  std::iota(clusters.begin(), clusters.end(), 0);
+  if (schedule.order == Order::reversed) std::reverse(clusters.begin(), clusters.end());
+  if (schedule.order == Order::random) std::shuffle(clusters.begin(), clusters.end(), random_);
+  for (const uint64_t c : clusters) {
+    first_block_ = {static_cast<unsigned>(c % grid.x) * launch.cluster.x,
+                    static_cast<unsigned>(c / grid.x % grid.y) * launch.cluster.y,
+                    static_cast<unsigned>(c / grid.x / grid.y) * launch.cluster.z};
+    run_cluster();
     current_ = nullptr;
-    if (!fault_.empty())
-      throw std::runtime_error(Image::own().function_name(reinterpret_cast<uintptr_t>(launch.kernel)) + ": " + fault_);
+    if (fault_.empty()) continue;
+    // A test that breaks kernels loads a module for each, and a process may have so many mappings.
+    fibres_.clear();
+    throw std::runtime_error(Image::own().function_name(number(launch.kernel)) + ": " + fault_);
   }
 }
 
-void Machine::run_block() {
-  memory.begin_block(count_);
-  threads_.assign(static_cast<size_t>(count_), Thread{});
-  ready_.assign(static_cast<size_t>((count_ + 31) / 32), 0);
+void Machine::run_cluster() {
+  memory.begin_cluster(count_, block_count_);
+  threads_.clear();
+  threads_.resize(static_cast<size_t>(total_));
+  ready_.assign(static_cast<size_t>((total_ + 31) / 32), 0);
   in_collective_.assign(ready_.size(), 0);
   exited_.assign(ready_.size(), 0);
-  named_.assign(kNamedBarriers, {});
-  at_barrier_ = 0;
-  copies_.begin_block(count_);
+  begin_blocks();
+  copies_.begin_cluster(total_);
+  arrivals_of_copies_.clear();
   mbarriers_.clear();
-  mbarriers_.reserve(Clocks::kMbarriers);  // threads hold references to them while they stop
+  mbarriers_.reserve(static_cast<size_t>(kMbarriers * block_count_));  // threads hold references while they stop
   bulk_copies_.clear();
-  last_ = schedule.order == Order::reversed ? count_ : -1;
-  for (int t = 0; t < count_; ++t) {
-    threads_[t].number = t;
+  at_warpgroup_.assign(ready_.size(), {});
+  products_.assign(ready_.size(), {});
+  products_under_way_ = 0;
+  last_ = schedule.order == Order::reversed ? total_ : -1;
+  for (int t = 0; t < total_; ++t) {
+    threads_[t].number = t, threads_[t].block = t / count_, threads_[t].index = index_of(t);
     fibres_[t].prepare(thread_body, this);
     make_ready(threads_[t]);
   }
   while (fault_.empty()) {
     const int t = pick();
-    if (t < 0 && bulk_copies_may_finish(true)) continue;
+    if (t < 0 && something_may_finish()) continue;
     if (t < 0) break;
     last_ = t;
     current_ = &threads_[t];
     fibres_[t].resume();
-    copies_.stopped(t, schedule.order, random_);
-    bulk_copies_may_finish(false);
+    stopped(t);
   }
-  copies_.end_block();
-  for (const BulkCopy& copy : bulk_copies_) copy.take_effect();
+  copies_.end_cluster();
   const bool all_exited =
       std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::exited; });
   if (fault_.empty() && !all_exited) {
-    fault_ = "deadlock in block " + text(block_) + ": " + position_of_all() + missing_of_mbarriers();
+    fault_ = "deadlock in " + block_name(0) + ": " + position_of_all() + missing_of_mbarriers() + missing_of_blocks();
   }
+}
+
+// What is under way may take effect whenever a thread stops.
+void Machine::stopped(int thread) {
+  copies_.stopped(thread, schedule.order, random_);
+  if (!arrivals_of_copies_.empty()) copies_have_come();
+  if (!bulk_copies_.empty()) bulk_copies_may_finish(false);
+  if (products_under_way_ > 0) products_may_finish();
+}
+
+// No thread can go on: whether something that is under way takes effect.
+bool Machine::something_may_finish() {
+  if (bulk_copies_may_finish(true)) return true;
+  if (arrivals_of_copies_.empty()) return false;
+  copies_.wait(arrivals_of_copies_.front().thread, arrivals_of_copies_.front().group);
+  copies_have_come();
+  return true;
+}
+
+Machine::Moment Machine::choose_moment() {
+  const auto choice = schedule.order == Order::random ? random_() % 4 : 0;
+  return {schedule.order == Order::reversed || choice == 1, schedule.order == Order::forward || choice == 2};
 }
 
 void Machine::thread_body(void* argument) {
@@ -131,6 +164,9 @@ void Machine::exit_thread() {
     fault_ = position(self.number) + " exits while " + position(l) + " waits for it at " + threads_[l].operation +
              " (" + text(threads_[l].site) + ")";
   }
+  if (fault_.empty()) leave_nothing_under_way(self);
+  if (fault_.empty() && ++blocks_[block()].exited == count_) end_block(block());
+  if (fault_.empty()) try_cluster_barrier();
   yield();
 }
 
@@ -170,7 +206,7 @@ int Machine::pick() {
 // Stays in the warp of the thread that ran last while one of its lanes is ready.
 int Machine::pick_warp_by_warp(bool reversed) {
   const int warps = static_cast<int>(ready_.size());
-  const int start = std::clamp(last_, 0, count_ - 1) / 32;
+  const int start = std::clamp(last_, 0, total_ - 1) / 32;
   for (int i = 0; i < warps; ++i) {
     const int warp = reversed ? (start - i + warps) % warps : (start + i) % warps;
     if (const uint32_t lanes = ready_[warp]) {
@@ -181,8 +217,8 @@ int Machine::pick_warp_by_warp(bool reversed) {
 }
 
 int Machine::pick_next() {
-  for (int i = 1; i <= count_; ++i) {
-    const int t = (last_ + i) % count_;
+  for (int i = 1; i <= total_; ++i) {
+    const int t = (last_ + i) % total_;
     if (threads_[t].state == State::ready) return t;
   }
   return -1;
@@ -211,24 +247,24 @@ bool Machine::preempts() {
 
 void Machine::block_barrier(Site site) {
   wait(Meeting::block, "__syncthreads", site);
-  ++at_barrier_;
-  try_block_barrier();
+  ++blocks_[block()].at_barrier;
+  try_block_barrier(block());
   yield();
 }
 
-void Machine::try_block_barrier() {
-  if (at_barrier_ < count_) return;
+void Machine::try_block_barrier(int block) {
+  if (blocks_[block].at_barrier < count_) return;
   std::vector<int> all(static_cast<size_t>(count_));
-  std::iota(all.begin(), all.end(), 0);
-  for (const Thread& t : threads_) {
-    if (!same_line(t.site, threads_[0].site)) {
-      fault_ = "divergent barrier in block " + text(block_) + ": " + position_of_all();
+  std::iota(all.begin(), all.end(), block * count_);
+  for (const int t : all) {
+    if (!same_line(threads_[t].site, threads_[all[0]].site)) {
+      fault_ = "divergent barrier in " + block_name(block) + ": " + position_of_all();
       return;
     }
   }
   memory.clocks.meet(all, all);
-  at_barrier_ = 0;
-  for (Thread& t : threads_) make_ready(t);
+  blocks_[block].at_barrier = 0;
+  for (const int t : all) make_ready(threads_[t]);
 }
 
 void Machine::named_barrier(int id, int threads, bool wait_here, Site site) {
@@ -238,7 +274,7 @@ void Machine::named_barrier(int id, int threads, bool wait_here, Site site) {
     fail("gives barrier " + std::to_string(id) + " " + std::to_string(threads) + " threads; whole warps are needed (" +
          text(site) + ")");
   }
-  NamedBarrier& barrier = named_[id];
+  NamedBarrier& barrier = blocks_[block()].named[id];
   if (!barrier.arrived.empty() && barrier.threads != threads) {
     fail("gives barrier " + std::to_string(id) + " " + std::to_string(threads) + " threads where others gave " +
          std::to_string(barrier.threads) + " (" + text(site) + ")");
@@ -275,7 +311,7 @@ Gathered Machine::meet_warp(const char* operation, uint32_t mask, uint64_t value
 }
 
 void Machine::whole_warp(const char* operation, void* brought, CarryOut carry_out, Site site) {
-  const int warp = current_->number / 32, lanes = std::min(count_ - warp * 32, 32);
+  const int warp = current_->number / 32, lanes = std::min(total_ - warp * 32, 32);
   const auto complain = [&](const std::string& problem) {
     fail(std::string("calls ") + operation + " (" + text(site) + "), which takes a whole warp, " + problem);
   };
@@ -299,7 +335,7 @@ void Machine::meet(uint32_t mask, uint64_t value, bool orders, CarryOut carry_ou
 
 std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
   std::vector<int> numbers;
-  for (int t = warp * 32; t < std::min(count_, warp * 32 + 32); ++t) {
+  for (int t = warp * 32; t < std::min(total_, warp * 32 + 32); ++t) {
     if (mask >> (t % 32) & 1) numbers.push_back(t);
   }
   return numbers;
@@ -308,7 +344,7 @@ std::vector<int> Machine::lanes_of(int warp, uint32_t mask) const {
 // Completes the collective that `last` has come to, if it is the last one.
 void Machine::try_collective(const Thread& last) {
   const int warp = last.number / 32;
-  const uint32_t present = ~0u >> (31 - (std::min(count_, warp * 32 + 32) - 1) % 32), mask = last.mask & present;
+  const uint32_t present = ~0u >> (31 - (std::min(total_, warp * 32 + 32) - 1) % 32), mask = last.mask & present;
   if (mask & ~in_collective_[warp]) return;
   Gathered gathered{};
   gathered.lanes = mask;
@@ -329,10 +365,50 @@ void Machine::try_collective(const Thread& last) {
   }
 }
 
+// Lane that elect_one chooses: always the same one in a launch, but which is the schedule's affair.
+int Machine::elected() const {
+  if (schedule.order == Order::reversed) return 31;
+  return schedule.order == Order::random ? static_cast<int>(schedule.seed % 32) : 0;
+}
+
+// Whether the running thread is the last one of its warpgroup; the others have stopped until it was.
+bool Machine::meet_warpgroup(const char* operation, uint64_t value, Site site) {
+  Thread& self = *current_;
+  const int first = memory.first_of_warpgroup(self.number);
+  const auto complain = [&](const std::string& problem) {
+    fail(std::string("calls ") + operation + " (" + text(site) + "), which takes a whole warpgroup, " + problem);
+  };
+  if (first % count_ + 128 > count_) {
+    complain("in a block of " + std::to_string(count_) + " threads");
+  }
+  for (int t = first; t < first + 128; ++t) {
+    if (threads_[t].state == State::exited) complain("but " + position(t) + " has exited");
+  }
+  wait(Meeting::warpgroup, operation, site);
+  self.value = value;
+  std::vector<int>& come = at_warpgroup_[static_cast<size_t>(first / 32)];
+  come.push_back(self.number);
+  const Thread& other = threads_[come.front()];
+  if (!same_line(other.site, site) || !same_text(other.operation, operation)) {
+    fail(std::string("calls ") + operation + " (" + text(site) + ") where " + position(other.number) +
+         " of its warpgroup calls " + other.operation + " (" + text(other.site) + ")");
+  }
+  if (come.size() < 128) {
+    yield();
+    return false;
+  }
+  for (const int t : come) make_ready(threads_[t]);
+  come.clear();
+  return true;
+}
+
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 void Machine::touch(const Access& access) {
-  if (fibres_[current_->number].holds(access.address)) return;  // local memory
+  if (fibres_[current_->number].holds(access.address)) {
+    if (current_->registers) touch_local(access);
+    return;
+  }
   if (preempts()) yield();
   check(access, current_->number);
 }
@@ -345,22 +421,42 @@ void Machine::check(const Access& access, int thread) {
   if (!problem) return;
   const std::string here = " (" + source_line(access.site) + ")";
   if (!conflict) fail(thread, *problem + here);
+  fail(thread,
+       *problem + here + " what " + other_side(*conflict) + ": " + memory.name_of(access.address + conflict->offset));
+}
+
+// Whose deed an access conflicts with, and what lacks between them.
+std::string Machine::other_side(const Conflict& conflict) const {
+  const std::string did = std::string(" ") + verb(conflict.kind) + " (" + source_line(conflict.site) + ")";
+  if (conflict.agent < 0) {
+    return std::string("a thread of another ") + (block_count_ == 1 ? "block" : "cluster") + did +
+           " without an order between " + (block_count_ == 1 ? "blocks" : "clusters");
+  }
   const Clocks& clocks = memory.clocks;
-  const int other = conflict->agent, owner = other < 0 ? -1 : clocks.thread_of(other);
-  const bool copy = other >= 0 && clocks.is_copier(other), bulk = other >= 0 && clocks.is_carrier(other);
-  const std::string whose = other < 0 ? "a thread of another block" : bulk ? "a bulk copy" : position(owner);
-  const std::string when = other < 0                                            ? " without an order between blocks"
-                           : bulk                                               ? " with no mbarrier_wait between"
-                           : copy && !clocks.has_waited(owner, conflict->stamp) ? " with no wait_copies between"
-                                                                                : " with no barrier between";
-  fail(thread, *problem + here + " what " + (copy ? "a copy of " : "") + whose + " " + verb(conflict->kind) + " (" +
-                   source_line(conflict->site) + ")" + when + ": " + memory.name_of(access.address));
+  const Deeds deeds = clocks.deeds_of(conflict.agent);
+  const int owner = clocks.thread_of(conflict.agent);
+  const std::string its = owner < 0 ? "" : position(owner);
+  if (conflict.unfenced) {
+    return (deeds == Deeds::copies ? "a copy of " : "") + its + did + " with no fence_async between";
+  }
+  const auto unless_waited = [&](const char* wait) {
+    return clocks.has_waited(owner, deeds, conflict.stamp) ? " with no barrier between"
+                                                           : std::string(" with no ") + wait + " between";
+  };
+  switch (deeds) {
+    case Deeds::copies: return "a copy of " + its + did + unless_waited("wait_copies");
+    case Deeds::transfers: return "a bulk copy" + did + " with no mbarrier_wait between";
+    case Deeds::store_reads: return "a store of " + its + did + unless_waited("wait_store_reads");
+    case Deeds::store_writes: return "a store of " + its + did + unless_waited("wait_stores");
+    case Deeds::products: return "a product of " + its + "'s warpgroup" + did + unless_waited("wgmma_wait");
+    default: return its + did + " with no barrier between";
+  }
 }
 
 // Checks and remembers both sides; addresses must be multiples of `alignment`.
-void Machine::check_copy(const Transfer& copy, uint32_t alignment, int agent, uintptr_t site) {
+void Machine::check_copy(const Transfer& copy, uint32_t alignment, By by, int agent, uintptr_t site) {
   const int self = current_->number;
-  const auto shared = reinterpret_cast<uintptr_t>(copy.shared), global = reinterpret_cast<uintptr_t>(copy.global);
+  const auto shared = number(copy.to), global = number(copy.from);
   const auto complain = [&](const std::string& problem) { fail(problem + " (" + source_line(site) + ")"); };
   const auto misaligned = [&](const char* way) {
     complain("copies " + std::to_string(copy.size) + " bytes " + way + " an address that is not a multiple of " +
@@ -368,11 +464,11 @@ void Machine::check_copy(const Transfer& copy, uint32_t alignment, int agent, ui
   };
   if (copy.bytes > 0) {
     if (global % alignment != 0) misaligned("from");
-    check({global, copy.bytes, Kind::read, site, By::copy, agent}, self);
+    check({global, copy.bytes, Kind::read, site, by, agent}, self);
     if (!memory.is_global(global)) complain("copies from memory that is not global");
   }
   if (shared % alignment != 0) misaligned("to");
-  check({shared, copy.size, Kind::write, site, By::copy, agent}, self);
+  check({shared, copy.size, Kind::write, site, by, agent}, self);
   if (!memory.is_shared(shared)) complain("copies to memory that is not shared");
 }
 
@@ -382,43 +478,63 @@ void Machine::copy_async(Copy copy, uintptr_t site) {
     fail("copies " + std::to_string(static_cast<int32_t>(copy.bytes)) + " bytes where 0 to " +
          std::to_string(copy.size) + " fit (" + source_line(site) + ")");
   }
-  const int self = current_->number, agent = memory.clocks.copier(self);
-  check_copy(copy, copy.size, agent, site);
+  const int self = current_->number, agent = memory.clocks.agent(self, Deeds::copies);
+  check_copy(copy, copy.size, By::copy, agent, site);
   copy.group = memory.clocks.now(agent);
   copies_.issue(self, copy, schedule.order, random_);
 }
 
+void Machine::commit_copies() {
+  const int agent = memory.clocks.agent(current_->number, Deeds::copies);
+  current_->copy_groups.push_back(memory.clocks.now(agent));
+  memory.clocks.step(agent);
+}
+
 void Machine::wait_copies(int pending) {
-  copies_.wait(current_->number, memory.clocks.wait(current_->number, static_cast<uint32_t>(pending)));
+  const auto& groups = current_->copy_groups;
+  if (groups.size() <= static_cast<size_t>(pending)) return;
+  const uint32_t until = groups[groups.size() - 1 - static_cast<size_t>(pending)];
+  copies_.wait(current_->number, until);
+  memory.clocks.waits(current_->number, Deeds::copies, until);
 }
 
 // ---- reports --------------------------------------------------------------------------------------------------------
 
 Index3 Machine::index_of(int number) const {
   const Index3 shape = launch_->block;
-  const auto n = static_cast<unsigned>(number);
+  const auto n = static_cast<unsigned>(number % count_);
   return {n % shape.x, n / shape.x % shape.y, n / shape.x / shape.y};
 }
 
-Index3 Machine::thread_index() const { return index_of(current_->number); }
-
-std::string Machine::position(int number) const {
-  return "thread " + text(index_of(number)) + " of block " + text(block_);
+Index3 Machine::block_index(int block) const {
+  const Index3 shape = launch_->cluster;
+  const auto b = static_cast<unsigned>(block);
+  return {first_block_.x + b % shape.x, first_block_.y + b / shape.x % shape.y, first_block_.z + b / shape.x / shape.y};
 }
 
+std::string Machine::position(int number) const {
+  return "thread " + text(index_of(number)) + " of " + block_name(number / count_);
+}
+
+// In a cluster of several blocks each one's threads are told behind its name.
 std::string Machine::position_of_all() const {
-  std::vector<std::pair<std::string, std::vector<int>>> groups;
-  for (const Thread& t : threads_) {
-    const std::string where = t.state == State::exited  ? "exited"
-                              : t.state == State::ready ? "running"
-                                                        : std::string("at ") + t.operation + " (" + text(t.site) + ")";
-    auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == where; });
-    if (group == groups.end()) group = groups.insert(groups.end(), {where, {}});
-    group->second.push_back(t.number);
-  }
   std::string result;
-  for (const auto& [where, numbers] : groups) {
-    result += (result.empty() ? "threads " : "; threads ") + ranges(numbers) + " " + where;
+  for (int b = 0; b < block_count_; ++b) {
+    std::vector<std::pair<std::string, std::vector<int>>> groups;
+    for (int i = 0; i < count_; ++i) {
+      const Thread& t = threads_[b * count_ + i];
+      const std::string where = t.state == State::exited ? "exited"
+                                : t.state == State::ready
+                                    ? "running"
+                                    : std::string("at ") + t.operation + " (" + text(t.site) + ")";
+      auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == where; });
+      if (group == groups.end()) group = groups.insert(groups.end(), {where, {}});
+      group->second.push_back(i);
+    }
+    const std::string name = block_count_ == 1 ? "" : block_name(b) + ", ";
+    for (const auto& [where, numbers] : groups) {
+      result += (result.empty() ? "" : "; ") + name + "threads " + ranges(numbers) + " " + where;
+    }
   }
   return result;
 }
@@ -432,7 +548,7 @@ Index3 block_index() { return Machine::the().block_index(); }
 Index3 block_shape() { return Machine::the().launch().block; }
 Index3 grid_shape() { return Machine::the().launch().grid; }
 int lane() { return Machine::the().lane(); }
-void* dynamic_shared() { return Machine::the().memory.dynamic_shared(); }
+void* dynamic_shared() { return Machine::the().memory.dynamic_shared(Machine::the().block()); }
 
 void block_barrier(Site site) {
   const Unwatched simulator;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "cuda/ptx/convert.cuh"
 #include "sim/machine.h"
@@ -144,6 +145,31 @@ void multiply(const Brought& brought) {
 }
 
 }  // namespace
+
+double number_of(Element element, uint32_t bits) {
+  switch (element) {
+    case Element::bf16: return number<Element::bf16>(bits, 0);
+    case Element::f16: return number<Element::f16>(bits, 0);
+    case Element::tf32: return number<Element::tf32>(bits, 0);
+  }
+  return 0.0;
+}
+
+void add_product(Element element, int rows, int n, int k, const double* a, const double* b, float* d) {
+  const int step = element == Element::tf32 ? 4 : 8;
+  std::vector<double> columns(static_cast<size_t>(k * kColumns));
+  for (int left = 0; left < n; left += kColumns) {
+    for (int i = 0; i < k * kColumns; ++i) columns[i] = b[i / kColumns * n + left + i % kColumns];
+    const auto* part = reinterpret_cast<const double (*)[kColumns]>(columns.data());
+    for (int m = 0; m < rows; ++m) {
+      auto& sums = *reinterpret_cast<float (*)[kColumns]>(d + m * n + left);
+      for (int first = 0; first < k; first += step) {
+        if (step == 8) add_products<8>(sums, a + m * k + first, part + first);
+        if (step == 4) add_products<4>(sums, a + m * k + first, part + first);
+      }
+    }
+  }
+}
 
 void load_matrices(const char* operation, int count, bool transposed, MatrixLane& lane, Site site) {
   const auto apply = count == 1   ? (transposed ? load<1, true> : load<1, false>)

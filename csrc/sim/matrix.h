@@ -32,6 +32,11 @@ struct MmaLane {
 };
 
 enum class Element : uint8_t { bf16, f16, tf32 };
+double number_of(Element element, uint32_t bits);
+
+// d (rows x n) += a (rows x k) b (k x n), row by row, as tensor cores add; n a multiple of 8.
+void add_product(Element element, int rows, int n, int k, const double* a, const double* b, float* d);
+
 void multiply_matrices(const char* operation, Element element, int k, MmaLane& lane, Site site);
 
 }  // namespace llmengine::sim

@@ -1,4 +1,4 @@
-// Machine's part for mbarriers and bulk copies.
+// Machine's part for mbarriers.
 #include "sim/mbarrier.h"
 
 #include <algorithm>
@@ -12,54 +12,112 @@ void Machine::mbarrier_init(uintptr_t address, int arrivals, uintptr_t site) {
   const auto complain = [&](const std::string& problem) {
     fail("initialises an mbarrier " + problem + " (" + source_line(site) + ")");
   };
-  if (arrivals <= 0) complain("for " + std::to_string(arrivals) + " arrivals");
+  if (arrivals <= 0 || arrivals > kMostCounted) complain("for " + std::to_string(arrivals) + " arrivals");
   if (preempts()) yield();
   check({address, sizeof(uint64_t), Kind::write, site}, current_->number);
   if (!memory.is_shared(address)) complain("that is not in shared memory");
   const int self = current_->number;
-  auto place = std::find_if(mbarriers_.begin(), mbarriers_.end(), [&](auto& b) { return b.address == address; });
-  const auto number = static_cast<int>(place - mbarriers_.begin());
-  if (number == Clocks::kMbarriers) complain("where the simulator has no room for more");
-  if (place != mbarriers_.end() && place->under_way > 0) complain("anew while a bulk copy reports to it");
-  if (place == mbarriers_.end()) place = mbarriers_.insert(place, Mbarrier{});
   Clocks& clocks = memory.clocks;
-  *place = Mbarrier{address, number, self, clocks.now(self), site, false, arrivals, arrivals, 0, 0, 0, {}, {}, {}};
-  place->gathered = place->released = clocks.nothing();
+  Mbarrier* place = find_mbarrier(address);
+  if (!place && mbarriers_.size() == mbarriers_.capacity()) complain("where the simulator has no room for more");
+  if (place && place->under_way > 0) complain("anew while a bulk copy reports to it");
+  if (!place) place = &mbarriers_.emplace_back();
+  *place = Mbarrier{};
+  place->address = address;
+  place->carrier = clocks.new_carrier();
+  place->thread = self, place->stamp = clocks.now(self), place->site = site;
+  place->arrivals = place->missing = arrivals;
 }
 
 void Machine::mbarrier_init_fence() {
   for (Mbarrier& b : mbarriers_) b.fenced = b.fenced || b.thread == current_->number;
 }
 
-// The mbarrier that the running thread uses: it must be one, and known to be.
-Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr_t site) {
+Mbarrier* Machine::find_mbarrier(uintptr_t address) {
+  const auto place = std::find_if(mbarriers_.begin(), mbarriers_.end(), [&](auto& b) { return b.address == address; });
+  return place == mbarriers_.end() ? nullptr : &*place;
+}
+
+// The mbarrier that the running thread, or a copy that it issues, uses, perhaps another block's: it must be one, and
+// known to be.
+Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr_t site, By by) {
   if (preempts()) yield();
   const auto call = [&] { return std::string("calls ") + operation + " (" + source_line(site) + ") on "; };
-  const auto place = std::find_if(mbarriers_.begin(), mbarriers_.end(), [&](auto& b) { return b.address == address; });
-  if (place == mbarriers_.end()) fail(call() + "what no thread has initialised as an mbarrier");
+  Mbarrier* place = find_mbarrier(address);
+  check_remote(address, place && by == By::bulk ? place->carrier : current_->number, "uses", site);
+  if (!place) fail(call() + "what no thread has initialised as an mbarrier");
   if (!memory.clocks.before(place->thread, place->stamp, current_->number)) {
     fail(call() + "an mbarrier that " + position(place->thread) + " initialises (" + source_line(place->site) +
          ") with no barrier between: " + memory.name_of(address));
   }
-  check({address, sizeof(uint64_t), Kind::atomic, site}, current_->number);
+  Access access{address, sizeof(uint64_t), Kind::atomic, site};
+  access.remote = true;
+  check(access, current_->number);
   return *place;
 }
 
-void Machine::mbarrier_arrive(uintptr_t address, int bytes, uintptr_t site) {
-  Mbarrier& b = mbarrier_at(address, bytes == 0 ? "mbarrier_arrive" : "mbarrier_arrive_expect_tx", site);
+// Whether it arrives or not, the phase expects so many bytes more.
+void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, uintptr_t site) {
+  Mbarrier& b = mbarrier_at(address, operation, site);
+  b.bytes += bytes;
+  if (bytes < 0 || b.bytes > kMostCounted) {
+    fail("expects " + std::to_string(b.bytes) + " bytes of an mbarrier (" + source_line(site) + "), which counts to " +
+         std::to_string(kMostCounted));
+  }
+  if (!arrives) return;
   if (b.missing == 0) {
     fail("arrives (" + source_line(site) +
          ") where its mbarrier's phase waits for bytes only: " + memory.name_of(address));
   }
-  memory.clocks.release(current_->number, b.gathered);
-  b.bytes += bytes;
+  if (block_of(b) == block()) {
+    memory.clocks.release(current_->number, {&b.gathered.all, &b.gathered.own});
+  } else {
+    memory.clocks.release(current_->number, {&b.gathered.all});
+  }
   --b.missing;
   try_end_phase(b);
   if (!fault_.empty()) yield();
 }
 
-// A first look at a phase that has not ended says so, which a kernel must stand; a second one waits.
-bool Machine::mbarrier_try_wait(uintptr_t address, int parity, uintptr_t return_address, Site site) {
+// Arrives when all copies that the thread has begun are there, which is all that it tells. `counted`: as one of those
+// that the phase waits for; otherwise as one more.
+void Machine::mbarrier_arrive_for_copies(uintptr_t address, bool counted, uintptr_t site) {
+  Mbarrier& b = mbarrier_at(address, "mbarrier_arrive_for_copies", site);
+  Clocks& clocks = memory.clocks;
+  const int agent = clocks.agent(current_->number, Deeds::copies);
+  if (!counted) ++b.missing;
+  arrivals_of_copies_.push_back({current_->number, clocks.now(agent), address});
+  clocks.step(agent);
+}
+
+void Machine::copies_have_come() {
+  for (size_t i = 0; i < arrivals_of_copies_.size();) {
+    const Arrival arrival = arrivals_of_copies_[i];
+    if (copies_.has_any(arrival.thread, arrival.group)) {
+      ++i;
+      continue;
+    }
+    arrivals_of_copies_.erase(arrivals_of_copies_.begin() + static_cast<std::ptrdiff_t>(i));
+    Mbarrier& b = *find_mbarrier(arrival.mbarrier);
+    if (b.missing == 0) {
+      fault_ = "copies of " + position(arrival.thread) +
+               " arrive where their mbarrier's phase waits for bytes only: " + memory.name_of(b.address);
+      return;
+    }
+    for (Clocks::Knowledge* told : {&b.gathered.all, &b.gathered.own}) {
+      memory.clocks.tell(*told, memory.clocks.agent(arrival.thread, Deeds::copies), arrival.group);
+    }
+    --b.missing;
+    try_end_phase(b);
+  }
+}
+
+// A first look at a phase that has not ended says so, which a kernel must stand; a second one waits. Only a wait of the
+// cluster's scope orders what threads of other blocks did before they arrived.
+bool Machine::mbarrier_try_wait(uintptr_t address, int parity, bool cluster, uintptr_t return_address, Site site) {
+  if (block_count_ > 1 && memory.is_dynamic(address) && memory.block_of(address) != block()) {
+    fail("waits for another block's mbarrier (" + source_line(return_address) + ")");
+  }
   Mbarrier& b = mbarrier_at(address, "mbarrier_try_wait", return_address);
   const auto ended = [&] { return (b.phase & 1) != static_cast<uint32_t>(parity); };
   if (parity != 0 && parity != 1) fail("waits for parity " + std::to_string(parity) + " of an mbarrier");
@@ -74,63 +132,25 @@ bool Machine::mbarrier_try_wait(uintptr_t address, int parity, uintptr_t return_
     if (first && !ended()) return false;
   }
   self.looked = false;
-  memory.clocks.acquire(self.number, b.released);
+  memory.clocks.acquire(self.number, cluster ? b.released.all : b.released.own);
   return true;
 }
 
 void Machine::try_end_phase(Mbarrier& b) {
   if (b.missing > 0 || b.bytes != 0) return;
   if (b.under_way > 0) {
-    fault_ = "in block " + text(block_) +
+    fault_ = "in " + block_name(block_of(b)) +
              " a phase ends while a bulk copy is under way that reports to its mbarrier, " + memory.name_of(b.address) +
              ": it expects fewer bytes than come";
     return;
   }
-  memory.clocks.end_phase(b.number, b.gathered);
-  b.released = std::exchange(b.gathered, memory.clocks.nothing());
+  const uint32_t transfers = memory.clocks.now(b.carrier);
+  memory.clocks.step(b.carrier);
+  for (Clocks::Knowledge* told : {&b.gathered.all, &b.gathered.own}) memory.clocks.tell(*told, b.carrier, transfers);
+  b.released = std::exchange(b.gathered, {});
   b.missing = b.arrivals;
   ++b.phase;
   for (const int t : std::exchange(b.waiting, {})) make_ready(threads_[t]);
-}
-
-// ---- bulk copies ----------------------------------------------------------------------------------------------------
-
-void Machine::copy_bulk(Transfer transfer, uintptr_t mbarrier, uintptr_t site) {
-  Mbarrier& b = mbarrier_at(mbarrier, "copy_bulk", site);
-  if (!b.fenced) {
-    fail("calls copy_bulk (" + source_line(site) + ") on an mbarrier that " + position(b.thread) + " initialises (" +
-         source_line(b.site) + ") with no mbarrier_init_fence between");
-  }
-  if (transfer.size == 0 || transfer.size % 16 != 0) {
-    fail("copies " + std::to_string(static_cast<int32_t>(transfer.size)) + " bytes in bulk (" + source_line(site) +
-         "); multiples of 16 are needed");
-  }
-  check_copy(transfer, 16, memory.clocks.carrier(b.number), site);
-  ++b.under_way;
-  const auto choice = schedule.order == Order::random ? random_() % 4 : 0;
-  bulk_copies_.push_back({transfer, b.number, schedule.order == Order::forward || choice == 2});
-  if (schedule.order == Order::reversed || choice == 1) finish_bulk_copy(bulk_copies_.size() - 1);
-  if (!fault_.empty()) yield();
-}
-
-// A moment at which bulk copies may take effect; the last one for those that are late, where no thread can go on.
-// Whether one did.
-bool Machine::bulk_copies_may_finish(bool last_moment) {
-  if (bulk_copies_.empty() || (schedule.order == Order::random && !last_moment && random_() % 4 != 0)) return false;
-  const size_t chosen = (schedule.order == Order::random ? random_() : bulk_copies_.size() - 1) % bulk_copies_.size();
-  if (bulk_copies_[chosen].late && !last_moment) return false;
-  finish_bulk_copy(chosen);
-  return true;
-}
-
-void Machine::finish_bulk_copy(size_t i) {
-  const BulkCopy copy = bulk_copies_[i];
-  bulk_copies_.erase(bulk_copies_.begin() + static_cast<std::ptrdiff_t>(i));
-  copy.take_effect();
-  Mbarrier& b = mbarriers_[copy.mbarrier];
-  --b.under_way;
-  b.bytes -= copy.size;
-  try_end_phase(b);
 }
 
 // What mbarriers that are waited for lack, for a report.
@@ -146,10 +166,6 @@ std::string Machine::missing_of_mbarriers() const {
 
 // ---- what kernels call ----------------------------------------------------------------------------------------------
 
-namespace {
-uintptr_t number(const void* p) { return reinterpret_cast<uintptr_t>(p); }
-}  // namespace
-
 void mbarrier_init(void* mbarrier, int arrivals, const void* return_address) {
   const Unwatched simulator;
   Machine::the().mbarrier_init(number(mbarrier), arrivals, number(return_address));
@@ -157,21 +173,19 @@ void mbarrier_init(void* mbarrier, int arrivals, const void* return_address) {
 
 void mbarrier_init_fence() { Machine::the().mbarrier_init_fence(); }
 
-void mbarrier_arrive(void* mbarrier, int bytes, const void* return_address) {
+void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int bytes, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().mbarrier_arrive(number(mbarrier), bytes, number(return_address));
+  Machine::the().mbarrier_arrive(operation, mbarrier, arrives, bytes, number(return_address));
 }
 
-bool mbarrier_try_wait(void* mbarrier, int parity, const void* return_address, Site site) {
+void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address) {
   const Unwatched simulator;
-  return Machine::the().mbarrier_try_wait(number(mbarrier), parity, number(return_address), site);
+  Machine::the().mbarrier_arrive_for_copies(number(mbarrier), counted, number(return_address));
 }
 
-void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address) {
+bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site) {
   const Unwatched simulator;
-  const auto size = static_cast<uint32_t>(bytes);
-  Machine::the().copy_bulk({static_cast<char*>(shared), static_cast<const char*>(global), size, size}, number(mbarrier),
-                           number(return_address));
+  return Machine::the().mbarrier_try_wait(number(mbarrier), parity, cluster, number(return_address), site);
 }
 
 }  // namespace llmengine::sim

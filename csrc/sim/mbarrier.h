@@ -1,37 +1,39 @@
-// The mbarriers of a block, and bulk copies under way that report to them. What they order stands in clocks.h: a phase
-// gathers what its arrivals release, and who waits for its end acquires that.
+// The mbarriers of a cluster. What they order stands in clocks.h: a phase gathers what its arrivals release, and who
+// waits for its end acquires that.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "sim/clocks.h"
-#include "sim/copies.h"
 
 namespace llmengine::sim {
 
+inline constexpr int kMbarriers = 64;               // of a block
+inline constexpr int kMostCounted = (1 << 20) - 1;  // arrivals, and bytes expected
+
 struct Mbarrier {
-  uintptr_t address;
-  int number;  // in its block
+  uintptr_t address = 0;
+  int carrier = 0;  // of the copies that report to it (clocks.h)
   // Where it was initialised, and whether a fence has shown it to the unit that carries out bulk copies.
-  int thread;
-  uint32_t stamp;
-  uintptr_t site;
+  int thread = 0;
+  uint32_t stamp = 0;
+  uintptr_t site = 0;
   bool fenced = false;
 
-  int arrivals, missing;  // of every phase; of this one
-  int64_t bytes = 0;      // expected in this phase and not come
+  int arrivals = 0, missing = 0;  // of every phase; of this one
+  int64_t bytes = 0;              // expected in this phase and not come
   uint32_t phase = 0;
-  int under_way = 0;  // copies that will report here
+  int under_way = 0;       // copies that will report here
+  uint32_t last_copy = 0;  // the stamp of the latest one, and where it was issued
+  uintptr_t copy_site = 0;
   std::vector<int> waiting;
-  Clocks::Knowledge gathered, released;  // by this phase; by the last
-};
-
-// Takes effect as the schedule says, like other copies (copies.h), but that the last legal moment is when no thread can
-// go on.
-struct BulkCopy : Transfer {
-  int mbarrier = 0;
-  bool late = false;
+  // What arrivals told: in this phase, in the last; of all threads, and of those of the mbarrier's own block, which is
+  // what a wait of the block's scope acquires.
+  struct Told {
+    Clocks::Knowledge all, own;
+  };
+  Told gathered, released;
 };
 
 }  // namespace llmengine::sim

@@ -38,7 +38,16 @@ const char* verb(Kind kind) {
   return "";
 }
 
-static const char* agent_of(By by) { return by == By::copy ? "its copy " : by == By::warp ? "its warp " : ""; }
+static const char* agent_of(By by) {
+  switch (by) {
+    case By::thread: return "";
+    case By::warp: return "its warp ";
+    case By::copy:
+    case By::bulk: return "its copy ";
+    case By::product: return "its product ";
+  }
+  return "";
+}
 
 void Memory::begin_launch(const Launch& launch) {
   pages_.clear();
@@ -51,9 +60,17 @@ void Memory::begin_launch(const Launch& launch) {
   parameters_end_ = parameters_ + launch.parameter_bytes;
 }
 
-void Memory::begin_block(int threads) {
-  clocks.begin_block(threads);
-  std::memset(dynamic_->bytes, 0xff, dynamic_bytes_);
+void Memory::begin_cluster(int threads_of_block, int blocks) {
+  threads_ = threads_of_block, blocks_ = blocks;
+  known_to_all_ = {};
+  clocks.begin_cluster(threads_ * blocks_);
+  if (blocks_ > dynamic_blocks_) {
+    dynamic_ = std::make_unique<Dynamic[]>(static_cast<size_t>(blocks_));
+    dynamic_blocks_ = blocks_;
+    pages_.clear();
+    last_ = nullptr;
+  }
+  for (int b = 0; b < blocks_; ++b) std::memset(dynamic_[b].bytes, 0xff, dynamic_bytes_);
   for (const SharedVariable& v : Image::own().shared_variables()) {
     std::memset(reinterpret_cast<void*>(v.begin), 0xff, v.end - v.begin);
   }
@@ -61,11 +78,15 @@ void Memory::begin_block(int threads) {
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
   const bool shared = is_shared(access.address);
+  if (blocks_ > 1) {
+    if (auto problem = foreign(access, thread)) return problem;
+  }
   if (shared || !region_at(access.address, access.size)) {
     if (!shared && is_constant(access)) return {};
     if (auto problem = outside(access)) return problem;
   }
-  if (std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
+  const bool own_alignment = access.by == By::bulk || access.by == By::product;  // whoever issues them checks it
+  if (!own_alignment && std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
     return std::string(verb(access.kind)) + " " + bytes(access.size) + " at an address that is not a multiple of " +
            std::to_string(access.size);
   }
@@ -78,12 +99,15 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
       continue;
     }
     past = byte;
-    if (shared && !clocks.of_this_block(byte.write_stamp)) byte = Cell{};  // an earlier block's
+    if (shared && !clocks.of_this_cluster(byte.write_stamp)) byte = Cell{};  // an earlier block's
     if (shared && access.kind != Kind::write && byte.write_stamp == 0) {
       return "reads shared memory that no thread of the block wrote";
     }
     conflict = conflict_at(byte, access, thread);
-    if (conflict) return std::string("races: ") + agent_of(access.by) + verb(access.kind);
+    if (conflict) {
+      conflict->offset = i;
+      return std::string(conflict->unfenced ? "needs a fence: " : "races: ") + agent_of(access.by) + verb(access.kind);
+    }
     remember(byte, access, thread, site);
     present = byte;
   }
@@ -98,8 +122,30 @@ bool Memory::is_constant(const Access& access) const {
   return Image::own().is_constant(access.address);
 }
 
-// The whole buffer, whatever the launch asked for: what lies beyond its size is an overrun of shared memory.
-bool Memory::is_dynamic(uintptr_t address) const { return address - address_of(dynamic_.get()) < sizeof(Dynamic); }
+// The whole buffers, whatever the launch asked for: what lies beyond its size is an overrun of shared memory.
+bool Memory::is_dynamic(uintptr_t address) const {
+  return address - address_of(dynamic_.get()) < static_cast<size_t>(blocks_) * sizeof(Dynamic);
+}
+
+int Memory::block_of(uintptr_t address) const {
+  return static_cast<int>((address - address_of(dynamic_.get())) / sizeof(Dynamic));
+}
+
+uintptr_t Memory::in_block(uintptr_t address, int block) const {
+  return address + (static_cast<uintptr_t>(block) - static_cast<uintptr_t>(block_of(address))) * sizeof(Dynamic);
+}
+
+// What a block of a cluster may not touch.
+std::optional<std::string> Memory::foreign(const Access& access, int thread) const {
+  if (is_dynamic(access.address)) {
+    if (access.remote || block_of(access.address) == thread / threads_) return {};
+    return std::string(verb(access.kind)) + " another block's shared memory, but not by its cluster address";
+  }
+  if (!Image::own().shared_variable_at(access.address)) return {};
+  return std::string(verb(access.kind)) +
+         " a __shared__ variable in a cluster of blocks, for which the simulator has "
+         "dynamic shared memory only";
+}
 
 bool Memory::is_shared(uintptr_t address) const {
   if (is_dynamic(address)) return true;
@@ -113,7 +159,7 @@ std::optional<std::string> Memory::outside(const Access& access) const {
            name + ", which has " + std::to_string(size);
   };
   if (is_dynamic(access.address)) {
-    const uint64_t offset = access.address - address_of(dynamic_.get());
+    const uint64_t offset = (access.address - address_of(dynamic_.get())) % sizeof(Dynamic);
     if (offset + access.size <= dynamic_bytes_) return {};
     return beyond(offset, "dynamic shared memory", dynamic_bytes_);
   }
@@ -207,7 +253,11 @@ std::string Memory::name_of(uintptr_t address) const {
   if (const SharedVariable* variable = Image::own().shared_variable_at(address)) {
     return at(variable->begin, "shared " + variable->name);
   }
-  if (is_dynamic(address)) return at(address_of(dynamic_.get()), "dynamic shared memory");
+  if (is_dynamic(address)) {
+    const int block = block_of(address);
+    const std::string whose = blocks_ == 1 ? "" : " of the cluster's block " + std::to_string(block);
+    return at(address_of(&dynamic_[block]), "dynamic shared memory" + whose);
+  }
   if (const Region* r = region_at(address, 1)) return at(r->begin, r->name);
   return "memory";
 }
@@ -225,17 +275,35 @@ Memory::Cell& Memory::cell(uintptr_t address) {
   return last_->cells[address - page];
 }
 
+bool Memory::comes_after(const Access& access, int agent, uint32_t stamp, int thread) const {
+  if (access.by != By::warp && access.by != By::product) return clocks.before(agent, stamp, thread);
+  const bool warp = access.by == By::warp;
+  const int first = warp ? thread / 32 * 32 : first_of_warpgroup(thread), count = warp ? 32 : 128;
+  // What all know they will always know, and the next row's past is mostly this one's.
+  const Known asked{agent, stamp, first, count};
+  if (asked == known_to_all_) return true;
+  const bool known = clocks.before_all(agent, stamp, first, count);
+  if (known) known_to_all_ = asked;
+  return known;
+}
+
 std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access, int thread) const {
   const auto unordered = [&](uint32_t stamp, int agent) {
     if (stamp == 0) return false;
-    if (!clocks.of_this_block(stamp)) return true;
-    return access.by == By::warp ? !clocks.before_warp(agent, stamp, thread) : !clocks.before(agent, stamp, thread);
+    return !clocks.of_this_cluster(stamp) || !comes_after(access, agent, stamp, thread);
   };
   const auto side = [&](Kind earlier, uint32_t stamp, int agent, uint32_t site) {
-    return Conflict{earlier, clocks.of_this_block(stamp) ? agent : -1, stamp, sites_[site]};
+    return Conflict{earlier, clocks.of_this_cluster(stamp) ? agent : -1, stamp, sites_[site]};
   };
-  if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) {
+  const auto last_write = [&] {
     return side(c.atomic ? Kind::atomic : Kind::write, c.write_stamp, c.writer, c.write_site);
+  };
+  if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) return last_write();
+  if ((access.by == By::bulk || access.by == By::product) && c.write_stamp != 0 &&
+      !clocks.fenced(c.writer, c.write_stamp, thread, is_global(access.address))) {
+    Conflict conflict = last_write();
+    conflict.unfenced = true;
+    return conflict;
   }
   if (access.kind == Kind::read) return {};
   for (int r = 0; r < kReaders; ++r) {
@@ -245,7 +313,7 @@ std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access,
 }
 
 void Memory::remember(Cell& c, const Access& access, int thread, uint32_t site) {
-  const int agent = access.by == By::copy ? access.agent : thread;
+  const int agent = access.agent >= 0 ? access.agent : thread;
   const uint32_t now = clocks.now(agent);
   if (access.kind != Kind::read) {
     c = Cell{};
@@ -254,8 +322,9 @@ void Memory::remember(Cell& c, const Access& access, int thread, uint32_t site) 
     return;
   }
   // A reader that this one comes after is no longer needed: who is ordered after this one is ordered after both.
-  const bool replaces = c.read_stamp[0] == 0 ||
-                        (clocks.of_this_block(c.read_stamp[0]) && clocks.before(c.reader[0], c.read_stamp[0], thread));
+  const bool replaces =
+      c.read_stamp[0] == 0 || (clocks.of_this_cluster(c.read_stamp[0]) &&
+                               (c.reader[0] == agent || clocks.before(c.reader[0], c.read_stamp[0], thread)));
   const int slot = replaces ? 0 : 1;
   c.read_stamp[slot] = now, c.read_site[slot] = site, c.reader[slot] = static_cast<uint16_t>(agent);
 }

@@ -2,8 +2,9 @@
 //
 //   global   the tensors of the call: an access must hit elements, not the padding between rows
 //   shared   every __shared__ variable lies alone on pages of its own (include/cuda_runtime.h), its size stands in the
-//            symbol table; dynamic shared memory is one array of the launch's size. Both are filled with NaN
-//            before each block.
+//            symbol table; dynamic shared memory is one array of the launch's size for each block of a cluster. Both
+//            are filled with NaN before each cluster. There is one of every variable, so that blocks which run
+//            together, those of a cluster, have dynamic memory only.
 //   constant the kernel's parameters, and what the image never writes
 //
 // An asynchronous copy is checked and remembered when it is issued, as a write and a read of the agent that copies
@@ -26,8 +27,9 @@ namespace llmengine::sim {
 enum class Kind : uint8_t { read, write, atomic };
 const char* verb(Kind kind);
 
-// Whose access it is: the thread's own, that of its warp as a whole (matrix.h), or that of a copy it issues.
-enum class By : uint8_t { thread, warp, copy };
+// Whose access it is: the thread's own, that of its warp as a whole (matrix.h), that of a copy it issues, or that of
+// the asynchronous unit, for the thread (bulk copies) or for its warpgroup (products), which sees only what is fenced.
+enum class By : uint8_t { thread, warp, copy, bulk, product };
 
 struct Access {
   uintptr_t address;
@@ -35,15 +37,18 @@ struct Access {
   Kind kind;
   uintptr_t site;  // return address of the access
   By by = By::thread;
-  int agent = -1;  // of a copy: in whose name it is remembered (clocks.h)
+  int agent = -1;       // of what goes on asynchronously: in whose name it is remembered (clocks.h)
+  bool remote = false;  // it may be in another block's shared memory
 };
 
 // An earlier access that nothing orders before this one.
 struct Conflict {
   Kind kind;
-  int agent;  // -1: of another block
+  int agent;  // -1: of another cluster
   uint32_t stamp;
   uintptr_t site;
+  bool unfenced = false;  // ordered, but not for the asynchronous unit
+  uint64_t offset = 0;    // of the byte, in the access
 };
 
 // First and one past the last byte that a tensor's elements touch.
@@ -52,7 +57,7 @@ std::pair<uintptr_t, uintptr_t> extent(const TensorView& tensor);
 class Memory {
  public:
   void begin_launch(const Launch& launch);
-  void begin_block(int threads);
+  void begin_cluster(int threads_of_block, int blocks);
 
   // What is wrong with an access of `thread`, or nothing: then it is remembered. `conflict` tells the other side of a
   // race.
@@ -61,8 +66,14 @@ class Memory {
   bool is_global(uintptr_t address) const { return region_at(address, 1); }
   bool is_shared(uintptr_t address) const;
   std::string name_of(uintptr_t address) const;  // "byte 12 of shared slots", of an address that check() let pass
-  char* dynamic_shared() { return dynamic_->bytes; }
-  size_t dynamic_shared_bytes() const { return dynamic_bytes_; }
+
+  // Dynamic shared memory: of a block of the cluster, and where an address lies in it.
+  char* dynamic_shared(int block) { return dynamic_[block].bytes; }
+  bool is_dynamic(uintptr_t address) const;
+  int block_of(uintptr_t address) const;
+  uintptr_t in_block(uintptr_t address, int block) const;  // the same place in another block's
+
+  int first_of_warpgroup(int thread) const { return thread - thread % threads_ % 128; }
 
   void set_tensors(const std::vector<NamedView>& tensors);
 
@@ -98,11 +109,12 @@ class Memory {
   const Region* region_at(uintptr_t address, uint64_t size) const;
   std::optional<std::string> outside(const Access& access) const;
   std::string outside_tensors(const Access& access) const;
-  bool is_dynamic(uintptr_t address) const;
+  std::optional<std::string> foreign(const Access& access, int thread) const;
   bool is_constant(const Access& access) const;
 
   Cell& cell(uintptr_t address);
   std::optional<Conflict> conflict_at(const Cell& cell, const Access& access, int thread) const;
+  bool comes_after(const Access& access, int agent, uint32_t stamp, int thread) const;
   void remember(Cell& cell, const Access& access, int thread, uint32_t site);
   uint32_t site_number(uintptr_t site);
 
@@ -111,14 +123,24 @@ class Memory {
   };
   static_assert(sizeof(Dynamic) >= kDevice.shared_bytes_per_block);
 
-  std::unique_ptr<Dynamic> dynamic_ = std::make_unique<Dynamic>();
+  std::unique_ptr<Dynamic[]> dynamic_ = std::make_unique<Dynamic[]>(1);
+  int dynamic_blocks_ = 1;
   size_t dynamic_bytes_ = 0;
+  int threads_ = 0, blocks_ = 1;  // of a block, of the cluster
   std::vector<Region> regions_;
   mutable const Region* last_region_ = nullptr;
   uintptr_t parameters_ = 0, parameters_end_ = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_ = 0;
   Page* last_ = nullptr;
+  struct Known {  // to the `count` threads from `first` on
+    int agent = -1;
+    uint32_t stamp = 0;
+    int first = 0, count = 0;
+
+    bool operator==(const Known&) const = default;
+  };
+  mutable Known known_to_all_;
   std::vector<uintptr_t> sites_;
   std::unordered_map<uintptr_t, uint32_t> site_numbers_;
 };

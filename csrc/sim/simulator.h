@@ -1,19 +1,22 @@
 // The simulator's host side: what a launch may touch, and in which order its threads run.
 //
-//   A launch runs block after block; each CUDA thread of a block is a fibre (fibre.h), and threads change only where a
-//   kernel waits (barrier, warp collective) or, by the schedule, before a memory access. Kernels are compiled with
-//   instrumentation that calls us before every access (instrument.cpp), so each one is checked:
+//   A launch runs cluster after cluster, of one block where it asks for none; each CUDA thread of a cluster is a fibre
+//   (fibre.h), and threads change only where a kernel waits (barrier, warp collective) or, by the schedule, before a
+//   memory access. Kernels are compiled with instrumentation that calls us before every access (instrument.cpp), so
+//   each one is checked:
 //     bounds      global memory: inside a tensor of the call, strides respected; shared: inside one array (memory.h)
 //     races       two accesses of one byte, one of them a plain write, that no barrier orders (clocks.h): reported
 //                 whichever order the schedule happened to run them in
+//     fences      what threads wrote and the asynchronous unit reads or overwrites, with no fence_async (clocks.h)
 //     shared      a read of a byte that no thread of the block wrote
 //     alignment   of every access to its own size
-//   Asynchronous copies take effect when the schedule says (copies.h, mbarrier.h), and race with all that is not told
-//   of their end. Warp matrix instructions want their whole warp (matrix.h). A fault ends the launch with a
-//   std::runtime_error that names kernel, thread, block, memory and source lines.
+//   Asynchronous copies take effect when the schedule says (copies.h, mbarrier.h, bulk.h), and so do products of
+//   warpgroups (wgmma.h); both race with all that is not told of their end. Warp matrix instructions want their whole
+//   warp (matrix.h). A fault ends the launch with a std::runtime_error that names kernel, thread, block, memory and
+//   source lines.
 //
-//   Not modelled yet: order between blocks (an access by two blocks, one writing, is a race unless both are atomic),
-//   tensor copies, wgmma, clusters, time.
+//   Not modelled: order between clusters (an access by two of them, one writing, is a race unless both are atomic),
+//   time.
 #pragma once
 
 #include <cstddef>
@@ -62,7 +65,7 @@ struct Index3 {
 
 struct Launch {
   const void* kernel;  // the function, for its name
-  Index3 grid, block;
+  Index3 grid, block, cluster;
   size_t shared_bytes;
   void (*call)(void*);  // runs one thread of the kernel
   void* parameters;     // given to call; the kernel's constant bank
@@ -74,6 +77,7 @@ void run(const Launch& launch);
 struct Device {
   int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests
   size_t shared_bytes_per_block = 227 << 10;
+  int compute_capability = 90;
 };
 inline constexpr Device kDevice;
 

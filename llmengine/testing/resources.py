@@ -28,13 +28,14 @@ def sources() -> list[Path]:
 
 
 def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """For every kernel of a file: registers, shared, stack, spills, and its 16-byte accesses of global memory.
+    """For every kernel of a file: registers, shared, stack, spills, its 16-byte accesses of global memory, and how many
+    waits of its own the assembler put between products of warpgroups.
 
     Compiling takes a minute, so a result is kept under build/ until a file that it depends on changes.
     """
     compiler = nvcc()
     assert compiler, "nvcc is not on the PATH"
-    kept = ROOT / "build" / "resources" / f"{source.stem}-{architecture}-{_fingerprint(compiler)}"
+    kept = ROOT / "build" / "resources" / f"{source.stem}-{architecture}-{_fingerprint(compiler, source)}"
     kept.parent.mkdir(parents=True, exist_ok=True)
     result = kept.with_suffix(".json")
     if not result.exists():
@@ -43,14 +44,26 @@ def report(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     return json.loads(result.read_text())
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr(FLAGS).encode())
-    for folder in ("cuda", "common", "ops"):
-        for path in sorted((ROOT / "csrc" / folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.read_bytes())
+    for path in included_by(source):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def included_by(source: Path) -> list[Path]:
+    """The file and every file of csrc/ that it includes, straight or by way of others."""
+    found: set[Path] = set()
+    ahead = [source]
+    while ahead:
+        path = ahead.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), flags=re.M):
+            ahead += [p for p in (path.parent / name, ROOT / "csrc" / name) if p.is_file()][:1]
+    return sorted(found)
 
 
 def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict[str, dict[str, int]]:
@@ -63,11 +76,13 @@ def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict
         [assembler, "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    usage = _usage(done.stdout + done.stderr)
+    log = done.stdout + done.stderr
+    usage = _usage(log)
     accesses = _wide_accesses(ptx.read_text())
     ptx.unlink()
     names = _demangled(list(usage))
-    return {names[mangled]: usage[mangled] | accesses[mangled] for mangled in usage}
+    waits = {m: {"injected_waits": len(re.findall(rf"\(C75\d\d\).*'{m}'", log))} for m in usage}
+    return {names[mangled]: usage[mangled] | accesses[mangled] | waits[mangled] for mangled in usage}
 
 
 def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int]:
@@ -75,7 +90,8 @@ def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int
     report(source, architecture)
     disassembler = cuobjdump()
     assert disassembler, "cuobjdump is not at hand"
-    (cubin,) = (ROOT / "build" / "resources").glob(f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '')}.cubin")
+    name = f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '', source)}.cubin"
+    cubin = ROOT / "build" / "resources" / name
     code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     counts = {p.split("\n")[0].strip(): len(re.findall(pattern, p)) for p in code.split("Function : ")[1:]}
     names = _demangled(list(counts))

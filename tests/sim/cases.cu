@@ -1,20 +1,14 @@
 // Small kernels, each in two versions: `broken` has one mistake that CUDA code is known for, and the other has not.
-// Run as `cases NAME broken|fixed`: the kernel runs under every order and several seeds, and prints a line for each,
-// "ok" or what the simulator found. tests/sim/test_simulator.py says what that must be.
+// case_runs.h runs them, tests/sim/test_simulator.py says what the simulator must find.
 #include <cuda_runtime.h>
 
-#include <cstdio>
-#include <functional>
 #include <map>
-#include <memory>
 #include <string>
-#include <vector>
 
-#include "cuda/launch.cuh"
+#include "case_runs.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/reduce.cuh"
-#include "sim/simulator.h"
 #include "tensor_cases.cuh"
 
 namespace llmengine {
@@ -215,40 +209,6 @@ __global__ void row_sums(const float* in, float* out) {
 
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
-constexpr int kElements = 512;
-
-TensorView view(float* data, int64_t rows, int64_t columns, int64_t stride) {
-  TensorView t;
-  t.data = data, t.ndim = 2;
-  t.sizes[0] = rows, t.sizes[1] = columns, t.strides[0] = stride, t.strides[1] = 1;
-  return t;
-}
-
-// One run on fresh buffers; returns the sum of the results.
-double run_once(const std::function<void(const float*, float*)>& body, const TensorView& shape) {
-  const std::unique_ptr<float4[]> inputs(new float4[kElements / 4]), outputs(new float4[kElements / 4]);
-  float *in = &inputs[0].x, *out = &outputs[0].x;
-  for (int i = 0; i < kElements; ++i) in[i] = static_cast<float>(i % 7), out[i] = 0.0f;
-  TensorView input = shape, output = shape;
-  input.data = in, output.data = out;
-  const sim::Tensors touchable({{"in", input}, {"out", output}});
-  body(in, out);
-  double total = 0.0;
-  for (int i = 0; i < kElements; ++i) total += out[i] * (i + 1);
-  return total;
-}
-
-struct Case {
-  std::function<void(const float*, float*)> body;
-  TensorView shape = view(nullptr, 1, kElements, kElements);
-};
-
-template <class Kernel, class... Given>
-void launch(Kernel kernel, unsigned blocks, unsigned threads, size_t shared, Given... given) {
-  const TensorView operand = view(nullptr, 1, kElements, kElements);
-  cuda::launch({"case", dim3(blocks), dim3(threads), nullptr, operand, shared}, kernel, given...);
-}
-
 template <bool broken>
 std::map<std::string, Case> all_cases() {
   const auto plain = [](auto kernel, unsigned threads, size_t shared = 0) {
@@ -318,25 +278,9 @@ std::map<std::string, Case> all_cases() {
   };
 }
 
-int run_case(const std::string& name, bool broken) {
-  const auto cases = broken ? all_cases<true>() : all_cases<false>();
-  const Case& chosen = cases.at(name);
-  for (const char* order : {"forward", "reversed", "round_robin", "random", "random", "random", "random"}) {
-    static uint64_t seed = 0;
-    sim::set_schedule(order, ++seed);
-    try {
-      std::printf("%s %d: ok %.9g\n", order, static_cast<int>(seed), run_once(chosen.body, chosen.shape));
-    } catch (const std::exception& error) {
-      std::printf("%s %d: %s\n", order, static_cast<int>(seed), error.what());
-    }
-  }
-  return 0;
-}
-
 }  // namespace
 }  // namespace llmengine
 
 int main(int count, char** arguments) {
-  if (count != 3) return 2;
-  return llmengine::run_case(arguments[1], std::string(arguments[2]) == "broken");
+  return llmengine::run_cases(count, arguments, llmengine::all_cases<true>(), llmengine::all_cases<false>());
 }

@@ -69,6 +69,37 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Mbarrier* barrier, int
 #endif
 }
 
+// Expects `bytes` more in this phase.
+__device__ __forceinline__ void mbarrier_expect_tx(Mbarrier* barrier, int bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+// Arrives when all copies of async_copy.cuh that this thread has begun are there: as one of the arrivals that the phase
+// waits for. It tells of these copies alone, not of what the thread wrote.
+__device__ __forceinline__ void mbarrier_arrive_for_copies(Mbarrier* barrier) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(detail::shared_address(barrier))
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+// The same as one arrival more: the phase waits for it besides those that it waits for anyhow.
+__device__ __forceinline__ void mbarrier_arrive_also_for_copies(Mbarrier* barrier) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(detail::shared_address(barrier)) : "memory");
+#else
+  __trap();
+#endif
+}
+
 // Whether the phase has ended; waits for it a while.
 __device__ __forceinline__ bool mbarrier_try_wait(Mbarrier* barrier, int parity) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -57,4 +57,10 @@ __device__ __forceinline__ void* dynamic_shared() {
   return dynamic_shared_memory;
 }
 
+// The same from a multiple of 1024 bytes on, as tiles with a swizzle want it.
+__device__ __forceinline__ void* dynamic_shared_1024() {
+  extern __shared__ __align__(1024) uint4 aligned_dynamic_shared_memory[];
+  return aligned_dynamic_shared_memory;
+}
+
 }  // namespace llmengine::ptx

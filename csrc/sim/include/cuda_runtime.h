@@ -21,6 +21,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Every variable begins a page: what lies between two of them belongs to none, and an overrun is seen.
 #define __shared__ static __attribute__((aligned(4096)))
 
@@ -180,7 +181,15 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -188,7 +197,11 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -196,8 +209,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = llmengine::sim::kDevice.multiprocessors, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const auto& device = llmengine::sim::kDevice;
+  *value = which == cudaDevAttrMultiProcessorCount      ? device.multiprocessors
+           : which == cudaDevAttrComputeCapabilityMajor ? device.compute_capability / 10
+                                                        : device.compute_capability % 10;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
@@ -206,11 +223,21 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 
 namespace llmengine::sim {
 
-// A launch as the hardware would take it; grids and blocks beyond its limits are refused.
+// A launch as the hardware would take it; grids, blocks and clusters beyond its limits are refused, and clusters of
+// blocks that are not whole warps, whose threads the simulator could not number.
 template <class... Parameters, class... Given>
 cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...), const Given&... given) {
   const Index3 grid{at.gridDim.x, at.gridDim.y, at.gridDim.z}, block{at.blockDim.x, at.blockDim.y, at.blockDim.z};
-  const bool fits = grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
+  Index3 cluster;
+  for (unsigned i = 0; i < at.numAttrs; ++i) {
+    const auto& asked = at.attrs[i].val.clusterDim;
+    cluster = {asked.x, asked.y, asked.z};
+  }
+  constexpr unsigned kPortable = 8;  // blocks that every processor can run together
+  const bool clusters_fit =
+      cluster.count() == 1 || (cluster.count() > 0 && cluster.count() <= kPortable && grid.x % cluster.x == 0 &&
+                               grid.y % cluster.y == 0 && grid.z % cluster.z == 0 && block.count() % 32 == 0);
+  const bool fits = clusters_fit && grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
                     block.count() > 0 && block.count() <= 1024 && block.z <= 64 &&
                     at.dynamicSmemBytes <= kDevice.shared_bytes_per_block;
   if (!fits) return cudaErrorInvalidConfiguration;
@@ -218,7 +245,7 @@ cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...)
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;
   } call{kernel, {given...}};
-  run({reinterpret_cast<const void*>(kernel), grid, block, at.dynamicSmemBytes,
+  run({reinterpret_cast<const void*>(kernel), grid, block, cluster, at.dynamicSmemBytes,
        [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->parameters); }, &call,
        sizeof(call)});
   return cudaSuccess;

@@ -29,5 +29,6 @@ __forceinline__ uint2 load_8(const void* address) { return twin::load<uint2>(add
 __forceinline__ void store_16(void* address, uint4 word) { twin::store(address, word); }
 __forceinline__ void store_8(void* address, uint2 word) { twin::store(address, word); }
 __forceinline__ void* dynamic_shared() { return sim::dynamic_shared(); }
+__forceinline__ void* dynamic_shared_1024() { return sim::dynamic_shared(); }
 
 }  // namespace llmengine::ptx

@@ -1,0 +1,65 @@
+// The tensor map as the device takes it: 128 opaque bytes, made by the driver on the host. A kernel has it as a
+// parameter `const __grid_constant__ ptx::TensorMap map` and hands its address to tensor_copy.cuh.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/tensor_map.h"
+
+namespace llmengine::ptx {
+
+struct TensorMap {
+  CUtensorMap words;
+};
+
+// The driver's function, found at run time: the module loads where there is no driver.
+inline TensorMap encode_tensor_map(const TensorMapFields& fields) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult state{};
+#if CUDART_VERSION >= 12050
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+#endif
+    if (error != cudaSuccess || state != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
+    }
+    return reinterpret_cast<Encode>(found);
+  }();
+  const auto type = [](DType dtype) {
+    switch (dtype) {
+      case DType::f32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+      case DType::bf16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+      case DType::f16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+      case DType::i32: return CU_TENSOR_MAP_DATA_TYPE_INT32;
+      default: throw std::invalid_argument("tensor map of " + std::string(name(dtype)));
+    }
+  };
+  cuuint64_t sizes[5], strides[4];
+  cuuint32_t box[5], steps[5];
+  for (int d = 0; d < fields.rank; ++d) {
+    sizes[d] = static_cast<cuuint64_t>(fields.sizes[d]);
+    box[d] = static_cast<cuuint32_t>(fields.box[d]), steps[d] = static_cast<cuuint32_t>(fields.steps[d]);
+    if (d > 0) strides[d - 1] = static_cast<cuuint64_t>(fields.strides[d]);
+  }
+  TensorMap map;
+  const CUresult result =
+      encode(&map.words, type(fields.dtype), static_cast<cuuint32_t>(fields.rank), const_cast<void*>(fields.data),
+             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(fields.swizzle),
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+}  // namespace llmengine::ptx
