@@ -23,7 +23,9 @@ every_isa = pytest.mark.parametrize("isa", [*_cpu.supported_isas(), EMULATED])
 
 @every_isa
 def test_products_of_pairs(isa: str, tmp_path: Path):
-    program = compiled(["tests/csrc/pair_tile_test.cpp", "csrc/cpu/isa.cpp"], tmp_path / "pair_tile_test", flags_for(isa))
+    program = compiled(
+        ["tests/csrc/pair_tile_test.cpp", "csrc/cpu/isa.cpp"], tmp_path / "pair_tile_test", flags_for(isa)
+    )
     assert printed_by(program).startswith("passed")
 
 
