@@ -1,5 +1,5 @@
-"""The linear layer's own products, with their backward, beside nn.functional's: projections of GPT-2 and of a layer twice
-as wide, on both sides of the number of rows from which `functional.linear` chooses ours."""
+"""The linear layer's own products, with their backward, beside nn.functional's: projections of GPT-2 and of a wider
+layer, on both sides of the number of rows from which `functional.linear` chooses ours."""
 
 from __future__ import annotations
 
