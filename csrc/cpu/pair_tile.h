@@ -93,7 +93,7 @@ struct Ahead {
 // Row_tiles x column_tiles tiles of C, all of which is read (where it is added to) and written.
 template <int row_tiles, int column_tiles, bool add>
 inline void multiply_amx(int64_t depth, const bf16* a, int64_t a_stride, const bf16* b, float* c, int64_t c_stride,
-                         Ahead ahead) {
+                         Ahead ahead = {}) {
   const auto each_c = [&](const auto& body) {
     body.template operator()<0>(c);
     if constexpr (column_tiles == 2) body.template operator()<1>(c + kLanes);
