@@ -79,7 +79,8 @@ def main() -> int:
     result["ceilings"] = ceilings.as_json()
     print(result["ceilings"])
     result["rows"] = rows = []
-    for case in roofline.cases("small" if given.smoke else device, device, dtype):
+    operators = [name for name, (shapes, _) in roofline.OPERATORS.items() if roofline.SHAPES["cuda"][shapes]]
+    for case in roofline.cases("small" if given.smoke else device, device, dtype, operators):
         if left() < 15:
             result["cut"] = f"the budget of {given.seconds:.0f} s ended before {case.operator} {case.name}"
             break

@@ -14,8 +14,8 @@ EMULATED = "amx in emulation"
 
 def flags_for(isa: str) -> list[str]:
     if isa == EMULATED:
-        return ["-DLLMENGINE_ISA=amx", "-DLLMENGINE_AMX_EMULATED", "-Wno-psabi"]
-    return [f"-DLLMENGINE_ISA={isa}", *flags_of(isa)]
+        return ["-DLLMENGINE_X86_KERNELS", "-DLLMENGINE_ISA=amx", "-DLLMENGINE_AMX_EMULATED", "-Wno-psabi"]
+    return ["-DLLMENGINE_X86_KERNELS", f"-DLLMENGINE_ISA={isa}", *flags_of(isa)]
 
 
 every_isa = pytest.mark.parametrize("isa", [*_cpu.supported_isas(), EMULATED])
@@ -23,13 +23,15 @@ every_isa = pytest.mark.parametrize("isa", [*_cpu.supported_isas(), EMULATED])
 
 @every_isa
 def test_products_of_pairs(isa: str, tmp_path: Path):
-    program = compiled(["tests/csrc/pair_tile_test.cpp"], tmp_path / "pair_tile_test", flags_for(isa))
+    program = compiled(
+        ["tests/csrc/pair_tile_test.cpp", "csrc/cpu/isa.cpp"], tmp_path / "pair_tile_test", flags_for(isa)
+    )
     assert printed_by(program).startswith("passed")
 
 
 @every_isa
 def test_products_of_every_kind(isa: str, tmp_path: Path):
-    sources = ["tests/csrc/gemm_test.cpp", "csrc/cpu/kernels/gemm.cpp", "csrc/cpu/parallel.cpp"]
+    sources = ["tests/csrc/gemm_test.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("kernels/gemm", "parallel", "isa"))]
     assert printed_by(compiled(sources, tmp_path / "gemm_test", flags_for(isa))) == "passed 193 cases\n"
 
 

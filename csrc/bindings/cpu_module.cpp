@@ -13,6 +13,7 @@
 #include "ops/embedding.h"
 #include "ops/ffn.h"
 #include "ops/gradient_norm.h"
+#include "ops/linear.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/multiply_add_peak.h"
 #include "ops/norm.h"
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");
   bind_cpu<ops::FeedForwardBackward>(module, "ffn_backward");
   bind_cpu<ops::GradientNorm>(module, "gradient_norm");
+  bind_cpu<ops::LinearForward>(module, "linear_forward");
+  bind_cpu<ops::LinearBackward>(module, "linear_backward");
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::LinearCrossEntropyWithGradients>(module, "linear_cross_entropy_with_gradients");

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -59,23 +60,26 @@ void amx_store(void* to, int64_t row_bytes) {
 // The instruction takes denormals for zero, in operands and in results.
 inline float amx_flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
-template <int i, int j>
-void amx_multiply() {
+// tile c += tile a times tile b
+template <int c_tile, int a_tile, int b_tile>
+void amx_multiply_tiles() {
   constexpr int kPairs = kAmxRowBytes / 4;
   float c[kAmxRows][16];
   bf16 a[kAmxRows][2 * kPairs], b[kPairs][32];
-  std::memcpy(c, &amx_tiles[2 * i + j], sizeof c);
-  std::memcpy(a, &amx_tiles[kAmxA + i], sizeof a);
-  std::memcpy(b, &amx_tiles[kAmxB + j], sizeof b);
+  std::memcpy(c, &amx_tiles[c_tile], sizeof c);
+  std::memcpy(a, &amx_tiles[a_tile], sizeof a);
+  std::memcpy(b, &amx_tiles[b_tile], sizeof b);
   for (int row = 0; row < kAmxRows; ++row) {
-    for (int k = 0; k < 2 * kPairs; ++k) {
-      const float x = amx_flushed(widen(a[row][k]));
-      for (int n = 0; n < 16; ++n) {
-        c[row][n] = amx_flushed(c[row][n] + x * amx_flushed(widen(b[k / 2][2 * n + k % 2])));
+    for (int n = 0; n < 16; ++n) {
+      float sums[2] = {};  // of the even k and of the odd ones: so the hardware adds, bit for bit
+      for (int k = 0; k < 2 * kPairs; ++k) {
+        const float x = amx_flushed(widen(a[row][k])), y = amx_flushed(widen(b[k / 2][2 * n + k % 2]));
+        sums[k % 2] = amx_flushed(std::fma(x, y, sums[k % 2]));
       }
+      c[row][n] = amx_flushed(c[row][n] + amx_flushed(sums[0] + sums[1]));
     }
   }
-  std::memcpy(&amx_tiles[2 * i + j], c, sizeof c);
+  std::memcpy(&amx_tiles[c_tile], c, sizeof c);
 }
 
 #else
@@ -107,6 +111,8 @@ void amx_zero() {
   if constexpr (tile == 1) _tile_zero(1);
   if constexpr (tile == 2) _tile_zero(2);
   if constexpr (tile == 3) _tile_zero(3);
+  if constexpr (tile == 4) _tile_zero(4);
+  if constexpr (tile == 5) _tile_zero(5);
 }
 template <int tile>
 void amx_load(const void* from, int64_t row_bytes) {
@@ -126,17 +132,32 @@ void amx_store(void* to, int64_t row_bytes) {
   if constexpr (tile == 1) _tile_stored(1, to, row_bytes);
   if constexpr (tile == 2) _tile_stored(2, to, row_bytes);
   if constexpr (tile == 3) _tile_stored(3, to, row_bytes);
+  if constexpr (tile == 4) _tile_stored(4, to, row_bytes);
+  if constexpr (tile == 5) _tile_stored(5, to, row_bytes);
   amx_memory();
 }
-template <int i, int j>
-void amx_multiply() {
-  if constexpr (i == 0 && j == 0) _tile_dpbf16ps(0, 4, 6);
-  if constexpr (i == 0 && j == 1) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (i == 1 && j == 0) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (i == 1 && j == 1) _tile_dpbf16ps(3, 5, 7);
+template <int c, int a, int b>
+void amx_multiply_tiles() {
+  static_assert((a == 4 && b >= 6) || (a == 5 && b >= 6) || (a == 6 && b == 7));
+  if constexpr (c == 0 && a == 4 && b == 6) _tile_dpbf16ps(0, 4, 6);
+  if constexpr (c == 1 && a == 4 && b == 7) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (c == 2 && a == 5 && b == 6) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (c == 3 && a == 5 && b == 7) _tile_dpbf16ps(3, 5, 7);
+  if constexpr (c == 0 && a == 6) _tile_dpbf16ps(0, 6, 7);
+  if constexpr (c == 1 && a == 6) _tile_dpbf16ps(1, 6, 7);
+  if constexpr (c == 2 && a == 6) _tile_dpbf16ps(2, 6, 7);
+  if constexpr (c == 3 && a == 6) _tile_dpbf16ps(3, 6, 7);
+  if constexpr (c == 4 && a == 6) _tile_dpbf16ps(4, 6, 7);
+  if constexpr (c == 5 && a == 6) _tile_dpbf16ps(5, 6, 7);
 }
 
 #endif
+
+// The product of C (i, j), of the A and the B that it is numbered by.
+template <int i, int j>
+void amx_multiply() {
+  amx_multiply_tiles<2 * i + j, kAmxA + i, kAmxB + j>();
+}
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA
 #endif

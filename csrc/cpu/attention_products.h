@@ -122,15 +122,17 @@ struct FloatProducts {
     }
   }
 
-  // sums[r] = the product of rows r of two transposed operands, added in the order in which `scores` does.
-  static void dot(const float* a, const float* b, int64_t rows, int64_t columns, float* sums) {
+  // sums[r] = the product of row r of x and of row r of an operand that lies transposed, added in the order in which
+  // `scores` does. `memory`: transposed_floats.
+  static void row_products(const Rows<const T>& x, int64_t rows, const float* transposed, float* memory, float* sums) {
+    transpose_rows(x, rows, memory);
     for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t panel = r / kPanel * kPanel * columns + r % kPanel;
+      const int64_t panel = r / kPanel * kPanel * x.columns + r % kPanel;
       F total = {};
-      for (int64_t run = 0; run < columns; run += kRun) {
+      for (int64_t run = 0; run < x.columns; run += kRun) {
         F sum = {};
-        for (int64_t c = run; c < std::min(run + kRun, columns); ++c) {
-          sum += load(a + panel + c * kPanel) * load(b + panel + c * kPanel);
+        for (int64_t c = run; c < std::min(run + kRun, x.columns); ++c) {
+          sum += load(memory + panel + c * kPanel) * load(transposed + panel + c * kPanel);
         }
         total += sum;
       }
@@ -210,8 +212,8 @@ struct PairProducts {
         const int64_t r = made.begin * kLanes / kPairDepth * kPairDepth;
         const int64_t depth = pair_depth(std::min(at.rows, made.end * kLanes) - r);
         if (depth <= 0) return;
-        multiply_stripe<Into::add>(static_cast<int>(columns.count()), count, depth, weights + c * kRows + r, kRows,
-                                   panel + r * kPairPanel, to + c * width + v * kLanes, width, nullptr);
+        add_stripe(static_cast<int>(columns.count()), count, depth, weights + c * kRows + r, panel + r * kPairPanel,
+                   to + c * width + v * kLanes, width);
       });
     }
   }
@@ -247,19 +249,52 @@ struct PairProducts {
     }
   }
 
-  static void dot(const float* a, const float* b, int64_t rows, int64_t columns, float* sums) {
+#if defined(LLMENGINE_AMX)
+  // Tiles add the even and the odd k apart, which no other instruction does: the products are the diagonals of tiles.
+  static void row_products(const Rows<const T>& x, int64_t rows, const float* transposed, float* memory, float* sums) {
+    const Left lines = left(x, 0, rows, memory);
+    for (int64_t r = 0; r < rows; r += kAmxRows) {
+      alignas(64) float products[kAmxRows][kLanes];
+      const bf16* panel = halves_of(transposed) + r / kPairPanel * pair_panel_size(x.columns) + 2 * (r % kPairPanel);
+      multiply_amx<1, 1, false>(pair_depth(x.columns), lines.data + r * lines.stride, lines.stride, panel, products[0],
+                                kLanes);
+      for (int i = 0; i < kAmxRows; ++i) sums[r + i] = r + i < rows ? products[i][i] : 0.0f;
+    }
+  }
+#else
+  static void row_products(const Rows<const T>& x, int64_t rows, const float* transposed, float* memory, float* sums) {
+    transpose_rows(x, rows, memory);
     for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t panel = r / kPairPanel * pair_panel_size(columns) + 2 * (r % kPairPanel);
+      const int64_t panel = r / kPairPanel * pair_panel_size(x.columns) + 2 * (r % kPairPanel);
       F sum = {};
-      for (int64_t k = 0; k < pair_depth(columns); k += 2) {
+      for (int64_t k = 0; k < pair_depth(x.columns); k += 2) {
         const int64_t pairs = panel + k * kPairPanel;
-        sum = add_products(sum, load_pairs(halves_of(a) + pairs), load_pairs(halves_of(b) + pairs));
+        sum = add_products(sum, load_pairs(halves_of(memory) + pairs), load_pairs(halves_of(transposed) + pairs));
       }
       store(sums + r, sum);
     }
   }
+#endif
 
  private:
+  // What a tile of rows gives to its keys is summed from zero on, and added as a whole: which tiles go into which
+  // accumulator (kernels/attention_backward.cpp) then changes no bit.
+  static void add_stripe(int vectors, int count, int64_t depth, const bf16* weights, const bf16* panel, float* to,
+                         int64_t width) {
+#if defined(LLMENGINE_AMX)
+    alignas(64) float products[kStripe * kPairPanel];
+    multiply_stripe<Into::place>(vectors, kStripe, depth, weights, kRows, panel, products, kPairPanel, nullptr);
+    for (int r = 0; r < count; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        float* x = to + r * width + v * kLanes;
+        store(x, load(x) + load(products + r * kPairPanel + v * kLanes));
+      }
+    }
+#else
+    multiply_stripe<Into::add>(vectors, count, depth, weights, kRows, panel, to, width, nullptr);
+#endif
+  }
+
   static Span around(Span a, Span b) {
     if (a.count() <= 0) return b;
     return b.count() <= 0 ? a : Span{std::min(a.begin, b.begin), std::max(a.end, b.end)};

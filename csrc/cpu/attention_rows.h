@@ -378,9 +378,9 @@ class BackwardRows {
 
   // delta = rowsum(grad_output output), added in the order of grad_P: where a row has one key, and output is its value,
   // delta takes the rounding errors of grad_P with it.
-  void make_delta(float* output_transposed) {
-    P::transpose_rows(Rows<const T>(p_.output, s_.batch, head_, s_.row0 + row_), rows_, output_transposed);
-    P::dot(output_transposed, grad_transposed_, rows_, width_, delta_);
+  void make_delta(float* memory) {
+    const Rows<const T> output(p_.output, s_.batch, head_, s_.row0 + row_);
+    P::row_products(output, rows_, grad_transposed_, memory, delta_);
   }
 
   void read_lse() {

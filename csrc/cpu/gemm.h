@@ -50,10 +50,11 @@ struct Term {
 };
 
 inline constexpr int kAccumulators = 2;
-inline constexpr int64_t kTileColumns =
-    384;  // of C; tiles begin at its multiples. Divisible by every panel, and by 64.
-inline constexpr int64_t kRowStep = std::lcm(kTileRows, kPairRows);      // rows that products come in
-inline constexpr int64_t kRowBlock = round_up(4 * kTileRows, kRowStep);  // tiles begin at multiples of it, too
+// Columns of a tile of C; tiles begin at their multiples. Divisible by every panel, and by 64.
+inline constexpr int64_t kTileColumns = kAmx ? 192 : 384;
+inline constexpr int64_t kRowStep = std::lcm(kTileRows, kPairRows);  // rows that products come in
+// Tiles begin at multiples of it, too.
+inline constexpr int64_t kRowBlock = kAmx ? kStripeRows : round_up(4 * kTileRows, kRowStep);
 static_assert(kTileColumns % kPanel == 0 && kTileColumns % kPairPanel == 0);
 
 // A finished tile of C: element (row + r, column + c) of accumulator i at c[i][r stride + c]. The epilogue owns it: it

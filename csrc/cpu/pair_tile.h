@@ -23,8 +23,10 @@
 namespace llmengine::cpu::LLMENGINE_ISA {
 
 #if defined(LLMENGINE_AMX)
+inline constexpr bool kAmx = true;
 inline constexpr int kPairRows = kAmxRows, kPairDepth = kAmxRowBytes / 2, kPairVectors = 2;
 #else
+inline constexpr bool kAmx = false;
 inline constexpr int kPairRows = kTileRows, kPairDepth = 2, kPairVectors = kTileVectors;
 #endif
 inline constexpr int kPairPanel = kPairVectors * kLanes;  // columns
@@ -78,9 +80,20 @@ inline F add_products(F sum, U a, U b) {
 
 #if defined(LLMENGINE_AMX)
 
+// What a product asks memory for while its tiles multiply: `lines` lines from there on at each step of its depth.
+struct Ahead {
+  const char* from = nullptr;
+  int lines = 0;
+
+  void ask(int64_t step) const {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(from + (step * lines + i) * 64, 0, 2);  // to the second level
+  }
+};
+
 // Row_tiles x column_tiles tiles of C, all of which is read (where it is added to) and written.
 template <int row_tiles, int column_tiles, bool add>
-inline void multiply_amx(int64_t depth, const bf16* a, int64_t a_stride, const bf16* b, float* c, int64_t c_stride) {
+inline void multiply_amx(int64_t depth, const bf16* a, int64_t a_stride, const bf16* b, float* c, int64_t c_stride,
+                         Ahead ahead = {}) {
   const auto each_c = [&](const auto& body) {
     body.template operator()<0>(c);
     if constexpr (column_tiles == 2) body.template operator()<1>(c + kLanes);
@@ -96,17 +109,18 @@ inline void multiply_amx(int64_t depth, const bf16* a, int64_t a_stride, const b
   });
   for (int64_t k = 0; k < depth; k += kPairDepth) {
     const bf16* panel = b + k * kPairPanel;
-    amx_load<kAmxB>(panel, 4 * kPairPanel);
     amx_load<kAmxA>(a + k, 2 * a_stride);
+    amx_load<kAmxB>(panel, 4 * kPairPanel);
+    ahead.ask(k / kPairDepth);
     amx_multiply<0, 0>();
-    if constexpr (column_tiles == 2) {
-      amx_load<kAmxB + 1>(panel + 2 * kLanes, 4 * kPairPanel);
-      amx_multiply<0, 1>();
-    }
     if constexpr (row_tiles == 2) {
       amx_load<kAmxA + 1>(a + kAmxRows * a_stride + k, 2 * a_stride);
       amx_multiply<1, 0>();
-      if constexpr (column_tiles == 2) amx_multiply<1, 1>();
+    }
+    if constexpr (column_tiles == 2) {
+      amx_load<kAmxB + 1>(panel + 2 * kLanes, 4 * kPairPanel);
+      amx_multiply<0, 1>();
+      if constexpr (row_tiles == 2) amx_multiply<1, 1>();
     }
   }
   each_c([&]<int tile>(float* at) { amx_store<tile>(at, 4 * c_stride); });
@@ -118,11 +132,11 @@ inline constexpr int kStripeRows = 2 * kAmxRows;
 // are no whole tile, or it is scaled), they go through a block on the stack.
 template <Into into>
 inline void multiply_stripe(int vectors, int rows, int64_t depth, const bf16* a, int64_t a_stride, const bf16* b,
-                            float* c, int64_t c_stride, const float* beta) {
+                            float* c, int64_t c_stride, const float* beta, Ahead ahead = {}) {
   const auto run = [&]<bool add>(std::bool_constant<add>, float* to, int64_t stride) {
     const auto multiply = rows > kAmxRows ? (vectors == 2 ? multiply_amx<2, 2, add> : multiply_amx<2, 1, add>)
                                           : (vectors == 2 ? multiply_amx<1, 2, add> : multiply_amx<1, 1, add>);
-    multiply(depth, a, a_stride, b, to, stride);
+    multiply(depth, a, a_stride, b, to, stride, ahead);
   };
   if constexpr (into == Into::place || into == Into::add) {
     if (rows % kAmxRows == 0) return run(std::bool_constant<into == Into::add>(), c, c_stride);
@@ -172,6 +186,22 @@ inline void multiply_stripe(int vectors, int rows, int64_t depth, const bf16* a,
   }
 }
 
+#endif
+
+#if defined(LLMENGINE_AMX)
+// C (rows, vectors kLanes) beside one panel of B, while memory is asked for the panel at `next`, if there is one.
+template <Into into>
+inline void multiply_panel(int64_t rows, int vectors, int64_t depth, const bf16* a, int64_t a_stride, const bf16* b,
+                           float* c, int64_t c_stride, const bf16* next) {
+  const int64_t stripes = (rows + kStripeRows - 1) / kStripeRows, steps = depth / kPairDepth;
+  const int64_t lines = depth * kPairPanel * 2 / 64, share = (lines + stripes * steps - 1) / (stripes * steps);
+  for (int64_t i = 0; i < stripes; ++i) {
+    const int64_t r = i * kStripeRows;
+    const Ahead ahead{reinterpret_cast<const char*>(next) + i * share * steps * 64, next ? static_cast<int>(share) : 0};
+    multiply_stripe<into>(vectors, static_cast<int>(rows - r < kStripeRows ? rows - r : kStripeRows), depth,
+                          a + r * a_stride, a_stride, b, c + r * c_stride, c_stride, nullptr, ahead);
+  }
+}
 #endif
 
 // C (rows, vectors kLanes), a panel of columns after another, each `panel_stride` bf16 behind the one before; within
@@ -252,13 +282,13 @@ inline void pack_line(const T* from, int64_t depth, bf16* to) {
 }
 
 // Rows of an A that lies transposed, element (row, k) at from[k stride + row]. Writes rows of round_up(depth, 2
-// kLanes).
+// kLanes). Lines of memory are read along, 2 kLanes at a time: as many pages.
 template <class T>
 inline void pack_lines_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, bf16* to,
                                   int64_t to_stride) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const int64_t count = rows - r < kLanes ? rows - r : kLanes;
-    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+  for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t count = rows - r < kLanes ? rows - r : kLanes;
       const auto line = [&](int64_t i) { return i < depth ? halves(from + i * stride + r, count) : U{}; };
       U block[kLanes];
 #pragma GCC unroll 16

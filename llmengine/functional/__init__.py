@@ -7,6 +7,7 @@ from llmengine.functional.chain_field import chain_field_decode, chain_field_los
 from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.embedding import embedding
 from llmengine.functional.ffn import ffn
+from llmengine.functional.linear import linear
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmengine.functional.relative_attention import relative_attention
@@ -22,6 +23,7 @@ __all__ = [
     "embedding",
     "ffn",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "relative_attention",
     "rms_norm",

@@ -15,7 +15,7 @@ from llmengine.models.dtypes import into
 from llmengine.models.layout import Attending, Scores
 from llmengine.models.positions import sinusoid
 from llmengine.nn.feed_forward import FeedForward
-from llmengine.nn.fusing import add_norm, touched
+from llmengine.nn.fusing import add_norm, linear, touched
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 _torch = torch.nn.functional
@@ -115,7 +115,7 @@ class Attention(Module):
         self.layer = layer
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (-1, self.head_dim)).split(self.heads, 1)
+        q, k, v = linear(self.qkv, x).unflatten(1, (-1, self.head_dim)).split(self.heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.angles is not None:
@@ -126,7 +126,7 @@ class Attention(Module):
             bias = bias.to(q.dtype)
         scores = Scores(self.scale, self.softcap, self.window, context.alibi_slopes, bias)
         dropout_p = self.dropout if self.training else 0.0
-        return self.out(context.layout.attend(q, k, v, self.layer, dropout_p, scores).flatten(1))
+        return linear(self.out, context.layout.attend(q, k, v, self.layer, dropout_p, scores).flatten(1))
 
 
 class CrossAttention(Module):
@@ -145,13 +145,15 @@ class CrossAttention(Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         def keys_and_values() -> tuple[Tensor, Tensor]:
             assert context.memory is not None
-            k, v = self.kv(into(self.kv, context.memory)).unflatten(1, (2, self.kv_heads, self.head_dim)).unbind(1)
+            k, v = (
+                linear(self.kv, into(self.kv, context.memory)).unflatten(1, (2, self.kv_heads, self.head_dim)).unbind(1)
+            )
             return k, v
 
-        q = self.q(x).unflatten(1, (-1, self.head_dim))
+        q = linear(self.q, x).unflatten(1, (-1, self.head_dim))
         dropout_p = self.dropout if self.training else 0.0
         attended = context.layout.attend_memory(q, keys_and_values, self.layer, dropout_p, Scores(self.scale))
-        return self.out(attended.flatten(1))
+        return linear(self.out, attended.flatten(1))
 
 
 class Layer(Module):

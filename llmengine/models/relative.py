@@ -30,7 +30,7 @@ from llmengine.models.orders import Order
 from llmengine.models.positions import waves
 from llmengine.models.relative_dense import dense_relative_attention
 from llmengine.nn.feed_forward import FeedForward
-from llmengine.nn.fusing import add_norm, touched
+from llmengine.nn.fusing import add_norm, linear, touched
 
 _torch = torch.nn.functional
 
@@ -98,12 +98,12 @@ class RelativeAttention(Module):
 
     def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:
         """x (rows of all streams, d_model), keys (memory and content, d_model) -> like x."""
-        q = self.q(x).unflatten(1, (self.heads, self.head_dim))
+        q = linear(self.q, x).unflatten(1, (self.heads, self.head_dim))
         k, v, r = self.project(keys, context) if context.cached is None else context.cached.project(self, keys, context)
         parts = zip(context.streams, q.split([rows.count for rows in context.streams]), strict=True)
         attended = [self._attend(rows, part, k, v, r, context) for rows, part in parts]
         together = attended[0] if len(attended) == 1 else torch.cat(attended)
-        return self.out(together.flatten(1))
+        return linear(self.out, together.flatten(1))
 
     def _attend(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, r: Tensor, context: RelativeContext) -> Tensor:
         """One stream's (rows, heads, head_dim)."""

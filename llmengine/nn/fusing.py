@@ -12,6 +12,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmengine import functional
+from llmengine.backends.cpu.linear import TILES
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
@@ -40,6 +41,13 @@ def watched(name: str, leaf: Module) -> str | None:
     if weight is not None and type(weight) not in (Parameter, Tensor):
         return f"{name}'s weight is a {type(weight).__name__}"
     return None
+
+
+def linear(leaf: Module, input: Tensor) -> Tensor:
+    """leaf(input), by our products where they are quicker."""
+    if TILES and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
+        return functional.linear(input, leaf.weight, leaf.bias)
+    return leaf(input)
 
 
 def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:

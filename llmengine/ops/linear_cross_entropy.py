@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from llmengine.backends.cpu.linear import TILES
 from llmengine.ops.norm import statistics_dtype
 from llmengine.ops.registry import define
 
@@ -85,9 +86,11 @@ def block_tokens(input, linear_weight) -> int:
 
 def at_once(input, linear_weight, reduction, softcap) -> bool:
     """Whether loss and gradients are quicker made together. float16 is not, whose losses are scaled to keep gradients
-    from vanishing: here they would be made before the loss is scaled."""
+    from vanishing: here they would be made before the loss is scaled. Nor is bfloat16 on AMX, which forms logits again
+    sooner than memory brings them."""
     return (
         input.device.type == "cpu"
+        and not (TILES and input.dtype == torch.bfloat16)
         and input.dtype in (torch.float32, torch.bfloat16)
         and reduction != "none"
         and softcap == 0

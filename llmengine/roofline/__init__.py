@@ -6,7 +6,7 @@ dtype. The larger of bytes / copy rate and operations / multiply-add rate is the
 time is told as a percentage of that (Williams, Waterman & Patterson, "Roofline", 2009).
 """
 
-from llmengine.roofline.cases import OPERATORS, Case, cases
+from llmengine.roofline.cases import OPERATORS, SHAPES, Case, cases
 from llmengine.roofline.ceilings import NAMES, Ceilings, measure_ceilings
 from llmengine.roofline.clock import Clock
 from llmengine.roofline.machine import machine, processor
@@ -14,6 +14,6 @@ from llmengine.roofline.measure import Row, lines, measure
 from llmengine.roofline.plot import draw
 
 __all__ = [
-    "NAMES", "OPERATORS", "Case", "Ceilings", "Clock", "Row", "cases", "draw", "lines", "machine", "measure",
+    "NAMES", "OPERATORS", "SHAPES", "Case", "Ceilings", "Clock", "Row", "cases", "draw", "lines", "machine", "measure",
     "measure_ceilings", "processor",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
+from llmengine.functional.linear import products
 from llmengine.optim import AdamW, gradient_norm
 
 Shape = tuple[int, ...]
@@ -22,6 +23,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cuda": {
         "attention": [(4, 16, 2048, 128), (2, 16, 8192, 128), (4, 32, 2048, 64)],  # batch, heads, tokens, head_dim
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
+        "linear": [],  # tokens, in, out; on GPUs PyTorch's products run
         "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
@@ -32,6 +34,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cpu": {
         "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
         "ffn": [(2048, 768, 3072)],
+        "linear": [(1024, 768, 2304), (2048, 768, 768)],
         "linear_cross_entropy": [(1024, 768, 50257)],
         "rows": [(512, 768), (16384, 1024)],
         "logits": [(512, 50257)],
@@ -42,6 +45,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     "small": {
         "attention": [(1, 2, 40, 16)],
         "ffn": [(8, 16, 32)],
+        "linear": [(8, 16, 24)],
         "linear_cross_entropy": [(8, 16, 40)],
         "rows": [(5, 48)],
         "logits": [(6, 50)],
@@ -157,6 +161,14 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
 
     run = {"llmengine": ours, "torch": plain}
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
+
+
+def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    tokens, width, out = shape
+    x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
+    flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
+    run = {"llmengine": products, "torch": torch_functional.linear}
+    yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
 
 
 def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -290,6 +302,7 @@ def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
     "ffn": ("ffn", _ffn),
+    "linear": ("linear", _linear),
     "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),
     "layer_norm": ("rows", _layer_norm),
     "rms_norm": ("rows", _rms_norm),

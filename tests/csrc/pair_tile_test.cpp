@@ -164,6 +164,7 @@ void check_denormals() {
 }  // namespace
 
 int main() {
+  if (!llmengine::cpu::supported(llmengine::cpu::Isa::LLMENGINE_ISA)) return 2;  // asks for AMX's tiles, too
   for (int64_t rows : {1, 5, 6, 16, 17, 32, 39}) {
     for (int64_t columns : {1, 16, 47, 64, 77, 160}) {
       for (int64_t depth : {1, 2, 31, 32, 64, 101}) {

@@ -25,6 +25,7 @@
 //   tables, too, are added in a fixed order; so is what each tile of rows gives to the gradient of its head's sink.
 #include <numeric>
 
+#include "cpu/attention_amx_backward.h"
 #include "cpu/attention_rows.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
@@ -135,6 +136,7 @@ class Backward {
       : p_(p),
         depth_(padded(p.query.size(3))),
         width_(padded(p.value.size(3))),
+        tiled_(tiles(p)),
         sequences_(ops::sequences_of(p)),
         shares_(shares()),
         distances_(p, sequences_, shares_),
@@ -166,7 +168,7 @@ class Backward {
     std::vector<int64_t> shares;
     for (const ops::Sequence& s : sequences_) {
       const int64_t wanted = total ? count_of(kTasks * s.rows * s.keys, total) : 1;
-      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, RowTiles(p_, s).count())));
+      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
     }
     return shares;
   }
@@ -179,22 +181,35 @@ class Backward {
 
   template <class T>
   void task(const SequenceTasks::Task& at) const {
-    using RowTile = BackwardRows<T, ops::AttentionBackward, Scores>;
     const ops::Sequence& s = at.sequence;
     const int64_t shares = shares_[at.which], key_head = at.number / shares, share = at.number % shares;
-    thread_local Scratch scratch, accumulators;
+    thread_local Scratch accumulators;
     float* grad_key = shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(s))[0];
     float* grad_value = grad_key + s.keys * depth_;
     std::fill_n(grad_key, floats(s), 0.0f);
+    [[maybe_unused]] const typename Products<T>::Session session;
+    if (tiled_) {
+      tile_rows(at, key_head, share, grad_key, grad_value);
+    } else {
+      add_rows<T>(at, key_head, share, grad_key, grad_value);
+    }
+    if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
+  }
 
+  // What a share of the rows gives to their keys.
+  template <class T>
+  void add_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, float* grad_key,
+                float* grad_value) const {
+    using RowTile = BackwardRows<T, ops::AttentionBackward, Scores>;
+    const ops::Sequence& s = at.sequence;
     const RowTiles places(p_, s);
-    const int64_t together = tiles_together(RowTile::floats(p_));
+    const int64_t shares = shares_[at.which], together = tiles_together(RowTile::floats(p_));
     using Keys = KeyTiles<T, ops::AttentionBackward>;
+    thread_local Scratch scratch;
     const auto [keys, memory, scores] =
         scratch.take(Keys::floats(p_), RowTile::floats(p_) * together, TileBuffers<T>::kFloats);
     const Keys key_tiles(p_, s, key_head, keys);
     const TileBuffers<T> tiles(scores);
-    [[maybe_unused]] const typename Products<T>::Session session;
     std::vector<RowTile> all;
     all.reserve(static_cast<size_t>(together));
     for (int64_t n = share; n < places.count();) {
@@ -215,8 +230,31 @@ class Backward {
         if (sinks_.wanted()) sinks_.set(at, rows);
       }
     }
-    if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
   }
+
+#if defined(LLMENGINE_AMX)
+  static bool tiles(const ops::AttentionBackward& p) {
+    return p.query.dtype == DType::bf16 && amx_takes(p) && !p.sinks.defined();
+  }
+  int64_t row_tiles(const ops::Sequence& s) const {
+    return tiled_ ? p_.group() * count_of(s.rows, AmxBackward<1>::kBlockRows) : RowTiles(p_, s).count();
+  }
+  void tile_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, float* grad_key,
+                 float* grad_value) const {
+    const auto tile = [&]<int steps>(std::integral_constant<int, steps>) {
+      AmxBackward<steps> all(p_, at.sequence, key_head);
+      const int64_t group = p_.group(), blocks = row_tiles(at.sequence) / group;
+      for (int64_t n = share; n < blocks * group; n += shares_[at.which]) {
+        all.add_rows(key_head * group + n % group, (blocks - 1 - n / group) * all.kBlockRows, grad_key, grad_value);
+      }
+    };
+    amx_steps(p_, tile);
+  }
+#else
+  static bool tiles(const ops::AttentionBackward&) { return false; }
+  int64_t row_tiles(const ops::Sequence& s) const { return RowTiles(p_, s).count(); }
+  void tile_rows(const SequenceTasks::Task&, int64_t, int64_t, float*, float*) const {}
+#endif
 
   // keys [first, first + count) of a key head, from accumulators that begin there
   template <class T>
@@ -247,6 +285,7 @@ class Backward {
 
   const ops::AttentionBackward& p_;
   int64_t depth_, width_;
+  bool tiled_;  // by cpu/attention_amx_backward.h
   std::vector<ops::Sequence> sequences_;
   std::vector<int64_t> shares_;
   DistanceSums distances_;

@@ -16,12 +16,16 @@
 //   Memory: query and output once, key and value once a task, and from the second-level cache once a row tile. Limit:
 //   the multiply-add ports; beside them the exponentials take a tenth of the time in floats at head_dim 64, and a fifth
 //   where pairs of bf16 halve the products' time.
+#include "cpu/attention_amx.h"
 #include "cpu/attention_rows.h"
 
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
 void attention_forward(const ops::AttentionForward& p) {
+#if defined(LLMENGINE_AMX)
+  if (p.query.dtype == DType::bf16 && amx_takes(p)) return amx_forward(p);
+#endif
   visit_float(p.query.dtype, [&]<class T>(T) {
     forward_all<T>(p, ops::sequences_of(p),
                    [&](const ops::Sequence& s, int64_t, int64_t head, int64_t) { return Scores(p, s, head); });

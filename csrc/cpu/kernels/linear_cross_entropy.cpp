@@ -95,13 +95,15 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   const bool in_pairs = kPairsPay && p.input.dtype == DType::bf16;
   const DType dx_type = in_pairs ? DType::bf16 : DType::f32;
   const int64_t block_tokens = kBlockBytes / kClasses / size_of(dx_type);
-  // the block's dx, rows kClasses apart; (kClasses, d): its share of grad_linear_weight, where that is not float32
+  // the block's dx, rows kClasses apart; (kClasses, d): its share of grad_linear_weight, where several blocks add up to
+  // what is not float32
   float *dx = nullptr, *weight_sums = nullptr;
 
   explicit Backward(const ops::LinearCrossEntropyBackward& params) : Logits(params, "linear_cross_entropy backward") {}
 
   void run() {
-    const bool rounded = p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
+    const bool several = static_cast<int64_t>(labelled.size()) > block_tokens;
+    const bool rounded = several && p.grad_linear_weight.defined() && p.grad_linear_weight.dtype != DType::f32;
     static thread_local Scratch scratch;
     const auto [block, sums] = scratch.take(kBlockBytes / 4, rounded ? kClasses * d : 0);
     dx = block, weight_sums = rounded ? sums : nullptr;
@@ -131,10 +133,12 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
       });
     }
     if (p.grad_linear_weight.defined()) {
-      float* to = weight_sums ? weight_sums : p.grad_linear_weight.as<float>() + first * p.grad_linear_weight.stride(0);
-      const int64_t stride = weight_sums ? d : p.grad_linear_weight.stride(0);
-      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}},
-           [&](const Tile& tile) { gather_tile(tile, later, to, stride, [](int64_t r) { return r; }); });
+      const TensorView out = rows_of(p.grad_linear_weight, first, n);
+      float* to = weight_sums ? weight_sums : out.dtype == DType::f32 ? out.as<float>() : nullptr;
+      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, [&](const Tile& tile) {
+        if (!to) return store_tile(tile, out);
+        gather_tile(tile, later, to, weight_sums ? d : out.stride(0), [](int64_t r) { return r; });
+      });
     }
     if (p.grad_linear_bias.defined()) {
       visit_dx([&](auto* at) { column_sums(at, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first); });

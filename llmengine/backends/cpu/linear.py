@@ -1,0 +1,51 @@
+"""Linear layer on the CPU: csrc/cpu/kernels/linear.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+KERNELS: dict[str, Kernel] = {}
+ROWS = 1024  # fewer pay for packing the weight more than PyTorch's products do
+
+
+def _has_tiles() -> bool:
+    try:
+        return module is not None and module.isa() == "amx"
+    except ValueError:  # LLMENGINE_CPU_ISA asks for what is not there: the first kernel says so
+        return False
+
+
+TILES = _has_tiles()
+
+
+def pays(dtype: torch.dtype, rows: int) -> bool:
+    """Whether these products were measured to be quicker than PyTorch's (MEASUREMENTS.md, "AMX on hardware")."""
+    return TILES and dtype == torch.bfloat16 and rows >= ROWS
+
+
+@kernel(KERNELS, "linear_forward", refuses_tensors)
+def linear_forward(input, weight, bias):
+    output = torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype)
+    module.linear_forward(
+        input=unit_last_stride(input), weight=unit_last_stride(weight), bias=contiguous(bias), output=output
+    )
+    return output
+
+
+@kernel(KERNELS, "linear_backward", lambda grad_output, input, weight, wanted: refuses_tensors(input, weight))
+def linear_backward(grad_output, input, weight, wanted):
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    dtypes = (input.dtype, weight.dtype, torch.float32)
+    gradients = [
+        torch.empty(shape if want else (0,), dtype=dtype)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    ]
+    names = ("grad_input", "grad_weight", "grad_bias")
+    module.linear_backward(
+        grad_output=unit_last_stride(grad_output), input=unit_last_stride(input), weight=unit_last_stride(weight),
+        **{name: g if want else None for name, g, want in zip(names, gradients, wanted, strict=True)},
+    )  # fmt: skip
+    return tuple(gradients)

@@ -1,0 +1,57 @@
+"""The linear layer: our products where they are quicker than PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmengine.backends.cpu.linear import pays
+from llmengine.functional.arguments import autocast, check_float, check_same_device, needs_grad, parameter_like
+from llmengine.ops import linear as ops
+from llmengine.ops.registry import demanded
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input weight^T + bias, as torch.nn.functional.linear.
+
+    Shapes: input (*, in), weight (out, in), bias (out,); the result (*, out), like input. Parameters are in input's
+    dtype, or float32 beside a 16-bit input (as under autocast, which casts input alone): products are then taken in
+    input's precision, without a copy of the weight, and gradients come back in each parameter's dtype.
+
+    Our products run where they were measured to be quicker than PyTorch's: bfloat16 on a CPU with AMX, of 1024 rows and
+    more; elsewhere PyTorch's, unless a backend is demanded.
+
+    Raises ValueError on shapes, dtypes or devices that do not fit.
+    """
+    x, weight, bias = _checked(input, weight, bias)
+    if demanded() is not None or (x.device.type == "cpu" and pays(x.dtype, x.shape[:-1].numel())):
+        return _products(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):  # which casts, and remembers what it has cast
+        return torch.nn.functional.linear(input, weight, bias)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def products(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same by the operator alone."""
+    return _products(*_checked(input, weight, bias))
+
+
+def _checked(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    op = "linear"
+    check_float(op, "input", input)
+    check_float(op, "weight", weight)
+    if input.ndim == 0:
+        raise ValueError(f"{op}: input has shape (); expected (*, in)")
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected (out, {input.shape[-1]})")
+    (x,) = autocast(input)
+    weight = parameter_like(op, "weight", weight, (weight.shape[0], input.shape[-1]), x)
+    bias = parameter_like(op, "bias", bias, (weight.shape[0],), x)
+    check_same_device(op, input=input, weight=weight, bias=bias)
+    return x, weight, bias
+
+
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    tensors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
+    output = ops.Linear.apply(*tensors) if needs_grad(*tensors) else ops.linear_forward(*tensors)
+    return output.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,84 @@
+"""The linear layer: which products run where, and what it refuses. Its laws are those of tests/test_ops.py."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import llmengine
+from llmengine import functional
+from llmengine.backends.cpu import linear as backend
+from llmengine.nn import fusing
+
+
+def tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((rows, 40), (24, 40), (24,)))
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the operators that run."""
+    names: list[str] = []
+    dispatch = llmengine.ops.registry.dispatch
+    monkeypatch.setattr(
+        llmengine.ops.registry, "dispatch", lambda name, args: names.append(name) or dispatch(name, args)
+    )
+    return names
+
+
+@pytest.mark.parametrize("rows, dtype", [(1023, torch.bfloat16), (1024, torch.float32), (1024, torch.bfloat16)])
+def test_our_products_run_where_they_are_quicker(rows, dtype, ran):
+    x, weight, bias = tensors(rows, dtype)
+    result = functional.linear(x, weight, bias)
+    ours = backend.TILES and rows == 1024 and dtype == torch.bfloat16
+    assert ran == (["linear_forward"] if ours else [])
+    torch.testing.assert_close(result, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_and_where_a_backend_is_demanded(ran):
+    with llmengine.backend("cpu"):
+        functional.linear(*tensors(3, torch.float32))
+    assert ran == ["linear_forward"]
+
+
+@pytest.mark.parametrize("demand", [True, False])
+def test_autocast_casts_the_input_and_gradients_come_back_in_float32(demand):
+    x, weight, bias = (t.requires_grad_() for t in tensors(7, torch.float32))
+    with llmengine.backend("cpu") if demand else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        result = functional.linear(x, weight, bias)
+    assert result.dtype == torch.bfloat16
+    result.sum().backward()
+    assert [t.grad.dtype for t in (x, weight, bias)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_leaf_that_somebody_watches_is_called(watched, monkeypatch):
+    monkeypatch.setattr(fusing, "TILES", True)
+    leaf, seen = torch.nn.Linear(40, 24), []
+    if watched:
+        leaf.register_forward_hook(lambda *_: seen.append(True))
+    x = tensors(3, torch.float32)[0]
+    torch.testing.assert_close(fusing.linear(leaf, x), torch.nn.functional.linear(x, leaf.weight, leaf.bias))
+    assert bool(seen) == watched
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.ones(6, 5)}, r"weight has shape \(6, 5\); expected \(6, 4\)"),
+        ({"weight": torch.ones(6)}, r"weight has shape \(6,\); expected \(out, 4\)"),
+        ({"bias": torch.ones(4)}, r"bias has shape \(4,\); expected \(6,\)"),
+        ({"input": torch.ones(())}, r"input has shape \(\); expected \(\*, in\)"),
+        ({"input": torch.ones(3, 4, dtype=torch.int64)}, "input has dtype int64; allowed: float32"),
+        ({"weight": torch.ones(6, 4, dtype=torch.bfloat16)}, "weight has dtype bfloat16; allowed: that of input"),
+        ({"weight": torch.ones(6, 4, device="meta")}, "weight is on meta but input is on cpu"),
+    ],
+)
+def test_errors_name_argument_given_and_allowed(change, message):
+    arguments = {"input": torch.ones(3, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6)} | change
+    with pytest.raises(ValueError, match=f"^linear: {message}"):
+        functional.linear(**arguments)
