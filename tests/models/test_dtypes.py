@@ -76,7 +76,8 @@ def test_mixed_is_as_exact_as_all_in_bf16(family, autocast):
         results.append([torch.stack(part) for part in zip(*parts, strict=True)])
     for ours, theirs, ours_exact, theirs_exact in zip(*results, strict=True):
         error, allowed = (ours - ours_exact).abs(), (theirs - theirs_exact).abs()
-        assert error.max() <= 2 * allowed.max() + 1e-3 and error.norm() <= 1.5 * allowed.norm() + 1e-3
+        floor = 1e-3 * theirs_exact.abs().max().clamp_min(1)  # half of what one rounding to bf16 may move
+        assert error.max() <= 2 * allowed.max() + floor and error.norm() <= 1.5 * allowed.norm() + floor
         assert (ours_exact - ours).abs().max() > 0 and ours.isfinite().all()
 
 
