@@ -128,7 +128,7 @@ class SinkSums {
 
 // ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
-constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
+constexpr int64_t kTasks = 16;  // about so many of equal work, where there is so much, and no more heads
 
 class Backward {
  public:
@@ -167,7 +167,7 @@ class Backward {
     for (const ops::Sequence& s : sequences_) total += p_.key_heads() * s.rows * s.keys;
     std::vector<int64_t> shares;
     for (const ops::Sequence& s : sequences_) {
-      const int64_t wanted = total ? count_of(kTasks * s.rows * s.keys, total) : 1;
+      const int64_t wanted = total ? (kTasks * s.rows * s.keys + total / 2) / total : 1;
       shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
     }
     return shares;
