@@ -253,6 +253,46 @@ def test_thread_counts_change_no_bit(shape, group):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def growing(dim: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Operands of which every 32 keys have logits far beyond those of the keys before, for some rows of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (randn(generator, 1, 2, 300, dim) for _ in range(4))
+    k *= (1 + torch.arange(300) // 32 * 6)[:, None]
+    q[:, :, ::3] *= 0.01
+    return [x.to(torch.bfloat16) for x in (q, k, v)], grad.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dim", [40, 64, 128])
+def test_logits_that_outgrow_all_before_them(dim, is_causal):
+    operands, grad = growing(dim)
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in operands]
+        output = function(*leaves, is_causal=is_causal)
+        return output, *torch.autograd.grad(output, leaves, grad.to(dtype))
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    results = zip(
+        run(scaled_dot_product_attention, torch.bfloat16), run(plain, torch.bfloat16), run(plain, torch.float64),
+        strict=True,
+    )  # fmt: skip
+    for i, (ours, theirs, oracle) in enumerate(results):
+        assert_law(ours, theirs, oracle, GRADIENT if i else OUTPUT, f"result {i}")
+
+
+@pytest.mark.parametrize("what", [0.01, torch.inf, torch.nan])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_do_not_depend_on_their_neighbours(dim, what):
+    (q, k, v), _ = growing(dim)
+    others = q.clone()
+    others[:, :, 1::2] *= what
+    with llmengine.backend("cpu"):
+        ours, theirs = (scaled_dot_product_attention(x, k, v) for x in (q, others))
+    assert torch.equal(ours[:, :, ::2], theirs[:, :, ::2])
+    assert torch.equal(theirs[:, :, 1::2].isnan().all(), torch.tensor(what != 0.01))
+
+
 def test_fully_masked_rows_give_zeros_and_no_gradients():
     q, k, v = (torch.randn(2, 3, 50, 16, requires_grad=True) for _ in range(3))
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool)

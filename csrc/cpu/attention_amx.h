@@ -15,8 +15,11 @@
 //   later weights grow beyond 2^40, which their sums tell. bf16 has the exponents of a float, so that a weight above 1
 //   is as exact as one below.
 //
-//   Keys and values lie packed, a tile after another, in a block of chunks that the first-level cache holds while all
-//   units of a task meet it.
+//   Keys and values lie packed, a tile after another, in a block of chunks that the second-level cache holds while all
+//   units of a task meet it: sums that leave their registers less often are worth more than operands in the first.
+//
+//   Limit: the port that multiplies, 8.5 instructions a vector of scores, while the tiles take 4 of those cycles at
+//   head_dim 64.
 #pragma once
 
 #include "cpu/attention_rows.h"
@@ -159,6 +162,13 @@ inline void pack_unit(const Rows<const bf16>& x, int64_t rows, bf16* to) {
   }
 }
 
+// Rows come into the second-level cache while others are worked on.
+inline void fetch_rows(const Rows<const bf16>& x, int64_t first, int64_t end) {
+  for (int64_t r = first; r < end; ++r) {
+    for (int64_t c = 0; c < x.columns; c += 32) __builtin_prefetch(x.row(r) + c, 0, 2);
+  }
+}
+
 // A chunk of keys as a left operand, in tiles of 16 keys and 32 columns, `steps` side by side; zeros beyond.
 inline void pack_keys(const Rows<const bf16>& x, int64_t first, int64_t count, int64_t steps, bf16* to) {
   for (int64_t key = 0; key < kChunkKeys; ++key) {
@@ -228,7 +238,7 @@ class AmxForward {
  public:
   static constexpr int kTiles = 2 * kSteps, kResident = std::min(kTiles, 4);
   static constexpr int64_t kChunkHalves = (2 * kSteps + kTiles) * kTileHalves;
-  static constexpr int64_t kChunks = std::max<int64_t>(2, (int64_t{128} << 10) / (2 * kChunkHalves));  // of a block
+  static constexpr int64_t kChunks = std::max<int64_t>(2, (int64_t{256} << 10) / (2 * kChunkHalves));  // of a block
   static constexpr int64_t kUnitFloats = kTiles * kTileFloats + kSteps * kTileHalves / 2 + 2 * kUnitRows;
 
   static int64_t units(const ops::AttentionOptions& p, const ops::Sequence& s) {
@@ -259,9 +269,12 @@ class AmxForward {
     for (int64_t first = seen.begin / kBlock * kBlock; first < seen.end; first += kBlock) {
       const Span keys = common(seen, {first, first + kBlock});
       pack(first, keys);
-      for (Unit& unit : units_) {
+      for (size_t n = 0; n < units_.size(); ++n) {
+        fetch(n, common(seen, {first + kBlock, first + 2 * kBlock}));
+        Unit& unit = units_[n];
         const Span mine = common(unit.seen, keys);
         if (mine.count() <= 0) continue;
+        if (!unit.ready) begin(unit);
         parity_ ^= 1;
         for (int64_t c = (mine.begin - first) / kChunkKeys; c * kChunkKeys < mine.end - first; ++c) {
           push(unit, first, c);
@@ -269,7 +282,10 @@ class AmxForward {
       }
       drain();
     }
-    for (const Unit& unit : units_) write(unit);
+    for (Unit& unit : units_) {
+      if (!unit.ready) begin(unit);
+      write(unit);
+    }
   }
 
  private:
@@ -277,8 +293,8 @@ class AmxForward {
 
   struct Unit {
     int64_t head, row, rows;
-    Span seen, full;  // the keys that some row sees, and those that all see
-    bool open;        // some row has no reference yet
+    Span seen, full;   // the keys that some row sees, and those that all see
+    bool ready, open;  // query is packed; some row has no reference yet
     float *sums, *reference, *total;
     bf16* query;
   };
@@ -299,15 +315,30 @@ class AmxForward {
     unit.query = reinterpret_cast<bf16*>(memory + kTiles * kTileFloats);
     unit.reference = memory + kTiles * kTileFloats + kSteps * kTileHalves / 2;
     unit.total = unit.reference + kUnitRows;
+    units_.push_back(unit);
+  }
+
+  void begin(Unit& unit) const {
+    unit.ready = true;
     std::fill_n(unit.sums, kTiles * kTileFloats, 0.0f);
-    std::fill_n(unit.query, kSteps * kTileHalves, bf16{});
-    const Rows<const bf16> query(p_.query, s_.batch, unit.head, s_.row0 + row);
-    pack_unit(query, unit.rows, unit.query);
+    if (p_.query.size(3) < kSteps * 2 * kLanes) std::fill_n(unit.query, kSteps * kTileHalves, bf16{});
+    pack_unit(Rows<const bf16>(p_.query, s_.batch, unit.head, s_.row0 + unit.row), unit.rows, unit.query);
     const float sink = p_.sink(s_, unit.head);  // a logit that comes before all others, or -inf
     unit.open = sink == -INFINITY;
     store(unit.reference, broadcast(sink * 1.44269504f));
     store(unit.total, broadcast(unit.open ? 0.0f : 1.0f));
-    units_.push_back(unit);
+  }
+
+  // What is read after unit n comes nearer meanwhile: the next unit's query, and its part of the next block.
+  void fetch(size_t n, Span next_block) const {
+    if (n + 1 < units_.size() && !units_[n + 1].ready) {
+      const Unit& unit = units_[n + 1];
+      fetch_rows(Rows<const bf16>(p_.query, s_.batch, unit.head, s_.row0 + unit.row), 0, unit.rows);
+    }
+    const int64_t units = std::ssize(units_), count = std::max<int64_t>(next_block.count(), 0);
+    const int64_t first = next_block.begin + static_cast<int64_t>(n) * count / units;
+    const int64_t end = next_block.begin + static_cast<int64_t>(n + 1) * count / units;
+    fetch_rows(key_, first, end), fetch_rows(value_, first, end);
   }
 
   void pack(int64_t first, Span keys) const {
@@ -330,7 +361,7 @@ class AmxForward {
     next.banded = next.key < unit.full.begin || next.key + kChunkKeys > unit.full.end;
     next.at.query = unit.query, next.at.keys = keys, next.at.values = keys + 2 * kSteps * kTileHalves;
     next.at.scores = scores_ + even_ * 2 * kTileFloats;
-    next.at.weights = weights_ + (parity_ * kChunks + chunk) * kTileHalves;
+    next.at.weights = weights_ + (kTiles > kResident ? parity_ * kChunks + chunk : turn_) * kTileHalves;
     if (now_) {
       advance<true>(next);
     } else {
@@ -371,7 +402,7 @@ class AmxForward {
     if (all(sums < kMost)) {
       store(unit.total, load(unit.total) + sums);
     } else {
-      redo(weights);
+      redo(weights, sums < kMost);
     }
     last_ = now_;
   }
@@ -413,26 +444,26 @@ class AmxForward {
     return max(max(most[0], most[1]), max(most[2], most[3]));
   }
 
-  // The present weights once more, of references that none exceeds, and what is infinite or no number as such.
-  void redo(const AmxWeights& weights) {
+  // The present weights once more, and what is infinite or no number as such. Rows that are not calm refer to their
+  // greatest logit so far; the others get what they had, bit by bit.
+  void redo(const AmxWeights& weights, I calm) {
     Unit& unit = *now_->unit;
     if (resident_ == &unit) evict();
-    const F before = load(unit.reference), most = max(before, largest(weights) * factor_);
+    const F before = load(unit.reference), most = select(calm, before, max(before, largest(weights) * factor_));
     const F shift = select(most == -INFINITY, F{}, most);
-    F sums = {};
+    F sums[4] = {};
     for (int key = 0; key < kChunkKeys; key += 2) {
       F p[2];
       for (int i = 0; i < 2; ++i) {
         p[i] = product(weights, key + i) * factor_ - shift;
         p[i] = select(p[i] == -INFINITY, F{}, power_of_2(p[i]));
-        sums += p[i];
+        sums[(key + i) % 4] += p[i];
       }
       store_pairs(now_->at.weights + key * kLanes, interleaved(p[0], p[1]));
     }
-    const F scale =
-        select(before == -INFINITY, F{}, select(before == shift, broadcast(1.0f), power_of_2(before - shift)));
+    const F scale = select(before == -INFINITY, F{}, power_of_2(before - shift));
     store(unit.reference, most);
-    store(unit.total, load(unit.total) * scale + sums);
+    store(unit.total, load(unit.total) * scale + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
     for (int64_t i = 0; i < kTiles * kTileFloats; i += kLanes) store(unit.sums + i, load(unit.sums + i) * scale);
   }
 

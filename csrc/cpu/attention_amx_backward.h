@@ -178,7 +178,7 @@ class AmxBackward {
       : p_(p),
         s_(s),
         band_(p.band(s)),
-        scale_(static_cast<float>(p.scale * kLog2e)),
+        scale_(static_cast<float>(p.scale * 1.4426950408889634)),
         depth_(p.query.size(3)),
         width_(p.value.size(3)) {
     thread_local Scratch scratch;
@@ -223,7 +223,6 @@ class AmxBackward {
   }
 
  private:
-  static constexpr double kLog2e = 1.4426950408889634;
   static constexpr int kColumnTiles = 2 * kSteps, kSums = 2 * kColumnTiles;
   static constexpr int64_t kOperand = 2 * kSteps * kTileHalves;  // 32 rows or keys
   static constexpr int64_t kChunkHalves = 3 * kOperand;          // key, value, key^T
@@ -257,16 +256,19 @@ class AmxBackward {
     float *high = total(u), *low = high + kUnitRows, *delta = low + kUnitRows;
     make_delta(u, first, rows, delta);
     const int64_t statistic = (s_.batch * p_.heads() + head_) * p_.query.size(2) + first;
-    for (int64_t r = 0; r < kUnitRows; ++r) {
+    for (int64_t r = 0; r < kUnitRows; r += kLanes) {
+      const int64_t n = std::clamp<int64_t>(rows - r, 0, kLanes);
+      const auto read = [&](const TensorView& t, float fill) {
+        return load_part(t.as<float>() + statistic + r, n, fill);
+      };
+      const F lse = read(p_.lse, -INFINITY), lse_low = read(p_.lse_low, 0.0f);
+      const F rounded = lse * 1.44269502f;
+      const F rest = (lse * 1.44269502f - rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
       // a row that sees nothing, or that there is not: so much that all of its weights are 0
-      high[r] = 1e30f, low[r] = 0.0f;
-      if (r >= rows) continue;
-      const float lse = p_.lse.as<float>()[statistic + r];
-      if (p_.grad_lse.defined()) delta[r] -= p_.grad_lse.as<float>()[statistic + r];
-      if (lse == -INFINITY) continue;
-      const double exact = (double{lse} + p_.lse_low.as<float>()[statistic + r]) * kLog2e;
-      high[r] = static_cast<float>(exact);
-      if (std::isfinite(high[r])) low[r] = static_cast<float>(exact - high[r]);
+      const I none = lse == -INFINITY;
+      store(high + r, select(none, broadcast(1e30f), rounded));
+      store(low + r, select(none | (rest - rest != F{}), F{}, rest));
+      if (p_.grad_lse.defined()) store(delta + r, load(delta + r) - read(p_.grad_lse, 0.0f));
     }
   }
 

@@ -128,7 +128,7 @@ class SinkSums {
 
 // ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
-constexpr int64_t kTasks = 16;  // at least so many of about equal work, where there is so much
+constexpr int64_t kTasks = 16;  // about so many of equal work, where there is so much, and no more heads
 
 class Backward {
  public:
@@ -146,7 +146,7 @@ class Backward {
       const int64_t partials = shares_[s] > 1 ? p.key_heads() * shares_[s] : 0;
       first_partial_.push_back(first_partial_.back() + partials * floats(sequences_[s]));
     }
-    partials_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(first_partial_.back()));
+    take_partials(first_partial_.back());
   }
 
   template <class T>
@@ -167,16 +167,28 @@ class Backward {
     for (const ops::Sequence& s : sequences_) total += p_.key_heads() * s.rows * s.keys;
     std::vector<int64_t> shares;
     for (const ops::Sequence& s : sequences_) {
-      const int64_t wanted = total ? count_of(kTasks * s.rows * s.keys, total) : 1;
+      const int64_t wanted = total ? (kTasks * s.rows * s.keys + total / 2) / total : 1;
       shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
     }
     return shares;
   }
 
+  // Kept between calls, where they are few: their fresh pages would cost as much as the products.
+  void take_partials(int64_t floats) {
+    constexpr int64_t kKept = int64_t{1} << 24;
+    thread_local Scratch kept;
+    if (floats <= kKept) {
+      partials_ = kept.take(floats)[0];
+    } else {
+      fresh_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(floats));
+      partials_ = fresh_.get();
+    }
+  }
+
   // Accumulators of a key head: grad_key (keys, depth_), then grad_value (keys, width_).
   int64_t floats(const ops::Sequence& s) const { return s.keys * (depth_ + width_); }
   float* partial(const SequenceTasks::Task& at, int64_t key_head, int64_t share) const {
-    return partials_.get() + first_partial_[at.which] + (key_head * shares_[at.which] + share) * floats(at.sequence);
+    return partials_ + first_partial_[at.which] + (key_head * shares_[at.which] + share) * floats(at.sequence);
   }
 
   template <class T>
@@ -292,7 +304,8 @@ class Backward {
   SinkSums sinks_;
   SequenceTasks tasks_;
   std::vector<int64_t> first_partial_{0};
-  std::unique_ptr<float[]> partials_;
+  std::unique_ptr<float[]> fresh_;
+  float* partials_ = nullptr;
 };
 
 // ---- grad_mask ------------------------------------------------------------------------------------------------------
