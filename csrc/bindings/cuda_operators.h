@@ -11,6 +11,7 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/gemm.h"
 #include "cuda/gradient_norm.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
@@ -41,12 +42,14 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("adamw", cuda::AdamW{});
   operation("attention_forward", cuda::AttentionForward{});
   operation("attention_backward", cuda::AttentionBackward{});
+  operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
   operation("embedding_forward", cuda::EmbeddingForward{});
   operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("gemm", cuda::Gemm{});
   operation("gradient_norm", cuda::GradientNorm{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});

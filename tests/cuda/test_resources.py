@@ -48,6 +48,8 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
     resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel"
 )
 
+# Files and kernels over gemm_sm80.cuh.
+PRODUCTS, PRODUCT_KERNELS = ("gemm_sm80",), ("gemm_sm80",)
 # What they write is a number a row, a column or a block.
 FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
@@ -87,6 +89,20 @@ def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously
                 assert copies[name] >= 8 and matrices[name] >= 16 and products >= 32, name
             if name.startswith(("attention_forward", "attention_keys", "attention_rows")):
                 assert resources.report(source, architecture)[name]["wide_stores"] > 0, name
+
+
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_a_stage_of_a_product_is_multiplied_on_tensor_cores(architecture: str):
+    """Of 64 x 64 x 32 in a warp: 64 instructions of 16 x 8 x 16, on 16 quadruples of matrices; a thread copies 8 chunks."""
+    for source in resources.sources():
+        if source.stem not in PRODUCTS:
+            continue
+        copies = resources.instructions(source, architecture, r"\bLDGSTS\.[\w.]*128")
+        matrices = resources.instructions(source, architecture, r"\bLDSM\.16\.")
+        for name, products in resources.instructions(source, architecture, r"\bHMMA\.16816\.F32").items():
+            if name.startswith(PRODUCT_KERNELS):
+                assert products >= 64 and matrices[name] >= 16 and copies[name] >= 8, name
 
 
 def test_the_compiler_log_is_read_rightly():
