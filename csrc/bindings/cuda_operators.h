@@ -47,6 +47,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
   operation("embedding_forward", cuda::EmbeddingForward{});
   operation("embedding_backward", cuda::EmbeddingBackward{});
+  operation("ffn_backward", cuda::FeedForwardBackward{});
+  operation("ffn_forward", cuda::FeedForwardForward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("gemm", cuda::Gemm{});

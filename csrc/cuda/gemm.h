@@ -12,17 +12,19 @@ namespace llmengine::cuda {
 
 inline constexpr std::initializer_list<DType> kProductTypes = {DType::bf16, DType::f16};
 
-// out = a b + bias + added
+// out = a b + a2 b2 + bias + added
 struct Gemm {
-  TensorView a, b;   // (m, k), (k, n), of one dtype; each with a unit stride, a's along m only with b's along n
-  TensorView bias;   // (n,), of their dtype or float32, or none
-  TensorView added;  // float32 (m, n), or none; may be out
-  TensorView out;    // (m, n), of their dtype or float32
+  TensorView a, b;    // (m, k), (k, n), of one dtype; each with a unit stride, a's along m only with b's along n
+  TensorView a2, b2;  // once more, lying alike, or none
+  TensorView bias;    // (n,), of their dtype or float32, or none
+  TensorView added;   // float32 (m, n), or none; may be out
+  TensorView out;     // (m, n), of their dtype or float32
 
   static constexpr auto fields() {
     using P = Gemm;
-    return std::tuple{ops::field("a", &P::a), ops::field("b", &P::b), ops::field("bias", &P::bias),
-                      ops::field("added", &P::added), ops::field("out", &P::out)};
+    return std::tuple{ops::field("a", &P::a),    ops::field("b", &P::b),       ops::field("a2", &P::a2),
+                      ops::field("b2", &P::b2),  ops::field("bias", &P::bias), ops::field("added", &P::added),
+                      ops::field("out", &P::out)};
   }
 };
 

@@ -1,4 +1,5 @@
-// Plain products: out = a b + bias + added, b^T of gemm_sm80.cuh being b here (algorithm, flops and limit: there).
+// Plain products: out = a b + a2 b2 + bias + added, b^T of gemm_sm80.cuh being b here (algorithm, flops and limit:
+// there).
 //
 //   bytes   beside the operands, out once, and `added` read once: 4 bytes an element. Stores are of 16 bytes.
 #include <cstdint>
@@ -15,7 +16,9 @@ template <class T, bool a_across, bool b_across>
 struct Product {
   gemm::Operand<T, a_across> a;
   gemm::Operand<T, b_across> b;
-  int depth, row_tiles, column_tiles;
+  gemm::Operand<T, a_across> a2;
+  gemm::Operand<T, b_across> b2;
+  int depth, products, row_tiles, column_tiles;
   Line bias;
   Rows<const float> added;
   Rows<T> out;  // one of the two
@@ -47,7 +50,12 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) gemm_sm80(const Product<T, 
   const int row = tile.row * gemm::kTile, column = tile.column * gemm::kTile;
   void* shared = ptx::dynamic_shared();
   gemm::Accumulators c;
-  gemm::multiply<T>(c, shared, p.a, p.b, row, column, p.depth);
+  clear(c);
+#pragma unroll 1
+  for (int i = 0; i < p.products; ++i) {
+    if (i > 0) __syncthreads();  // every warp is done with the first product's stages
+    gemm::multiply_add<T>(c, shared, i == 0 ? p.a : p.a2, i == 0 ? p.b : p.b2, row, column, p.depth);
+  }
   gemm::each_vector<1>(c, shared, [&](int r, int v, float (&x)[1][8]) {
     if (row + r < p.a.lines) p.store(row + r, column + v, x[0]);
   });
@@ -88,6 +96,15 @@ void validate(const Gemm& p) {
   if (!gemm::lies_along(p.a) && !gemm::lies_along(p.b)) {
     at.fail_at("b", "must have last stride 1 where a has not, got " + std::to_string(p.b.stride(1)));
   }
+  if (p.a2.defined() != p.b2.defined()) at.fail_at("b2", "is wanted with a2, and only with it");
+  for (auto [t, like, argument] : {std::tuple{&p.a2, &p.a, "a2"}, std::tuple{&p.b2, &p.b, "b2"}}) {
+    at.dtype(*t, argument, {p.a.dtype});
+    at.shape(*t, argument, {like->size(0), like->size(1)});
+    const bool along = gemm::lies_along(*like);
+    if (t->defined() && !(along ? gemm::lies_along(*t) : gemm::lies_across(*t))) {
+      at.fail_at(argument, "must have its unit stride where the first operand has");
+    }
+  }
   at.dtype(p.bias, "bias", {p.a.dtype, DType::f32});
   at.shape(p.bias, "bias", {n});
   at.contiguous(p.bias, "bias");
@@ -108,7 +125,10 @@ void run(const Gemm& p, Stream stream) {
     const bool wide = p.out.dtype == DType::f32;
     const Product<T, a_across, b_across> given{gemm::operand_of<T, a_across>(p.a),
                                                gemm::operand_of<T, b_across>(transposed(p.b)),
+                                               gemm::operand_of<T, a_across>(p.a2.defined() ? p.a2 : p.a),
+                                               gemm::operand_of<T, b_across>(transposed(p.b2.defined() ? p.b2 : p.b)),
                                                static_cast<int>(k),
+                                               p.a2.defined() ? 2 : 1,
                                                row_tiles,
                                                column_tiles,
                                                line_of(p.bias),

@@ -30,6 +30,7 @@
 #include <type_traits>
 
 #include "cuda/matrix_tile.cuh"
+#include "cuda/reduce.cuh"
 
 namespace llmengine::cuda::gemm {
 
@@ -154,11 +155,11 @@ __device__ __forceinline__ void multiply_stage(Accumulators& c, const TileA& til
   }
 }
 
-// c = a b^T of the tile that begins at line `row` of a and `column` of b. Whoever uses the stages' memory afterwards
+// c += a b^T of the tile that begins at line `row` of a and `column` of b. Whoever uses the stages' memory afterwards
 // begins with a barrier: other warps may still multiply.
 template <class T, class A, class B>
-__device__ __forceinline__ void multiply(Accumulators& c, void* shared, const A& a, const B& b, int row, int column,
-                                         int depth) {
+__device__ __forceinline__ void multiply_add(Accumulators& c, void* shared, const A& a, const B& b, int row, int column,
+                                             int depth) {
   const Stages<A, B> stages{shared};
   const int steps = (depth + kDepth - 1) / kDepth;
   const auto begin = [&](int step, int stage) {
@@ -168,7 +169,6 @@ __device__ __forceinline__ void multiply(Accumulators& c, void* shared, const A&
     }
     ptx::commit_copies();  // of nothing, at the end: so the groups that are waited for are always the latest
   };
-  clear(c);
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) begin(stage, stage);
   int stage = 0;
@@ -247,14 +247,16 @@ __device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const
   }
 }
 
-// Sums over the rows of a warp's tile, of which each thread has those of its vector: in all threads of that vector.
-template <int vectors>
-__device__ __forceinline__ void add_rows(float (&sums)[8]) {
+// The sums over a warp's rows, of which each thread has those that it saw of its vector: eight columns of a line that
+// begin at the tile's, at `column`. After each_vector<1>.
+__device__ __forceinline__ void store_column_sums(float (&sums)[8], float* line, int column, int columns,
+                                                  bool aligned) {
 #pragma unroll
-  for (int lanes = vectors; lanes < 32; lanes *= 2) {
+  for (int lanes = 8; lanes < 32; lanes *= 2) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], lanes);
+    for (int i = 0; i < 8; ++i) sums[i] += __shfl_xor_sync(kWholeWarp, sums[i], lanes);
   }
+  if (lane_of() < 8) store_floats(line, column + warp_column() + lane_of() * 8, columns, aligned, sums);
 }
 
 }  // namespace llmengine::cuda::gemm

@@ -49,7 +49,8 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
 )
 
 # Files and kernels over gemm_sm80.cuh.
-PRODUCTS, PRODUCT_KERNELS = ("gemm_sm80",), ("gemm_sm80",)
+PRODUCTS = ("gemm_sm80", "ffn_sm80")
+PRODUCT_KERNELS = ("gemm_sm80", "hidden_product", "hidden_gradient")
 # What they write is a number a row, a column or a block.
 FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
@@ -94,7 +95,7 @@ def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously
 @NEEDS_CUOBJDUMP
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_a_stage_of_a_product_is_multiplied_on_tensor_cores(architecture: str):
-    """Of 64 x 64 x 32 in a warp: 64 instructions of 16 x 8 x 16, on 16 quadruples of matrices; a thread copies 8 chunks."""
+    """Of 64 x 64 x 32 in a warp: 64 instructions of 16 x 8 x 16, on 16 quadruples of matrices; 8 copies by a thread."""
     for source in resources.sources():
         if source.stem not in PRODUCTS:
             continue

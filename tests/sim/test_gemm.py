@@ -18,6 +18,7 @@ from llmengine.testing.simulator import SCHEDULES
 
 from .harness import DTYPES, Break, assert_caught
 
+HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
 # How a (m, k) and b (k, n) lie: rows in memory, or columns.
 WAYS = ("rows rows", "rows columns", "columns rows")
@@ -42,15 +43,16 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return torch.randn(m, k, generator=g).to(dtype), torch.randn(k, n, generator=g).to(dtype)
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, *, bias=None, added=None, pad: int = 0) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, *, second=(None, None), bias=None, added=None, pad=0) -> Tensor:
+    a2, b2 = second
     out = torch.full((a.shape[0], b.shape[1] + pad), torch.nan, dtype=dtype)
-    module().gemm(a=a, b=b, bias=bias, added=added, out=out[:, pad:], stream=0)
+    module().gemm(a=a, b=b, a2=a2, b2=b2, bias=bias, added=added, out=out[:, pad:], stream=0)
     assert out[:, :pad].isnan().all()
     return out[:, pad:]
 
 
 def assert_right(m: int, n: int, k: int, way: str, dtype: torch.dtype, *, wide: bool = False, offset: int = 0) -> None:
-    """Against float64, with a bias and a matrix added to a result in float32, and a bias alone to one in 16 bits."""
+    """Against float64, with a bias and a matrix added to a result in float32, a bias alone to one in 16 bits."""
     a, b = operands(m, n, k, dtype)
     bias, added = torch.randn(n).to(torch.float32 if m % 2 else dtype), torch.randn(m, n) if wide else None
     first, second = way.split()
@@ -97,8 +99,28 @@ def test_sums_of_nothing_are_the_bias(native):
 def test_a_result_may_be_added_to_itself(native):
     a, b = operands(70, 40, 33, torch.float16)
     sums = torch.ones(70, 40)
-    native.gemm(a=a, b=b, bias=None, added=sums, out=sums, stream=0)
+    native.gemm(a=a, b=b, a2=None, b2=None, bias=None, added=sums, out=sums, stream=0)
     torch.testing.assert_close(sums.double(), 1 + a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def assert_two_products(m: int, n: int, k: int, way: str, dtype: torch.dtype) -> None:
+    """The bits of one product over both depths, where the first is a whole number of stages."""
+    a, b = operands(m, n, 2 * k, dtype)
+    parts = [[lying(x, how) for x in x.split(k, d)] for d, x, how in zip((1, 0), (a, b), way.split(), strict=True)]
+    (a1, a2), (b1, b2) = parts
+    whole = product(*(lying(x, how) for x, how in zip((a, b), way.split(), strict=True)), torch.float32)
+    assert torch.equal(product(a1, b1, torch.float32, second=(a2, b2)), whole), "two products differ from one"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_products_in_one_sum(native, way: str):
+    assert_two_products(140, 67, 96, way, torch.bfloat16)
+    for k in (0, 5):
+        (a, b), (a2, b2) = (operands(m, 20, k, torch.float16) for m in (40, 40))
+        ours = product(a, b, torch.float32, second=(a2, b2))
+        torch.testing.assert_close(
+            ours.double(), a.double() @ b.double() + a2.double() @ b2.double(), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -119,10 +141,13 @@ def test_what_is_not_supported_names_itself(native):
         ({"b": b[:7]}, r"b has shape \(7, 8\); expected \(8, 8\)"),
         ({"a": torch.ones(16, 16).half()[::2, ::2]}, "a must have a unit stride"),
         ({"a": a.T, "b": b.T}, "b must have last stride 1 where a has not, got 8"),
+        ({"a2": a}, "b2 is wanted with a2, and only with it"),
+        ({"a2": a.T, "b2": b}, "a2 must have its unit stride where the first operand has"),
         ({"added": torch.ones(8, 8).half()}, "added has dtype float16; allowed: float32"),
     ]:
+        whole = dict.fromkeys(("a2", "b2", "bias", "added")) | {"a": a, "b": b, "out": torch.empty(8, 8)}
         with pytest.raises(ValueError, match=said):
-            native.gemm(**({"a": a, "b": b, "bias": None, "added": None, "out": torch.empty(8, 8)} | given), stream=0)
+            native.gemm(**(whole | given), stream=0)
 
 
 # ---- sums of columns -------------------------------------------------------------------------------------------------
@@ -151,6 +176,7 @@ def attempt() -> None:
         assert_right(133, 140, 105, way, HALVES[wide], wide=wide)
     assert_right(67, 70, 75, "columns rows", HALVES[0], offset=3)
     assert_right(9 * 128, 129, 8, "rows columns", HALVES[1])
+    assert_two_products(40, 70, 64, "rows rows", HALVES[1])
     assert_column_sums(torch.randn(70, 300, generator=torch.Generator().manual_seed(1)), 2)
 
 
@@ -181,6 +207,8 @@ BREAKS: dict[str, Break] = {
     "tiles of a lower group": (*PRODUCT, "? rows - first : kGroup,", "? kGroup : kGroup,", "races|exceeds|nan"),
     "a row past the last": (*KERNEL, "if (row + r < p.a.lines) p.store", "p.store", "past the end of out"),
     "bias of other columns": (*KERNEL, "load_line<T>(bias, column,", "load_line<T>(bias, column / 16 * 16,", "exceeds"),
+    "no barrier between products": (*KERNEL, "if (i > 0) __syncthreads();", "", "races"),
+    "the first product twice": (*KERNEL, "i == 0 ? p.b : p.b2", "p.b", "two products differ"),
     "no aligned rows": (*KERNEL, "out.aligned, pack", "true, pack", "not a multiple of 16"),
     "sums of seven warps": (SUMS, "column_sums.cu", "w < kSumWarps; ++w", "w < kSumWarps - 1; ++w", "exceeds"),
     "sums are read too soon": (SUMS, "column_sums.cu", "__syncthreads();", "", "races|no thread"),
@@ -193,6 +221,6 @@ def test_whole_kernels_pass_what_broken_ones_must_fail(native):
     attempt()
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 3 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(native, name: str, tmp_path: Path, monkeypatch):
     assert_caught(BREAKS[name], attempt, tmp_path, monkeypatch)
