@@ -13,6 +13,7 @@
 #include "cuda/ffn.h"
 #include "cuda/gemm.h"
 #include "cuda/gradient_norm.h"
+#include "cuda/linear_cross_entropy.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
@@ -53,6 +54,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("gemm", cuda::Gemm{});
   operation("gradient_norm", cuda::GradientNorm{});
+  operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
+  operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

@@ -101,11 +101,12 @@ struct FeedForwardBackward {
 };
 
 // What a backend takes. `rounded`: weights in input's dtype alone, and float32 gradients of them, too.
-inline constexpr std::initializer_list<DType> kFeedForwardInputs = {DType::f32, DType::bf16};
 struct FeedForwardTypes {
-  std::initializer_list<DType> input = kFeedForwardInputs;
-  bool rounded = false;
+  std::initializer_list<DType> input;
+  bool rounded;
 };
+inline constexpr std::initializer_list<DType> kFeedForwardInputs = {DType::f32, DType::bf16};
+inline constexpr FeedForwardTypes kFeedForwardTypes = {kFeedForwardInputs, false};
 
 // Sizes of one call, and the checks that forward and backward share.
 struct FeedForwardChecker {
@@ -165,7 +166,7 @@ struct FeedForwardChecker {
   }
 };
 
-inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types = {}) {
+inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
   const FeedForwardChecker c{"ffn", p.input, p.w_up, types};
   c.at.defined(p.w_down, "w_down");
   c.at.defined(p.output, "output");
@@ -180,7 +181,7 @@ inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types 
   c.options(p.activation, p.dropout_p, p.seed);
 }
 
-inline void validate(const FeedForwardBackward& p, const FeedForwardTypes& types = {}) {
+inline void validate(const FeedForwardBackward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
   const FeedForwardChecker c{"ffn backward", p.input, p.w_up, types};
   const bool gated = p.w_gate.defined();
   for (auto [t, argument] : NamedTensors{{&p.grad_output, "grad_output"},

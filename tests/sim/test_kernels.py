@@ -154,7 +154,7 @@ BREAKS = {
         "cross_entropy", "cross_entropy.cu", "if (vector < parts.vectors)", "if (vector <= parts.vectors)",
         "reads 16 bytes at byte .* of input .*, across its end",
     ),
-    "the classes up to the target": ("cross_entropy", "cross_entropy.cu", "i == place ?", "i <= place ?", "exceeds"),
+    "the classes up to the target": ("cross_entropy", "token_loss.cuh", "i == place ?", "i <= place ?", "exceeds"),
     "ignored labels are counted": (
         "cross_entropy", "cross_entropy.cu", "if (label != o.ignore_index) sums", "sums", "exceeds",
     ),

@@ -71,6 +71,10 @@ class Native:
             raise ValueError(f"{PRODUCTS}: {maker!r} is not one of {', '.join(MAKERS)}")
         return maker == "own" and dtype != torch.float32
 
+    def multiprocessors(self, on: Tensor) -> int:
+        """Of the device that `on` lies on; the simulator's has few (csrc/sim/simulator.h)."""
+        return torch.cuda.get_device_properties(on.device).multi_processor_count if on.is_cuda else 3
+
     def product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """a b + bias in their precision, by cuBLAS. The simulator has none: there the sums are float64's, so that the
         result does not depend on how PyTorch's threads share them."""
