@@ -49,12 +49,14 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
 )
 
 # Files and kernels over gemm_sm80.cuh.
-PRODUCTS = ("gemm_sm80", "ffn_sm80")
-PRODUCT_KERNELS = ("gemm_sm80", "hidden_product", "hidden_gradient")
+PRODUCTS = ("gemm_sm80", "ffn_sm80", "linear_cross_entropy_sm80")
+PRODUCT_KERNELS = ("gemm_sm80", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient")
 # What they write is a number a row, a column or a block.
-FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
+FEW_STORES = (
+    "norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares", "logits_of_span",
+)  # fmt: skip
 # What they read is a number a tensor, or a block of one.
-NO_ROWS = ("adamw_factors", "gradient_norm_root")
+NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)

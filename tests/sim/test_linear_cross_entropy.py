@@ -225,6 +225,7 @@ def test_what_is_not_supported_names_itself():
 
 def attempt() -> None:
     assert_right(sample_of(133, 40, 300, ignored=2), HALVES[0])
+    assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1])
     assert_right(sample_of(70, 24, 4000, weighted=True, reduction="none", **EVERYTHING), HALVES[1])
     assert_right(sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum"), HALVES[0])
 
@@ -241,9 +242,8 @@ BREAKS: dict[str, Break] = {
     "no rescaling": (
         *KERNEL, "known.total[side][line] * exp_below(before, higher)", "known.total[side][line]", "exceeds",
     ),
-    "one warp's columns": (
-        *KERNEL, "largest = fmaxf(known.largest[0][line], known.largest[1][line]);", "largest = known.largest[0][line];",
-        "exceeds",
+    "one warp's sum as it is": (
+        *KERNEL, "known.total[1][line] * exp_below(known.largest[1][line], largest)", "known.total[1][line]", "exceeds",
     ),
     "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
     "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
