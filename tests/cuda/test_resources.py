@@ -52,9 +52,7 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
 PRODUCTS = ("gemm_sm80", "ffn_sm80", "linear_cross_entropy_sm80")
 PRODUCT_KERNELS = ("gemm_sm80", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient")
 # What they write is a number a row, a column or a block.
-FEW_STORES = (
-    "norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares", "logits_of_span",
-)  # fmt: skip
+FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
 NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 
@@ -62,8 +60,8 @@ NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
     for name, taken in reported(architecture).items():
-        if name.startswith(("attention_", *NO_ROWS)):
-            continue  # attention: tests below
+        if name.startswith(("attention_", *PRODUCT_KERNELS, *NO_ROWS)):
+            continue  # attention and products: tests below
         assert taken["wide_loads"] > 0, name
         assert taken["wide_stores"] > 0 or name.startswith(FEW_STORES), name
 
@@ -75,7 +73,7 @@ def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
         if source.stem.startswith("attention_"):
             continue
         for name, loads in resources.instructions(source, architecture, r"\bLDG\.[\w.]*128").items():
-            assert loads > 0 or name.startswith(NO_ROWS), name
+            assert loads > 0 or name.startswith((*PRODUCT_KERNELS, *NO_ROWS)), name
 
 
 @NEEDS_CUOBJDUMP
@@ -106,6 +104,8 @@ def test_a_stage_of_a_product_is_multiplied_on_tensor_cores(architecture: str):
         for name, products in resources.instructions(source, architecture, r"\bHMMA\.16816\.F32").items():
             if name.startswith(PRODUCT_KERNELS):
                 assert products >= 64 and matrices[name] >= 16 and copies[name] >= 8, name
+                stores = resources.report(source, architecture)[name]["wide_stores"]
+                assert stores > 0 or name.startswith("logits_of_span"), name  # which writes three numbers a token
 
 
 def test_the_compiler_log_is_read_rightly():
