@@ -43,14 +43,20 @@ using Inputs = gemm::Operand<T, false>;
 
 constexpr int kMergeThreads = 128;
 
+// The labels of a tile's tokens in shared memory: a class, or one of these.
+constexpr int kNoClass = -1, kIgnored = -2;
+
+__device__ __forceinline__ int label_of(const LossOptions& o, int token, int tokens) {
+  if (token >= tokens) return kIgnored;
+  const int64_t label = o.target[token];
+  return label == o.ignore_index ? kIgnored : o.is_class(label) ? static_cast<int>(label) : kNoClass;
+}
+
 // Whether any token of the tile has a label: the same in every thread.
-__device__ __forceinline__ bool any_label(const LossOptions& o, int row, int rows) {
+__device__ __forceinline__ bool any_label(const int (&labels)[gemm::kTile]) {
   bool found = false;
 #pragma unroll
-  for (int i = 0; i < gemm::kTile / 32; ++i) {
-    const int token = row + 32 * i + lane_of();
-    found = found || (token < rows && o.target[token] != o.ignore_index);
-  }
+  for (int i = 0; i < gemm::kTile / 32; ++i) found = found || labels[32 * i + lane_of()] != kIgnored;
   return __any_sync(kWholeWarp, found);
 }
 
@@ -69,6 +75,7 @@ struct Forward {
 // What is known of the tokens of a tile, beside the stages in shared memory: of each by the two warps that have columns
 // of its logits. A warp's part of a row is one thread's.
 struct Known {
+  int label[gemm::kTile];
   float largest[2][gemm::kTile], total[2][gemm::kTile], weighted[2][gemm::kTile];
 };
 
@@ -143,8 +150,8 @@ __device__ __forceinline__ void add_row(const Forward<T>& p, const gemm::Accumul
   total = sum_of_four(total);
   if (p.options.share > 0.0f) weighted = sum_of_four(weighted_sum<m, half>(p.options, c, first));
   if (token >= p.input.lines) return;
-  const int64_t place = p.options.target[token] - first - lane_of() % 4 * 2;
-  if (place >= 0 && place < gemm::kWarpTile) {
+  const int place = known.label[line] - first - lane_of() % 4 * 2;
+  if (known.label[line] >= 0 && place >= 0 && place < gemm::kWarpTile) {
 #pragma unroll
     for (int j = 0; j < gemm::kWarpTile / 8; ++j)
 #pragma unroll
@@ -171,20 +178,22 @@ template <class T>
 __global__ void __launch_bounds__(gemm::kThreads, 2) logits_of_span(const Forward<T> p) {
   const gemm::Place place = gemm::place_of(static_cast<int>(blockIdx.x), p.row_tiles, p.spans);
   const int row = place.row * gemm::kTile, begin = place.column * p.tiles_of_span * gemm::kTile;
-  if (!any_label(p.options, row, p.input.lines)) return;  // nobody reads what this block would have written
   char* shared = static_cast<char*>(ptx::dynamic_shared());
   Known& known = *reinterpret_cast<Known*>(shared + gemm::kSharedBytes);
   const int line = static_cast<int>(threadIdx.x);
+  known.label[line] = label_of(p.options, row + line, p.input.lines);
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     known.largest[side][line] = -INFINITY;
     known.total[side][line] = known.weighted[side][line] = 0.0f;
   }
+  __syncthreads();                      // the labels are there
+  if (!any_label(known.label)) return;  // nobody reads what this block would have written
   const int end = p.options.classes - begin < p.tiles_of_span * gemm::kTile ? p.options.classes
                                                                             : begin + p.tiles_of_span * gemm::kTile;
 #pragma unroll 1
   for (int column = begin; column < end; column += gemm::kTile) {
-    __syncthreads();  // every warp is done with the stages of the tile before, and what is known has been begun
+    __syncthreads();  // every warp is done with the stages of the tile before
     gemm::Accumulators c;
     clear(c);
     gemm::multiply_add<T>(c, shared, p.input, p.weight, row, column, p.depth);
@@ -246,9 +255,30 @@ struct Backward {
   Rows<float> partial_bias;
 };
 
-// Eight logits from class `column` on, still without their bias, into their gradient.
+// What the epilogue wants of a tile's tokens, beside the stages in shared memory: asked for before the product, so that
+// no vector waits for it.
+struct Tokens {
+  int label[gemm::kTile];
+  float lse[gemm::kTile], probability[gemm::kTile], smoothing[gemm::kTile], picked[gemm::kTile];
+};
+
 template <class T>
-__device__ __forceinline__ void finish_gradient(const Backward<T>& p, int64_t token, int64_t label, int column,
+__device__ __forceinline__ void begin_token(const Backward<T>& p, Tokens& tokens, int row) {
+  const int line = static_cast<int>(threadIdx.x), token = row + line;
+  const int label = label_of(p.options, token, p.input.lines);
+  tokens.label[line] = label;
+  if (label == kIgnored) return;
+  const float lse = p.lse[token], upstream = p.grad_loss[token * p.grad_loss_stride];
+  const Factors factors = factors_of(p.options, upstream, *p.normaliser, label, lse);
+  tokens.lse[line] = lse;
+  tokens.probability[line] = factors.probability;
+  tokens.smoothing[line] = factors.smoothing;
+  tokens.picked[line] = factors.picked;
+}
+
+// Eight logits of a token from class `column` on, still without their bias, into their gradient.
+template <class T>
+__device__ __forceinline__ void finish_gradient(const Backward<T>& p, const Tokens& tokens, int line, int column,
                                                 float (&x)[8]) {
   const LossOptions& o = p.options;
   if (p.bias.data) {
@@ -257,10 +287,9 @@ __device__ __forceinline__ void finish_gradient(const Backward<T>& p, int64_t to
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] += b[i];
   }
-  const float lse = p.lse[token];
-  const Factors factors = factors_of(o, p.grad_loss[token * p.grad_loss_stride], *p.normaliser, label, lse);
+  const Factors factors{tokens.probability[line], tokens.smoothing[line], tokens.picked[line]};
   visit_options(o.share > 0.0f, o.softcap > 0.0f, [&](auto smoothed, auto capped) {
-    make_gradient<smoothed, capped>(o, factors, lse, label, column, x);
+    make_gradient<smoothed, capped>(o, factors, tokens.lse[line], tokens.label[line], column, x);
   });
 }
 
@@ -268,25 +297,25 @@ template <class T>
 __global__ void __launch_bounds__(gemm::kThreads, 2) logits_gradient(const Backward<T> p) {
   const gemm::Place tile = gemm::place_of(static_cast<int>(blockIdx.x), p.row_tiles, p.column_tiles);
   const int row = tile.row * gemm::kTile, column = tile.column * gemm::kTile;
-  void* shared = ptx::dynamic_shared();
+  char* shared = static_cast<char*>(ptx::dynamic_shared());
+  Tokens& tokens = *reinterpret_cast<Tokens*>(shared + gemm::kSharedBytes);
+  begin_token(p, tokens, row);
+  __syncthreads();  // the tokens are there
   gemm::Accumulators c;
   clear(c);
-  if (any_label(p.options, row, p.input.lines)) {
-    gemm::multiply_add<T>(c, shared, p.input, p.weight, row, column, p.depth);
-  }
+  if (any_label(tokens.label)) gemm::multiply_add<T>(c, shared, p.input, p.weight, row, column, p.depth);
   float sums[8] = {};
   gemm::each_vector<1>(c, shared, [&](int r, int v, float (&x)[1][8]) {
     if (row + r >= p.input.lines) return;
-    const int64_t token = row + r, label = p.options.target[token];
-    if (label == p.options.ignore_index) {
+    if (tokens.label[r] == kIgnored) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[0][i] = 0.0f;
     } else {
-      finish_gradient(p, token, label, p.first + column + v, x[0]);
+      finish_gradient(p, tokens, r, p.first + column + v, x[0]);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i] += x[0][i];
-    store_vector(p.grad[token], column + v, p.weight.lines, p.grad.aligned, pack<T>(x[0]));
+    store_vector(p.grad[row + r], column + v, p.weight.lines, p.grad.aligned, pack<T>(x[0]));
   });
   if (!p.partial_bias.data) return;
   const int64_t line = 2 * static_cast<int64_t>(tile.row) + warp_of() / 2;
@@ -325,7 +354,9 @@ void launch_gradient(const LinearCrossEntropyBackward& p, int64_t first, int64_t
   given.grad = rows_of<T>(p.block);
   if (p.grad_linear_bias.defined()) given.partial_bias = rows_of<float>(p.partial_bias);
   const unsigned blocks = gemm::blocks_of("linear_cross_entropy backward", given.row_tiles, given.column_tiles);
-  launch(gemm::site("logits_gradient", blocks, p.input, stream), logits_gradient<T>, given);
+  LaunchSite at = gemm::site("logits_gradient", blocks, p.input, stream);
+  at.shared_bytes += sizeof(Tokens);
+  launch(at, logits_gradient<T>, given);
 }
 
 // What the block's gradient gives to those of input, weight and bias.

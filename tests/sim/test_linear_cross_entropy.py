@@ -247,10 +247,11 @@ BREAKS: dict[str, Break] = {
     ),
     "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
     "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
-    "a target past the last token": (
-        *KERNEL, "  if (token >= p.input.lines) return;\n  const int64_t place", "  const int64_t place",
-        "past the end of target",
+    "a token past the last": (
+        *KERNEL, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
     ),
+    "labels are read too soon": (*KERNEL, "__syncthreads();  // the labels are there", "", "races|no thread"),
+    "tokens are read too soon": (*KERNEL, "__syncthreads();  // the tokens are there", "", "races|no thread"),
     "the span before": (*KERNEL, "place.column * p.tiles_of_span * gemm::kTile;", "0;", "exceeds|races"),
     "spans are not brought together": (
         *KERNEL, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
@@ -259,7 +260,7 @@ BREAKS: dict[str, Break] = {
         *KERNEL, "load_line<T>(p.bias, column, o.classes", "load_line<T>(p.bias, column % 128, o.classes", "exceeds",
     ),
     "ignored tokens have gradients": (
-        *KERNEL, "if (label == p.options.ignore_index) {\n#pragma", "if (false) {\n#pragma", "exceeds|NaN|past the end",
+        *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "no thread of the block has written|exceeds|NaN",
     ),
     "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
     "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
