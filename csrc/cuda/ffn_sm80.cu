@@ -103,17 +103,29 @@ struct Backward {
   Activation activation;
 };
 
-// From the gradient of the hidden layer in x[0] to the gradients of up, there, and of gate.
+constexpr int kAhead = 4;  // vectors whose pre-activations a thread asks for at once
+
+struct PreActivations {
+  uint4 up, gate;
+};
+
+template <class T, bool gated>
+__device__ __forceinline__ PreActivations load_pre_activations(const Backward<T>& p, int64_t row, int column) {
+  PreActivations x{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (row >= p.grad_output.lines) return x;
+  x.up = load_vector(p.up[row], column, p.w_down.lines, p.up.aligned);
+  if constexpr (gated) x.gate = load_vector(p.gate[row], column, p.w_down.lines, p.gate.aligned);
+  return x;
+}
+
+// From the gradient of the hidden layer in `grad` to the gradients of up, there, and of gate.
 template <class T, bool gated>
 __device__ __forceinline__ void finish_gradients(const Backward<T>& p, uint64_t seed, int64_t row, int column,
-                                                 float (&grad)[8], float (&grad_gate)[8]) {
+                                                 const PreActivations& x, float (&grad)[8], float (&grad_gate)[8]) {
   const int columns = p.w_down.lines;
-  const uint4 raw_up = load_vector(p.up[row], column, columns, p.up.aligned);
-  uint4 raw_gate = make_uint4(0, 0, 0, 0);
-  if constexpr (gated) raw_gate = load_vector(p.gate[row], column, columns, p.gate.aligned);
   float up[8], hidden[8], keep[8];
-  unpack<T>(raw_up, up);
-  unpack<T>(raw_gate, grad_gate);
+  unpack<T>(x.up, up);
+  unpack<T>(x.gate, grad_gate);
 #pragma unroll
   for (int i = 0; i < 8; ++i) keep[i] = 1.0f;
   if (p.dropout.seed) drop(p.dropout, seed, row, column, keep);
@@ -142,10 +154,11 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) hidden_gradient(const Backw
   gemm::multiply_add<T>(c, shared, p.grad_output, p.w_down, row, column, p.depth);
   const uint64_t seed = p.dropout.seed ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   float sum_up[8] = {}, sum_gate[8] = {};
-  gemm::each_vector<1>(c, shared, [&](int r, int v, float (&x)[1][8]) {
+  const auto load = [&](int r, int v) { return load_pre_activations<T, gated>(p, row + r, column + v); };
+  gemm::each_vector<1, kAhead>(c, shared, load, [&](int r, int v, float (&x)[1][8], const PreActivations& saved) {
     if (row + r >= p.grad_output.lines) return;
     float grad_gate[8];
-    finish_gradients<T, gated>(p, seed, row + r, column + v, x[0], grad_gate);
+    finish_gradients<T, gated>(p, seed, row + r, column + v, saved, x[0], grad_gate);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       sum_up[i] += x[0][i];

@@ -209,10 +209,13 @@ struct Panel {
 static_assert(kWarps * Panel::rows * Panel::stride * 4 <= kSharedBytes);
 
 // body(row, column, x) for each vector, x[0] being eight columns from `column` on of `row`, both counted in the tile.
-// sides = 2: of a Pair, x[0] of its left and x[1] of its right operand. A thread's vectors have one column.
-template <int sides, class Body>
-__device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const Body& body) {
+// sides = 2: of a Pair, x[0] of its left and x[1] of its right operand. A thread's vectors have one column. What an
+// epilogue reads from global memory it gives as load(row, column): that of `batch` vectors is under way at once, and
+// comes back as the body's last argument.
+template <int sides, int batch, class Load, class Body>
+__device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const Load& load, const Body& body) {
   constexpr int kVectors = kWarpTile / 8 / sides, kAtOnce = 32 / kVectors;
+  static_assert(Panel::rows % (batch * kAtOnce) == 0);
   const Panel panel(shared);
   const int lane = lane_of(), vector = lane % kVectors, column = warp_column() / sides + vector * 8;
   __syncthreads();  // every warp is done with the stages
@@ -231,11 +234,17 @@ __device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const
         }
     __syncwarp();
 #pragma unroll 1
-    for (int row = lane / kVectors; row < Panel::rows; row += kAtOnce) {
-      float x[sides][8];
+    for (int row = lane / kVectors; row < Panel::rows; row += batch * kAtOnce) {
+      decltype(load(0, 0)) loaded[batch];
 #pragma unroll
-      for (int side = 0; side < sides; ++side) panel.load(row, vector + side * kVectors, x[side]);
-      body(warp_row() + first + row, column, x);
+      for (int i = 0; i < batch; ++i) loaded[i] = load(warp_row() + first + row + i * kAtOnce, column);
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        float x[sides][8];
+#pragma unroll
+        for (int side = 0; side < sides; ++side) panel.load(row + i * kAtOnce, vector + side * kVectors, x[side]);
+        body(warp_row() + first + row + i * kAtOnce, column, x, loaded[i]);
+      }
     }
     // the other half, so that the epilogue is there once
 #pragma unroll
@@ -245,6 +254,14 @@ __device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[m][j][i] = c[m + 2][j][i];
   }
+}
+
+template <int sides, class Body>
+__device__ __forceinline__ void each_vector(Accumulators& c, void* shared, const Body& body) {
+  struct Nothing {};
+  each_vector<sides, 1>(
+      c, shared, [](int, int) { return Nothing{}; },
+      [&](int row, int column, float (&x)[sides][8], Nothing) { body(row, column, x); });
 }
 
 // The sums over a warp's rows, of which each thread has those that it saw of its vector: eight columns of a line that

@@ -187,8 +187,9 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) logits_of_span(const Forwar
     known.largest[side][line] = -INFINITY;
     known.total[side][line] = known.weighted[side][line] = 0.0f;
   }
-  __syncthreads();                      // the labels are there
-  if (!any_label(known.label)) return;  // nobody reads what this block would have written
+  __syncthreads();  // the labels are there
+  // nobody reads what a block without labels would have written
+  if (!any_label(known.label)) return;
   const int end = p.options.classes - begin < p.tiles_of_span * gemm::kTile ? p.options.classes
                                                                             : begin + p.tiles_of_span * gemm::kTile;
 #pragma unroll 1

@@ -260,7 +260,7 @@ BREAKS: dict[str, Break] = {
         *KERNEL, "load_line<T>(p.bias, column, o.classes", "load_line<T>(p.bias, column % 128, o.classes", "exceeds",
     ),
     "ignored tokens have gradients": (
-        *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "no thread of the block has written|exceeds|NaN",
+        *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
     ),
     "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
     "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
