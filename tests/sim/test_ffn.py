@@ -13,7 +13,8 @@ from torch import Tensor
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.cuda.native import PRODUCTS
+from llmengine.backends.cuda.native import PRODUCTS, products_by
+from llmengine.ops import registry
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import ffn
@@ -23,6 +24,7 @@ from .harness import Break, assert_caught
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
+BACKENDS = ("cuda_sim", *(["cuda"] if registry.load("cuda").unavailable is None else []))
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +47,12 @@ def sample_of(tokens: int, d: int, f: int, *, gated: bool = False, biases: bool 
     return Sample(f"{tokens} x {d} x {f} gated={gated} {options}", tensors, kwargs)
 
 
-def assert_right(sample: Sample, dtype: torch.dtype) -> None:
-    given = sample.rounded(dtype)
+def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
+    given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
     oracle = evaluate(functional.ffn, given.rounded(torch.float64), "reference")
     plain = evaluate(ffn.plain, given, None)
-    with poison():
-        ours = evaluate(functional.ffn, given, "cuda_sim")
+    with poison(), products_by("own"):
+        ours = evaluate(functional.ffn, given, backend)
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: output")
     for key in ours[1]:
         assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name} {dtype}: grad {key}")
@@ -62,9 +64,10 @@ SIZES = [(128, 32, 128), (129, 40, 65), (64, 129, 64), (3, 24, 200), (257, 16, 1
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("tokens, d, f", SIZES)
-def test_edges_of_tiles(tokens: int, d: int, f: int, gated: bool):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges_of_tiles(tokens: int, d: int, f: int, gated: bool, backend: str):
     for dtype, activation, p in zip(HALVES, ("gelu", "silu"), (0.2, 0.0), strict=True):
-        assert_right(sample_of(tokens, d, f, gated=gated, activation=activation, dropout_p=p), dtype)
+        assert_right(sample_of(tokens, d, f, gated=gated, activation=activation, dropout_p=p), dtype, backend)
 
 
 def equal(ours, other) -> bool:

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer in CUDA (csrc/cuda/linear_cross_entropy_sm80.cu) in the simulator: the samples that
-every backend's laws are tried on, several spans and blocks of classes, layouts, equal bits, and broken lines.
+every backend's laws are tried on (on a GPU, too, where there is one), several spans and blocks of classes, layouts,
+equal bits, and broken lines.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import llmengine
 from llmengine import functional
 from llmengine.backends.cuda import linear_cross_entropy as cuda
 from llmengine.ops import linear_cross_entropy as ops
+from llmengine.ops import registry
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
@@ -23,6 +25,7 @@ from .harness import Break, assert_caught
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
+BACKENDS = ("cuda_sim", *(["cuda"] if registry.load("cuda").unavailable is None else []))
 (OPERATOR,) = linear_cross_entropy.OPERATORS
 EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 
@@ -52,12 +55,12 @@ def sample_of(tokens: int, d: int, classes: int, *, weighted: bool = False, igno
     return Sample(f"{tokens} x {d} x {classes} {options}", args, kwargs, ("weight",))
 
 
-def assert_right(sample: Sample, dtype: torch.dtype) -> None:
-    given = sample.rounded(dtype)
+def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
+    given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
     oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")
     plain = evaluate(linear_cross_entropy.plain, given, None)
     with poison():
-        ours = evaluate(OPERATOR.function, given, "cuda_sim")
+        ours = evaluate(OPERATOR.function, given, backend)
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: loss")
     for key in ours[1]:
         assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name} {dtype}: grad {key}")
@@ -73,9 +76,10 @@ def cases() -> list:
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sample, dtype", cases())
-def test_samples_of_all_options(sample: Sample, dtype: torch.dtype):
-    assert_right(sample, dtype)
+def test_samples_of_all_options(sample: Sample, dtype: torch.dtype, backend: str):
+    assert_right(sample, dtype, backend)
 
 
 # ---- tiles, spans, blocks --------------------------------------------------------------------------------------------
@@ -86,8 +90,10 @@ def test_samples_of_all_options(sample: Sample, dtype: torch.dtype):
     "tokens, d, classes", [(127, 33, 129), (128, 32, 128), (129, 8, 127), (257, 16, 256), (5, 8, 30 * 128 + 3)]
 )
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict):
-    assert_right(sample_of(tokens, d, classes, ignored=2, weighted=bool(options), **options), HALVES[tokens % 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backend: str):
+    sample = sample_of(tokens, d, classes, ignored=2, weighted=bool(options), **options)
+    assert_right(sample, HALVES[tokens % 2], backend)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
