@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends import cuda_sim
-from llmengine.testing import assert_law
+from llmengine.testing import LAYOUTS, assert_law
 from llmengine.testing.law import OUTPUT
 from llmengine.testing.simulator import SCHEDULES
 
@@ -83,6 +83,19 @@ def test_edges_of_tiles(native, m: int, n: int, k: int, way: str):
 def test_rows_that_begin_anywhere(native, way: str, offset: int):
     for wide in (False, True):
         assert_right(67, 140, 75, way, HALVES[offset % 2], wide=wide, offset=offset)
+
+
+def test_rows_that_lie_beyond_32_bits(native):
+    """Of every matrix, results too."""
+    huge = LAYOUTS["huge stride"]
+    for way in WAYS:
+        a, b = operands(7, 6, 5, torch.bfloat16)
+        expected = product(*(lying(x, how) for x, how in zip((a, b), way.split(), strict=True)), torch.float32)
+        far = [huge(x if how == "rows" else x.T) for x, how in zip((a, b), way.split(), strict=True)]
+        far = [x if how == "rows" else x.T for x, how in zip(far, way.split(), strict=True)]
+        out = huge(torch.zeros(7, 6))
+        native.gemm(a=far[0], b=far[1], a2=None, b2=None, bias=None, added=out, out=out, stream=0)
+        assert torch.equal(out, expected) and out.stride(0) * 6 > 2**31
 
 
 def test_more_tiles_than_a_group_has_rows(native):
