@@ -46,15 +46,6 @@ struct Forward {
   Activation activation;
 };
 
-template <class T>
-__device__ __forceinline__ void add_line(const Line& bias, int column, int columns, float (&x)[8]) {
-  if (!bias.data) return;
-  float b[8];
-  load_line<T>(bias, column, columns, 0.0f, b);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] += b[i];
-}
-
 template <class T, bool gated, int sides>
 __device__ __forceinline__ void finish_hidden(const Forward<T, gated>& p, uint64_t seed, int64_t row, int column,
                                               float (&x)[sides][8]) {
@@ -174,11 +165,6 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) hidden_gradient(const Backw
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-template <class Body>
-void visit_product_type(DType dtype, const Body& body) {
-  dtype == DType::bf16 ? body(bf16{}) : body(f16{});
-}
-
 Activation activation_of(const std::string& name) { return ops::activation_of(Checker{"ffn"}, name); }
 
 template <class T, bool gated>
@@ -258,7 +244,7 @@ void validate(const FeedForwardBackward& p) {
 
 void run(const FeedForwardForward& p, Stream stream) {
   gemm::check_sizes("ffn", {p.input.size(0), p.input.size(1), p.w_up.size(0)});
-  visit_product_type(p.input.dtype, [&]<class T>(T) {
+  gemm::visit_type(p.input.dtype, [&]<class T>(T) {
     p.w_gate.defined() ? launch_forward<T, true>(p, stream) : launch_forward<T, false>(p, stream);
   });
   multiply(p.hidden, transposed(p.w_down), p.output, stream, p.b_down);
@@ -267,7 +253,7 @@ void run(const FeedForwardForward& p, Stream stream) {
 void run(const FeedForwardBackward& p, Stream stream) {
   gemm::check_sizes("ffn backward", {p.input.size(0), p.input.size(1), p.w_up.size(0)});
   if (any_but_b_down(p)) {
-    visit_product_type(p.input.dtype, [&]<class T>(T) {
+    gemm::visit_type(p.input.dtype, [&]<class T>(T) {
       p.w_gate.defined() ? launch_backward<T, true>(p, stream) : launch_backward<T, false>(p, stream);
     });
   }

@@ -10,6 +10,12 @@
 
 namespace llmengine::cuda::gemm {
 
+// body(T{}) for the type of a product's operands; the contract has admitted no other.
+template <class Body>
+void visit_type(DType dtype, const Body& body) {
+  dtype == DType::bf16 ? body(bf16{}) : body(f16{});
+}
+
 // A matrix of (lines, k). Its lines lie `along` k or `across` it, as the template says.
 template <class T, bool across>
 Operand<T, across> operand_of(const TensorView& t) {

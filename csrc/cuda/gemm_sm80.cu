@@ -25,13 +25,9 @@ struct Product {
   Rows<float> out_wide;
 
   __device__ __forceinline__ void store(int row, int column, float (&x)[8]) const {
-    float y[8];
-    if (bias.data) {
-      load_line<T>(bias, column, b.lines, 0.0f, y);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] += y[i];
-    }
+    add_line<T>(bias, column, b.lines, x);
     if (added.data) {
+      float y[8];
       load_floats(added[row], column, b.lines, added.aligned, y);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] += y[i];
@@ -64,7 +60,7 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) gemm_sm80(const Product<T, 
 // body(T{}, whether a lies across, whether b does)
 template <class Body>
 void visit(const Gemm& p, const Body& body) {
-  const auto of_type = [&]<class T>(T) {
+  gemm::visit_type(p.a.dtype, [&]<class T>(T) {
     const TensorView b = transposed(p.b);
     const bool a_along = gemm::lies_along(p.a), b_along = gemm::lies_along(b);
     if (a_along && b_along) {
@@ -74,8 +70,7 @@ void visit(const Gemm& p, const Body& body) {
     } else {
       body(T{}, std::true_type{}, std::true_type{});
     }
-  };
-  p.a.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
+  });
 }
 
 }  // namespace

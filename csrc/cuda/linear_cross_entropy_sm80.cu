@@ -282,12 +282,7 @@ template <class T>
 __device__ __forceinline__ void finish_gradient(const Backward<T>& p, const Tokens& tokens, int line, int column,
                                                 float (&x)[8]) {
   const LossOptions& o = p.options;
-  if (p.bias.data) {
-    float b[8];
-    load_line<T>(p.bias, column, o.classes, 0.0f, b);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] += b[i];
-  }
+  add_line<T>(p.bias, column, o.classes, x);
   const Factors factors{tokens.probability[line], tokens.smoothing[line], tokens.picked[line]};
   visit_options(o.share > 0.0f, o.softcap > 0.0f, [&](auto smoothed, auto capped) {
     make_gradient<smoothed, capped>(o, factors, tokens.lse[line], tokens.label[line], column, x);
@@ -326,11 +321,6 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) logits_gradient(const Backw
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 constexpr ops::LinearCrossEntropyTypes kTypes = {kProductTypes, true};
-
-template <class Body>
-void visit_product_type(DType dtype, const Body& body) {
-  dtype == DType::bf16 ? body(bf16{}) : body(f16{});
-}
 
 // Columns [0, count) of a matrix.
 TensorView columns_up_to(TensorView t, int64_t count) {
@@ -425,7 +415,7 @@ void run(const LinearCrossEntropyForward& p, Stream stream) {
   const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0), spans = p.partial.size(0);
   gemm::check_sizes("linear_cross_entropy", {tokens, classes, p.input.size(1)});
   const LossOptions options = options_of(p, p.weight_sum, static_cast<int>(classes));
-  visit_product_type(p.input.dtype, [&]<class T>(T) {
+  gemm::visit_type(p.input.dtype, [&]<class T>(T) {
     Forward<T> given{};
     given.input = gemm::operand_of<T, false>(p.input), given.weight = gemm::operand_of<T, false>(p.linear_weight);
     given.depth = static_cast<int>(p.input.size(1));
@@ -452,7 +442,7 @@ void run(const LinearCrossEntropyBackward& p, Stream stream) {
   gemm::check_sizes("linear_cross_entropy backward", {tokens, classes, p.input.size(1)});
   for (int64_t first = 0; first < classes; first += p.block.size(1)) {
     const int64_t count = std::min(p.block.size(1), classes - first);
-    visit_product_type(p.input.dtype, [&]<class T>(T) { launch_gradient<T>(p, first, count, stream); });
+    gemm::visit_type(p.input.dtype, [&]<class T>(T) { launch_gradient<T>(p, first, count, stream); });
     multiply_block(p, first, count, stream);
   }
 }

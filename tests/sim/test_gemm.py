@@ -219,7 +219,7 @@ BREAKS: dict[str, Break] = {
     "odd chunks elsewhere": (*PRODUCT, "column / 8 * 4 + column % 4", "column / 8 * 4 + column % 2", "races|exceeds"),
     "tiles of a lower group": (*PRODUCT, "? rows - first : kGroup,", "? kGroup : kGroup,", "races|exceeds|nan"),
     "a row past the last": (*KERNEL, "if (row + r < p.a.lines) p.store", "p.store", "past the end of out"),
-    "bias of other columns": (*KERNEL, "load_line<T>(bias, column,", "load_line<T>(bias, column / 16 * 16,", "exceeds"),
+    "bias of other columns": (*KERNEL, "add_line<T>(bias, column,", "add_line<T>(bias, column / 16 * 16,", "exceeds"),
     "no barrier between products": (*KERNEL, "if (i > 0) __syncthreads();", "", "races"),
     "the first product twice": (*KERNEL, "i == 0 ? p.b : p.b2", "p.b", "two products differ"),
     "no aligned rows": (*KERNEL, "out.aligned, pack", "true, pack", "not a multiple of 16"),

@@ -265,7 +265,7 @@ BREAKS: dict[str, Break] = {
         *KERNEL, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
     ),
     "the bias of the block": (
-        *KERNEL, "load_line<T>(p.bias, column, o.classes", "load_line<T>(p.bias, column % 128, o.classes", "exceeds",
+        *KERNEL, "add_line<T>(p.bias, column, o.classes", "add_line<T>(p.bias, column % 128, o.classes", "exceeds",
     ),
     "ignored tokens have gradients": (
         *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
