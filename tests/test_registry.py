@@ -183,7 +183,7 @@ def test_a_backend_that_stands_back_runs_before_the_reference_and_where_it_is_de
         monkeypatch.setitem(registry._loaded, name, fake(name))
     assert registry.pick("softmax_forward", (X,), "cuda")[0] == "cuda"
     assert registry.pick("attention_forward", (X,), "cuda")[0] == "triton"
-    assert next(registry._order("attention_forward", "cuda")) == ("cuda", registry.UNMEASURED)
+    assert next(registry._order("attention_forward", "cuda")) == ("cuda", registry.UNMEASURED.format("attention"))
     with llmengine.backend("cuda"):
         assert registry.pick("attention_forward", (X,), "cuda")[0] == "cuda"
     monkeypatch.setitem(registry._loaded, "triton", fake("triton", "too wide"))

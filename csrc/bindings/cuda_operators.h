@@ -11,8 +11,10 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/gemm.h"
 #include "cuda/gemm_sm90a.h"
 #include "cuda/gradient_norm.h"
+#include "cuda/linear_cross_entropy.h"
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
@@ -42,14 +44,20 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("adamw", cuda::AdamW{});
   operation("attention_forward", cuda::AttentionForward{});
   operation("attention_backward", cuda::AttentionBackward{});
+  operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
   operation("embedding_forward", cuda::EmbeddingForward{});
   operation("embedding_backward", cuda::EmbeddingBackward{});
+  operation("ffn_backward", cuda::FeedForwardBackward{});
+  operation("ffn_forward", cuda::FeedForwardForward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("gemm", cuda::Gemm{});
   operation("gemm_sm90a", cuda::GemmSm90a{});
   operation("gradient_norm", cuda::GradientNorm{});
+  operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
+  operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

@@ -22,10 +22,10 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.cuh"
-#include "cuda/maths.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
 #include "cuda/row_shape.h"
+#include "cuda/token_loss.cuh"
 
 namespace llmengine::cuda {
 namespace {
@@ -37,59 +37,12 @@ constexpr int kUnrolled = 4;   // vectors that a thread asks for at once
 constexpr int kSumWarps = 32;  // of the block that adds up the losses
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// ---- what a row's loss is made of -----------------------------------------------------------------------------------
-
-struct Options {
-  const int64_t* target;
-  const float *weight, *weight_sum;  // null: every class weighs 1
-  bool weight_aligned;
-  int classes;
-  int64_t ignore_index;
-  float kept, share, z_loss;  // 1 - label_smoothing, label_smoothing / classes
-  float softcap, inverse_softcap;
-
-  __device__ bool is_class(int64_t label) const { return label >= 0 && label < classes; }
-  __device__ float weight_of(int64_t label) const { return weight && is_class(label) ? weight[label] : 1.0f; }
-  __device__ float sum_of_weights() const { return weight_sum ? *weight_sum : static_cast<float>(classes); }
-};
-
-Options options_of(const ops::CrossEntropyOptions& p, const TensorView& weight_sum, int classes) {
-  Options o{};
-  o.target = p.target.as<int64_t>();
-  o.weight = p.weight.as<float>();
-  o.weight_aligned = p.weight.defined() && has_aligned_rows(p.weight);
-  if (p.weight.defined() && p.label_smoothing > 0) o.weight_sum = weight_sum.as<float>();
-  o.classes = classes;
-  o.ignore_index = p.ignore_index;
-  o.kept = static_cast<float>(1.0 - p.label_smoothing);
-  o.share = p.label_smoothing > 0 ? static_cast<float>(p.label_smoothing / classes) : 0.0f;
-  o.z_loss = static_cast<float>(p.z_loss);
-  o.softcap = static_cast<float>(p.softcap);
-  o.inverse_softcap = p.softcap > 0 ? static_cast<float>(1.0 / p.softcap) : 0.0f;
-  return o;
-}
-
-// Weights of n classes from `column` on, times `factor`.
-template <int n>
-__device__ __forceinline__ void load_weights(const Options& o, int column, float factor, float (&w)[n]) {
-  if constexpr (n == 1) {
-    w[0] = o.weight ? o.weight[column] : 1.0f;
-  } else if (o.weight) {
-    load_floats(o.weight, column, o.classes, o.weight_aligned && column % 4 == 0, w);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) w[i] = 1.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < n; ++i) w[i] *= factor;
-}
-
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Forward {
   Rows<const T> input;
-  Options options;
+  LossOptions options;
   float *losses, *lse;
   int64_t rows;
 };
@@ -100,7 +53,7 @@ struct Running {
   float largest = kLowest, total = 0.0f, weighted = 0.0f;
 
   template <int n>
-  __device__ __forceinline__ void add(const Options& o, int column, float (&z)[n]) {
+  __device__ __forceinline__ void add(const LossOptions& o, int column, float (&z)[n]) {
     if constexpr (kCapped) {
 #pragma unroll
       for (int i = 0; i < n; ++i) z[i] = o.softcap * tanhf(z[i] * o.inverse_softcap);
@@ -122,23 +75,10 @@ struct Running {
 };
 
 template <bool kCapped, class T>
-__device__ __forceinline__ float target_logit(const Options& o, const T* x, int64_t label) {
+__device__ __forceinline__ float target_logit(const LossOptions& o, const T* x, int64_t label) {
   if (!o.is_class(label)) return NAN;
   const float value = to_float(x[label]);
   return kCapped ? o.softcap * tanhf(value * o.inverse_softcap) : value;
-}
-
-// log_total: the logarithm of sum exp(z - largest), so that lse = largest + log_total. Not from lse - z_y: where a row
-// is nearly certain, log_total is far smaller than the logits.
-__device__ __forceinline__ float loss_of(const Options& o, int64_t label, float largest, float log_total,
-                                         float of_target, float weighted) {
-  float loss = o.kept * o.weight_of(label) * (log_total + (largest - of_target));
-  if (o.share > 0.0f) {
-    const float weights = o.sum_of_weights();
-    loss += o.share * (weights * log_total + (weights * largest - weighted));
-  }
-  const float lse = largest + log_total;
-  return loss + o.z_loss * lse * lse;
 }
 
 template <class T, bool kSmoothed, bool kCapped>
@@ -150,7 +90,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) cross_entropy_forward(co
   int turn_of_maxima = 0, turn_of_sums = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const Options& o = p.options;
+    const LossOptions& o = p.options;
     const int64_t label = o.target[row];
     if (label == o.ignore_index) {  // as all threads of the row find
       if (thread == 0) p.losses[row] = p.lse[row] = 0.0f;
@@ -197,7 +137,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) cross_entropy_forward(co
 
 // loss: null where losses are not reduced.
 __global__ void __launch_bounds__(32 * kSumWarps)
-    cross_entropy_sum(const float* losses, bool aligned, int64_t rows, const Options o, bool mean, float* loss,
+    cross_entropy_sum(const float* losses, bool aligned, int64_t rows, const LossOptions o, bool mean, float* loss,
                       float* normaliser) {
   __shared__ RowSlots<2, kSumWarps, double> slots;
   double sums[2] = {};  // of losses and of their weights
@@ -229,52 +169,10 @@ template <class T>
 struct Backward {
   Rows<const T> input;
   Rows<T> grad_input;
-  Options options;
+  LossOptions options;
   const float *grad_loss, *lse, *normaliser;
   int64_t grad_loss_stride, rows;
 };
-
-// dloss / dz_c = p_c probability - w_c smoothing - [c = label] picked
-struct Factors {
-  float probability, smoothing, picked;
-};
-
-template <class T>
-__device__ __forceinline__ Factors factors_of(const Backward<T>& p, int64_t row, int64_t label, float lse) {
-  const Options& o = p.options;
-  const float normaliser = *p.normaliser;
-  float scale = p.grad_loss[row * p.grad_loss_stride] * (normaliser == 0.0f ? 0.0f : 1.0f / normaliser);
-  if (!o.is_class(label)) scale = NAN;
-  const float picked = o.kept * o.weight_of(label);
-  const float smoothing = o.share > 0.0f ? o.share * o.sum_of_weights() : 0.0f;
-  return {scale * (picked + smoothing + 2.0f * o.z_loss * lse), scale * o.share, scale * picked};
-}
-
-// Turns n logits from `column` on into their gradient.
-template <bool kSmoothed, bool kCapped, int n>
-__device__ __forceinline__ void make_gradient(const Options& o, const Factors& factors, float lse, int64_t label,
-                                              int column, float (&x)[n]) {
-  float tangent[n], smoothing[n];
-  if constexpr (kSmoothed) load_weights(o, column, factors.smoothing, smoothing);
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    if constexpr (kCapped) {
-      tangent[i] = tanhf(x[i] * o.inverse_softcap);
-      x[i] = o.softcap * tangent[i];
-    }
-    x[i] = exp_of(x[i] - lse) * factors.probability;
-    if constexpr (kSmoothed) x[i] -= smoothing[i];
-  }
-  const int64_t place = label - column;
-  if (place >= 0 && place < n) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) x[i] -= i == place ? factors.picked : 0.0f;
-  }
-  if constexpr (kCapped) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) x[i] *= 1.0f - tangent[i] * tangent[i];
-  }
-}
 
 template <class T>
 __device__ __forceinline__ void store_zeros(T* row, int columns) {
@@ -294,7 +192,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) cross_entropy_backward(c
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const Options& o = p.options;
+    const LossOptions& o = p.options;
     const int64_t label = o.target[row];
     T* grad = p.grad_input[row];
     if (label == o.ignore_index) {
@@ -303,7 +201,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) cross_entropy_backward(c
     }
     const T* x = p.input[row];
     const float lse = p.lse[row];
-    const Factors factors = factors_of(p, row, label, lse);
+    const Factors factors = factors_of(o, p.grad_loss[row * p.grad_loss_stride], *p.normaliser, label, lse);
     const RowParts parts = parts_of<const T>(x, grad, o.classes);
     for (int single = thread; single < parts.singles(); single += threads) {
       const int column = parts.column_of(single, o.classes);
@@ -333,30 +231,9 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) cross_entropy_backward(c
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// body(smoothed, capped) with the two as constants.
-template <class Body>
-void visit_options(const ops::CrossEntropyOptions& p, const Body& body) {
-  const auto with_softcap = [&](auto smoothed) {
-    if (p.softcap > 0) {
-      body(smoothed, std::true_type{});
-    } else {
-      body(smoothed, std::false_type{});
-    }
-  };
-  if (p.label_smoothing > 0) {
-    with_softcap(std::true_type{});
-  } else {
-    with_softcap(std::false_type{});
-  }
-}
-
 LaunchSite site(const char* kernel, const TensorView& logits, int classes, Stream stream) {
   const RowShape shape = shape_of(classes, static_cast<int>(16 / size_of(logits.dtype)), kFloats, kWarps);
   return {kernel, grid_of(logits.size(0), shape.rows), shape.block(), cuda_stream(stream), logits};
-}
-
-void check_weight_sum(const Checker& at, const ops::CrossEntropyOptions& p, const TensorView& weight_sum) {
-  if (p.weight.defined() && p.label_smoothing > 0) ops::check_statistic(at, weight_sum, "weight_sum", {});
 }
 
 }  // namespace
@@ -371,25 +248,31 @@ void validate(const CrossEntropyBackward& p) {
   check_weight_sum(Checker{"cross_entropy backward"}, p, p.weight_sum);
 }
 
+void add_losses(const ops::CrossEntropyOptions& p, const TensorView& losses, const TensorView& loss, int classes,
+                Stream stream) {
+  const LaunchSite at{"cross_entropy_sum", dim3(1), dim3(32 * kSumWarps), cuda_stream(stream), losses};
+  launch(at, cross_entropy_sum, losses.as<float>(), has_aligned_rows(losses), losses.size(0),
+         options_of(p, {}, classes), p.reduction == "mean", p.reduction == "none" ? nullptr : loss.as<float>(),
+         p.normaliser.as<float>());
+}
+
 void run(const CrossEntropyForward& p, Stream stream) {
   const int classes = columns_of("cross_entropy", p.input);
-  const Options options = options_of(p, p.weight_sum, classes);
+  const LossOptions options = options_of(p, p.weight_sum, classes);
   const int64_t rows = p.input.size(0);
   visit_float(p.input.dtype, [&]<class T>(T) {
     const Forward<T> given{rows_of<const T>(p.input), options, p.losses.as<float>(), p.lse.as<float>(), rows};
-    visit_options(p, [&](auto smoothed, auto capped) {
+    visit_options(p.label_smoothing > 0, p.softcap > 0, [&](auto smoothed, auto capped) {
       launch(site("cross_entropy_forward", p.input, classes, stream), cross_entropy_forward<T, smoothed, capped>,
              given);
     });
   });
-  const LaunchSite sum{"cross_entropy_sum", dim3(1), dim3(32 * kSumWarps), cuda_stream(stream), p.losses};
-  launch(sum, cross_entropy_sum, p.losses.as<float>(), has_aligned_rows(p.losses), rows, options, p.reduction == "mean",
-         p.reduction == "none" ? nullptr : p.loss.as<float>(), p.normaliser.as<float>());
+  add_losses(p, p.losses, p.loss, classes, stream);
 }
 
 void run(const CrossEntropyBackward& p, Stream stream) {
   const int classes = columns_of("cross_entropy backward", p.input);
-  const Options options = options_of(p, p.weight_sum, classes);
+  const LossOptions options = options_of(p, p.weight_sum, classes);
   visit_float(p.input.dtype, [&]<class T>(T) {
     const Backward<T> given{rows_of<const T>(p.input),
                             rows_of<T>(p.grad_input),
@@ -399,7 +282,7 @@ void run(const CrossEntropyBackward& p, Stream stream) {
                             p.normaliser.as<float>(),
                             p.grad_loss.ndim ? p.grad_loss.stride(0) : 0,
                             p.input.size(0)};
-    visit_options(p, [&](auto smoothed, auto capped) {
+    visit_options(p.label_smoothing > 0, p.softcap > 0, [&](auto smoothed, auto capped) {
       launch(site("cross_entropy_backward", p.input, classes, stream), cross_entropy_backward<T, smoothed, capped>,
              given);
     });

@@ -27,6 +27,10 @@ struct CrossEntropyBackward : ops::CrossEntropyBackward {
   }
 };
 
+// The losses of all tokens: their sum or mean into `loss`, which is not looked at for "none", and p.normaliser.
+void add_losses(const ops::CrossEntropyOptions& p, const TensorView& losses, const TensorView& loss, int classes,
+                Stream stream);
+
 void validate(const CrossEntropyForward& p);
 void validate(const CrossEntropyBackward& p);
 void run(const CrossEntropyForward& p, Stream stream);

@@ -12,11 +12,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/activation.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/dropout.cuh"
 #include "cuda/ffn.h"
 #include "cuda/launch.cuh"
-#include "cuda/maths.cuh"
 #include "cuda/row.cuh"
 #include "cuda/row_shape.h"
 
@@ -29,43 +29,6 @@ constexpr int kLines = 8;        // warps of a block
 constexpr int kForwardRows = 2;  // of a thread
 // On a multiprocessor, at least: 64 and 80 registers a thread.
 constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;
-
-// ---- activations ----------------------------------------------------------------------------------------------------
-
-// Twice the argument of gelu_tanh's tanh, so that (1 + tanh) / 2 is its sigmoid, which keeps its accuracy in the lower
-// tail.
-__device__ __forceinline__ float tanh_argument(float x) { return 1.59576912f * (x + 0.044715f * x * x * x); }
-
-__device__ __forceinline__ float normal_distribution(float x) { return 0.5f + 0.5f * erff(x * 0.707106781f); }
-
-template <Activation activation>
-__device__ __forceinline__ float value_of(float x) {
-  if constexpr (activation == Activation::gelu) return x * normal_distribution(x);
-  if constexpr (activation == Activation::gelu_tanh) return x * sigmoid(tanh_argument(x));
-  if constexpr (activation == Activation::relu) return x < 0.0f ? 0.0f : x;  // NaN stays
-  if constexpr (activation == Activation::silu) return x * sigmoid(x);
-}
-
-struct ValueAndSlope {
-  float value, slope;
-};
-
-template <Activation activation>
-__device__ __forceinline__ ValueAndSlope with_slope(float x) {
-  if constexpr (activation == Activation::gelu) {
-    const float below = normal_distribution(x);
-    return {x * below, below + x * exp_of(-0.5f * x * x) * 0.398942280f};
-  } else if constexpr (activation == Activation::gelu_tanh) {
-    const float s = sigmoid(tanh_argument(x)), rise = s * (1.0f - s);
-    const float inner = 1.59576912f * (1.0f + 0.134145f * x * x);
-    return {x * s, rise == 0.0f ? s : s + x * rise * inner};  // where it no longer rises, inner may be infinite
-  } else if constexpr (activation == Activation::relu) {
-    return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
-  } else {
-    const float s = sigmoid(x);
-    return {x * s, s * (1.0f + x * (1.0f - s))};
-  }
-}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -175,16 +138,7 @@ __global__ void __launch_bounds__(32 * kLines, kBackwardBlocks) hidden_backward(
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// body(std::integral_constant) of the activation of that name.
-template <class Body>
-void visit_activation(const std::string& name, const Body& body) {
-  switch (ops::activation_of(Checker{"ffn"}, name)) {
-    case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
-    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>{});
-  }
-}
+Activation activation_of(const std::string& name) { return ops::activation_of(Checker{"ffn"}, name); }
 
 LaunchSite site(const char* kernel, const TensorView& up, int columns, int rows_of_thread, Stream stream) {
   const int64_t vectors = columns / (16 / size_of(up.dtype)) + 1, blocks = (vectors + 31) / 32;
@@ -241,7 +195,8 @@ void run(const HiddenForward& p, Stream stream) {
     const Forward<T> given{rows_of<const T>(p.up), rows_of<const T>(p.gate),
                            rows_of<T>(p.hidden),   dropout_of(p.dropout_p, p.seed),
                            p.up.size(0),           columns};
-    visit_activation(p.activation, [&](auto activation) { launch(at, hidden_forward<T, activation>, given); });
+    visit_activation(activation_of(p.activation),
+                     [&](auto activation) { launch(at, hidden_forward<T, activation>, given); });
   });
 }
 
@@ -258,7 +213,8 @@ void run(const HiddenBackward& p, Stream stream) {
                             dropout_of(p.dropout_p, p.seed),
                             p.up.size(0),
                             columns};
-    visit_activation(p.activation, [&](auto activation) { launch(at, hidden_backward<T, activation>, given); });
+    visit_activation(activation_of(p.activation),
+                     [&](auto activation) { launch(at, hidden_backward<T, activation>, given); });
   });
 }
 

@@ -1,5 +1,6 @@
-// The elementwise half of the feed-forward block (ops/ffn.h) on CUDA, between products that a BLAS makes: from the
-// pre-activations, with their biases, to the hidden layer, and from its gradient to theirs.
+// The feed-forward block (ops/ffn.h) on CUDA. Its elementwise half between products that a BLAS makes (ffn.cu): from
+// the pre-activations, with their biases, to the hidden layer, and from its gradient to theirs. And, of bfloat16 and
+// float16, the whole block with products of our own (ffn_sm80.cu).
 #pragma once
 
 #include <string>
@@ -49,6 +50,26 @@ struct HiddenBackward {
                       ops::field("hidden", &P::hidden)};
   }
 };
+
+struct FeedForwardForward : ops::FeedForwardForward {};
+
+struct FeedForwardBackward : ops::FeedForwardBackward {
+  // float32 (2 rows a tile of 128 tokens, f): what is to be added up for grad_b_up and grad_b_gate, where wanted
+  TensorView partial_up, partial_gate;
+  TensorView partial_down;  // float32 (parts, d): room, where grad_b_down is wanted
+
+  static constexpr auto fields() {
+    using P = FeedForwardBackward;
+    return std::tuple_cat(ops::FeedForwardBackward::fields(), std::tuple{ops::field("partial_up", &P::partial_up),
+                                                                         ops::field("partial_gate", &P::partial_gate),
+                                                                         ops::field("partial_down", &P::partial_down)});
+  }
+};
+
+void validate(const FeedForwardForward& p);
+void validate(const FeedForwardBackward& p);
+void run(const FeedForwardForward& p, Stream stream);
+void run(const FeedForwardBackward& p, Stream stream);
 
 void validate(const HiddenForward& p);
 void validate(const HiddenBackward& p);

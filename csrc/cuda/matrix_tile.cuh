@@ -42,8 +42,8 @@ struct Tile {
   }
 
   __device__ __forceinline__ T* chunk(int row, int c) const { return chunk(row, 0, c); }
-  // Chunk `even` + c, where the first is known at compile time and even, c is 0 or 1: what differs between the chunks
-  // that a lane takes of its row is then a constant, and one register holds them all.
+  // Chunk `even` + c, where the first is known at compile time and even, c is 0 or 1 past a multiple of 8 (of 4): what
+  // differs between the chunks that a lane takes of its row is then a constant, and one register holds them all.
   __device__ __forceinline__ T* chunk(int row, int even, int c) const {
     constexpr int kSwizzled = columns % 64 == 0 ? 8 : 4;  // chunks that change places
     const int turn = columns % 64 == 0 ? row & 7 : row >> 1 & 3, low = c % kSwizzled;
@@ -55,12 +55,16 @@ struct Tile {
   __device__ __forceinline__ void load_first(uint32_t (&a)[4], int row, int c) const {
     ptx::load_matrix_x4(a, chunk(row + lane_of() % 16, c, lane_of() / 16));
   }
+  // The same where its columns, from chunk `from` + c, are the operand's rows.
+  __device__ __forceinline__ void load_first_of_columns(uint32_t (&a)[4], int row, int c, int from) const {
+    ptx::load_matrix_x4_transposed(a, chunk(row + lane_of() % 8 + lane_of() / 16 * 8, c, from + lane_of() / 8 % 2));
+  }
   // As second operands of two blocks side by side: its rows are their columns, or, the other way, it lies as they do.
   __device__ __forceinline__ void load_second_of_rows(uint32_t (&b)[4], int row, int c) const {
     ptx::load_matrix_x4(b, chunk(row + lane_of() % 8 + lane_of() / 16 * 8, c, lane_of() / 8 % 2));
   }
-  __device__ __forceinline__ void load_second(uint32_t (&b)[4], int row, int c) const {
-    ptx::load_matrix_x4_transposed(b, chunk(row + lane_of() % 16, c, lane_of() / 16));
+  __device__ __forceinline__ void load_second(uint32_t (&b)[4], int row, int c, int from = 0) const {
+    ptx::load_matrix_x4_transposed(b, chunk(row + lane_of() % 16, c, from + lane_of() / 16));
   }
 };
 

@@ -225,4 +225,14 @@ __device__ __forceinline__ void load_line(const Line& line, int column, int colu
   }
 }
 
+// Adds them to x, if there are any.
+template <class T>
+__device__ __forceinline__ void add_line(const Line& line, int column, int columns, float (&x)[kLanes<T>]) {
+  if (!line.data) return;
+  float given[kLanes<T>];
+  load_line<T>(line, column, columns, 0.0f, given);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) x[i] += given[i];
+}
+
 }  // namespace llmengine::cuda

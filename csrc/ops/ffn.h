@@ -100,16 +100,26 @@ struct FeedForwardBackward {
   }
 };
 
+// What a backend takes. `rounded`: weights in input's dtype alone, and float32 gradients of them, too.
+struct FeedForwardTypes {
+  std::initializer_list<DType> input;
+  bool rounded;
+};
+inline constexpr std::initializer_list<DType> kFeedForwardInputs = {DType::f32, DType::bf16};
+inline constexpr FeedForwardTypes kFeedForwardTypes = {kFeedForwardInputs, false};
+
 // Sizes of one call, and the checks that forward and backward share.
 struct FeedForwardChecker {
   Checker at;
+  FeedForwardTypes types;
   DType dtype;  // of input
   int64_t tokens = 0, d = 0, f = 0;
 
-  FeedForwardChecker(const char* op, const TensorView& input, const TensorView& w_up) : at{op}, dtype(input.dtype) {
+  FeedForwardChecker(const char* op, const TensorView& input, const TensorView& w_up, const FeedForwardTypes& types)
+      : at{op}, types(types), dtype(input.dtype) {
     at.defined(input, "input");
     at.defined(w_up, "w_up");
-    at.dtype(input, "input", {DType::f32, DType::bf16});
+    at.dtype(input, "input", types.input);
     if (input.ndim != 2) at.fail_at("input", "must be (tokens, d), got " + input.shape());
     if (w_up.ndim != 2) at.fail_at("w_up", "must be (f, d), got " + w_up.shape());
     tokens = input.size(0), d = input.size(1), f = w_up.size(0);
@@ -124,7 +134,11 @@ struct FeedForwardChecker {
     }
   }
   void parameters(NamedTensors tensors, int64_t rows, int64_t columns) const {
-    matrices(tensors, {dtype, DType::f32}, rows, columns);
+    matrices(tensors, {dtype, types.rounded ? dtype : DType::f32}, rows, columns);
+  }
+  void gradient(NamedTensor grad, const TensorView& weight) const {
+    if (!weight.defined()) return;
+    matrices({grad}, {weight.dtype, types.rounded ? DType::f32 : weight.dtype}, weight.size(0), weight.size(1));
   }
   void activations(NamedTensors tensors, int64_t columns) const { matrices(tensors, {dtype}, tokens, columns); }
 
@@ -152,8 +166,8 @@ struct FeedForwardChecker {
   }
 };
 
-inline void validate(const FeedForwardForward& p) {
-  const FeedForwardChecker c{"ffn", p.input, p.w_up};
+inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
+  const FeedForwardChecker c{"ffn", p.input, p.w_up, types};
   c.at.defined(p.w_down, "w_down");
   c.at.defined(p.output, "output");
   c.at.defined(p.hidden, "hidden");
@@ -167,8 +181,8 @@ inline void validate(const FeedForwardForward& p) {
   c.options(p.activation, p.dropout_p, p.seed);
 }
 
-inline void validate(const FeedForwardBackward& p) {
-  const FeedForwardChecker c{"ffn backward", p.input, p.w_up};
+inline void validate(const FeedForwardBackward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
+  const FeedForwardChecker c{"ffn backward", p.input, p.w_up, types};
   const bool gated = p.w_gate.defined();
   for (auto [t, argument] : NamedTensors{{&p.grad_output, "grad_output"},
                                          {&p.w_down, "w_down"},
@@ -189,9 +203,9 @@ inline void validate(const FeedForwardBackward& p) {
                           {&p.grad_w_gate, "grad_w_gate"},
                           {&p.grad_b_gate, "grad_b_gate"}});
   c.activations({{&p.gate, "gate"}, {&p.grad_gate, "grad_gate"}}, c.f);
-  c.matrices({{&p.grad_w_up, "grad_w_up"}}, {p.w_up.dtype}, c.f, c.d);
-  c.matrices({{&p.grad_w_down, "grad_w_down"}}, {p.w_down.dtype}, c.d, c.f);
-  if (gated) c.matrices({{&p.grad_w_gate, "grad_w_gate"}}, {p.w_gate.dtype}, c.f, c.d);
+  c.gradient({&p.grad_w_up, "grad_w_up"}, p.w_up);
+  c.gradient({&p.grad_w_down, "grad_w_down"}, p.w_down);
+  c.gradient({&p.grad_w_gate, "grad_w_gate"}, p.w_gate);
   c.biases({{&p.grad_b_up, "grad_b_up"}, {&p.grad_b_gate, "grad_b_gate"}}, {DType::f32}, c.f);
   c.biases({{&p.grad_b_down, "grad_b_down"}}, {DType::f32}, c.d);
   c.options(p.activation, p.dropout_p, p.seed);

@@ -68,14 +68,24 @@ struct LinearCrossEntropyWithGradients : LinearCrossEntropyForward {
 };
 inline constexpr int64_t kClassBlock = 1536;
 
+// What a backend takes. `rounded`: a weight in input's dtype alone, and its gradient in float32, too.
+struct LinearCrossEntropyTypes {
+  std::initializer_list<DType> input;
+  bool rounded;
+};
+inline constexpr std::initializer_list<DType> kLinearCrossEntropyInputs = {DType::f32, DType::bf16};
+inline constexpr LinearCrossEntropyTypes kLinearCrossEntropyTypes = {kLinearCrossEntropyInputs, false};
+
 // What forward and backward have in common.
-inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntropyOptions& p) {
+inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntropyOptions& p,
+                                       const LinearCrossEntropyTypes& types = kLinearCrossEntropyTypes) {
   at.defined(p.input, "input");
-  at.dtype(p.input, "input", {DType::f32, DType::bf16});
+  at.dtype(p.input, "input", types.input);
   if (p.input.ndim != 2) at.fail_at("input", "must be (tokens, d), got " + p.input.shape());
   at.unit_last_stride(p.input, "input");
   at.defined(p.linear_weight, "linear_weight");
-  at.dtype(p.linear_weight, "linear_weight", {p.input.dtype, DType::f32});
+  const DType wide = types.rounded ? p.input.dtype : DType::f32;
+  at.dtype(p.linear_weight, "linear_weight", {p.input.dtype, wide});
   if (p.linear_weight.ndim != 2) {
     at.fail_at("linear_weight", "must be (classes, d), got " + p.linear_weight.shape());
   }
@@ -88,22 +98,28 @@ inline void check_linear_cross_entropy(const Checker& at, const LinearCrossEntro
   check_cross_entropy_options(at, p, tokens, classes);
 }
 
-template <class Params>
-void check_linear_gradients(const Checker& at, const Params& p) {
-  at.dtype(p.grad_input, "grad_input", {p.input.dtype});
-  at.shape(p.grad_input, "grad_input", {p.input.size(0), p.input.size(1)});
-  at.unit_last_stride(p.grad_input, "grad_input");
-  at.dtype(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.dtype});
-  at.shape(p.grad_linear_weight, "grad_linear_weight", {p.linear_weight.size(0), p.input.size(1)});
-  at.unit_last_stride(p.grad_linear_weight, "grad_linear_weight");
-  if (p.grad_linear_bias.defined()) {
-    check_statistic(at, p.grad_linear_bias, "grad_linear_bias", {p.linear_weight.size(0)});
+struct LinearGradients {
+  const TensorView &input, &linear_weight, &linear_bias;
+};
+
+inline void check_linear_gradients(const Checker& at, const LinearCrossEntropyOptions& p, const LinearGradients& grad,
+                                   const LinearCrossEntropyTypes& types = kLinearCrossEntropyTypes) {
+  at.dtype(grad.input, "grad_input", {p.input.dtype});
+  at.shape(grad.input, "grad_input", {p.input.size(0), p.input.size(1)});
+  at.unit_last_stride(grad.input, "grad_input");
+  const DType wide = types.rounded ? DType::f32 : p.linear_weight.dtype;
+  at.dtype(grad.linear_weight, "grad_linear_weight", {p.linear_weight.dtype, wide});
+  at.shape(grad.linear_weight, "grad_linear_weight", {p.linear_weight.size(0), p.input.size(1)});
+  at.unit_last_stride(grad.linear_weight, "grad_linear_weight");
+  if (grad.linear_bias.defined()) {
+    check_statistic(at, grad.linear_bias, "grad_linear_bias", {p.linear_weight.size(0)});
   }
 }
 
-inline void validate(const LinearCrossEntropyForward& p) {
+inline void validate(const LinearCrossEntropyForward& p,
+                     const LinearCrossEntropyTypes& types = kLinearCrossEntropyTypes) {
   const Checker at{"linear_cross_entropy"};
-  check_linear_cross_entropy(at, p);
+  check_linear_cross_entropy(at, p, types);
   check_statistic(at, p.losses, "losses", {p.input.size(0)});
   if (p.reduction != "none") check_statistic(at, p.loss, "loss", {});
 }
@@ -113,7 +129,7 @@ inline void validate(const LinearCrossEntropyBackward& p) {
   check_linear_cross_entropy(at, p);
   check_grad_loss(at, p.grad_loss, p);
   if (p.grad_input.defined()) check_statistic(at, p.sums, "sums", {p.input.size(0), p.input.size(1)});
-  check_linear_gradients(at, p);
+  check_linear_gradients(at, p, {p.grad_input, p.grad_linear_weight, p.grad_linear_bias});
 }
 
 inline void validate(const LinearCrossEntropyWithGradients& p) {
@@ -121,7 +137,7 @@ inline void validate(const LinearCrossEntropyWithGradients& p) {
   validate(static_cast<const LinearCrossEntropyForward&>(p));
   if (p.reduction == "none") at.fail_at("reduction", "is 'none'; allowed: 'mean', 'sum'");
   if (p.softcap > 0) at.fail_at("softcap", "must be 0");
-  check_linear_gradients(at, p);
+  check_linear_gradients(at, p, {p.grad_input, p.grad_linear_weight, p.grad_linear_bias});
   at.defined(p.block, "block");
   at.dtype(p.block, "block", {p.input.dtype});
   const int64_t classes = p.linear_weight.size(0), wanted = (classes + kClassBlock - 1) / kClassBlock * kClassBlock;

@@ -26,10 +26,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 # Why a backend comes after the others of the table for an operator, though before the reference.
-UNMEASURED = "no GPU has timed its attention yet: Triton's comes first, and this one where it is demanded"
+UNMEASURED = "no GPU has timed its {} yet: Triton's comes first, and this one where it is demanded"
 STAND_BACK: dict[tuple[str, str], str] = {
-    ("cuda", "attention_forward"): UNMEASURED,
-    ("cuda", "attention_backward"): UNMEASURED,
+    ("cuda", f"{op}_{part}"): UNMEASURED.format(op)
+    for op in ("attention", "linear_cross_entropy")
+    for part in ("forward", "backward", "with_gradients")
 }
 FALLBACK = ("reference",)  # devices without kernels of their own
 BACKENDS = ("cuda", "triton", "cpu", "cuda_sim", "reference")  # cuda_sim, a simulator, only when it is demanded

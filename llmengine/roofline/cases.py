@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
+from llmengine.backends.cuda.native import products_by
 from llmengine.functional.linear import products
+from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
 
 Shape = tuple[int, ...]
@@ -159,7 +161,13 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
         hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
         return torch_functional.linear(hidden, down, b_down)
 
-    run = {"llmengine": ours, "torch": plain}
+    def own(*tensors: Tensor) -> Tensor:
+        with products_by("own"), backend("cuda"):
+            return ours(*tensors)
+
+    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain}
+    if x.is_cuda and x.dtype != torch.float32:
+        run["llmengine cuda own"] = own  # the CUDA backend's own products, which cuBLAS else makes
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
 
 

@@ -13,6 +13,8 @@ from llmengine.testing import simulator
 from llmengine.testing.law import GRADIENT
 from llmengine.testing.sample import Operator
 
+HALVES_ONLY = ("attention", "linear_cross_entropy")  # nodes that CUDA takes in bfloat16 and float16 alone
+
 
 @dataclass(frozen=True)
 class Target:
@@ -23,7 +25,7 @@ class Target:
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
     # Nodes that it takes in some dtypes only, float32 not among them: tests of their own try those
-    # (tests/sim/test_attention.py).
+    # (tests/sim/test_attention.py, test_linear_cross_entropy.py).
     partial: tuple[str, ...] = ()
 
     def always_tries(self, operator: Operator, sample: int, dtype: torch.dtype) -> bool:
@@ -60,7 +62,7 @@ def targets() -> list[Target]:
     found = [
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Target("triton", "cuda", gpu) if on_gpu else interpreted,
-        Target("cuda", "cuda", gpu, partial=("attention",)),
-        Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare, partial=("attention",)),
+        Target("cuda", "cuda", gpu, partial=HALVES_ONLY),
+        Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare, partial=HALVES_ONLY),
     ]
     return [t for t in found if t.prepare or registry.load(t.backend).unavailable is None]

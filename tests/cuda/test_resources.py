@@ -49,17 +49,20 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
     resources.cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or Triton's wheel"
 )
 
+# Files and kernels over gemm_sm80.cuh.
+PRODUCTS = ("gemm_sm80", "ffn_sm80", "linear_cross_entropy_sm80")
+PRODUCT_KERNELS = ("gemm_sm80", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient")
 # What they write is a number a row, a column or a block.
 FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
-NO_ROWS = ("adamw_factors", "gradient_norm_root")
+NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
     for name, taken in reported(architecture).items():
-        if name.startswith(("attention_", "gemm_sm90a", *NO_ROWS)):
-            continue  # tests below
+        if name.startswith(("attention_", "gemm_sm90a", *PRODUCT_KERNELS, *NO_ROWS)):
+            continue  # attention and products: tests below
         assert taken["wide_loads"] > 0, name
         assert taken["wide_stores"] > 0 or name.startswith(FEW_STORES), name
 
@@ -71,7 +74,7 @@ def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
         if source.stem.startswith(("attention_", "gemm_sm90a")):
             continue
         for name, loads in resources.instructions(source, architecture, r"\bLDG\.[\w.]*128").items():
-            assert loads > 0 or name.startswith(NO_ROWS), name
+            assert loads > 0 or name.startswith((*PRODUCT_KERNELS, *NO_ROWS)), name
 
 
 @NEEDS_CUOBJDUMP
@@ -108,6 +111,22 @@ def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():
     assert {"cuda/norm.cu", "cuda/row.cuh", "cuda/ptx/memory.cuh", "common/tensor.h", "ops/norm.h"} <= files
     assert not {f for f in files if f.endswith(".cu")} - {"cuda/norm.cu"}
     assert "cuda/ptx/wgmma.cuh" not in files
+
+
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_a_stage_of_a_product_is_multiplied_on_tensor_cores(architecture: str):
+    """Of 64 x 64 x 32 in a warp: 64 instructions of 16 x 8 x 16, on 16 quadruples of matrices; 8 copies by a thread."""
+    for source in resources.sources():
+        if source.stem not in PRODUCTS:
+            continue
+        copies = resources.instructions(source, architecture, r"\bLDGSTS\.[\w.]*128")
+        matrices = resources.instructions(source, architecture, r"\bLDSM\.16\.")
+        for name, products in resources.instructions(source, architecture, r"\bHMMA\.16816\.F32").items():
+            if name.startswith(PRODUCT_KERNELS):
+                assert products >= 64 and matrices[name] >= 16 and copies[name] >= 8, name
+                stores = resources.report(source, architecture)[name]["wide_stores"]
+                assert stores > 0 or name.startswith("logits_of_span"), name  # which writes three numbers a token
 
 
 def test_the_compiler_log_is_read_rightly():

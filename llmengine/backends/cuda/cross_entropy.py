@@ -24,7 +24,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         normaliser = losses.new_empty(())
         native.call(
             "cross_entropy_forward", input, input=unit_last_stride(input), target=target.contiguous(),
-            **_class_weights(weight, label_smoothing), reduction=reduction, ignore_index=ignore_index,
+            **class_weights(weight, label_smoothing), reduction=reduction, ignore_index=ignore_index,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses, lse=lse,
             loss=None if reduction == "none" else loss, normaliser=normaliser,
         )  # fmt: skip
@@ -37,7 +37,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         grad_input = input.new_empty(input.shape)
         native.call(
             "cross_entropy_backward", input, grad_loss=grad_loss, input=unit_last_stride(input),
-            target=target.contiguous(), **_class_weights(weight, label_smoothing), lse=lse, normaliser=normaliser,
+            target=target.contiguous(), **class_weights(weight, label_smoothing), lse=lse, normaliser=normaliser,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
             softcap=softcap, grad_input=grad_input,
         )  # fmt: skip
@@ -46,7 +46,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
     return table
 
 
-def _class_weights(weight, label_smoothing):
+def class_weights(weight, label_smoothing):
     """The weights in float32, and their sum where label smoothing asks for it."""
     if weight is None:
         return {"weight": None, "weight_sum": None}

@@ -1,11 +1,11 @@
 """Feed-forward block in CUDA: PyTorch's products (cuBLAS), which add the biases, and what lies between them in one
-kernel each way, csrc/cuda/ffn.cu."""
+kernel each way, csrc/cuda/ffn.cu; or, where `Native.own_products` says so, all of it by csrc/cuda/ffn_sm80.cu."""
 
 from __future__ import annotations
 
 import torch
 
-from llmengine.backends.cuda.native import Native, unit_last_stride
+from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 
@@ -24,6 +24,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     @kernel(table, "ffn_forward", forward_refuses)
     def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+        if native.own_products(input.dtype):
+            return fused_forward(
+                native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save
+            )
         up = linear(input, w_up, b_up)
         gate = None if w_gate is None else linear(input, w_gate, b_gate)
         hidden = torch.empty_like(up)
@@ -36,6 +40,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     @kernel(table, "ffn_backward", backward_refuses)
     def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+        if native.own_products(input.dtype):
+            return fused_backward(
+                native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted
+            )
         gated, dtype = w_gate is not None, input.dtype
         grad_up = grad_gate = hidden = input.new_empty(0)
         if any(wanted[:6]):
@@ -68,3 +76,57 @@ def kernels(native: Native) -> dict[str, Kernel]:
         )
 
     return table
+
+
+# ---- products of our own ---------------------------------------------------------------------------------------------
+
+TILE = 128  # tokens of a tile, as in csrc/cuda/gemm_sm80.cuh
+PARTS = 64  # in which rows are added up for a bias's gradient, at most
+
+
+def fused_forward(native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+    hidden = input.new_empty(input.shape[0], w_up.shape[0])
+    up, gate = (torch.empty_like(hidden) if save and w is not None else input.new_empty(0) for w in (w_up, w_gate))
+    output = input.new_empty(input.shape)
+    native.call(
+        "ffn_forward", input, input=unit_last_stride(input), w_up=_operand(w_up, input), b_up=parameter(b_up, input),
+        w_gate=_operand(w_gate, input), b_gate=parameter(b_gate, input), w_down=_operand(w_down, input),
+        b_down=parameter(b_down, input), seed=seed, activation=activation, dropout_p=dropout_p, output=output,
+        hidden=hidden, up=up if save else None, gate=gate if save and w_gate is not None else None,
+    )  # fmt: skip
+    return output, up, gate
+
+
+def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+    (tokens, d), f, gated = input.shape, w_up.shape[0], w_gate is not None
+    hidden, grad_up = input.new_empty(tokens, f), input.new_empty(tokens, f)
+    weights = (w_up, w_gate if gated else w_up, w_down)
+    shapes = (input.shape, w_up.shape, (f,), w_up.shape, (f,), w_down.shape, (d,))
+    dtypes = [t for w in weights for t in (w.dtype, torch.float32)]
+    gradients = [
+        input.new_empty(shape if want else (0,), dtype=dtype)
+        for shape, dtype, want in zip(shapes, (input.dtype, *dtypes), wanted, strict=True)
+    ]
+    names = ("input", "w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
+    lines = 2 * -(-tokens // TILE)
+    rooms = {"up": (wanted[2], lines, f), "gate": (wanted[4], lines, f), "down": (wanted[6], _parts(tokens), d)}
+    native.call(
+        "ffn_backward", input, grad_output=unit_last_stride(grad_output), input=unit_last_stride(input),
+        w_up=_operand(w_up, input), w_gate=_operand(w_gate, input), w_down=_operand(w_down, input),
+        up=unit_last_stride(up), gate=unit_last_stride(gate) if gated else None, seed=seed, activation=activation,
+        dropout_p=dropout_p, hidden=hidden, grad_up=grad_up, grad_gate=torch.empty_like(grad_up) if gated else None,
+        **{f"grad_{n}": g if want else None for n, g, want in zip(names, gradients, wanted, strict=True)},
+        **{f"partial_{n}": input.new_empty(shape, dtype=torch.float32) if want else None
+           for n, (want, *shape) in rooms.items()},
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+def _operand(weight, input):
+    """A weight in the precision of the products, which are taken in input's."""
+    return None if weight is None else unit_last_stride(weight.to(input.dtype))
+
+
+def _parts(rows: int) -> int:
+    """As many as keep a part from becoming shorter than a few rows for each of a block's warps."""
+    return max(1, min(PARTS, rows // 32))

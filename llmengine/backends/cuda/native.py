@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Who multiplies the matrices of operators that can do with either: "blas", PyTorch's cuBLAS, or "own", the kernels over
+# csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16. No GPU has timed these yet: until then cuBLAS does, but in the
+# simulator, which has none.
+PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
+MAKERS = ("blas", "own")
+
+
+@contextlib.contextmanager
+def products_by(maker: str) -> Iterator[None]:
+    """Within the block, what the variable says."""
+    before = os.environ.get(PRODUCTS)
+    os.environ[PRODUCTS] = maker
+    try:
+        yield
+    finally:
+        os.environ.pop(PRODUCTS)
+        if before is not None:
+            os.environ[PRODUCTS] = before
 
 
 class Native:
@@ -44,6 +64,16 @@ class Native:
         """A question about the device that `on` lies on."""
         with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             return getattr(self.module, function)(**arguments)
+
+    def own_products(self, dtype: torch.dtype) -> bool:
+        maker = os.environ[PRODUCTS] if PRODUCTS in os.environ else MAKERS[self.device_type == "cpu"]
+        if maker not in MAKERS:
+            raise ValueError(f"{PRODUCTS}: {maker!r} is not one of {', '.join(MAKERS)}")
+        return maker == "own" and dtype != torch.float32
+
+    def multiprocessors(self, on: Tensor) -> int:
+        """Of the device that `on` lies on; the simulator's has few (csrc/sim/simulator.h)."""
+        return torch.cuda.get_device_properties(on.device).multi_processor_count if on.is_cuda else 3
 
     def product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """a b + bias in their precision, by cuBLAS. The simulator has none: there the sums are float64's, so that the

@@ -9,6 +9,7 @@ from llmengine.backends.cuda import (
     embedding,
     ffn,
     gradient_norm,
+    linear_cross_entropy,
     norm,
     rotary,
     softmax,
@@ -18,5 +19,16 @@ from llmengine.ops.registry import Kernel
 
 
 def all_kernels(native: Native) -> dict[str, Kernel]:
-    files = (adamw, attention, cross_entropy, embedding, ffn, gradient_norm, norm, rotary, softmax)
+    files = (
+        adamw,
+        attention,
+        cross_entropy,
+        embedding,
+        ffn,
+        gradient_norm,
+        linear_cross_entropy,
+        norm,
+        rotary,
+        softmax,
+    )
     return {op: run for file in files for op, run in file.kernels(native).items()}

@@ -1,0 +1,44 @@
+// Cross-entropy of a linear layer (ops/linear_cross_entropy.h) on CUDA, of bfloat16 and float16. A target that is no
+// class makes the loss and the gradients of its token NaN: nothing waits to say so.
+#pragma once
+
+#include <tuple>
+
+#include "cuda/device.h"
+#include "ops/linear_cross_entropy.h"
+
+namespace llmengine::cuda {
+
+struct LinearCrossEntropyForward : ops::LinearCrossEntropyForward {
+  TensorView weight_sum;  // float32 (): of weight; needed with label smoothing
+  TensorView partial;  // float32 (spans, 3, tokens): room for what is known of a token's logits in each span of classes
+  TensorView target_logits;  // float32 (tokens,): room
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyForward;
+    return std::tuple_cat(ops::LinearCrossEntropyForward::fields(),
+                          std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("partial", &P::partial),
+                                     ops::field("target_logits", &P::target_logits)});
+  }
+};
+
+// `sums` is looked at only where `block` has less than all classes.
+struct LinearCrossEntropyBackward : ops::LinearCrossEntropyBackward {
+  TensorView weight_sum;
+  TensorView block;         // like input (tokens, a multiple of 128): room for the logits' gradient of so many classes
+  TensorView partial_bias;  // float32 (2 rows a tile of 128 tokens, as many), where grad_linear_bias is wanted
+
+  static constexpr auto fields() {
+    using P = LinearCrossEntropyBackward;
+    return std::tuple_cat(ops::LinearCrossEntropyBackward::fields(),
+                          std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("block", &P::block),
+                                     ops::field("partial_bias", &P::partial_bias)});
+  }
+};
+
+void validate(const LinearCrossEntropyForward& p);
+void validate(const LinearCrossEntropyBackward& p);
+void run(const LinearCrossEntropyForward& p, Stream stream);
+void run(const LinearCrossEntropyBackward& p, Stream stream);
+
+}  // namespace llmengine::cuda

@@ -1,0 +1,109 @@
+"""Cross-entropy of a linear layer in CUDA, of bfloat16 and float16: csrc/cuda/linear_cross_entropy_sm80.cu."""
+
+from __future__ import annotations
+
+import torch
+
+from llmengine.backends.cuda.cross_entropy import class_weights
+from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+TILE = 128  # tokens, and classes, of a tile, as in csrc/cuda/gemm_sm80.cuh
+# Blocks of the forward for each of the two that a multiprocessor runs at once: more of them end at more nearly the same
+# time, and each span of classes costs 12 bytes a token.
+WAVES = 4
+# Elements of the backward's block of gradients: 64 MiB; but of so many classes at least, since each block reads and
+# writes the input's gradient once more.
+BLOCK = 2**25
+LEAST = 4096
+
+
+def kernels(native: Native) -> dict[str, Kernel]:
+    table: dict[str, Kernel] = {}
+
+    def forward_refuses(input, linear_weight, linear_bias, target, weight, *_):
+        if reason := native.refuses_tensors(input, linear_weight, linear_bias, target, weight):
+            return reason
+        if input.dtype == torch.float32:
+            return f"the {native.backend} linear_cross_entropy multiplies bfloat16 and float16, got float32"
+        return None
+
+    def backward_refuses(grad_loss, *given):
+        return native.refuses_tensors(grad_loss, given[0]) or forward_refuses(*given)
+
+    @kernel(table, "linear_cross_entropy_forward", forward_refuses)
+    def linear_cross_entropy_forward(
+        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap
+    ):
+        tokens = input.shape[0]
+        losses, lse, target_logits = (input.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        loss = losses if reduction == "none" else losses.new_empty(())
+        normaliser = losses.new_empty(())
+        spans = spans_of(tokens, linear_weight.shape[0], native.multiprocessors(input))
+        native.call(
+            "linear_cross_entropy_forward", input,
+            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
+            lse=lse, loss=None if reduction == "none" else loss, normaliser=normaliser,
+            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits,
+        )  # fmt: skip
+        return loss, lse, normaliser
+
+    @kernel(table, "linear_cross_entropy_backward", backward_refuses)
+    def linear_cross_entropy_backward(
+        grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
+        label_smoothing, z_loss, softcap, wanted,
+    ):  # fmt: skip
+        (tokens, d), classes = input.shape, linear_weight.shape[0]
+        shapes = (input.shape, linear_weight.shape, (classes,))
+        dtypes = (input.dtype, linear_weight.dtype, torch.float32)
+        gradients = [
+            input.new_empty(shape if want else (0,), dtype=dtype)
+            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+        ]
+        if not any(wanted):
+            return tuple(gradients)
+        columns = classes_at_once(tokens, classes)
+        sums = lse.new_empty(tokens, d) if wanted[0] and columns < classes else None
+        given = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        native.call(
+            "linear_cross_entropy_backward", input, grad_loss=grad_loss,
+            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), lse=lse,
+            normaliser=normaliser, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, sums=sums, grad_input=given[0], grad_linear_weight=given[1],
+            grad_linear_bias=given[2], block=input.new_empty(tokens, columns),
+            partial_bias=lse.new_empty(2 * -(-tokens // TILE), columns) if wanted[2] else None,
+        )  # fmt: skip
+        return tuple(gradients)
+
+    @kernel(table, "linear_cross_entropy_with_gradients", forward_refuses)
+    def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
+        """In two passes over the logits: on GPUs `at_once` never asks for it."""
+        *given, _block_tokens, wanted = options
+        tensors = (input, linear_weight, linear_bias, target, weight)
+        loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
+        return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)
+
+    return table
+
+
+def spans_of(tokens: int, classes: int, multiprocessors: int) -> int:
+    """Into how many spans of whole tiles the classes are cut, each a block for every tile of tokens."""
+    tiles = max(-(-classes // TILE), 1)
+    wanted = min(-(-2 * WAVES * multiprocessors // max(-(-tokens // TILE), 1)), tiles)
+    return -(-tiles // -(-tiles // wanted))
+
+
+def classes_at_once(tokens: int, classes: int) -> int:
+    """How many classes' gradients the backward holds: whole tiles."""
+    return min(max(BLOCK // max(tokens, 1), LEAST), max(classes, 1) + TILE - 1) // TILE * TILE
+
+
+def _arguments(input, linear_weight, linear_bias, target, weight, label_smoothing):
+    """What forward and backward share; products are taken in the precision of input."""
+    return class_weights(weight, label_smoothing) | {
+        "input": unit_last_stride(input),
+        "linear_weight": unit_last_stride(linear_weight.to(input.dtype)),
+        "linear_bias": parameter(linear_bias, input),
+        "target": target.contiguous(),
+    }

@@ -1,0 +1,286 @@
+"""Cross-entropy of a linear layer in CUDA (csrc/cuda/linear_cross_entropy_sm80.cu) in the simulator: the samples that
+every backend's laws are tried on (on a GPU, too, where there is one), several spans and blocks of classes, layouts,
+equal bits, and broken lines.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmengine
+from llmengine import functional
+from llmengine.backends.cuda import linear_cross_entropy as cuda
+from llmengine.ops import linear_cross_entropy as ops
+from llmengine.ops import registry
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing.law import GRADIENT, OUTPUT
+from llmengine.testing.samples import linear_cross_entropy
+from llmengine.testing.simulator import SCHEDULES
+
+from .harness import Break, assert_caught
+
+HEAVY = (pytest.mark.heavy,)
+HALVES = (torch.bfloat16, torch.float16)
+BACKENDS = ("cuda_sim", *(["cuda"] if registry.load("cuda").unavailable is None else []))
+(OPERATOR,) = linear_cross_entropy.OPERATORS
+EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
+
+
+@pytest.fixture(autouse=True)
+def scheduled(request):
+    simulator.prepare(request.node.name)
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """The backward takes one tile of classes at a time."""
+    monkeypatch.setattr(cuda, "BLOCK", 1)
+    monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+
+
+def sample_of(tokens: int, d: int, classes: int, *, weighted: bool = False, ignored: int = 0, **options) -> Sample:
+    g = torch.Generator().manual_seed(tokens + d + classes)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    target = torch.randint(classes, (tokens,), generator=g)
+    target[:ignored] = -100
+    kwargs: dict = options | {"linear_bias": randn(classes)} | ({"weight": randn(classes).abs()} if weighted else {})
+    args = (randn(tokens, d), 3 * d**-0.5 * randn(classes, d), target)
+    return Sample(f"{tokens} x {d} x {classes} {options}", args, kwargs, ("weight",))
+
+
+def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
+    given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
+    oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")
+    plain = evaluate(linear_cross_entropy.plain, given, None)
+    with poison():
+        ours = evaluate(OPERATOR.function, given, backend)
+    assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: loss")
+    for key in ours[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{sample.name} {dtype}: grad {key}")
+        assert ours[1][key].dtype == given.tensors()[key].dtype
+
+
+def cases() -> list:
+    """Each sample in one dtype; in the other on demand."""
+    return [
+        pytest.param(s, dtype, id=f"{s.name}-{dtype}", marks=[pytest.mark.heavy] * ((i.bit_count() + k) % 2))
+        for i, s in enumerate(OPERATOR.samples())
+        for k, dtype in enumerate(HALVES)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sample, dtype", cases())
+def test_samples_of_all_options(sample: Sample, dtype: torch.dtype, backend: str):
+    assert_right(sample, dtype, backend)
+
+
+# ---- tiles, spans, blocks --------------------------------------------------------------------------------------------
+
+
+# One short of a tile of tokens or classes, whole ones, one more; more tiles of classes than there are spans.
+@pytest.mark.parametrize(
+    "tokens, d, classes", [(127, 33, 129), (128, 32, 128), (129, 8, 127), (257, 16, 256), (5, 8, 30 * 128 + 3)]
+)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backend: str):
+    sample = sample_of(tokens, d, classes, ignored=2, weighted=bool(options), **options)
+    assert_right(sample, HALVES[tokens % 2], backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_blocks_of_classes(narrow_blocks, reduction: str):
+    assert cuda.classes_at_once(50, 300) == 128
+    for dtype in HALVES:
+        assert_right(sample_of(50, 24, 300, ignored=3, weighted=True, reduction=reduction, **EVERYTHING), dtype)
+
+
+def test_a_span_is_whole_tiles_and_together_they_are_all_classes():
+    for tokens, classes, processors in [
+        (8192, 128256, 132),
+        (1, 50257, 108),
+        (5, 3843, 3),
+        (300000, 7, 108),
+        (0, 1, 3),
+    ]:
+        spans, tiles = cuda.spans_of(tokens, classes, processors), -(-classes // cuda.TILE)
+        each = -(-tiles // spans)
+        assert 1 <= spans <= max(tiles, 1) and (spans - 1) * each < tiles <= spans * each
+
+
+def test_the_memory_of_a_block_is_bounded():
+    for tokens, classes in [(8192, 128256), (100, 50257), (65536, 50304), (0, 5), (7, 1)]:
+        columns = cuda.classes_at_once(tokens, classes)
+        assert columns % cuda.TILE == 0 and columns < classes + cuda.TILE
+        assert columns * tokens <= max(cuda.BLOCK, cuda.LEAST * tokens)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_tiles_without_labels_have_no_gradient(reduction: str):
+    given = sample_of(300, 16, 140, ignored=256, reduction=reduction).rounded(torch.bfloat16)
+    with poison():
+        outputs, gradients = evaluate(OPERATOR.function, given, "cuda_sim")
+    assert not gradients[0][:256].any() and gradients[0][256:].any(1).all()
+    assert reduction != "none" or not outputs[0][:256].any()
+    assert_right(sample_of(300, 16, 140, ignored=256, reduction=reduction), torch.bfloat16)
+
+
+def test_classes_that_are_ruled_out():
+    """A bias of -inf, for whole tiles as well: probability 0, and no NaN."""
+    sample = sample_of(20, 16, 300)
+    sample.kwargs["linear_bias"][:200] = -torch.inf
+    sample.args[2][:] = 200 + sample.args[2] % 100
+    given = sample.rounded(torch.bfloat16)
+    outputs, gradients = evaluate(OPERATOR.function, given, "cuda_sim")
+    oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")
+    torch.testing.assert_close(outputs[0].double(), oracle[0][0], rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in gradients.values()) and not gradients[1][:200].any()
+
+
+def test_a_target_that_is_no_class_makes_its_token_nan():
+    x, w = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(10, 8).bfloat16()
+    with llmengine.backend("cuda_sim"):
+        losses = functional.linear_cross_entropy(x, w, torch.tensor([0, 10, -1, -100]), reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+    assert losses.isnan().tolist() == gradient.isnan().any(1).tolist() == [False, True, True, False]
+    assert not gradient[3].any()
+
+
+# ---- layouts and bits ------------------------------------------------------------------------------------------------
+
+
+def equal(ours, other) -> bool:
+    mine, its = ([*outputs, *gradients.values()] for outputs, gradients in (ours, other))
+    return all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+# With at most 8 rows each, so that "huge stride" holds for every matrix, and with more.
+@pytest.mark.parametrize("tokens, d, classes", [(6, 16, 8), (19, 24, 40)])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_every_layout_gives_equal_bits(layout: str, tokens: int, d: int, classes: int):
+    sample = sample_of(tokens, d, classes, weighted=True, ignored=1, **EVERYTHING)
+    expected = evaluate(OPERATOR.function, sample.rounded(torch.bfloat16), "cuda_sim")
+    for key in sample.tensors():
+        moved = sample.rounded(torch.bfloat16, LAYOUTS[layout], key)
+        assert equal(evaluate(OPERATOR.function, moved, "cuda_sim"), expected), key
+
+
+def test_expanded_gradients():
+    given = sample_of(19, 24, 40, reduction="none").rounded(torch.bfloat16)
+    expanded = evaluate(OPERATOR.function, given, "cuda_sim", lambda o: o.new_ones(()).expand(o.shape))
+    assert equal(expanded, evaluate(OPERATOR.function, given, "cuda_sim", torch.ones_like))
+
+
+def test_gradients_appear_only_where_asked(narrow_blocks):
+    given = sample_of(19, 24, 200).rounded(torch.float16)
+    everything = evaluate(OPERATOR.function, given, "cuda_sim")[1]
+    for wanted in everything:
+        alone = Sample(given.name, given.args, given.kwargs, tuple(k for k in everything if k != wanted))
+        with poison():
+            assert torch.equal(evaluate(OPERATOR.function, alone, "cuda_sim")[1][wanted], everything[wanted]), wanted
+
+
+def test_the_gradient_of_a_float32_weight_is_not_rounded():
+    given = sample_of(40, 24, 33).rounded(torch.bfloat16)
+    wide = Sample(given.name, (given.args[0], given.args[1].float(), given.args[2]), given.kwargs)
+    narrow, kept = (evaluate(OPERATOR.function, s, "cuda_sim", torch.ones_like)[1][1] for s in (given, wide))
+    assert (
+        kept.dtype == torch.float32 and torch.equal(kept.bfloat16(), narrow) and not torch.equal(kept, narrow.float())
+    )
+
+
+def test_equal_bits_under_every_schedule(narrow_blocks):
+    from llmengine import _cuda_sim
+
+    given = sample_of(130, 40, 270, ignored=2, weighted=True, **EVERYTHING).rounded(torch.bfloat16)
+    results = []
+    for order in SCHEDULES:
+        _cuda_sim.set_schedule(order, 11)
+        results.append(evaluate(OPERATOR.function, given, "cuda_sim"))
+    assert all(equal(results[0], other) for other in results[1:])
+
+
+def test_loss_and_gradients_at_once_are_those_of_both_passes():
+    x, w, target = sample_of(19, 24, 40, ignored=2).rounded(torch.bfloat16).args
+    given, options = (x, w, None, target, None), ("mean", -100, 0.1, 1e-3, 0.0)
+    with llmengine.backend("cuda_sim"):
+        loss, lse, normaliser = ops.linear_cross_entropy_forward(*given, *options)
+        wanted = [True, True, False]
+        apart = ops.linear_cross_entropy_backward(torch.ones(()), *given, lse, normaliser, *options, wanted)
+        together = ops.linear_cross_entropy_with_gradients(*given, *options, 96, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(together, (loss, *apart), strict=True))
+
+
+def test_what_is_not_supported_names_itself():
+    x, target = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    with (
+        llmengine.backend("cuda_sim"),
+        pytest.raises(RuntimeError, match="multiplies bfloat16 and float16, got float32"),
+    ):
+        functional.linear_cross_entropy(x, torch.randn(5, 8), target)
+
+
+# ---- one line broken -------------------------------------------------------------------------------------------------
+
+
+def attempt() -> None:
+    assert_right(sample_of(133, 40, 300, ignored=2), HALVES[0])
+    assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1])
+    assert_right(sample_of(70, 24, 4000, weighted=True, reduction="none", **EVERYTHING), HALVES[1])
+    assert_right(sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum"), HALVES[0])
+
+
+KERNEL, LOSS = ("linear_cross_entropy_sm80", "linear_cross_entropy_sm80.cu"), "token_loss.cuh"
+BREAKS: dict[str, Break] = {
+    "classes past the last": (*KERNEL, "if (!inside) z = -INFINITY;", "", "exceeds"),
+    "no barrier between tiles": (*KERNEL, "__syncthreads();  // every warp is done with the stages", "//", "races"),
+    "no barrier before the end": (*KERNEL, "__syncthreads();  // both warps of a row", "//", "races"),
+    "the maximum of two lanes": (
+        *KERNEL, "most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));", "", "exceeds|inf|NaN",
+    ),
+    "the sum of two lanes": (*KERNEL, "return x + __shfl_xor_sync(kWholeWarp, x, 2);", "return x;", "exceeds"),
+    "no rescaling": (
+        *KERNEL, "known.total[side][line] * exp_below(before, higher)", "known.total[side][line]", "exceeds",
+    ),
+    "one warp's sum as it is": (
+        *KERNEL, "known.total[1][line] * exp_below(known.largest[1][line], largest)", "known.total[1][line]", "exceeds",
+    ),
+    "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
+    "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
+    "a token past the last": (
+        *KERNEL, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
+    ),
+    "labels are read too soon": (*KERNEL, "__syncthreads();  // the labels are there", "", "races|no thread"),
+    "tokens are read too soon": (*KERNEL, "__syncthreads();  // the tokens are there", "", "races|no thread"),
+    "the span before": (*KERNEL, "place.column * p.tiles_of_span * gemm::kTile;", "0;", "exceeds|races"),
+    "spans are not brought together": (
+        *KERNEL, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
+    ),
+    "the bias of the block": (
+        *KERNEL, "add_line<T>(p.bias, column, o.classes", "add_line<T>(p.bias, column % 128, o.classes", "exceeds",
+    ),
+    "ignored tokens have gradients": (
+        *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
+    ),
+    "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
+    "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
+    "sums are not added": (*KERNEL, "if (first > 0) product.added = p.sums;", "", "exceeds"),
+    "sums of the last block": (*KERNEL, "sums.data = sums.as<float>() + first, ", "", "exceeds|NaN"),
+}  # fmt: skip
+
+
+def test_whole_kernels_pass_what_broken_ones_must_fail(narrow_blocks):
+    attempt()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 3 else ()) for i, n in enumerate(BREAKS)])
+def test_a_broken_line_is_caught(narrow_blocks, name: str, tmp_path: Path, monkeypatch):
+    assert_caught(BREAKS[name], attempt, tmp_path, monkeypatch)
