@@ -22,7 +22,7 @@ TILES = _has_tiles()
 
 
 def pays(dtype: torch.dtype, rows: int) -> bool:
-    """Whether these products were measured to be quicker than PyTorch's (MEASUREMENTS.md, "AMX on hardware")."""
+    """Whether these products were measured to be quicker than PyTorch's (MEASUREMENTS.md, "Products on AMX")."""
     return TILES and dtype == torch.bfloat16 and rows >= ROWS
 
 
