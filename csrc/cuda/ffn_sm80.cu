@@ -243,7 +243,7 @@ void validate(const FeedForwardBackward& p) {
 }
 
 void run(const FeedForwardForward& p, Stream stream) {
-  gemm::check_sizes("ffn", {p.input.size(0), p.input.size(1), p.w_up.size(0)});
+  gemm::check_sizes("ffn", {p.input.size(0), p.input.size(1), (p.w_gate.defined() ? 2 : 1) * p.w_up.size(0)});
   gemm::visit_type(p.input.dtype, [&]<class T>(T) {
     p.w_gate.defined() ? launch_forward<T, true>(p, stream) : launch_forward<T, false>(p, stream);
   });
@@ -251,7 +251,7 @@ void run(const FeedForwardForward& p, Stream stream) {
 }
 
 void run(const FeedForwardBackward& p, Stream stream) {
-  gemm::check_sizes("ffn backward", {p.input.size(0), p.input.size(1), p.w_up.size(0)});
+  gemm::check_sizes("ffn backward", {p.input.size(0), p.input.size(1), (p.w_gate.defined() ? 2 : 1) * p.w_up.size(0)});
   if (any_but_b_down(p)) {
     gemm::visit_type(p.input.dtype, [&]<class T>(T) {
       p.w_gate.defined() ? launch_backward<T, true>(p, stream) : launch_backward<T, false>(p, stream);

@@ -62,7 +62,8 @@ template <class Body>
 void visit(const Gemm& p, const Body& body) {
   gemm::visit_type(p.a.dtype, [&]<class T>(T) {
     const TensorView b = transposed(p.b);
-    const bool a_along = gemm::lies_along(p.a), b_along = gemm::lies_along(b);
+    const bool a_along = gemm::lies_along(p.a);
+    const bool b_along = gemm::lies_along(b) && (!p.b2.defined() || gemm::lies_along(transposed(p.b2)));
     if (a_along && b_along) {
       body(T{}, std::false_type{}, std::false_type{});
     } else if (a_along) {

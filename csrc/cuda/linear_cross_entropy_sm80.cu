@@ -127,9 +127,9 @@ __device__ __forceinline__ float sum_of_four(float x) {
   return x + __shfl_xor_sync(kWholeWarp, x, 2);
 }
 
-// exp(x - largest), where a row without a finite logit so far has no exponentials.
+// exp(x - largest), where a row without a logit above -inf so far has no exponentials but NaN's, which no maximum sees.
 __device__ __forceinline__ float exp_below(float x, float largest) {
-  return largest == -INFINITY ? 0.0f : exp_of(x - largest);
+  return exp_of(x - (largest == -INFINITY ? 0.0f : largest));
 }
 
 // One row of a warp's logits joins what is known of it; `first`: the class of the warp's first column.

@@ -87,7 +87,7 @@ __device__ __forceinline__ void copy_rows(const Tile<T, rows, columns>& to, cons
   const T* at = from.data + first * from.stride + c * 8;
   const int64_t step = kStep * from.stride;
   if (from.aligned) {
-    const int left = (from.columns - c * 8) * 2, wide = left < 0 ? 0 : left < 16 ? left : 16;
+    const int left = from.columns - c * 8, wide = 2 * (left < 0 ? 0 : left < 8 ? left : 8);
 #pragma unroll
     for (int n = 0; n < kSteps; ++n, at += step) {
       const int row = first + n * kStep, bytes = row < count ? wide : 0;

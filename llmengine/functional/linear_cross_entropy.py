@@ -26,10 +26,10 @@ def linear_cross_entropy(
 
     The formula, its options and the dtype of the result are those of `llmengine.functional.cross_entropy`; names and
     order are those of `torch.nn.functional.linear_cross_entropy`. Tokens of class ignore_index (None: -100) are left
-    out before any product. Extra memory is a few blocks of fixed size and, in the backward, one float32 copy of the
-    input's gradient; the backward computes the logits again from each token's saved log-sum-exp. On CPUs a mean or sum
-    that needs gradients makes them at once instead (but for bfloat16 on AMX), with a block of at most 64 MiB: the
-    backward then only scales them.
+    out before any product on CPUs; elsewhere zeros multiply them, so that they must be finite. Extra memory is a few
+    blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
+    logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
+    instead (but for bfloat16 on AMX), with a block of at most 64 MiB: the backward then only scales them.
 
     Shapes: input (*, d), linear_weight (C, d), linear_bias and weight (C,), target (*) of class indices; the result is
     () or, for reduction "none", like target. linear_weight and linear_bias are in input's dtype, or float32 beside a

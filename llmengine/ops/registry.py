@@ -128,13 +128,17 @@ def demanded() -> str | None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block, operators of this thread run on backend `name`, or raise with its reason: no falling back."""
+    """Within the block, operators of this thread run on backend `name`, or raise with its reason: no falling back.
+
+    So do their backwards: those of a GPU's tensors stay in this thread, too.
+    """
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
     previous = getattr(_choice, "name", None)
     _choice.name = name
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _choice.name = previous
 
@@ -227,7 +231,8 @@ def explain(function: str | Callable, *args, **kwargs) -> str:
     log: list[tuple[str, list[tuple[str, str | None]]]] = []
     _choice.log = log
     try:
-        call(*args, **kwargs)
+        with torch.autograd.set_multithreading_enabled(False):  # a backward tells its kernels to this thread's log
+            call(*args, **kwargs)
     finally:
         _choice.log = None
     lines = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import llmengine
-from llmengine.roofline.cases import BOTH, Case
+from llmengine.roofline.cases import BOTH, Case, Within
 from llmengine.roofline.ceilings import NAMES, Ceilings
 from llmengine.roofline.clock import Clock
 
@@ -39,12 +40,8 @@ def measure(
         yield from _pass(case, which, runs, leaves, clock, ceilings)
 
 
-def _demanding(backend: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*tensors: Tensor) -> Tensor:
-        with llmengine.backend(backend):
-            return function(*tensors)
-
-    return call
+def _demanding(backend: str, function: Callable[..., Tensor]) -> Within:
+    return Within(function, lambda: llmengine.backend(backend))
 
 
 def _pass(
@@ -77,15 +74,22 @@ def _pass(
 
 
 def _call(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    context = function.context if isinstance(function, Within) else contextlib.nullcontext
     if not backward:
 
         def forward() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), context():
                 return function(*leaves)
 
         return forward
-    upstream = torch.randn_like(function(*leaves))
-    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+    with context():
+        upstream = torch.randn_like(function(*leaves))
+
+    def both() -> tuple[Tensor, ...]:
+        with context():
+            return torch.autograd.grad(function(*leaves), leaves, upstream)
+
+    return both
 
 
 def lines(rows: Iterable[Row]) -> Iterator[str]:

@@ -86,6 +86,15 @@ def test_every_layout_gives_equal_bits(layout: str, tokens: int, d: int, f: int)
         assert equal(evaluate(functional.ffn, moved, "cuda_sim"), expected), key
 
 
+def test_a_gate_that_lies_otherwise_than_its_partner():
+    """Of one feature, contiguous, and beside another: k then has a stride of 1 or of 2."""
+    sample = sample_of(19, 1, 40, gated=True)
+    expected = evaluate(functional.ffn, sample.rounded(torch.bfloat16), "cuda_sim")
+    for key in (1, "w_gate"):
+        apart = sample.rounded(torch.bfloat16, lambda w: torch.cat([w, w], 1)[:, :1], key)
+        assert equal(evaluate(functional.ffn, apart, "cuda_sim"), expected), key
+
+
 def test_expanded_gradients():
     given = sample_of(19, 24, 40).rounded(torch.bfloat16)
     expanded = evaluate(functional.ffn, given, "cuda_sim", lambda o: o.new_ones(()).expand(o.shape))

@@ -145,6 +145,16 @@ def test_classes_that_are_ruled_out():
     assert all(g.isfinite().all() for g in gradients.values()) and not gradients[1][:200].any()
 
 
+@pytest.mark.parametrize("classes, first, end", [(129, 128, 129), (257, 128, 192), (70, 0, 70)])
+def test_a_logit_that_is_nan_makes_the_loss_nan(classes: int, first: int, end: int):
+    """Where a warp sees no other logit, too: maxima pass over NaN."""
+    sample = sample_of(9, 16, classes)
+    sample.args[1][first:end] = torch.nan
+    sample.args[2][:] = 0
+    (loss, *_), gradients = evaluate(OPERATOR.function, sample.rounded(torch.bfloat16), "cuda_sim")
+    assert loss.isnan().all() and gradients[0].isnan().all()
+
+
 def test_a_target_that_is_no_class_makes_its_token_nan():
     x, w = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(10, 8).bfloat16()
     with llmengine.backend("cuda_sim"):

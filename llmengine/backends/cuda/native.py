@@ -66,7 +66,7 @@ class Native:
             return getattr(self.module, function)(**arguments)
 
     def own_products(self, dtype: torch.dtype) -> bool:
-        maker = os.environ[PRODUCTS] if PRODUCTS in os.environ else MAKERS[self.device_type == "cpu"]
+        maker = os.environ.get(PRODUCTS) or MAKERS[self.device_type == "cpu"]
         if maker not in MAKERS:
             raise ValueError(f"{PRODUCTS}: {maker!r} is not one of {', '.join(MAKERS)}")
         return maker == "own" and dtype != torch.float32
