@@ -13,7 +13,7 @@
 //
 //   m is no maximum: it is the greatest logit of the first chunk in which a row sees anything, and moves only where
 //   later weights grow beyond 2^40, which their sums tell. bf16 has the exponents of a float, so that a weight above 1
-//   is as exact as one below.
+//   is as exact as one below; values beyond 3e26 may overflow beside such weights, and logits beyond 1e9 are lost.
 //
 //   Keys and values lie packed, a tile after another, in a block of chunks that the second-level cache holds while all
 //   units of a task meet it: sums that leave their registers less often are worth more than operands in the first.
@@ -47,6 +47,17 @@ LLMENGINE_INLINE F times_power(F p, F x) {
       F, _mm512_maskz_scalef_ps(0xffff, __builtin_bit_cast(__m512, p), __builtin_bit_cast(__m512, x)));
 #else
   for (int i = 0; i < kLanes; ++i) x[i] = std::isnan(x[i]) ? x[i] : p[i] * std::exp2(std::floor(x[i]));
+  return x;
+#endif
+}
+
+// x y - z, rounded once, whatever the compiler makes of such an expression.
+LLMENGINE_INLINE F fused(F x, float y, F z) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(F, _mm512_maskz_fmsub_ps(0xffff, __builtin_bit_cast(__m512, x), _mm512_set1_ps(y),
+                                                     __builtin_bit_cast(__m512, z)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::fma(x[i], y, -z[i]);
   return x;
 #endif
 }
@@ -205,7 +216,9 @@ struct AmxBand {
     const auto near = [](int64_t x) { return static_cast<int32_t>(ops::clamp_index(x, -64, 64)); };
     const int64_t position = row + band.shift - key;
     const I lanes = __builtin_bit_cast(I, lane_numbers()), keys = I{} + near(band.keys - key);
-    const I first = lanes + near(position - band.left), last = lanes + near(position + band.right + 1);
+    const int64_t left = std::min(band.left, band.rows + band.keys),
+                  right = std::min(band.right, band.rows + band.keys);
+    const I first = lanes + near(position - left), last = lanes + near(position + right + 1);
     begin = band.left < 0 ? I{} : first;
     end = band.right < 0 ? keys : (last < keys ? last : keys);
   }
@@ -216,7 +229,8 @@ struct AmxBand {
 // What it takes: no more than a band between products and logits, and a head that tiles hold.
 inline bool amx_takes(const ops::AttentionOptions& p) {
   const bool plain = !p.mask.defined() && !p.alibi_slopes.defined() && !p.distance_bias.defined();
-  return plain && p.softcap == 0 && p.dropout_p == 0 && p.scale > 0 &&
+  const float factor = static_cast<float>(p.scale * 1.4426950408889634);
+  return plain && p.softcap == 0 && p.dropout_p == 0 && factor > 0 && factor < INFINITY &&
          std::max(p.query.size(3), p.value.size(3)) <= 4 * 2 * kLanes;
 }
 
@@ -543,7 +557,7 @@ class AmxForward {
     const I none = total == F{}, infinite = total == INFINITY;
     // lse = reference ln 2 + log(total), the first in two floats and the sum's rounding error beside it
     const F first = reference * 0.693147182f;
-    const F rest = (reference * 0.693147182f - first) + reference * -1.90465421e-9f;
+    const F rest = fused(reference, 0.693147182f, first) + reference * -1.90465421e-9f;
     const F log = log_of_normal(select(none | infinite, broadcast(1.0f), total)), lse = first + log;
     const F error = (first - (lse - (lse - first))) + (log - (lse - first));
     alignas(64) float high[kUnitRows], low[kUnitRows];

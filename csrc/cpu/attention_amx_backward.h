@@ -81,11 +81,13 @@ __attribute__((noinline)) void amx_cell(const AmxCell& next, const AmxCell& now,
       for (int row = 0; row < 2; ++row) {
         const int64_t at = (2 * tile + row) * kTileFloats + (line + key) * kLanes;
         p[row] = near_power_of_2(load(cell.scores + at) * scale - total[row] - total_low[row]);
+        d[row] = p[row] * (load(cell.grad_weights + at) - delta[row]);
         if constexpr (banded) {
           const int32_t k = 2 * g + key;
-          p[row] = select((sight.begin[row] <= k) & (sight.end[row] > k), p[row], F{});
+          const I seen = (sight.begin[row] <= k) & (sight.end[row] > k);
+          p[row] = select(seen, p[row], F{});
+          d[row] = select(seen, d[row], F{});
         }
-        d[row] = p[row] * (load(cell.grad_weights + at) - delta[row]);
       }
       store_pairs(cell.weights + (2 * g + key) * 2 * kLanes, interleaved(p[0], p[1]));
       lines[key] = interleaved(d[0], d[1]);
@@ -263,12 +265,15 @@ class AmxBackward {
       };
       const F lse = read(p_.lse, -INFINITY), lse_low = read(p_.lse_low, 0.0f);
       const F rounded = lse * 1.44269502f;
-      const F rest = (lse * 1.44269502f - rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
+      const F rest = fused(lse, 1.44269502f, rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
       // a row that sees nothing, or that there is not: so much that all of its weights are 0
       const I none = lse == -INFINITY;
       store(high + r, select(none, broadcast(1e30f), rounded));
       store(low + r, select(none | (rest - rest != F{}), F{}, rest));
-      if (p_.grad_lse.defined()) store(delta + r, load(delta + r) - read(p_.grad_lse, 0.0f));
+      if (p_.grad_lse.defined()) {
+        const F less = load(delta + r) - read(p_.grad_lse, 0.0f);
+        store(delta + r, select(less == less, less, broadcast(NAN)));  // a NaN that rounds to a NaN: see interleaved
+      }
     }
   }
 
@@ -312,7 +317,9 @@ class AmxBackward {
       const int64_t row = row_ + u * kUnitRows;
       turn_ ^= 1;
       next.key = key, next.row = row;
-      next.banded = key + kChunkKeys > s_.keys || !band_.covers(row, row + rows_of(u), key, key + kChunkKeys);
+      next.rows = rows_of(u);
+      next.banded = next.rows < kUnitRows || key + kChunkKeys > s_.keys ||
+                    !band_.covers(row, row + rows_of(u), key, key + kChunkKeys);
       next.cell = {rows,
                    rows + kOperand,
                    keys,
@@ -339,7 +346,7 @@ class AmxBackward {
   }
 
   struct Place {
-    int64_t key, row;
+    int64_t key, row, rows;
     bool banded;
     AmxCell cell;
   };
@@ -350,7 +357,8 @@ class AmxBackward {
     if (now_->banded) {
       for (int half = 0; half < 2; ++half) {
         const AmxBand seen(band_, now_->row + half * kAmxRows, now_->key);
-        sight.begin[half] = seen.begin, sight.end[half] = seen.end;
+        const I there = __builtin_bit_cast(I, lane_numbers()) + half * kAmxRows < static_cast<int32_t>(now_->rows);
+        sight.begin[half] = seen.begin, sight.end[half] = there ? seen.end : I{};
       }
       amx_cell<kSteps, true, has_next>(next.cell, now_->cell, sight, scale_);
     } else {

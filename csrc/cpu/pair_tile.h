@@ -197,7 +197,8 @@ inline void multiply_panel(int64_t rows, int vectors, int64_t depth, const bf16*
   const int64_t lines = depth * kPairPanel * 2 / 64, share = (lines + stripes * steps - 1) / (stripes * steps);
   for (int64_t i = 0; i < stripes; ++i) {
     const int64_t r = i * kStripeRows;
-    const Ahead ahead{reinterpret_cast<const char*>(next) + i * share * steps * 64, next ? static_cast<int>(share) : 0};
+    Ahead ahead;
+    if (next) ahead = {reinterpret_cast<const char*>(next) + i * share * steps * 64, static_cast<int>(share)};
     multiply_stripe<into>(vectors, static_cast<int>(rows - r < kStripeRows ? rows - r : kStripeRows), depth,
                           a + r * a_stride, a_stride, b, c + r * c_stride, c_stride, nullptr, ahead);
   }

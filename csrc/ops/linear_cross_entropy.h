@@ -1,9 +1,9 @@
 // Cross-entropy (ops/cross_entropy.h) of the logits x = input linear_weight^T + linear_bias, which are never held whole
 // (Wijmans et al. 2024, "Cut your losses in large-vocabulary language models").
 //
-//   Tokens without a label enter no product on CPUs, and with gradients of 0 elsewhere. The forward keeps lse, one number
-//   a token; the backward forms the logits again, block by block, and from them dx = dloss / dx:
-//   grad_input = dx linear_weight,  grad_linear_weight = dx^T input,  grad_linear_bias = sum over tokens of dx
+//   Tokens without a label enter no product on CPUs, and with gradients of 0 elsewhere. The forward keeps lse, one
+//   number a token; the backward forms the logits again, block by block, and from them dx = dloss / dx: grad_input = dx
+//   linear_weight,  grad_linear_weight = dx^T input,  grad_linear_bias = sum over tokens of dx
 #pragma once
 
 #include <string>
