@@ -66,6 +66,21 @@ def test_a_leaf_that_somebody_watches_is_called(watched, monkeypatch):
     assert bool(seen) == watched
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "xlnet-base", "bart-base"])
+def test_the_projections_of_models_come_here(preset, monkeypatch):
+    """All but XLNet's of distances: two of self-attention (three of XLNet's), three of cross-attention."""
+    sizes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 48, "vocab_size": 60}
+    called: list[str] = []
+    monkeypatch.setattr(fusing, "TILES", True)
+    monkeypatch.setattr(functional, "linear", lambda *args: called.append("") or torch.nn.functional.linear(*args))
+    config = llmengine.TransformerConfig.preset(preset).replace(
+        **sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2 if preset[0] == "b" else None
+    )
+    ids = torch.arange(3, 15).view(2, 6)
+    llmengine.Transformer(config).eval()(ids, labels=ids)
+    assert len(called) == {"gpt2": 2, "xlnet-base": 3, "bart-base": 7}[preset]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

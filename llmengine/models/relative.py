@@ -130,7 +130,7 @@ class RelativeAttention(Module):
         return k, v, self.r(context.encoding.to(keys.dtype)).unflatten(1, (self.heads, self.head_dim))
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.kv(x).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
+        return linear(self.kv, x).unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
 
 
 class RelativeLayer(Module):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import llmengine
 from llmengine import roofline
+from llmengine.ops import registry
 from llmengine.ops.registry import load
 from llmengine.roofline.cases import SHAPES
 
@@ -103,6 +104,17 @@ def test_rows_tell_both_passes_of_every_peer():
         moved, flops = row["gbytes_per_s"] * row["ms"] * 1e6, row["tflops"] * row["ms"] * 1e9
         assert row["percent"] == pytest.approx(100 * CEILINGS.floor_ms(torch.float32, moved, flops) / row["ms"])
     assert len(list(roofline.lines(rows))) == len(rows)
+
+
+def test_a_demand_holds_for_the_backward_of_its_row(monkeypatch):
+    ran: list[tuple[str, str | None]] = []
+    dispatch = registry.dispatch
+    monkeypatch.setattr(
+        registry, "dispatch", lambda op, args: ran.append((op, registry.demanded())) or dispatch(op, args)
+    )
+    list(roofline.measure(small("softmax"), CLOCK, CEILINGS, backends=["reference"]))
+    assert {op for op, _ in ran} == {"softmax_forward", "softmax_backward"}
+    assert {demand for _, demand in ran} == {"reference"}
 
 
 def test_a_peer_that_fails_is_a_row_and_the_others_go_on():

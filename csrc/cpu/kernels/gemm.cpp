@@ -14,7 +14,8 @@
 //   multiply-add units.
 //
 //   A term of float operands is multiplied in float (cpu/tile_gemm.h); one of bf16, or of bf16 and float, in pairs
-//   where the processor has such products (cpu/pair_tile.h). A block of depth has the same bytes either way.
+//   where the processor has such products (cpu/pair_tile.h). A block of depth has the same bytes either way,
+//   but for AMX.
 //
 //   AMX multiplies so fast that the third-level cache is the limit: each of B's bytes must meet some 300 rows, and be
 //   asked for before it is wanted. So layers are tall and tiles narrow (288 x 192: 216 KiB of C); a panel of B and 32
