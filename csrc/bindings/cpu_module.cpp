@@ -10,6 +10,7 @@
 #include "ops/attention.h"
 #include "ops/chain_field.h"
 #include "ops/cross_entropy.h"
+#include "ops/decode_attention.h"
 #include "ops/embedding.h"
 #include "ops/ffn.h"
 #include "ops/gradient_norm.h"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::ChainFieldDecode>(module, "chain_field_decode");
   bind_cpu<ops::CrossEntropyForward>(module, "cross_entropy_forward");
   bind_cpu<ops::CrossEntropyBackward>(module, "cross_entropy_backward");
+  bind_cpu<ops::DecodeAttention>(module, "decode_attention");
   bind_cpu<ops::EmbeddingForward>(module, "embedding_forward");
   bind_cpu<ops::EmbeddingBackward>(module, "embedding_backward");
   bind_cpu<ops::FeedForwardForward>(module, "ffn_forward");

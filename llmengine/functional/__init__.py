@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmengine.functional.attention import scaled_dot_product_attention, varlen_attention
 from llmengine.functional.chain_field import chain_field_decode, chain_field_loss
 from llmengine.functional.cross_entropy import cross_entropy
+from llmengine.functional.decode_attention import decode_attention
 from llmengine.functional.embedding import embedding
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear import linear
@@ -20,6 +21,7 @@ __all__ = [
     "chain_field_decode",
     "chain_field_loss",
     "cross_entropy",
+    "decode_attention",
     "embedding",
     "ffn",
     "layer_norm",

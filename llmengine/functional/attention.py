@@ -21,9 +21,15 @@ from llmengine.functional.arguments import (
     needs_grad,
     short,
 )
+from llmengine.functional.attention_options import (
+    UNBOUNDED,
+    distance_bias_of,
+    scale_and_cap,
+    sides_of,
+    sinks_of,
+    slopes_of,
+)
 from llmengine.ops import attention as ops
-
-UNBOUNDED = (-1, -1)
 
 
 @overload
@@ -95,8 +101,8 @@ def scaled_dot_product_attention(
     lead, query, key, value = _four_dimensions(op, query, key, value, enable_gqa)
     rows, head_dim = query.shape[2:]
     mask = _mask(op, attn_mask, query, lead, key.shape[2])
-    slopes = _slopes(op, alibi_slopes, query, query.shape[0], "batch")
-    bias, sinks = _distance_bias(op, distance_bias, query), _sinks(op, sinks, query)
+    slopes = slopes_of(op, alibi_slopes, query, query.shape[0], "batch")
+    bias, sinks = distance_bias_of(op, distance_bias, query), sinks_of(op, sinks, query)
     check_same_device(
         op, query=query, key=key, value=value, attn_mask=mask, alibi_slopes=slopes, distance_bias=bias, sinks=sinks
     )
@@ -173,8 +179,8 @@ def varlen_attention(
         cu_seqlens_k = cu_seqlens_k.clone()  # Dynamo traces no autograd.Function that is given one tensor twice
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     _check_heads(op, query, key, value, grouped=True)
-    slopes = _slopes(op, alibi_slopes, query, sequences, "sequences")
-    bias, sinks = _distance_bias(op, distance_bias, query), _sinks(op, sinks, query)
+    slopes = slopes_of(op, alibi_slopes, query, sequences, "sequences")
+    bias, sinks = distance_bias_of(op, distance_bias, query), sinks_of(op, sinks, query)
     check_same_device(
         op, query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         alibi_slopes=slopes, distance_bias=bias, sinks=sinks,
@@ -293,60 +299,10 @@ def _mask(op: str, mask: Tensor | None, query: Tensor, lead: Sequence[int], keys
     return mask[(None,) * (4 - mask.ndim)]
 
 
-def _slopes(op: str, slopes: Tensor | None, query: Tensor, batch: int, what: str) -> Tensor | None:
-    """ALiBi slopes as (batch or sequences, heads), in the scores' dtype."""
-    if slopes is None:
-        return None
-    check_float(op, "alibi_slopes", slopes)
-    heads = query.shape[1]
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"{op}: alibi_slopes has shape {tuple(slopes.shape)}; expected ({heads},), one per query head, or "
-            f"({batch}, {heads}) ({what}, heads)"
-        )
-    return slopes.detach().to(torch.promote_types(query.dtype, torch.float32)).expand(batch, heads)
-
-
-def _distance_bias(op: str, bias: Tensor | None, query: Tensor) -> Tensor | None:
-    """The bias by distance, in the scores' dtype."""
-    if bias is None:
-        return None
-    _check_learned(op, "distance_bias", bias, query)
-    heads = query.shape[1]
-    if bias.ndim != 2 or bias.shape[0] != heads or bias.shape[1] % 2 != 1:
-        raise ValueError(
-            f"{op}: distance_bias has shape {tuple(bias.shape)}; expected ({heads}, 2 M + 1): the distances -M ... M "
-            "of each query head"
-        )
-    return bias.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def _sinks(op: str, sinks: Tensor | None, query: Tensor) -> Tensor | None:
-    """The sinks, in the scores' dtype."""
-    if sinks is None:
-        return None
-    _check_learned(op, "sinks", sinks, query)
-    heads = query.shape[1]
-    if tuple(sinks.shape) != (heads,):
-        raise ValueError(f"{op}: sinks has shape {tuple(sinks.shape)}; expected ({heads},), one per query head")
-    return sinks.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def _check_learned(op: str, argument: str, tensor: Tensor, query: Tensor) -> None:
-    check_tensor(op, argument, tensor)
-    if tensor.dtype not in (torch.float32, query.dtype):
-        allowed = ", ".join(dict.fromkeys((short(query.dtype), "float32")))
-        raise ValueError(f"{op}: {argument} has dtype {short(tensor.dtype)}; allowed: {allowed}")
-
-
 def _band(op: str, is_causal: bool, causal: str | None, window_size: Sequence[int], alignment: str) -> _Band:
     if causal not in (None, "top_left", "bottom_right"):
         raise ValueError(f"{op}: causal must be None, 'top_left' or 'bottom_right', got {causal!r}")
-    if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(w >= -1 for w in window_size)):
-        raise ValueError(
-            f"{op}: window_size must be (left, right), each at least 0 or -1 (unbounded), got {window_size}"
-        )
-    left, right = (int(w) for w in window_size)
+    left, right = sides_of(op, window_size)
     if is_causal or causal:
         right = 0
     return _Band(left, right, (causal or alignment) == "bottom_right")
@@ -354,11 +310,7 @@ def _band(op: str, is_causal: bool, causal: str | None, window_size: Sequence[in
 
 def _numbers(op: str, scale: float | None, softcap: float, dropout_p: float, head_dim: int) -> _Numbers:
     check_probability(op, "dropout_p", dropout_p)
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    for name, number, low in (("scale", scale, -math.inf), ("softcap", softcap, 0.0)):
-        if not (math.isfinite(number) and number >= low):
-            raise ValueError(f"{op}: {name} must be finite{' and at least 0' if low == 0 else ''}, got {number}")
-    return _Numbers(scale, float(softcap), float(dropout_p))
+    return _Numbers(*scale_and_cap(op, scale, softcap, head_dim), float(dropout_p))
 
 
 def _seed(query: Tensor, dropout_p: float) -> Tensor | None:

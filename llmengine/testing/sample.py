@@ -63,8 +63,8 @@ class Operator:
 
     `samples()` makes its cases from a seeded generator; `plain` is the same function in plain PyTorch, the peer in
     precision (None: the reference backend in that dtype, where PyTorch has no such operator or other random numbers).
-    It runs the nodes <node>_forward and <node>_backward, or, where it is `of_optim` (llmengine.optim) and has no
-    gradient, the node <node> alone; a backend that has them has the operator.
+    It runs the nodes <node>_forward and <node>_backward, or, where it has no gradient (`inference`, and `of_optim`:
+    llmengine.optim), the node <node> alone; a backend that has them has the operator.
     """
 
     name: str
@@ -73,12 +73,13 @@ class Operator:
     plain: Callable | None = None
     node: str = ""
     of_optim: bool = False
+    inference: bool = False
 
     def __post_init__(self) -> None:
         self.node = self.node or self.name
 
     def nodes(self) -> set[str]:
-        return {self.node} if self.of_optim else {f"{self.node}_forward", f"{self.node}_backward"}
+        return {self.node} if self.of_optim or self.inference else {f"{self.node}_forward", f"{self.node}_backward"}
 
 
 def all_operators() -> list[Operator]:
