@@ -104,9 +104,7 @@ def decode_attention(
     )  # fmt: skip
     left, right = sides_of(OP, window_size)
     if right > 0:
-        raise ValueError(
-            f"{OP}: window_size is {tuple(window_size)}; right must be 0 or -1"
-        )
+        raise ValueError(f"{OP}: window_size is {tuple(window_size)}; right must be 0 or -1")
     numbers = scale_and_cap(OP, scale, softcap, query.shape[3])
     output, lse = ops.decode_attention(
         query, key_cache, value_cache, cache_lengths, block_table, slopes, bias, sinks, left, *numbers

@@ -26,8 +26,8 @@ def packed_prompts(tokens: Tokens, config: TransformerConfig, causal: bool) -> P
 
 
 class Cache:
-    """Keys and values of each layer that has written some, (batch, slots, key heads, head_dim), of that layer's dtype.
-    Row b holds lengths[b] tokens."""
+    """Keys and values of each layer that has written some, (batch, key heads, slots, head_dim), of that layer's dtype:
+    what a head reads lies in one piece. Row b holds lengths[b] tokens; slots behind them hold anything."""
 
     def __init__(self, lengths: Tensor, slots: int) -> None:
         self.lengths = lengths
@@ -38,9 +38,8 @@ class Cache:
     def write(self, layer: Hashable, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         for kept, x in ((self.keys, k), (self.values, v)):
             if layer not in kept:
-                # zeros: a slot that holds no token yet is masked, but a weight of 0 times a NaN there would be NaN
-                kept[layer] = x.new_zeros(len(self.lengths), self.slots, *x.shape[1:])
-            kept[layer][rows, slots] = x
+                kept[layer] = x.new_empty(len(self.lengths), x.shape[1], self.slots, x.shape[2])
+            kept[layer][rows, :, slots] = x
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was: repeats prompts for beams, reorders beams."""
@@ -110,38 +109,15 @@ class Step:
         self.source = source
         self.slots = cache.lengths
         self.rows = torch.arange(len(self.slots), device=self.slots.device)
-        self.longest = int(self.slots.max()) + 1
-        reach = torch.arange(self.longest, device=self.slots.device)
-        self.distance = reach - self.slots[:, None]
-        """(batch, longest): from a row's new token to each slot; above 0 where no token of the row lies."""
-        self.masks: dict[int | None, Tensor] = {}
         cache.lengths = cache.lengths + 1
+        self.lengths = cache.lengths.int()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, dropout_p: float, scores: Scores) -> Tensor:
         self.cache.write(layer, self.rows, self.slots, k, v)
-        if scores.window not in self.masks:
-            self.masks[scores.window] = self._mask(scores)
-        keys = self.cache.keys[layer][:, : self.longest].transpose(1, 2)
-        values = self.cache.values[layer][:, : self.longest].transpose(1, 2)
-        return functional.scaled_dot_product_attention(
-            q.unsqueeze(2), keys, values, self.masks[scores.window], scale=scores.scale, enable_gqa=True,
-            softcap=scores.softcap,
+        return functional.decode_attention(
+            q.unsqueeze(2), self.cache.keys[layer], self.cache.values[layer], self.lengths,
+            **scores.options(causal=True),
         ).squeeze(2)  # fmt: skip
-
-    def _mask(self, scores: Scores) -> Tensor:
-        """(batch, 1 or heads, 1, longest): which slots a row's token sees, or what is added to their scores."""
-        seen = self.distance <= 0
-        if scores.window is not None:
-            seen &= self.distance >= -scores.window
-        seen = seen[:, None, None, :]
-        bias = None
-        if scores.alibi_slopes is not None:
-            bias = scores.alibi_slopes[:, None] * self.distance[:, None, :]  # distances are 0 or less where seen
-        if (table := scores.distance_bias) is not None:
-            reach = table.shape[1] // 2
-            found = table[:, self.distance.clamp(-reach, reach) + reach].transpose(0, 1).float()
-            bias = found if bias is None else bias + found
-        return seen if bias is None else torch.where(seen, bias[:, :, None, :], -torch.inf)
 
     def attend_memory(
         self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores

@@ -9,6 +9,7 @@ tokens again, so that a token has seen one token behind it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +66,7 @@ class Continuing:
         lengths = packed.cu_seqlens.diff()
         assert isinstance(model.encoder, RelativeStack)
         self.model, self.stack = model, model.encoder
-        self.cache = Cache(lengths.long(), int(lengths.max()) + steps)
+        self.cache = _Cache(lengths.long(), int(lengths.max()) + steps)
         self.distances: dict[Module, Tensor] = {}
         """Each layer's position keys, of the distances from 0 on."""
         self.scores = self._read_prompts(packed, packed.enter(prompts.input_ids))
@@ -117,6 +118,17 @@ class Continuing:
     def _logits(self, x: Tensor) -> Tensor:
         assert self.model.token_head is not None  # generate has checked
         return self.model.token_head(x, self.model.words.weight).float()
+
+
+class _Cache(Cache):
+    """(batch, slots, heads, head_dim): relative attention takes the slots of all rows as packed tokens. It masks those
+    that hold no token yet, but a weight of 0 times a NaN there would be NaN: they are zeros."""
+
+    def write(self, layer: Hashable, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        for kept, x in ((self.keys, k), (self.values, v)):
+            if layer not in kept:
+                kept[layer] = x.new_zeros(len(self.lengths), self.slots, *x.shape[1:])
+            kept[layer][rows, slots] = x
 
 
 class _Prompts:

@@ -3,7 +3,8 @@
 //
 //   A task owns up to kSplit keys of one key head of one sequence, beginning at a multiple of kSplit, and all rows of
 //   all query heads that share them. Keys and values are read where they lie, through a list of their addresses, which
-//   is all that pages change. Rows are taken up to four at a time:
+//   is all that pages change; the next ones are asked for ahead of time, as heads may lie between them. Rows are taken
+//   up to four at a time:
 //
 //     scores of kLanes / rows keys     a vector of sums for each (row, key), lanes along head_dim; the kLanes sums of
 //                                      lanes become one vector of scores
@@ -31,6 +32,7 @@ namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
 constexpr int64_t kSplit = 128;
+constexpr int64_t kAhead = 16;       // values that are on their way while one is added
 constexpr int64_t kGrain = 1 << 16;  // multiply-adds for which a thread is woken
 
 // x[0] = x[0]'s and x[step]'s sums over lanes that differ in bit `step`, those of x[step] where the bit is set.
@@ -135,11 +137,12 @@ class Decoder {
     const Span all = keys_of(b);
     const int64_t start = (all.begin / kSplit + number % splits(b)) * kSplit;
     const Span keys = common(all, {start, start + kSplit});
-    const T *key[kSplit + kLanes], *value[kSplit];
+    const T *key[kSplit + 2 * kLanes], *value[kSplit + kAhead];
     find(p_.key_cache, key_steps_, b, head, keys, key);
     find(p_.value_cache, value_steps_, b, head, keys, value);
-    std::fill_n(key + keys.count(), kLanes, key[keys.count() - 1]);  // what a vector of scores reads beyond the last
-
+    // what is read beyond the last key, in a vector of scores and ahead of time
+    std::fill_n(key + keys.count(), 2 * kLanes, key[keys.count() - 1]);
+    std::fill_n(value + keys.count(), kAhead, value[keys.count() - 1]);
     const int64_t padded = round_up(depth_, kLanes);
     thread_local Scratch scratch;
     const auto [query, weights] = scratch.take(rows_ * padded, 4 * kSplit);
@@ -169,6 +172,7 @@ class Decoder {
 #pragma GCC unroll 16
         for (int k = 0; k < kTogether; ++k) {
           const F x = load_n(key[c + k] + d, n);
+          __builtin_prefetch(key[c + k + kTogether] + d);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sums[r * kTogether + k] += q[r] * x;
         }
@@ -236,6 +240,7 @@ class Decoder {
       for (int64_t c = 0; c < count; ++c) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
+          __builtin_prefetch(value[c + kAhead] + d + v * kLanes);
           const F x = load_n(value[c] + d + v * kLanes, n);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sums[r][v] += broadcast(weights[r * kSplit + c]) * x;
