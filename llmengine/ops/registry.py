@@ -110,6 +110,28 @@ def kernel(table: dict[str, Kernel], op: str, refuses: Callable[..., str | None]
     return enter
 
 
+class Overrides:
+    """Functions that stand in the place of ATen's kernels."""
+
+    def __init__(self, library: torch.library.Library) -> None:
+        self.library: torch.library.Library | None = library
+
+    def remove(self) -> None:
+        """ATen's own are back."""
+        if self.library is not None:
+            self.library._destroy()
+        self.library = None
+
+
+def override(kernels: dict[str, Callable], dispatch_key: str) -> Overrides:
+    """Puts functions in the place of ATen's kernels for a dispatch key. Operators that this PyTorch lacks are left."""
+    library = torch.library.Library("aten", "IMPL", dispatch_key)
+    for name, run in kernels.items():
+        if hasattr(torch.ops.aten, name):
+            library.impl(name, run, dispatch_key)
+    return Overrides(library)
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 _choice = threading.local()
