@@ -9,6 +9,7 @@
 #include "cuda/adamw.h"
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/decode_attention.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
 #include "cuda/gemm.h"
@@ -47,6 +48,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});
+  operation("decode_attention", cuda::DecodeAttention{});
   operation("embedding_forward", cuda::EmbeddingForward{});
   operation("embedding_backward", cuda::EmbeddingBackward{});
   operation("ffn_backward", cuda::FeedForwardBackward{});

@@ -75,6 +75,19 @@ struct DecodeAttention {
   }
 };
 
+// The keys that one of several blocks takes of a sequence: of those that any row sees, in rounds of `round` keys, as
+// even a number of rounds for each as there is. Every length has its own shares, so that no block waits for a long one.
+struct KeyShare {
+  int begin, end;
+};
+constexpr KeyShare share_of(int length, int rows, int window_left, int round, int share, int shares) {
+  const int first = length - rows - window_left, begin = window_left < 0 || first < 0 ? 0 : first;
+  const int rounds = (length - begin + round - 1) / round, each = rounds / shares, more = rounds % shares;
+  const int from = share * each + (share < more ? share : more), to = from + each + (share < more);
+  const int end = begin + to * round;
+  return {begin + from * round, end < length ? end : length};
+}
+
 inline void check_caches(const Checker& at, const DecodeAttention& p, std::initializer_list<DType> types) {
   for (auto [t, argument] :
        NamedTensors{{&p.query, "query"}, {&p.key_cache, "key_cache"}, {&p.value_cache, "value_cache"}}) {

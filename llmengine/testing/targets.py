@@ -13,7 +13,8 @@ from llmengine.testing import simulator
 from llmengine.testing.law import GRADIENT
 from llmengine.testing.sample import Operator
 
-HALVES_ONLY = ("attention", "linear_cross_entropy")  # nodes that CUDA takes in bfloat16 and float16 alone
+# Nodes that CUDA takes in bfloat16 and float16 alone.
+HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Target:
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
     # Nodes that it takes in some dtypes only, float32 not among them: tests of their own try those
-    # (tests/sim/test_attention.py, test_linear_cross_entropy.py).
+    # (tests/sim/test_attention.py, test_decode_attention.py, test_linear_cross_entropy.py).
     partial: tuple[str, ...] = ()
 
     def always_tries(self, operator: Operator, sample: int, dtype: torch.dtype) -> bool:
