@@ -169,7 +169,7 @@ def _loss(x: Tensor, w: Tensor) -> Call:
     def call() -> list[Tensor]:
         loss, lse, normaliser = linear_cross_entropy_forward(x, w, bias, target, weight, *options)
         gradients = linear_cross_entropy_backward(
-            loss, x, w, bias, target, weight, lse, normaliser, *options, [True] * 3
+            loss, x, w, bias, target, weight, lse, normaliser, *options, 0.0, [True] * 3
         )
         return [loss, lse, *gradients]
 
