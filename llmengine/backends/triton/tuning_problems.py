@@ -6,6 +6,7 @@ shared memory: a tile with which one of them does not run is no candidate.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -216,13 +217,13 @@ def _norms(x: Tensor) -> list[Call]:
 
 
 def _norm_gradients(x: Tensor) -> list[Call]:
-    calls = []
+    calls: list[Call] = []
     for subtract_mean, added in ((False, False), (True, True)):
         seed = torch.ones(1, dtype=torch.int64, device=x.device) if added else None
         line, dropout_p, more = torch.ones_like(x[0]), 0.1 if added else 0.0, x if added else None
         _, _, mean, rstd = norm.norm_forward(x, more, line, None, seed, 1e-5, dropout_p, subtract_mean)
         args = (x, more, x, line, mean, rstd, seed, dropout_p, subtract_mean, added)
-        calls.append(lambda args=args: norm.norm_backward(*args))
+        calls.append(functools.partial(norm.norm_backward, *args))
     return calls
 
 
@@ -236,16 +237,20 @@ def _softmax_gradients(x: Tensor) -> list[Call]:
 
 
 def _losses(x: Tensor) -> list[Call]:
-    return [lambda given=given: cross_entropy_forward(x, *given)[:2] for given in _loss_options(x)]
+    return [functools.partial(cross_entropy_forward, x, *options) for options in _loss_options(x)]
 
 
 def _loss_gradients(x: Tensor) -> list[Call]:
-    calls = []
+    calls: list[Call] = []
     for target, weight, *options in _loss_options(x):
         _, lse, normaliser = cross_entropy_forward(x, target, weight, *options)
         args = (torch.ones_like(normaliser), x, target, weight, lse, normaliser, *options)
-        calls.append(lambda args=args: [cross_entropy_backward(*args)])
+        calls.append(functools.partial(_listed, cross_entropy_backward, *args))
     return calls
+
+
+def _listed(function: Callable[..., Tensor], *args) -> list[Tensor]:
+    return [function(*args)]
 
 
 def _loss_options(x: Tensor) -> list[tuple]:
