@@ -63,7 +63,8 @@ def main() -> int:
         if result["build"]["status"] != 0:
             print("\n".join(result["build"]["tail"]))
     if not given.skip_tests:
-        laws = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "tests/test_ops.py", "-k", "triton or cuda"]
+        files = ["tests/test_ops.py", "tests/test_cuda_graphs.py"]
+        laws = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", *files, "-k", "triton or cuda"]
         result["tests"] = shell(laws, max(10.0, min(200, left() - 150)))
         print("tests:", result["tests"]["status"], result["tests"]["seconds"], "s", *result["tests"]["tail"][-1:])
 

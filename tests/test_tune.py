@@ -14,9 +14,9 @@ from triton.runtime.errors import OutOfResources
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.triton import attention_table, device, tiles, tuned, tuning, tuning_problems
+from llmengine.backends.triton import attention_table, device, norm, rows, tiles, tuned, tuning, tuning_problems
 from llmengine.backends.triton.tuning import Problem
-from llmengine.cli.tune import tune
+from llmengine.cli.tune import OPERATORS, tune
 from tests.cli.conftest import call
 
 CPU = torch.device("cpu")
@@ -169,16 +169,25 @@ def test_the_search_stops_in_time():
 
 TINY = tuning_problems.Place(CPU, torch.float16, batch=1, heads=1, tokens=40)
 SHAPES = [(300, 32, 528), (40, 32, 48)]
+WIDTHS = [64, 272]
+
+
+@pytest.fixture
+def narrow_rows(monkeypatch):
+    """Rows of 272 are wide: their backward sweeps them."""
+    monkeypatch.setattr(norm, "BACKWARD_WIDEST", 128)
 
 
 def all_problems():
     yield from tuning_problems.attention(TINY)
     yield from tuning_problems.products(TINY, SHAPES)
+    yield from tuning_problems.row_kernels(TINY, WIDTHS)
+    yield from tuning_problems.relative(TINY)
 
 
 @interpreted
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.heavy)])
-def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeypatch):
+def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeypatch, narrow_rows):
     """And they run: nothing but the slot's tile is asked for where a call says that it is that slot's."""
     asked: list[str] = []
     lookup = tuned.tile
@@ -195,33 +204,50 @@ def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeyp
     places = ((o, kernel, width) for o, kernels in tables.items() for kernel in kernels for width in kernels[kernel])
     assert len(slots) == len(set(slots)) and {attention_table.slot(*place) for place in places} <= set(slots)
     assert {s.split()[1] for s in slots if s.startswith("products")} == {"plain", "fused", "pair", "ragged"}
+    assert {" ".join(s.split()[1:-2]) for s in slots if s.startswith("rows")} == set(tuning_problems.ROW_KERNELS)
+    assert {s.split()[1] for s in slots if s.startswith("relative")} == {"forward", "rows", "keys", "distances"}
+    assert set(tuning_problems.PROBLEMS) == set(OPERATORS) == {s.split()[0] for s in slots} == set(tuned.FIELDS)
 
 
 @interpreted
 def test_from_the_search_to_the_kernels(file, capsys):
-    wanted = {"attention forward plain 64", "products plain float32 1"}
-    best = {"attention": attention_table.Tile(64, 32, 4, 3), "products": tiles.Tile(32, 64, 16, 4, 2)}
+    best = {
+        "attention forward plain 64": attention_table.Tile(64, 32, 4, 3),
+        "products plain float32 1": tiles.Tile(32, 64, 16, 4, 2),
+        "relative keys 16-bit 64": attention_table.Tile(16, 32, 4, 1),
+        "rows softmax forward 16-bit 64": rows.Tile(4, 1),
+    }
+
+    problems: list[Problem] = []
 
     def measure(calls):
-        return {t: 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(t, best[_table(t)], strict=True)) for t in calls}
+        aim = best[problems[-1].slot]
+        return {t: 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(t, aim, strict=True)) for t in calls}
+
+    def of_best():
+        for p in all_problems():
+            if p.slot in best:
+                problems.append(p)
+                yield p
+            if len(problems) == len(best):
+                return
 
     with device.assume("sm_80"):
-        tune((p for p in all_problems() if p.slot in wanted), file, CPU, measure, lambda: False)
+        tune(of_best(), file, CPU, measure, lambda: False)
         said = capsys.readouterr().out
-        assert "2 of 2 tiles are faster than built in" in said and "(rows 64, keys 32, warps 4, stages 3)" in said
-        assert json.loads(file.read_text())["tiles"].keys() == wanted
+        assert "4 of 4 tiles are faster than built in" in said and "(rows 64, keys 32, warps 4, stages 3)" in said
+        assert json.loads(file.read_text())["tiles"].keys() == best.keys()
         query = torch.randn(1, 2, 70, 64, dtype=torch.float16)
-        assert attention_table.tile_for(query, "forward", 64, plain=True) == best["attention"]
+        assert attention_table.tile_for(query, "forward", 64, plain=True) == best["attention forward plain 64"]
+        constants = rows.row_tiles("softmax forward", query, 40, 64)[1]
+        assert (constants["ROWS"], constants["num_warps"]) == best["rows softmax forward 16-bit 64"]
+        assert rows.row_tiles("softmax forward", query, 2, 64)[1]["ROWS"] == 2  # no more than there are
         with llmengine.backend("triton"):
             ours = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     with llmengine.backend("reference"):
         torch.testing.assert_close(
             ours, functional.scaled_dot_product_attention(query, query, query, is_causal=True), rtol=1e-2, atol=1e-3
         )
-
-
-def _table(tile) -> str:
-    return "attention" if "rows" in tile._fields else "products"
 
 
 @interpreted

@@ -297,9 +297,9 @@ void wait_stores(int pending, bool reads_only) {
   Machine::the().wait_stores(pending, reads_only);
 }
 
-void fence_async(bool global) {
+void fence_async(Reach reach) {
   const Unwatched simulator;
-  Machine::the().fence_async(global);
+  Machine::the().fence_async(reach);
 }
 
 }  // namespace llmengine::sim

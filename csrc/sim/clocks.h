@@ -14,8 +14,9 @@
 //
 //   The unit that copies in bulk and multiplies for warpgroups sees what threads wrote only behind their fence (PTX
 //   ISA, "async proxy"). "Thread u has fenced what it wrote up to stamp c" is knowledge like any other, so it is kept
-//   as the clocks of more agents: of u's writes to shared memory, to global memory, and of its copies. Stricter than
-//   the document, where a fence by a thread that knows of the writes may do: u itself must fence.
+//   as the clocks of more agents: of u's writes to its block's shared memory, to other blocks', to global memory, and
+//   of its copies. Stricter than the document, where a fence by a thread that knows of the writes may do: u itself must
+//   fence.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,8 @@
 #include <initializer_list>
 #include <memory>
 #include <vector>
+
+#include "sim/device.h"
 
 namespace llmengine::sim {
 
@@ -35,10 +38,11 @@ enum class Deeds : uint8_t {
   products,
   transfers,  // to an mbarrier
   fenced_shared,
+  fenced_cluster,
   fenced_global,
   fenced_copies,
 };
-inline constexpr size_t kDeeds = 9;
+inline constexpr size_t kDeeds = 10;
 
 class Clocks {
  public:
@@ -115,13 +119,15 @@ class Clocks {
     return true;
   }
 
-  // Whether `thread` knows a write of `earlier` to be fenced: the asynchronous unit's own need none.
-  bool fenced(int earlier, uint32_t stamp, int thread, bool global) const {
+  // Whether `thread` knows a write of `earlier`, to what its fence must reach, to be fenced: the asynchronous unit's
+  // own need none.
+  bool fenced(int earlier, uint32_t stamp, int thread, Reach reach) const {
     const Deeds deeds = deeds_of(earlier);
     if (deeds != Deeds::own && deeds != Deeds::copies) return true;
-    const Deeds fence = deeds == Deeds::copies ? Deeds::fenced_copies
-                        : global               ? Deeds::fenced_global
-                                               : Deeds::fenced_shared;
+    const Deeds fence = deeds == Deeds::copies    ? Deeds::fenced_copies
+                        : reach == Reach::block   ? Deeds::fenced_shared
+                        : reach == Reach::cluster ? Deeds::fenced_cluster
+                                                  : Deeds::fenced_global;
     const int owner = thread_of(earlier);
     const int agent = own_[static_cast<size_t>(owner)][static_cast<size_t>(fence)].agent;
     return agent >= 0 && knows(thread, agent) >= stamp;
@@ -155,6 +161,16 @@ class Clocks {
     step(thread);
   }
 
+  // What of that which goes on asynchronously the thread knows to have ended, and nothing else.
+  void tell_ended(int thread, Knowledge& phase) {
+    for (size_t a = static_cast<size_t>(threads_); a < agents_.size(); ++a) {
+      const Deeds deeds = agents_[a].deeds;
+      const bool asynchronous = deeds == Deeds::store_reads || deeds == Deeds::store_writes ||
+                                deeds == Deeds::products || deeds == Deeds::transfers;
+      if (asynchronous) tell(phase, static_cast<int>(a), knows(thread, static_cast<int>(a)));
+    }
+  }
+
   void acquire(int thread, const Knowledge& phase) {
     auto both = std::make_shared<Knowledge>(*known_[static_cast<size_t>(thread)]);
     join(*both, phase);
@@ -180,10 +196,11 @@ class Clocks {
   }
 
   // What the thread wrote is for the asynchronous unit to see, and the copies that it has waited for.
-  void fence(int thread, bool global) {
+  void fence(int thread, Reach reach) {
     const uint32_t stamp = now_[static_cast<size_t>(thread)]++, copies = waited(thread, Deeds::copies).until;
     fence_until(thread, Deeds::fenced_shared, stamp);
-    if (global) fence_until(thread, Deeds::fenced_global, stamp);
+    if (reach >= Reach::cluster) fence_until(thread, Deeds::fenced_cluster, stamp);
+    if (reach == Reach::global) fence_until(thread, Deeds::fenced_global, stamp);
     if (copies > 0) fence_until(thread, Deeds::fenced_copies, copies);
   }
 

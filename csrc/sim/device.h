@@ -60,6 +60,8 @@ void mbarrier_init(void* mbarrier, int arrivals, const void* return_address);
 void mbarrier_init_fence();
 void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int expected_bytes,
                      const void* return_address);
+// At an mbarrier of any block of the cluster. publishes: tells the others all that the thread knew or did.
+void mbarrier_arrive_cluster(const char* operation, uintptr_t mbarrier, bool publishes, const void* return_address);
 void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address);
 bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site);
 
@@ -76,7 +78,12 @@ void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* sh
 void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address);
 void commit_stores();
 void wait_stores(int pending, bool reads_only);
-void fence_async(bool global);
+enum class Reach : uint8_t {
+  block,
+  cluster,
+  global
+};  // of a fence: shared memory of the thread's block, all, all memory
+void fence_async(Reach reach);
 
 // Blocks of a cluster (cluster.h).
 int block_in_cluster();

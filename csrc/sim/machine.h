@@ -64,7 +64,8 @@ class Machine {
   // Mbarriers (mbarrier.cpp); an address may be another block's.
   void mbarrier_init(uintptr_t address, int arrivals, uintptr_t site);
   void mbarrier_init_fence();
-  void mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, uintptr_t site);
+  void mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, bool publishes,
+                       uintptr_t site);
   void mbarrier_arrive_for_copies(uintptr_t address, bool counted, uintptr_t site);
   bool mbarrier_try_wait(uintptr_t address, int parity, bool cluster, uintptr_t return_address, Site site);
 
@@ -76,7 +77,7 @@ class Machine {
   void store_bulk(uintptr_t global, uintptr_t shared, int bytes, bool adds, uintptr_t site);
   void commit_stores();
   void wait_stores(int pending, bool reads_only);
-  void fence_async(bool global) { memory.clocks.fence(current_->number, global); }
+  void fence_async(Reach reach) { memory.clocks.fence(current_->number, reach); }
 
   // Clusters (cluster.cpp).
   void cluster_arrive(bool orders, Site site);

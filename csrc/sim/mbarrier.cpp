@@ -56,8 +56,10 @@ Mbarrier& Machine::mbarrier_at(uintptr_t address, const char* operation, uintptr
   return *place;
 }
 
-// Whether it arrives or not, the phase expects so many bytes more.
-void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, uintptr_t site) {
+// Whether it arrives or not, the phase expects so many bytes more. Another block learns what the thread knew or did
+// where that is published to the cluster, and always what it knows to have ended.
+void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arrives, int bytes, bool publishes,
+                              uintptr_t site) {
   Mbarrier& b = mbarrier_at(address, operation, site);
   b.bytes += bytes;
   if (bytes < 0 || b.bytes > kMostCounted) {
@@ -71,8 +73,10 @@ void Machine::mbarrier_arrive(const char* operation, uintptr_t address, bool arr
   }
   if (block_of(b) == block()) {
     memory.clocks.release(current_->number, {&b.gathered.all, &b.gathered.own});
-  } else {
+  } else if (publishes) {
     memory.clocks.release(current_->number, {&b.gathered.all});
+  } else {
+    memory.clocks.tell_ended(current_->number, b.gathered.all);
   }
   --b.missing;
   try_end_phase(b);
@@ -175,7 +179,12 @@ void mbarrier_init_fence() { Machine::the().mbarrier_init_fence(); }
 
 void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int bytes, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().mbarrier_arrive(operation, mbarrier, arrives, bytes, number(return_address));
+  Machine::the().mbarrier_arrive(operation, mbarrier, arrives, bytes, false, number(return_address));
+}
+
+void mbarrier_arrive_cluster(const char* operation, uintptr_t mbarrier, bool publishes, const void* return_address) {
+  const Unwatched simulator;
+  Machine::the().mbarrier_arrive(operation, mbarrier, true, 0, publishes, number(return_address));
 }
 
 void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address) {

@@ -287,6 +287,14 @@ bool Memory::comes_after(const Access& access, int agent, uint32_t stamp, int th
   return known;
 }
 
+// What a fence must reach for a write of that agent there.
+Reach Memory::reach_of(int writer, uintptr_t address) const {
+  if (is_global(address)) return Reach::global;
+  const int thread = clocks.thread_of(writer);
+  const bool own = thread < 0 || !is_dynamic(address) || block_of(address) == thread / threads_;
+  return own ? Reach::block : Reach::cluster;
+}
+
 std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access, int thread) const {
   const auto unordered = [&](uint32_t stamp, int agent) {
     if (stamp == 0) return false;
@@ -300,7 +308,7 @@ std::optional<Conflict> Memory::conflict_at(const Cell& c, const Access& access,
   };
   if (unordered(c.write_stamp, c.writer) && !(c.atomic && access.kind == Kind::atomic)) return last_write();
   if ((access.by == By::bulk || access.by == By::product) && c.write_stamp != 0 &&
-      !clocks.fenced(c.writer, c.write_stamp, thread, is_global(access.address))) {
+      !clocks.fenced(c.writer, c.write_stamp, thread, reach_of(c.writer, access.address))) {
     Conflict conflict = last_write();
     conflict.unfenced = true;
     return conflict;

@@ -114,6 +114,7 @@ class Memory {
 
   Cell& cell(uintptr_t address);
   std::optional<Conflict> conflict_at(const Cell& cell, const Access& access, int thread) const;
+  Reach reach_of(int writer, uintptr_t address) const;
   bool comes_after(const Access& access, int agent, uint32_t stamp, int thread) const;
   void remember(Cell& cell, const Access& access, int thread, uint32_t site);
   uint32_t site_number(uintptr_t site);

@@ -19,14 +19,17 @@ EXAMPLES = (
     "  llmengine tune --operator attention --seconds 3600\n"
     "  LLMENGINE_TUNED= llmengine train ...             for once without what was found"
 )
-OPERATORS = ("attention", "products")
+OPERATORS = ("attention", "products", "rows", "relative")
 
 
 @reported
 def command(
     operator: Annotated[
         list[str] | None,
-        typer.Option(help="attention, or products (of ffn and linear_cross_entropy); repeatable. Default: both."),
+        typer.Option(
+            help="attention, products (of ffn and linear_cross_entropy), rows (of norms, softmax, cross_entropy and"
+            " embedding), or relative (attention of XLNet and Transformer-XL); repeatable. Default: all."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Stop when a slot would begin later than this.")] = 600.0,
     output: Annotated[Path | None, typer.Option(help="The file; default: where the kernels look for it.")] = None,
@@ -84,7 +87,7 @@ def _problems(names: list[str], device: Any) -> Iterator[Problem]:
 
     place = tuning_problems.Place(device)
     for name in names:
-        yield from getattr(tuning_problems, name)(place)
+        yield from tuning_problems.PROBLEMS[name](place)
 
 
 def _known(path: Path, device: Any) -> dict[str, dict[str, Any]]:

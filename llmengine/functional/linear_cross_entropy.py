@@ -21,6 +21,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    gradient_filter: float = 0.0,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), the memory of whose logits is never spent.
 
@@ -30,6 +31,12 @@ def linear_cross_entropy(
     blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
     logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
     instead (but for bfloat16 on AMX), with a block of at most 64 MiB: the backward then only scales them.
+
+    gradient_filter (Cut Cross-Entropy, Wijmans et al. 2024; below 1, 0: off): gradients may leave out a tile of tokens
+    and classes in which no token's loss, before its reduction, changes with any class's logit by more than this. Where
+    most classes are improbable, most tiles are such, and two of the backward's three products pass over them: in
+    Triton; other backends leave out nothing. With 2**-12 a gradient of bfloat16 logits loses what it mostly rounds
+    away; rare classes learn less from many small terms, so train from scratch without.
 
     Shapes: input (*, d), linear_weight (C, d), linear_bias and weight (C,), target (*) of class indices; the result is
     () or, for reduction "none", like target. linear_weight and linear_bias are in input's dtype, or float32 beside a
@@ -43,6 +50,8 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     check_float(op, "input", input)
     check_options(op, reduction, label_smoothing, z_loss, softcap)
+    if not 0 <= gradient_filter < 1:
+        raise ValueError(f"{op}: gradient_filter must lie in [0, 1), got {gradient_filter}")
     if input.ndim == 0:
         raise ValueError(f"{op}: input has shape (); expected (*, d)")
     check_float(op, "linear_weight", linear_weight)
@@ -72,5 +81,5 @@ def linear_cross_entropy(
     elif ops.at_once(*args[:2], reduction, softcap):
         loss = ops.LinearCrossEntropyAtOnce.apply(*args)
     else:
-        loss = ops.LinearCrossEntropy.apply(*args)
+        loss = ops.LinearCrossEntropy.apply(*args, float(gradient_filter))
     return loss.view(expected) if reduction == "none" else loss

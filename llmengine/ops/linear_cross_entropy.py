@@ -50,10 +50,12 @@ linear_cross_entropy_forward = define(
     _forward_fake,
 )
 # grad_loss: (tokens,) for "none", otherwise (). wanted: a flag for each gradient; the others come back empty.
+# gradient_filter: logits' gradients that are nowhere beyond it, before the loss was reduced, may be left out, a tile of
+# tokens and classes at a time: a backend that leaves out none keeps the contract.
 linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor lse, Tensor normaliser, str reduction, int ignore_index,"
-    " float label_smoothing, float z_loss, float softcap, bool[] wanted)"
+    " float label_smoothing, float z_loss, float softcap, float gradient_filter, bool[] wanted)"
     " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     _backward_fake,
 )
@@ -99,12 +101,13 @@ def at_once(input, linear_weight, reduction, softcap) -> bool:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """linear_cross_entropy(input): -> loss. Class weights are constants, as in PyTorch."""
+    """linear_cross_entropy(input): -> loss. Class weights are constants, as in PyTorch. The last option is the
+    gradient filter, of which the forward knows nothing."""
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
         loss, lse, normaliser = linear_cross_entropy_forward(
-            input, linear_weight, linear_bias, target, weight, *options
+            input, linear_weight, linear_bias, target, weight, *options[:-1]
         )
         ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, lse, normaliser)
         ctx.options = options

@@ -16,6 +16,7 @@ from llmengine.backends.cuda.native import products_by
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
+from llmengine.roofline.peers import flex, liger
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -25,6 +26,7 @@ BOTH = "forward + backward"
 SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cuda": {
         "attention": [(4, 16, 2048, 128), (2, 16, 8192, 128), (4, 32, 2048, 64)],  # batch, heads, tokens, head_dim
+        "sinks": [(4, 16, 2048, 128)],  # as attention's
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
         "linear": [],  # tokens, in, out; on GPUs PyTorch's products run
         "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
@@ -36,6 +38,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     },
     "cpu": {
         "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
+        "sinks": [(2, 12, 1024, 64)],
         "ffn": [(2048, 768, 3072)],
         "linear": [(1024, 768, 2304), (2048, 768, 768)],
         "linear_cross_entropy": [(1024, 768, 50257)],
@@ -47,6 +50,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     },
     "small": {
         "attention": [(1, 2, 40, 16)],
+        "sinks": [(1, 2, 40, 16)],
         "ffn": [(8, 16, 32)],
         "linear": [(8, 16, 24)],
         "linear_cross_entropy": [(8, 16, 40)],
@@ -149,6 +153,7 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     peers = {"torch": sdpa()}
     if q.is_cuda:
         peers |= {"torch flash": sdpa(backends.FLASH_ATTENTION), "cudnn": sdpa(backends.CUDNN_ATTENTION)}
+        peers["flex"] = flex(tokens, causal, False, make.device)
     flops = 4 * batch * heads * tokens * tokens * head_dim * (0.5 if causal else 1.0)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,6 +162,28 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     run = {"llmengine": ours, **peers}
     name = _name(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
+
+
+def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """Causal; PyTorch's call holds the logits, each row with its head's sink beside them, as Transformers' gpt-oss."""
+    batch, heads, tokens, head_dim = shape
+    q, k, v, sinks = *(make.randn(*shape) for _ in range(3)), make.randn(heads)
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=make.device).triu(1)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        logits = (q @ k.mT * head_dim**-0.5).masked_fill(hidden, -torch.inf)
+        column = sinks.view(1, heads, 1, 1).expand(batch, heads, tokens, 1)
+        return torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1] @ v
+
+    run: dict[str, Callable[..., Tensor]] = {
+        "llmengine": lambda q, k, v, s: functional.scaled_dot_product_attention(q, k, v, is_causal=True, sinks=s),
+        "torch": plain,
+    }
+    if q.is_cuda:
+        run["flex"] = flex(tokens, True, True, make.device)
+    flops, size = 2.0 * batch * heads * tokens * tokens * head_dim, make.bytes(q)
+    name = _name(shape, "causal")
+    yield Case("attention_sinks", name, make.dtype, run, [q, k, v, sinks], 4 * size, flops, 8 * size, 2.5 * flops)
 
 
 def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -202,6 +229,8 @@ def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "llmengine": lambda x, w: functional.linear_cross_entropy(x, w, target),
         "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
     }
+    if theirs := liger(x):
+        run["liger"] = lambda x, w: theirs.liger_fused_linear_cross_entropy(x, w, target)
     yield Case("linear_cross_entropy", _name(shape), make.dtype, run, [x, w], moved, flops, 2 * moved, 2 * flops)
 
 
@@ -214,6 +243,8 @@ def _layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "llmengine": lambda x, w, b: functional.layer_norm(x, shape[1:], w, b),
         "torch": lambda x, w, b: torch_functional.layer_norm(x, shape[1:], w, b),
     }
+    if theirs := liger(x):
+        run["liger"] = lambda x, w, b: theirs.liger_layer_norm(x, w, b, 1e-5)
     yield Case("layer_norm", _name(shape), make.dtype, run, [x, w, b], 2 * make.bytes(x), 0, 3 * make.bytes(x))
 
 
@@ -223,6 +254,8 @@ def _rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "llmengine": lambda x, w: functional.rms_norm(x, shape[1:], w),
         "torch": lambda x, w: torch_functional.rms_norm(x, shape[1:], w),
     }
+    if theirs := liger(x):  # not in place: the upstream gradient serves every peer
+        run["liger"] = lambda x, w: theirs.liger_rms_norm(x, w, 1e-6, in_place=False)
     yield Case("rms_norm", _name(shape), make.dtype, run, [x, w], 2 * make.bytes(x), 0, 3 * make.bytes(x))
 
 
@@ -250,6 +283,9 @@ def _cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
             "llmengine": lambda x, s=smoothing: functional.cross_entropy(x, target, label_smoothing=s),
             "torch": lambda x, s=smoothing: torch_functional.cross_entropy(x, target, label_smoothing=s),
         }
+        if theirs := liger(x):
+            # It leaves the gradient in the place of the logits, whoever reads them next: that changes no one's time.
+            run["liger"] = lambda x, s=smoothing: theirs.liger_cross_entropy(x, target, label_smoothing=s)
         yield Case("cross_entropy", name, make.dtype, run, [x], make.bytes(x), 0, 2 * make.bytes(x))
 
 
@@ -322,6 +358,7 @@ def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
 
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
+    "attention_sinks": ("sinks", _attention_sinks),
     "ffn": ("ffn", _ffn),
     "linear": ("linear", _linear),
     "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from llmengine import roofline
 from llmengine.ops import registry
 from llmengine.ops.registry import load
 from llmengine.roofline.cases import SHAPES
+from llmengine.roofline.peers import flex
 
 CLOCK = roofline.Clock("cpu", 0.0)
 CEILINGS = roofline.Ceilings(10.0, {torch.float32: 0.1, torch.bfloat16: 0.2})
@@ -36,6 +39,37 @@ def test_peers_compute_the_same(operator, dtype):
         theirs = case.run["torch"](*case.tensors)
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("operator", ["attention", "attention_sinks"])
+def test_flex_attention_computes_the_same(operator):
+    """Forward, not compiled: more of it does not run on a CPU."""
+    for case in roofline.cases("small", "cpu", torch.float32, [operator]):
+        sinks = operator.endswith("sinks")
+        call = flex(case.tensors[0].shape[2], case.name.endswith("causal"), sinks, "cpu", compiled=False)
+        torch.testing.assert_close(call(*case.tensors), case.run["llmengine"](*case.tensors), rtol=1e-5, atol=1e-5)
+
+
+LIGER = {
+    "layer_norm": ("liger_layer_norm", lambda x, w, b, eps: torch.nn.functional.layer_norm(x, w.shape, w, b, eps)),
+    "rms_norm": (
+        "liger_rms_norm", lambda x, w, eps, in_place: torch.nn.functional.rms_norm(x, w.shape, w, eps)
+    ),
+    "cross_entropy": ("liger_cross_entropy", torch.nn.functional.cross_entropy),
+    "linear_cross_entropy": (
+        "liger_fused_linear_cross_entropy",
+        lambda x, w, target: torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), target),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", list(LIGER))
+def test_liger_is_a_peer_where_it_is(operator, monkeypatch):
+    """By a stand-in of the functions' names and arguments: the kernels themselves need a GPU."""
+    name, function = LIGER[operator]
+    monkeypatch.setattr(sys.modules["llmengine.roofline.cases"], "liger", lambda x: SimpleNamespace(**{name: function}))
+    for case in roofline.cases("small", "cpu", torch.float32, [operator]):
+        torch.testing.assert_close(case.run["liger"](*case.tensors), case.run["torch"](*case.tensors))
 
 
 def test_an_optimizer_is_timed_by_its_step():

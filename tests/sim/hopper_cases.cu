@@ -325,22 +325,53 @@ __global__ void neighbours(const float* in, float* out) {
   }
 }
 
-// The first block writes to the second, and arrives. Broken: who waits there acquires what its own block did.
-template <bool broken>
+enum class Message : uint8_t { none, wait, arrival };
+
+// The first block writes to the second, and arrives. Broken: who waits there acquires what its own block did; the arrival
+// tells of what has ended alone.
+template <bool broken, Message name>
 __global__ void message(const float* in, float* out) {
+  constexpr Message mistake = broken ? name : Message::none;
   Shared& s = shared_memory();
   if (thread() == 0) ptx::mbarrier_init(&s.full[0], kTile);
   ptx::cluster_sync();
   if (ptx::block_in_cluster() == 0) {
     ptx::store_cluster_4(ptx::map_to_block(s.tiles, 1) + 4 * thread(), __float_as_uint(in[thread()]));
-    ptx::mbarrier_arrive_cluster(ptx::map_to_block(&s.full[0], 1));
+    const auto theirs = ptx::map_to_block(&s.full[0], 1);
+    if constexpr (mistake == Message::arrival) {
+      ptx::mbarrier_arrive_cluster(theirs);
+    } else {
+      ptx::mbarrier_release_cluster(theirs);
+    }
   } else {
-    if constexpr (broken) {
+    if constexpr (mistake == Message::wait) {
       ptx::mbarrier_wait(&s.full[0], 0);
     } else {
       ptx::mbarrier_wait_cluster(&s.full[0], 0);
     }
     out[thread()] = s.tiles[0][kTile - 1 - thread()];
+  }
+}
+
+// Each of two blocks writes the other's tile, which that block's unit then stores. Broken: the fence reaches the writer's
+// own block alone.
+template <bool broken>
+__global__ void fence_for_a_neighbour(const float* in, float* out) {
+  Shared& s = shared_memory();
+  const int block = ptx::block_in_cluster();
+  ptx::cluster_sync();
+  const auto theirs = ptx::map_to_block(s.tiles, 1 - block);
+  ptx::store_cluster_4(theirs + 4 * thread(), __float_as_uint(in[block * kTile + thread()]));
+  if constexpr (broken) {
+    ptx::fence_async_shared();
+  } else {
+    ptx::fence_async_cluster();
+  }
+  ptx::cluster_sync();
+  if (thread() == 0) {
+    ptx::store_bulk(out + block * kTile, s.tiles[0], sizeof(s.tiles[0]));
+    ptx::commit_stores();
+    ptx::wait_stores<0>();
   }
 }
 
@@ -457,7 +488,9 @@ Cases all_cases() {
       {"neighbours_beyond", plain(neighbours<broken, Cluster::beyond>, 128, 2)},
       {"neighbours_static_memory", plain(neighbours<broken, Cluster::static_memory>, 128, 2)},
       {"neighbours_warp", plain(neighbours<broken, Cluster::warp>, 128, 2)},
-      {"message", plain(message<broken>, 128, 2)},
+      {"message", plain(message<broken, Message::wait>, 128, 2)},
+      {"message_arrival", plain(message<broken, Message::arrival>, 128, 2)},
+      {"fence_for_a_neighbour", plain(fence_for_a_neighbour<broken>, 128, 2)},
       {"multicasts_begin", from_map(multicasts<broken, Multicast::begin>, 128, 2)},
       {"multicasts_wait", from_map(multicasts<broken, Multicast::wait>, 128, 2)},
       {"multicasts_bytes", from_map(multicasts<broken, Multicast::bytes>, 128, 2)},

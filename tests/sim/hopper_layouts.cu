@@ -233,7 +233,7 @@ __global__ void ring(const uint32_t* in, uint32_t* out) {
       ptx::store_cluster_4(to, mine[0]);
       theirs[0] = ptx::load_cluster_4(from);
     }
-    ptx::mbarrier_arrive_cluster(ptx::map_to_block(shared.barriers, next));
+    ptx::mbarrier_release_cluster(ptx::map_to_block(shared.barriers, next));
     ptx::mbarrier_wait_cluster(shared.barriers, 0);
     for (int i = 0; i < each; ++i) out[blockIdx.x * 32 + t * each + i] = shared.words[t * each + i] + theirs[i];
   }

@@ -30,6 +30,7 @@ FEW_BYTES = (
 LACKING = rf"deadlock in {BLOCK}: .*at mbarrier_wait {LINE}; the mbarrier at {WHERE} lacks"
 RACE = rf"{PLACE} races: reads {LINE} what {PLACE} writes {LINE} with no barrier between: {WHERE}"
 PRODUCT = rf"a product of {PLACE}'s warpgroup reads {LINE} with no wgmma_wait between: {WHERE}"
+MESSAGE = rf"({RACE}|{BLOCK} ends while {PLACE} uses its shared memory {LINE} with no cluster_wait between)"
 
 
 def unfenced(deed: str, whose: str = PLACE) -> str:
@@ -92,7 +93,9 @@ FINDINGS = {
     rf"simulator has dynamic shared memory only {LINE}",
     "neighbours_warp": rf"deadlock in {BLOCK}: (?:{BLOCK}, threads 0-31 at __syncthreads {LINE}; {BLOCK}, threads "
     rf"32-127 at cluster_wait {LINE}(?:; )?){{2}}",
-    "message": rf"({RACE}|{BLOCK} ends while {PLACE} uses its shared memory {LINE} with no cluster_wait between)",
+    "message": MESSAGE,
+    "message_arrival": MESSAGE,
+    "fence_for_a_neighbour": unfenced("its copy reads"),
     "multicasts_begin": rf"({PLACE} uses {LINE} shared memory of {BLOCK}, which may not have begun: there is no "
     rf"cluster_wait before|{PLACE} calls mbarrier_try_wait {LINE} on (what no thread has initialised as an mbarrier|an "
     rf"mbarrier that {PLACE} initialises {LINE} with no barrier between: {WHERE}))",

@@ -266,10 +266,19 @@ __device__ __forceinline__ void wait_store_reads() {
 #endif
 }
 
-// What this thread has written to shared memory is there for the asynchronous unit.
+// What this thread has written to its block's shared memory is there for the asynchronous unit.
 __device__ __forceinline__ void fence_async_shared() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// The same, of what it has written to other blocks' shared memory, too. Like fence_async, it waits for the whole GPU.
+__device__ __forceinline__ void fence_async_cluster() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
 #else
   __trap();
 #endif

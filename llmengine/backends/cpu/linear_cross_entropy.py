@@ -58,7 +58,7 @@ def linear_cross_entropy_forward(
 @kernel(KERNELS, "linear_cross_entropy_backward", _backward_refuses)
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, wanted,
+    label_smoothing, z_loss, softcap, _gradient_filter, wanted,
 ):  # fmt: skip
     gradients, given = _gradients(input, linear_weight, wanted)
     sums = given[0] if given[0] is None or input.dtype == torch.float32 else torch.empty(input.shape)

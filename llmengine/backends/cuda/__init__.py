@@ -9,7 +9,7 @@ from llmengine.ops.registry import Kernel
 __all__ = ["KERNELS", "unavailable"]
 
 NATIVE = Native(
-    "llmengine._cuda", "cuda", "cuda", "it is built where nvcc and a GPU are found, or with LLMENGINE_CUDA=1"
+    "llmengine._cuda", "cuda", "cuda", "it is built where nvcc and a GPU are found, or with LLMENGINE_CUDA=1 or wheels"
 )
 KERNELS: dict[str, Kernel] = all_kernels(NATIVE)
 

@@ -52,7 +52,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
     @kernel(table, "linear_cross_entropy_backward", backward_refuses)
     def linear_cross_entropy_backward(
         grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-        label_smoothing, z_loss, softcap, wanted,
+        label_smoothing, z_loss, softcap, _gradient_filter, wanted,
     ):  # fmt: skip
         (tokens, d), classes = input.shape, linear_weight.shape[0]
         shapes = (input.shape, linear_weight.shape, (classes,))
@@ -82,7 +82,9 @@ def kernels(native: Native) -> dict[str, Kernel]:
         *given, _block_tokens, wanted = options
         tensors = (input, linear_weight, linear_bias, target, weight)
         loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
-        return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)
+        return loss, *linear_cross_entropy_backward(
+            torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, wanted
+        )
 
     return table
 

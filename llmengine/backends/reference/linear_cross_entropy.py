@@ -32,7 +32,7 @@ def linear_cross_entropy_forward(input, linear_weight, linear_bias, target, weig
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index, *options
 ):
-    *given, wanted = options
+    *given, _gradient_filter, wanted = options
     logits = _logits(input, linear_weight, linear_bias)
     grad_logits = cross_entropy_backward(
         grad_loss, logits, target, weight, lse, normaliser, reduction, ignore_index, *given
@@ -51,4 +51,4 @@ def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, targe
     *given, _block_tokens, wanted = options
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
-    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)
+    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, wanted)

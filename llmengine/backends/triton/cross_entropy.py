@@ -114,7 +114,7 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
     logits, labels = unit_last_stride(input), target.contiguous()
     weight, weight_sum = class_weights(weight, label_smoothing)
     if rows:
-        grid, tile = row_tiles(rows, classes, WIDEST)
+        grid, tile = row_tiles("loss forward", logits, rows, classes, WIDEST)
         tile.pop("ONE")
         _forward[grid](
             logits, labels, weight, weight_sum, losses, lse, rows, classes, logits.stride(0), ignore_index,
@@ -137,7 +137,7 @@ def cross_entropy_backward(
     if grad_input.numel():
         logits = unit_last_stride(input)
         weight, weight_sum = class_weights(weight, label_smoothing)
-        (programs,), tile = row_tiles(rows, classes, WIDEST)
+        (programs,), tile = row_tiles("loss backward", logits, rows, classes, WIDEST)
         tile.pop("ONE")
         _backward[(programs, triton.cdiv(classes, tile["BLOCK"]))](
             grad_loss, logits, target.contiguous(), weight, weight_sum, lse, normaliser, grad_input, rows, classes,

@@ -105,7 +105,7 @@ def embedding_forward(input, weight, scale):
     output = weight.new_empty((tokens, columns))
     if output.numel():
         table = unit_last_stride(weight)
-        (programs,), tile = row_tiles(tokens, columns, WIDEST)
+        (programs,), tile = row_tiles("embedding", table, tokens, columns, WIDEST)
         tile.pop("ONE")
         _gather[(programs, triton.cdiv(columns, tile["BLOCK"]))](
             input.contiguous(), table, output, tokens, rows, columns, table.stride(0), scale, **tile

@@ -10,7 +10,9 @@ input's dtype, in a buffer; two products turn it into the chunk's part of the in
 the weight's gradient. No atomics, equal bits at every run. 6 tokens classes d flops; memory: the buffer (CHUNK
 elements, or LEAST classes where tokens are many) and, with several chunks, a float32 copy of the input's gradient.
 
-Tiles of tokens of which none has a label form no logits. The limit aimed at is the matrix units' rate.
+Tiles of tokens of which none has a label form no logits. With a gradient filter, tiles of the logits' gradient that
+are nowhere beyond it become zeros, which the products leave out (block_sparse.py). The limit aimed at is the matrix
+units' rate.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
+from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.backends.triton.columns import column_sums
 from llmengine.backends.triton.device import multiprocessors, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.gemm import accumulate, gemm, tile_place
 from llmengine.backends.triton.maths import softcapped
-from llmengine.backends.triton.tiles import pick, precision
+from llmengine.backends.triton.tiles import Tile, pick, precision
 from llmengine.backends.triton.token_loss import (
     class_weights,
     gradient_factors,
@@ -140,10 +143,10 @@ def _merge(
 
 @triton.jit
 def _grad_logits(
-    grad_loss, x, linear_weight, linear_bias, target, weight, weight_sum, lse, normaliser, grad, tokens, first_class,
-    chunk_end, classes, d, grad_loss_stride, x_m, weight_n, grad_m, ignore_index, kept, share, z_loss, softcap,
-    SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    grad_loss, x, linear_weight, linear_bias, target, weight, weight_sum, lse, normaliser, grad, flags, tokens,
+    first_class, chunk_end, classes, d, grad_loss_stride, x_m, weight_n, grad_m, ignore_index, kept, share, z_loss,
+    softcap, gradient_filter, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_place(tokens, chunk_end - first_class, BLOCK_M, BLOCK_N, GROUP)
     m = row + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -164,6 +167,14 @@ def _grad_logits(
         z, n, classes, label, log_sum, probability, smoothing, picked, weight, softcap, SMOOTHED, CAPPED
     )
     dz = tl.where(labelled[:, None], dz, 0.0)
+    if flags is not None:
+        small = tl.abs(dz) <= gradient_filter * tl.abs(upstream / tl.load(normaliser))[:, None]
+        small &= tl.abs(dz) < float("inf")  # an overflow is for the caller to see
+        counts = labelled[:, None] & (n < chunk_end)[None, :] & ~small
+        holds = tl.max(tl.max(counts.to(tl.int32), 1), 0)
+        across = tl.cdiv(chunk_end - first_class, BLOCK_N)
+        tl.store(flags + row // BLOCK_M * across + column // BLOCK_N, holds)
+        dz = tl.where(holds != 0, dz, 0.0)
     place = grad + m[:, None] * grad_m + (n - first_class)[None, :]
     tl.store(place, dz.to(grad.dtype.element_ty), (m < tokens)[:, None] & (n < chunk_end)[None, :])
 
@@ -214,7 +225,7 @@ def _backward_refuses(grad_loss, input, linear_weight, linear_bias, target, weig
 @kernel(KERNELS, "linear_cross_entropy_backward", _backward_refuses)
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, wanted,
+    label_smoothing, z_loss, softcap, gradient_filter, wanted,
 ):  # fmt: skip
     (tokens, d), classes = input.shape, linear_weight.shape[0]
     x, w, bias, labels = _operands(input, linear_weight, linear_bias, target)
@@ -232,19 +243,31 @@ def linear_cross_entropy_backward(
     for first in range(0, classes, chunk):
         last = min(first + chunk, classes)
         grad = buffer[:, : last - first]
+        kept = _kept(grad, tile) if gradient_filter > 0 else None
         _grad_logits[(tile.programs(tokens, last - first),)](
-            grad_loss, x, w, bias, labels, weight, weight_sum, lse, normaliser, grad, tokens, first, last, classes, d,
-            grad_loss.stride(0) if grad_loss.ndim else 0, x.stride(0), w.stride(0), grad.stride(0), ignore_index,
-            *smoothing_shares(label_smoothing, classes), z_loss, softcap, label_smoothing > 0, softcap > 0,
+            grad_loss, x, w, bias, labels, weight, weight_sum, lse, normaliser, grad, kept and kept.flags, tokens,
+            first, last, classes, d, grad_loss.stride(0) if grad_loss.ndim else 0, x.stride(0), w.stride(0),
+            grad.stride(0), ignore_index, *smoothing_shares(label_smoothing, classes), z_loss, softcap,
+            gradient_filter, label_smoothing > 0, softcap > 0,
             EVEN=d % tile.k == 0, PRECISION=precision(x.dtype), **tile.constants(),
         )  # fmt: skip
         if wanted[0]:
-            gemm(grad, w[first:last], out=grad_input, added=first > 0)
+            _product(grad, kept, w[first:last], grad_input, added=first > 0)
         if wanted[1]:
-            gemm(grad.T, x, out=grad_weight[first:last])
+            _product(grad.T, kept and kept.T, x, grad_weight[first:last])
         if wanted[2]:
             column_sums(grad, grad_bias[first:last])
     return grad_input.to(x.dtype), grad_weight, grad_bias
+
+
+def _kept(grad, tile: Tile) -> Kept:
+    """For the kernel to say which of its tiles hold anything."""
+    down, across = -(-grad.shape[0] // tile.m), -(-grad.shape[1] // tile.n)
+    return Kept(grad.new_empty(down, across, dtype=torch.int32), tile.m, tile.n)
+
+
+def _product(a, kept: Kept | None, b, out, added=False):
+    return gemm(a, b, out=out, added=added) if kept is None else block_sparse_gemm(a, kept, b, out=out, added=added)
 
 
 @kernel(KERNELS, "linear_cross_entropy_with_gradients", _forward_refuses)
@@ -253,7 +276,7 @@ def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, targe
     *given, _block_tokens, wanted = options
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
-    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, wanted)
+    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, wanted)
 
 
 def aot_calls(dtype: torch.dtype):
@@ -265,10 +288,12 @@ def aot_calls(dtype: torch.dtype):
 
         x, w, target = empty(tokens, d), empty(classes, d), empty(tokens, dtype=torch.int64)
         bias, weight = (empty(classes), empty(classes, dtype=torch.float32)) if options else (None, None)
+        gradient_filter = 2**-12 if options else 0.0
         options = ("mean", -100, 0.1, 1e-4, 30.0) if options else ("mean", -100, 0.0, 0.0, 0.0)
         loss, lse, normaliser = linear_cross_entropy_forward(x, w, bias, target, weight, *options)
         wanted = [True, True, bias is not None]
-        linear_cross_entropy_backward(loss, x, w, bias, target, weight, lse, normaliser, *options, wanted)
+        given = (x, w, bias, target, weight, lse, normaliser, *options, gradient_filter)
+        linear_cross_entropy_backward(loss, *given, wanted)
 
     for tokens, d, classes, options in [
         (8192, 4096, 128256, True), (65536, 768, 50304, False), (16, 4096, 128256, False), (300, 250, 5001, True),

@@ -147,7 +147,7 @@ def norm_forward(input, residual, weight, bias, seed, eps, dropout_p, subtract_m
     if rows:
         source = unit_last_stride(input)
         added = None if residual is None else unit_last_stride(residual)
-        grid, tile = row_tiles(rows, columns)
+        grid, tile = row_tiles("norm forward", source, rows, columns)
         _forward[grid](
             source, added, _line(weight), _line(bias), seed if dropout_p > 0 else None, output, new_residual, mean,
             rstd, rows, columns, source.stride(0), 0 if added is None else added.stride(0), eps,
@@ -320,7 +320,7 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         return grad_input, grad_residual, grad_weight.zero_(), grad_bias.zero_()
     upstream, source = unit_last_stride(grad_output), unit_last_stride(h)
     added = None if grad_new_residual is None else unit_last_stride(grad_new_residual)
-    grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST)
+    grid, tile = row_tiles("norm backward", source, rows, columns, BACKWARD_WIDEST)
     one = tile.pop("ONE")
     gradients = (
         upstream, added, source, _line(weight), mean, rstd, seed if dropout_p > 0 else None, grad_input,
@@ -338,7 +338,7 @@ def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, d
         partial_sums = grad_weight.new_empty(parts, 2, columns)
         _backward[(parts,)](*gradients, partial_sums, *sizes, **tile)
     else:
-        grid, tile = row_tiles(rows, columns, BACKWARD_WIDEST // 2)
+        grid, tile = row_tiles("norm backward wide", source, rows, columns, BACKWARD_WIDEST // 2)
         tile.pop("ONE")
         tile["num_warps"] = min(2 * tile["num_warps"], 16)  # few registers a thread: addresses take many
         _backward_wide[grid](*gradients, *sizes, **tile)

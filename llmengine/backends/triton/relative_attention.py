@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from llmengine.backends.buffers import empty_rows_first
+from llmengine.backends.triton import tuned
 from llmengine.backends.triton.attention import MOST_TOKENS, WIDEST
 from llmengine.backends.triton.attention_backward import statistics_kernel
 from llmengine.backends.triton.attention_table import FORWARD, KEYS, ROWS, STATISTICS, Tile, tile_for
@@ -41,6 +43,18 @@ TILES = {
 AMPERE = {FORWARD: {64: Tile(64, 32, 8, 1)}, ROWS: {64: Tile(32, 32, 8, 1)}}
 _DATACENTRE = ("sm_90", "sm_100", "sm_103")
 _INTERPRETER = Tile(64, 64, 1, 1)
+
+
+def slot_of(kind: str, query: Tensor, widest: int) -> tuple[str, Tile]:
+    """The place in the tables that serves heads of that dim, by name, and the tile there."""
+    place = architecture(query.device)
+    cdna = place.startswith("gfx")  # tiles of wider heads there, and four warps, which have more registers
+    table = TILES[query.element_size()][kind]
+    if query.element_size() == 2 and not cdna and place not in _DATACENTRE:
+        table = table | AMPERE.get(kind, {})
+    served = min(s for s in table if s >= min(widest * (1 + cdna), WIDEST))
+    operands = "16-bit" if query.element_size() == 2 else "float32"
+    return f"relative {kind} {operands} {served}", table[served]._replace(warps=4) if cdna else table[served]
 
 
 def _refuses(query, position_query, key, value, position_key, *options):
@@ -113,18 +127,12 @@ class _Call:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
         widest = max(head_dim, value_dim)
-        place = architecture(self.query.device)
         if kind == STATISTICS:
             tile = tile_for(self.query, kind, widest, False)
-        elif place == "interpreter":
+        elif architecture(self.query.device) == "interpreter":
             tile = _INTERPRETER
         else:
-            cdna = place.startswith("gfx")  # tiles of wider heads there, and four warps, which have more registers
-            table = TILES[self.query.element_size()][kind]
-            if self.query.element_size() == 2 and not cdna and place not in _DATACENTRE:
-                table = table | AMPERE.get(kind, {})
-            tile = table[min(served for served in table if served >= min(widest * (1 + cdna), WIDEST))]
-            tile = tile._replace(warps=4) if cdna else tile
+            tile = tuned.tile(*slot_of(kind, self.query, widest), self.query.device)
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, precision, False)
         return Shape(*map(tl.constexpr, constants)), tile

@@ -94,7 +94,7 @@ def softmax_forward(input, dtype):
     output = torch.empty(input.shape, dtype=dtype, device=input.device)
     if output.numel():
         source = unit_last_stride(input)
-        grid, tile = row_tiles(*input.shape)
+        grid, tile = row_tiles("softmax forward", source, *input.shape)
         _forward[grid](source, output, *input.shape, source.stride(0), **tile)
     return output
 
@@ -104,7 +104,7 @@ def softmax_backward(grad_output, output, dtype):
     grad_input = torch.empty(output.shape, dtype=dtype, device=output.device)
     if output.numel():
         upstream, probabilities = unit_last_stride(grad_output), unit_last_stride(output)
-        grid, tile = row_tiles(*output.shape)
+        grid, tile = row_tiles("softmax backward", probabilities, *output.shape)
         _backward[grid](
             upstream, probabilities, grad_input, *output.shape, upstream.stride(0), probabilities.stride(0), **tile
         )

@@ -31,8 +31,14 @@ from llmengine.files import read_json, replace_text
 
 VARIABLE = "LLMENGINE_TUNED"  # another file; empty: the built-in tables
 FORMAT = 1
-FIELDS = {"attention": ("rows", "keys", "warps", "stages"), "products": ("m", "n", "k", "warps", "stages")}
+FIELDS = {
+    "attention": ("rows", "keys", "warps", "stages"),
+    "relative": ("rows", "keys", "warps", "stages"),
+    "products": ("m", "n", "k", "warps", "stages"),
+    "rows": ("height", "warps"),
+}
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 6)
+HEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMES = ("ms", "built_in_ms")
 Tile = TypeVar("Tile", bound=Any)  # a NamedTuple whose fields are a line of FIELDS
 Tiles = dict[str, dict[str, Any]]
@@ -107,7 +113,7 @@ def _check(path: Path, slot: str, fields: Any) -> None:
 
 
 def allowed(field: str) -> tuple[int, ...]:
-    return {"warps": WARPS, "stages": STAGES}.get(field, SIZES)
+    return {"warps": WARPS, "stages": STAGES, "height": HEIGHTS}.get(field, SIZES)
 
 
 def write(path: Path, device: torch.device, tiles: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,6 +6,7 @@ shared memory: a tile with which one of them does not run is no candidate.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,16 +14,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmengine.backends.triton import attention_table, tiles
+from llmengine.backends.triton import attention_table, norm, relative_attention, rows, tiles
 from llmengine.backends.triton.attention import attention_backward, attention_forward
-from llmengine.backends.triton.attention_table import FORWARD, MASK
+from llmengine.backends.triton.attention_table import FORWARD, KEYS, MASK, ROWS
+from llmengine.backends.triton.cross_entropy import WIDEST as LOSS_WIDEST
+from llmengine.backends.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from llmengine.backends.triton.device import architecture
+from llmengine.backends.triton.embedding import WIDEST as EMBEDDING_WIDEST
+from llmengine.backends.triton.embedding import embedding_forward
 from llmengine.backends.triton.ffn import ffn_backward, ffn_forward
 from llmengine.backends.triton.gemm import gemm
 from llmengine.backends.triton.linear_cross_entropy import (
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
 )
+from llmengine.backends.triton.relative_attention import (
+    DISTANCES,
+    relative_attention_backward,
+    relative_attention_forward,
+)
+from llmengine.backends.triton.softmax import softmax_backward, softmax_forward
 from llmengine.backends.triton.tuning import Call, Problem
 
 
@@ -116,9 +127,9 @@ SHAPES = ((8192, 4096, 4096), (4096, 1024, 1024), (1024, 1024, 1024), (256, 512,
 def products(place: Place, shapes: Iterable[tuple[int, int, int]] = SHAPES) -> Iterator[Problem]:
     """The slots that one of the shapes reaches on this GPU."""
     seen: set[str] = set()
-    for kind, dtype, (rows, depth, columns) in itertools.product(PRODUCTS, (place.half, torch.float32), shapes):
+    for kind, dtype, (height, depth, columns) in itertools.product(PRODUCTS, (place.half, torch.float32), shapes):
         depth += kind == "ragged"
-        x, w = place.randn(rows, depth, dtype=dtype), place.randn(columns, depth, dtype=dtype, scale=depth**-0.5)
+        x, w = place.randn(height, depth, dtype=dtype), place.randn(columns, depth, dtype=dtype, scale=depth**-0.5)
         slot, built_in = tiles.slot_of(kind, x, w.T)
         if slot not in seen:
             seen.add(slot)
@@ -169,8 +180,155 @@ def _loss(x: Tensor, w: Tensor) -> Call:
     def call() -> list[Tensor]:
         loss, lse, normaliser = linear_cross_entropy_forward(x, w, bias, target, weight, *options)
         gradients = linear_cross_entropy_backward(
-            loss, x, w, bias, target, weight, lse, normaliser, *options, [True] * 3
+            loss, x, w, bias, target, weight, lse, normaliser, *options, 0.0, [True] * 3
         )
         return [loss, lse, *gradients]
 
     return call
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+WIDTHS = (1024, 4096, 2048, 8192, 16384, 512, 128, 32768, 131072)
+
+
+def row_kernels(place: Place, widths: Iterable[int] = WIDTHS) -> Iterator[Problem]:
+    """The slots that rows of one of the widths reach; a wide row's tiles serve all that are wider."""
+    seen: set[str] = set()
+    for width, dtype, (kernel, (widest, calls)) in itertools.product(
+        widths, (place.half, torch.float32), ROW_KERNELS.items()
+    ):
+        x = place.randn(place.batch * place.tokens, width, dtype=dtype)
+        slot, built_in, block = rows.slot_of(kernel, x, width, widest())
+        swept = kernel in ("norm backward", "norm backward wide") and (block >= width) == kernel.endswith("wide")
+        if slot not in seen and not swept:
+            seen.add(slot)
+            timed, *others = calls(x)
+            yield Problem(slot, built_in, timed, tuple(others))
+
+
+def _norms(x: Tensor) -> list[Call]:
+    """Of rows alone, and with all that may stand in front of a norm."""
+    line, seed = torch.ones_like(x[0]), torch.ones(1, dtype=torch.int64, device=x.device)
+    return [
+        lambda: norm.norm_forward(x, None, line, None, None, 1e-5, 0.0, False)[:1],
+        lambda: norm.norm_forward(x, x, line, line, seed, 1e-5, 0.1, True),
+    ]
+
+
+def _norm_gradients(x: Tensor) -> list[Call]:
+    calls: list[Call] = []
+    for subtract_mean, added in ((False, False), (True, True)):
+        seed = torch.ones(1, dtype=torch.int64, device=x.device) if added else None
+        line, dropout_p, more = torch.ones_like(x[0]), 0.1 if added else 0.0, x if added else None
+        _, _, mean, rstd = norm.norm_forward(x, more, line, None, seed, 1e-5, dropout_p, subtract_mean)
+        args = (x, more, x, line, mean, rstd, seed, dropout_p, subtract_mean, added)
+        calls.append(functools.partial(norm.norm_backward, *args))
+    return calls
+
+
+def _softmax(x: Tensor) -> list[Call]:
+    return [lambda: [softmax_forward(x, x.dtype)]]
+
+
+def _softmax_gradients(x: Tensor) -> list[Call]:
+    y = softmax_forward(x, x.dtype)
+    return [lambda: [softmax_backward(x, y, x.dtype)]]
+
+
+def _losses(x: Tensor) -> list[Call]:
+    return [functools.partial(cross_entropy_forward, x, *options) for options in _loss_options(x)]
+
+
+def _loss_gradients(x: Tensor) -> list[Call]:
+    calls: list[Call] = []
+    for target, weight, *options in _loss_options(x):
+        _, lse, normaliser = cross_entropy_forward(x, target, weight, *options)
+        args = (torch.ones_like(normaliser), x, target, weight, lse, normaliser, *options)
+        calls.append(functools.partial(_listed, cross_entropy_backward, *args))
+    return calls
+
+
+def _listed(function: Callable[..., Tensor], *args) -> list[Tensor]:
+    return [function(*args)]
+
+
+def _loss_options(x: Tensor) -> list[tuple]:
+    target = torch.arange(x.shape[0], device=x.device) % x.shape[1]
+    weight = torch.ones(x.shape[1], device=x.device)
+    return [(target, None, "mean", -100, 0.0, 0.0, 0.0), (target, weight, "mean", -100, 0.1, 1e-4, 30.0)]
+
+
+def _embeddings(x: Tensor) -> list[Call]:
+    ids = torch.arange(x.shape[0], device=x.device).flip(0)
+    return [lambda: [embedding_forward(ids, x, 1.0)]]
+
+
+# By the kernel's name in rows.py: its widest tile, and its calls. Those of the norm's backward share one.
+ROW_KERNELS: dict[str, tuple[Callable[[], int | None], Callable[[Tensor], list[Call]]]] = {
+    "norm forward": (lambda: None, _norms),
+    "norm backward": (lambda: norm.BACKWARD_WIDEST, _norm_gradients),
+    "norm backward wide": (lambda: norm.BACKWARD_WIDEST // 2, _norm_gradients),
+    "loss forward": (lambda: LOSS_WIDEST, _losses),
+    "loss backward": (lambda: LOSS_WIDEST, _loss_gradients),
+    "softmax forward": (lambda: None, _softmax),
+    "softmax backward": (lambda: None, _softmax_gradients),
+    "embedding": (lambda: EMBEDDING_WIDEST, _embeddings),
+}
+
+
+# ---- relative attention ----------------------------------------------------------------------------------------------
+
+
+HEAD_DIMS = (64, 128, 256, 32)
+
+
+def relative(place: Place) -> Iterator[Problem]:
+    """Timed with the first of the head dims that a slot serves; the widest of them must run, too."""
+    seen: set[str] = set()
+    for head_dim, dtype, kernel in itertools.product(
+        HEAD_DIMS, (place.half, torch.float32), (FORWARD, KEYS, ROWS, DISTANCES)
+    ):
+        query = torch.empty(0, dtype=dtype, device=place.device)
+        slots = {d: relative_attention.slot_of(kernel, query, d) for d in HEAD_DIMS}
+        if slots[head_dim][0] not in seen:
+            seen.add(slots[head_dim][0])
+            widest = max(d for d in HEAD_DIMS if slots[d] == slots[head_dim])
+            timed = _relative_call(place, dtype, head_dim, kernel != FORWARD)
+            other = _relative_call(place, dtype, widest, kernel != FORWARD, positions=True, dropout_p=0.1)
+            yield Problem(*slots[head_dim], timed, (other,))
+
+
+def _relative_call(
+    place: Place, dtype: torch.dtype, head_dim: int, backward: bool, positions: bool = False, dropout_p: float = 0.0
+) -> Call:
+    """XLNet's content stream, or its query stream (positions); sequences a quarter as long as attention's, and four
+    times as many."""
+    sequences, tokens = 4 * place.batch, place.tokens // 4
+    total = sequences * tokens
+
+    def numbers(n: Tensor) -> Tensor:
+        return n.to(torch.int32).repeat(sequences)
+
+    each = torch.arange(tokens, device=place.device)
+    *operands, grad_output = (
+        place.randn(1, n, place.heads, head_dim, dtype=dtype).transpose(1, 2)
+        for n in (total, total, total, total, 2 * tokens - 1, total)
+    )
+    cu = torch.arange(0, total + 1, tokens, dtype=torch.int32, device=place.device)
+    segments, ranks = numbers(each * 2 // tokens), numbers(each.flip(0))
+    options = (
+        place.randn(total, place.heads, 2, dtype=torch.float32), segments, segments,
+        numbers(each) if positions else None, ranks, ranks, cu, cu, tokens, tokens,
+        torch.ones(1, dtype=torch.int64, device=place.device), tokens - 1, False, not positions, head_dim**-0.5,
+        dropout_p,
+    )  # fmt: skip
+    if not backward:
+        return lambda: relative_attention_forward(*operands, *options)[:1]
+    results = relative_attention_forward(*operands, *options)
+    return lambda: relative_attention_backward(grad_output, None, *results, *operands, *options)
+
+
+PROBLEMS: dict[str, Callable[[Place], Iterator[Problem]]] = {
+    "attention": attention, "products": products, "rows": row_kernels, "relative": relative,
+}  # fmt: skip

@@ -31,7 +31,10 @@ template <class Word>
   std::memcpy(reinterpret_cast<void*>(to.address), &word, sizeof(Word));
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void arrive_cluster(ClusterAddress barrier) {
-  sim::mbarrier_arrive("mbarrier_arrive_cluster", barrier.address, true, 0, __builtin_return_address(0));
+  sim::mbarrier_arrive_cluster("mbarrier_arrive_cluster", barrier.address, false, __builtin_return_address(0));
+}
+[[gnu::noinline, gnu::no_sanitize("thread")]] inline void release_cluster(ClusterAddress barrier) {
+  sim::mbarrier_arrive_cluster("mbarrier_release_cluster", barrier.address, true, __builtin_return_address(0));
 }
 
 }  // namespace twin
@@ -53,6 +56,7 @@ __forceinline__ void store_cluster_4(ClusterAddress to, uint32_t word) { twin::s
 __forceinline__ void store_cluster_16(ClusterAddress to, uint4 word) { twin::store_cluster(to, word); }
 
 __forceinline__ void mbarrier_arrive_cluster(ClusterAddress barrier) { twin::arrive_cluster(barrier); }
+__forceinline__ void mbarrier_release_cluster(ClusterAddress barrier) { twin::release_cluster(barrier); }
 __forceinline__ void mbarrier_wait_cluster(Mbarrier* barrier, int parity, sim::Site site = sim::Site::current()) {
   while (!twin::try_wait(barrier, parity, true, site)) {}
 }

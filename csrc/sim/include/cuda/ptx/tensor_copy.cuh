@@ -68,7 +68,8 @@ __forceinline__ void wait_store_reads() {
   sim::wait_stores(pending, true);
 }
 
-__forceinline__ void fence_async_shared() { sim::fence_async(false); }
-__forceinline__ void fence_async() { sim::fence_async(true); }
+__forceinline__ void fence_async_shared() { sim::fence_async(sim::Reach::block); }
+__forceinline__ void fence_async_cluster() { sim::fence_async(sim::Reach::cluster); }
+__forceinline__ void fence_async() { sim::fence_async(sim::Reach::global); }
 
 }  // namespace llmengine::ptx

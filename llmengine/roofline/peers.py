@@ -1,0 +1,36 @@
+"""Peers that are not one call of PyTorch's: FlexAttention, compiled, and Liger-Kernel where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flex(tokens: int, causal: bool, sinks: bool, device: str, compiled: bool = True) -> Callable[..., Tensor]:
+    """FlexAttention of (query, key, value[, sinks]): a sink shrinks its rows, whose log-sum-exp tells by how much."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    attention: Any = torch.compile(flex_attention) if compiled else flex_attention
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, row, key: row >= key, None, None, tokens, tokens, device=device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> Tensor:
+        if not sinks:
+            return attention(q, k, v, block_mask=mask)
+        output, aux = attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
+        return output * torch.sigmoid(aux.lse - sink[0][:, None]).unsqueeze(-1).to(output.dtype)
+
+    return call
+
+
+def liger(x: Tensor) -> Any:
+    """Liger-Kernel's functions, or None where it is not installed or x lies on no GPU."""
+    if not x.is_cuda or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    return importlib.import_module("liger_kernel.transformers.functional")

@@ -1,0 +1,121 @@
+"""Every operator, forward and backward, captured in a CUDA graph and replayed with other inputs, against a plain call.
+
+A kernel that reads an address or a number of the host's at replay, a launch on another stream, memory that is not the
+graph's, a wait for the device: each fails here. Where there is no GPU the same test runs the C++ kernels, with a graph
+that is nothing but the call again, so that the test itself is known to work.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llmengine
+from llmengine.testing import Operator, Sample, Target, all_operators, poison, targets
+
+
+class Call:
+    """One call with inputs, upstream gradients and results that stay where they are."""
+
+    def __init__(self, op: Operator, sample: Sample, backend: str):
+        self.function, self.backend = op.function, backend
+        tensors = sample.tensors()
+        self.leaves = {key: tensors[key].clone().requires_grad_() for key in sample.differentiable()}
+        self.changing = [t.detach() for t in (tensors | self.leaves).values() if t.is_floating_point()]
+        self.args = [self.leaves.get(i, a) for i, a in enumerate(sample.args)]
+        self.kwargs = {k: self.leaves.get(k, v) for k, v in sample.kwargs.items()}
+        self.upstream = [torch.randn_like(o) for o in self._differentiable(self._outputs())]
+        self.changing += self.upstream
+
+    def _outputs(self):
+        with llmengine.backend(self.backend):
+            outputs = self.function(*self.args, **self.kwargs)
+        return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+    @staticmethod
+    def _differentiable(outputs):
+        return [o for o in outputs if o.requires_grad]
+
+    def __call__(self) -> list[torch.Tensor]:
+        outputs = self._outputs()
+        results = [o.detach() for o in outputs]
+        if self.upstream:
+            with llmengine.backend(self.backend):
+                results += torch.autograd.grad(
+                    self._differentiable(outputs), list(self.leaves.values()), self.upstream, materialize_grads=True
+                )
+        return results
+
+    def change(self) -> None:
+        """Other values of the same kind: each tensor's own, halved and in another order."""
+        for t in self.changing:
+            t.copy_(0.5 * t.flatten().flip(0).view(t.shape))
+
+
+class Again:
+    """Stands for a graph where there is none."""
+
+    def __init__(self, call: Call):
+        self.call, self.results = call, call()
+
+    def replay(self) -> None:
+        for kept, new in zip(self.results, self.call(), strict=True):
+            kept.copy_(new)
+
+
+class Graph:
+    def __init__(self, call: Call):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and makes what is made once
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = call()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(
+        a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def samples_of(op: Operator) -> list[Sample]:
+    """The first, and the first with dropout, whose seed is drawn within the graph."""
+    samples = op.samples()
+    return samples[:1] + [s for s in samples[1:] if s.kwargs.get("dropout_p", 0.0) > 0][:1]
+
+
+TARGETS = [t for t in targets() if t.device == "cuda" or t.backend == "cpu"]
+CASES = [
+    pytest.param(t, op, s, dtype, id=f"{t.backend}-{op.name}-{s.name}-{dtype}")
+    for t in TARGETS
+    for op in all_operators()
+    if t.has(op)
+    for s in samples_of(op)
+    for dtype in t.dtypes
+]
+
+
+@pytest.mark.parametrize("target, op, sample, dtype", CASES)
+def test_a_replay_is_a_call(target: Target, op: Operator, sample: Sample, dtype: torch.dtype):
+    call = Call(op, sample.on(target.device).rounded(dtype), target.backend)
+    with poison():
+        graph = (Graph if target.device == "cuda" else Again)(call)
+        torch.manual_seed(0)
+        graph.replay()
+        before = [r.clone() for r in graph.results]
+        call.change()
+        torch.manual_seed(1)
+        graph.replay()
+        replayed = [r.clone() for r in graph.results]
+        torch.manual_seed(1)
+        expected = call()
+    assert equal(replayed, expected)
+    assert not equal(replayed, before), "the other inputs gave the same results"
