@@ -78,7 +78,8 @@ def test_all_of_the_operator_suite_on_every_instruction_set(isa: str, file: str)
 
 
 @pytest.mark.parametrize(
-    "isa", sorted({"generic", "avx2", "avx512", "avx512_rounding", "avx512_bf16", "amx", "sse9"} - set(_cpu.supported_isas()))
+    "isa",
+    sorted({"generic", "avx2", "avx512", "avx512_rounding", "avx512_bf16", "amx", "sse9"} - set(_cpu.supported_isas())),
 )
 def test_an_instruction_set_that_is_missing_is_an_error(isa: str):
     script = """
