@@ -9,7 +9,6 @@ import torch
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.cpu import linear as backend
 from llmengine.nn import fusing
 
 
@@ -30,11 +29,15 @@ def ran(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("rows, dtype", [(1023, torch.bfloat16), (1024, torch.float32), (1024, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rows, dtype",
+    [(63, torch.bfloat16), (64, torch.bfloat16), (1023, torch.bfloat16), (1024, torch.float32), (1024, torch.bfloat16)],
+)
 def test_our_products_run_where_they_are_quicker(rows, dtype, ran):
     x, weight, bias = tensors(rows, dtype)
     result = functional.linear(x, weight, bias)
-    ours = backend.TILES and rows == 1024 and dtype == torch.bfloat16
+    fewest = {"amx": 1024, "avx512_rounding": 64}.get(llmengine.ops.registry.report()["cpu_isa"], 10**9)
+    ours = rows >= fewest and dtype == torch.bfloat16
     assert ran == (["linear_forward"] if ours else [])
     torch.testing.assert_close(result, torch.nn.functional.linear(x, weight, bias))
 
@@ -57,7 +60,7 @@ def test_autocast_casts_the_input_and_gradients_come_back_in_float32(demand):
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_a_leaf_that_somebody_watches_is_called(watched, monkeypatch):
-    monkeypatch.setattr(fusing, "TILES", True)
+    monkeypatch.setattr(fusing, "FROM_ROWS", 64)
     leaf, seen = torch.nn.Linear(40, 24), []
     if watched:
         leaf.register_forward_hook(lambda *_: seen.append(True))
@@ -71,7 +74,7 @@ def test_the_projections_of_models_come_here(preset, monkeypatch):
     """All but XLNet's of distances: two of self-attention (three of XLNet's), three of cross-attention."""
     sizes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 48, "vocab_size": 60}
     called: list[str] = []
-    monkeypatch.setattr(fusing, "TILES", True)
+    monkeypatch.setattr(fusing, "FROM_ROWS", 64)
     monkeypatch.setattr(functional, "linear", lambda *args: called.append("") or torch.nn.functional.linear(*args))
     config = llmengine.TransformerConfig.preset(preset).replace(
         **sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2 if preset[0] == "b" else None

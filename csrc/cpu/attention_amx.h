@@ -32,12 +32,12 @@ inline constexpr int kUnitRows = kAmxRows, kChunkKeys = 32, kTileHalves = 512, k
 
 #define LLMENGINE_INLINE __attribute__((always_inline)) inline
 
-// x - floor(x), and 2^floor(x) p; of a NaN they are NaN
+// x - floor(x), 0 of an infinity, and 2^floor(x) p; of a NaN they are NaN
 LLMENGINE_INLINE F fraction(F x) {
 #if defined(__AVX512DQ__)
   return __builtin_bit_cast(F, _mm512_maskz_reduce_ps(0xffff, __builtin_bit_cast(__m512, x), 9));
 #else
-  for (int i = 0; i < kLanes; ++i) x[i] -= std::floor(x[i]);
+  for (int i = 0; i < kLanes; ++i) x[i] = std::isinf(x[i]) ? 0.0f : x[i] - std::floor(x[i]);
   return x;
 #endif
 }
@@ -62,7 +62,7 @@ LLMENGINE_INLINE F fused(F x, float y, F z) {
 #endif
 }
 
-// 2^x within 1.6e-7; 1 at 0. NaN for -inf.
+// 2^x within 1.6e-7; 1 at 0, 0 at -inf.
 LLMENGINE_INLINE F power_of_2(F x) {
   const F r = fraction(x);
   F p = broadcast(0.001879318617284298f);

@@ -43,6 +43,7 @@ bool processor_has(Isa isa) {
     case Isa::avx512:
       return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::avx512_rounding:
     case Isa::avx512_bf16: return processor_has(Isa::avx512) && leaf_7(1, first, 5);
     case Isa::amx:
       return processor_has(Isa::avx512_bf16) && leaf_7(0, last, 24) && leaf_7(0, last, 22) && saves_tiles();
@@ -50,9 +51,16 @@ bool processor_has(Isa isa) {
   return false;
 }
 
+// Intel's cores with AMX, which a system may hide, are those with AVX512-FP16.
+bool processor_is_quicker_by(Isa isa) {
+  const auto last = [](unsigned, unsigned edx) { return edx; };
+  return isa != Isa::avx512_bf16 || !(__builtin_cpu_is("intel") && leaf_7(0, last, 23));
+}
+
 #else
 
 bool processor_has(Isa isa) { return isa == Isa::generic; }
+bool processor_is_quicker_by(Isa) { return true; }
 
 #endif
 
@@ -80,7 +88,7 @@ std::string ask_for_tiles() {
 }
 
 const Choice& choice() {
-  static const Choice made{Machine{machine_has, ask_for_tiles}};
+  static const Choice made{Machine{machine_has, processor_is_quicker_by, ask_for_tiles}};
   return made;
 }
 
@@ -91,6 +99,7 @@ const char* name(Isa isa) {
     case Isa::generic: return "generic";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_rounding: return "avx512_rounding";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
   }
@@ -98,7 +107,9 @@ const char* name(Isa isa) {
 }
 
 Choice::Choice(const Machine& machine) {
-  for (int i = 0; i < kIsaCount; ++i) supported[i] = machine.has(static_cast<Isa>(i));
+  for (int i = 0; i < kIsaCount; ++i) {
+    supported[i] = machine.has(static_cast<Isa>(i)), pays[i] = machine.pays(static_cast<Isa>(i));
+  }
   bool& amx = supported[static_cast<int>(Isa::amx)];
   if (!amx) return;
   const std::string refusal = machine.ask_for_tiles();
@@ -111,7 +122,7 @@ Choice::Choice(const Machine& machine) {
 Isa Choice::best() const {
   Isa best = Isa::generic;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (supported[i]) best = static_cast<Isa>(i);
+    if (supported[i] && pays[i]) best = static_cast<Isa>(i);
   }
   return best;
 }

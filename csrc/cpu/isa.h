@@ -1,14 +1,18 @@
 // Instruction sets: every kernel file is compiled once per set that it profits from (see CMakeLists.txt), and the best
-// one that this processor has is picked at run time. LLMENGINE_CPU_ISA=generic|avx2|avx512|avx512_bf16|amx forces a
-// lower one; forcing one that is missing is an error.
+// one for this processor is picked at run time. LLMENGINE_CPU_ISA=generic|avx2|avx512|avx512_rounding|avx512_bf16|amx
+// forces another one; forcing one that is missing is an error.
+//
+// AVX512-BF16 is two sets: avx512_rounding rounds to bf16 by its instruction, avx512_bf16 multiplies by it, too. Intel's
+// cores that have AMX take two cycles for vdpbf16ps where they do four multiply-adds of floats: where tiles are denied
+// to them (a virtual machine may do so), bf16 is best widened and multiplied as floats.
 #pragma once
 
 #include <string>
 
 namespace llmengine::cpu {
 
-enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
-inline constexpr int kIsaCount = 5;
+enum class Isa { generic, avx2, avx512, avx512_rounding, avx512_bf16, amx };
+inline constexpr int kIsaCount = 6;
 
 const char* name(Isa isa);
 bool supported(Isa isa);   // by this processor, this system and this build
@@ -18,10 +22,11 @@ std::string isa_notice();  // why a set that the processor has is not used, or n
 // What the choice is made from, so that tests can make it for machines that they do not run on.
 struct Machine {
   bool (*has)(Isa);                // the processor and the build
+  bool (*pays)(Isa);               // is not slower there than the sets below it
   std::string (*ask_for_tiles)();  // AMX's registers are the system's to grant: why it refuses, or nothing
 };
 struct Choice {
-  bool supported[kIsaCount];
+  bool supported[kIsaCount], pays[kIsaCount];
   std::string notice;
 
   explicit Choice(const Machine& machine);

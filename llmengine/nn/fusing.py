@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmengine import functional
-from llmengine.backends.cpu.linear import TILES
+from llmengine.backends.cpu.linear import FROM_ROWS
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
@@ -45,7 +45,7 @@ def watched(name: str, leaf: Module) -> str | None:
 
 def linear(leaf: Module, input: Tensor) -> Tensor:
     """leaf(input), by our products where they are quicker."""
-    if TILES and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
+    if FROM_ROWS is not None and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
     return leaf(input)
 

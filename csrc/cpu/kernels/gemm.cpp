@@ -66,15 +66,20 @@ void pack_a_along(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t
 // kTileRows + r].
 template <class T>
 void pack_a_across(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* to) {
-  const int64_t whole = rows / kTileRows * kTileRows;
+  // Groups are written two columns too wide, which the next line of the same group overwrites.
+  constexpr int64_t kWide = kTileRows + 2, kAhead = 8;
+  const int64_t wide = std::max<int64_t>(0, rows - kWide + kTileRows) / kTileRows * kTileRows;
   for (int64_t i = 0; i < depth; ++i) {
     const T* x = line<T>(a, k + i) + row;
+    const T* ahead = line<T>(a, k + std::min(i + kAhead, depth - 1)) + row;  // a page away: nobody else asks for it
+    for (int64_t r = 0; r < rows; r += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + r);
     float* out = to + i * kTileRows;
-    for (int64_t r = 0; r < whole; r += kTileRows) {
-      for (int j = 0; j < kTileRows; ++j) out[r * kRowOfA + j] = widen(x[r + j]);
+    for (int64_t r = 0; r < wide; r += kTileRows) {
+      for (int j = 0; j < kWide; ++j) out[r * kRowOfA + j] = widen(x[r + j]);
     }
-    if (whole == rows) continue;
-    for (int j = 0; j < kTileRows; ++j) out[whole * kRowOfA + j] = whole + j < rows ? widen(x[whole + j]) : 0.0f;
+    for (int64_t r = wide; r < round_up(rows, kTileRows); ++r) {
+      out[r / kTileRows * kTileRows * kRowOfA + r % kTileRows] = r < rows ? widen(x[r]) : 0.0f;
+    }
   }
 }
 
@@ -109,13 +114,15 @@ void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const float* 
   const int64_t runs = ceil_div(depth, longest_run(depth));
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int vectors = static_cast<int>(ceil_div(std::min<int64_t>(kPanel, columns - column), kLanes));
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      float* to = c + row * c_stride + column;
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t k = depth * run / runs, end = depth * (run + 1) / runs;
-        const auto multiply = run ? multiply_tile<lies, Into::add> : multiply_tile<lies, into>;
+    for (int64_t run = 0; run < runs; ++run) {  // of the panel: all rows meet it in the first-level cache
+      const int64_t k = depth * run / runs, end = depth * (run + 1) / runs;
+      const auto multiply = run ? multiply_tile<lies, Into::add> : multiply_tile<lies, into>;
+      const float* next = b + column * depth + end * kPanel;  // comes from the third-level cache, unless asked for
+      const int64_t share = round_up((end - k) * kPanel, 16) * kTileRows / std::max<int64_t>(rows, 1);
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        for (int64_t i = 0; i < share; i += 16, next += 16) __builtin_prefetch(next, 0, 2);
         multiply(vectors, kTileRows, end - k, a + row * kRowOfA + k * a_step, a_stride, b + column * depth + k * kPanel,
-                 kPanel, to, c_stride, nullptr);
+                 kPanel, c + row * c_stride + column, c_stride, nullptr);
       }
     }
   }

@@ -8,22 +8,26 @@ from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, u
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
-ROWS = 1024  # fewer pay for packing the weight more than PyTorch's products do
+
+# From how many rows on our products of bfloat16 were measured to be quicker than PyTorch's (MEASUREMENTS.md, "Products
+# on AMX" and "bf16 as floats"), by instruction set: fewer pay too much for packing the weight.
+ROWS = {"amx": 1024, "avx512_rounding": 64}
 
 
-def _has_tiles() -> bool:
+def _isa() -> str:
     try:
-        return module is not None and module.isa() == "amx"
+        return module.isa() if module is not None else "none"
     except ValueError:  # LLMENGINE_CPU_ISA asks for what is not there: the first kernel says so
-        return False
+        return "none"
 
 
-TILES = _has_tiles()
+TILES = _isa() == "amx"
+FROM_ROWS = ROWS.get(_isa())
 
 
 def pays(dtype: torch.dtype, rows: int) -> bool:
-    """Whether these products were measured to be quicker than PyTorch's (MEASUREMENTS.md, "Products on AMX")."""
-    return TILES and dtype == torch.bfloat16 and rows >= ROWS
+    """Whether our products are quicker than PyTorch's."""
+    return FROM_ROWS is not None and dtype == torch.bfloat16 and rows >= FROM_ROWS
 
 
 @kernel(KERNELS, "linear_forward", refuses_tensors)
