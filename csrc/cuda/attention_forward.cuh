@@ -123,15 +123,15 @@ __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes&
     }
 }
 
-// Rows that belong to no sequence, by `threads` threads: tiles of `rows`, every `step`-th from `tile` on.
+// Rows that belong to no sequence, by the whole block: tiles of `rows`, every `step`-th from `tile` on.
 template <int threads, class T>
 __device__ void leave_empty(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head, int rows, int tile,
-                            int step, int thread) {
+                            int step) {
   for (int64_t first = static_cast<int64_t>(tile) * rows; first < s.rows; first += static_cast<int64_t>(step) * rows) {
     const int row0 = s.row0 + static_cast<int>(first), count = least(rows, s.rows - static_cast<int>(first));
-    zero_rows<threads>(to.output.lines(s.batch, head, row0), count, thread);
+    zero_rows<threads>(to.output.lines(s.batch, head, row0), count);
     const int64_t statistics = (s.batch * sizes.heads + head) * sizes.rows + row0;
-    for (int row = thread; row < count; row += threads) {
+    for (int row = static_cast<int>(threadIdx.x); row < count; row += threads) {
       to.lse[statistics + row] = -INFINITY;
       to.lse_low[statistics + row] = 0.0f;
     }

@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
   const Place place = place_of(p.sizes.tiles, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {
-    return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.sizes.tiles,
-                                 static_cast<int>(threadIdx.x));
+    return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.sizes.tiles);
   }
   // the last rows first: where attention is causal they see most keys
   const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;

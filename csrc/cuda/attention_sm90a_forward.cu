@@ -54,12 +54,14 @@ inline constexpr int kGroupRows = 64;  // of a warpgroup
 inline constexpr int kPanel = 64;      // columns that are 128 bytes of a row, and a box
 inline constexpr int kEightRows = 8 * 128;
 
-// Of a head dim up to D.
-template <int D, bool plain>
+// Of a head dim up to D. `simple`: nothing but a scale and a band lies between products and exponentials; what else may
+// takes registers, and leaves room for fewer keys.
+template <int D, bool simple>
 struct Shape {
   static constexpr int groups = 2, rows = groups * kGroupRows, threads = 128 * (1 + groups);
   static constexpr int panels = (D + kPanel - 1) / kPanel;
-  static constexpr int keys = D <= 96 ? 128 : D <= 128 ? (plain ? 128 : 96) : D <= 192 ? (plain ? 96 : 64) : 64;
+  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 80;
+  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - (D <= 192 ? 16 : 32);
   static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
   static constexpr bool by_turns = D <= 128;
   static constexpr int few_registers = 40, many_registers = 232;  // 128 x 40 + 256 x 232: all that there are
@@ -80,6 +82,7 @@ template <class T>
 struct Forward {
   Results<T> results;
   Options options;
+  bool plain;  // logits are multiples of products
   Sizes sizes;
   Schedule schedule;
 };
@@ -104,22 +107,29 @@ struct Turn {
 struct Work {
   Sequence s;
   int head, first, begin, end;
+
+  __device__ bool some() const { return begin < end; }
 };
 
-// body(work) for each tile that this block takes.
-template <class S, class T, class Body>
-__device__ __forceinline__ void each_work(const Forward<T>& p, const Body& body) {
-  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+__device__ __forceinline__ int turn_of(const Schedule& schedule, int round) {
+  return schedule.turn(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+}
+
+template <class S, class T>
+__device__ __forceinline__ Work work_of(const Forward<T>& p, int round) {
+  const auto [tile, owner] = p.schedule.at(turn_of(p.schedule, round));
+  const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
+  const int first = tile * S::rows;
+  const Span span = keys_of_rows(s.band(p.options), first, S::rows);
+  return {s, owner % p.sizes.heads, first, span.begin / S::keys * S::keys, span.end};
+}
+
+// body(round) for each round in which this block has a tile: all but, perhaps, the last.
+template <class T, class Body>
+__device__ __forceinline__ void each_round(const Forward<T>& p, const Body& body) {
 #pragma unroll 1
-  for (int round = 0; round < p.schedule.rounds(blocks); ++round) {
-    const int turn = p.schedule.turn(round, block, blocks);
-    if (turn >= p.schedule.count()) continue;
-    const auto [tile, owner] = p.schedule.at(turn);
-    const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
-    const int first = tile * S::rows;
-    if (first >= s.rows) continue;
-    const Span span = keys_of_rows(s.band(p.options), first, S::rows);
-    body(Work{s, owner % p.sizes.heads, first, span.begin / S::keys * S::keys, span.end});
+  for (int round = 0; round < p.schedule.rounds(static_cast<int>(gridDim.x)); ++round) {
+    if (turn_of(p.schedule, round) < p.schedule.count()) body(round);
   }
 }
 
@@ -147,22 +157,25 @@ __device__ __forceinline__ void clear_rows(uint16_t* stage, int row) {
 template <class S, class T>
 __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, const Forward<T>& p) {
   const bool elected = ptx::elect_one(), packed = p.sizes.cu_seqlens_k != nullptr;
-  Turn<S::queries> query;
   Turn<S::stages> turn;
   int landed = 0;
-  each_work<S>(p, [&](const Work& w) {
-    if (w.begin >= w.end) return;
+  each_round(p, [&](int round) {
+    const Work w = work_of<S>(p, round);
+    const Turn<S::queries> query{static_cast<unsigned>(round)};
     const int key_head = w.head / p.sizes.group;
     if (elected) {
       ptx::Mbarrier* full = &shared.query_full[query.stage()];
       ptx::mbarrier_wait(&shared.query_free[query.stage()], query.parity() ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, S::query_bytes);
+      if (w.some()) {
+        ptx::mbarrier_arrive_expect_tx(full, S::query_bytes);
 #pragma unroll
-      for (int g = 0; g < S::groups; ++g)
-        fetch<S::panels>(shared.query[query.stage()] + g * (S::query_bytes / 2 / S::groups), kGroupRows * 128,
-                         maps.query, full, w.s.row0 + w.first + g * kGroupRows, w.head, w.s.batch);
+        for (int g = 0; g < S::groups; ++g)
+          fetch<S::panels>(shared.query[query.stage()] + g * (S::query_bytes / 2 / S::groups), kGroupRows * 128,
+                           maps.query, full, w.s.row0 + w.first + g * kGroupRows, w.head, w.s.batch);
+      } else {
+        ptx::mbarrier_arrive(full);
+      }
     }
-    ++query.number;
 #pragma unroll 1
     for (int key = w.begin; key < w.end; key += S::keys, ++turn.number) {
       const int stage = turn.stage(), row = w.s.key0 + key;
@@ -255,19 +268,19 @@ __device__ __forceinline__ void give_back(ptx::Mbarrier* free) {
 }
 
 // Scores of a warp's rows to what their values weigh.
-template <class S, class T, bool plain>
+template <class S, class T, bool simple>
 __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1][2], Softmax<1>& softmax,
                                       const Forward<T>& p, const Work& w, const Span& reach, int row, int key) {
-  if constexpr (!plain) make_logits<T, false>(x, p.options, w.s, w.head, row, key);
+  if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, w.head, row, key);
   if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
   softmax.add(x, p.options.factor, rescaling);
-  if (p.options.dropout.seed) {
+  if (!simple && p.options.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
     drop(x, draw<false, 1, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
   }
 }
 
-template <class S, class T, int D, bool plain>
+template <class S, class T, int D, bool simple>
 __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const Work& w, const uint16_t* query,
                                        int row, const Order<S>& order, Turn<S::stages>& turn, Softmax<1>& softmax,
                                        Sums<1, D>& output) {
@@ -283,7 +296,7 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
   order.pass();
   ptx::wgmma_wait<0>(flat(x));
   give_back(&shared.key_free[turn.stage()]);
-  weigh<S, T, plain>(x, rescaling, softmax, p, w, reach, row, w.begin);
+  weigh<S, T, simple>(x, rescaling, softmax, p, w, reach, row, w.begin);
   round_to_operands<T>(x, probabilities);
 
 #pragma unroll 1
@@ -301,7 +314,7 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
     order.pass();
     ptx::wgmma_wait<1>(flat(x));
     give_back(&shared.key_free[turn.stage()]);
-    weigh<S, T, plain>(x, rescaling, softmax, p, w, reach, row, key);
+    weigh<S, T, simple>(x, rescaling, softmax, p, w, reach, row, key);
     ptx::wgmma_wait<0>(flat(output));
     give_back(&shared.value_free[values.stage()]);
     round_to_operands<T>(x, probabilities);
@@ -316,46 +329,44 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
   ++turn.number;
 }
 
-template <class S, class T, int D, bool plain>
+template <class S, class T, int D, bool simple>
 __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>& p) {
   const int group = warp_of() / 4 - 1;
   const Order<S> order{group};
-  Turn<S::queries> query;
   Turn<S::stages> turn;
   order.begin();
-  each_work<S>(p, [&](const Work& w) {
-    const int own = ptx::made_here(warp_of() % 4 * 16), row = w.first + group * kGroupRows + own;  // this warp's first
+  each_round(p, [&](int round) {
+    const Turn<S::queries> query{static_cast<unsigned>(round)};
+    const Work w = work_of<S>(p, round);
+    const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
     uint16_t* tile = shared.query[query.stage()] + group * (S::query_bytes / 2 / S::groups);
     Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
     Sums<1, D> output;
     clear(output);
-    const bool some = w.begin < w.end;
-    if (some) {
-      ptx::mbarrier_wait(&shared.query_full[query.stage()], query.parity());
-      attend<S, T, D, plain>(shared, p, w, tile, row, order, turn, softmax, output);
-    }
-    ptx::barrier_sync(1 + group, 128);  // all its warps are done with the queries
-    const int count = least(16, w.s.rows - row);
+    ptx::mbarrier_wait(&shared.query_full[query.stage()], query.parity());
+    if (w.some())
+      attend<S, T, D, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
+    ptx::barrier_sync(1 + group, 128);                        // all its warps are done with the queries
+    const Work again = work_of<S>(p, ptx::made_here(round));  // sooner than in registers all the while
+    const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
-      store_results(p.results, p.sizes, w.s, w.head, row, count, softmax, p.options.dropout.keep_scale, output,
+      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
                     Tile<T, kGroupRows, D>::at(tile, 0), own);
     }
-    if (!some) return;
     ptx::fence_async_shared();
     __syncwarp();
     if (lane_of() == 0) ptx::mbarrier_arrive(&shared.query_free[query.stage()]);
-    ++query.number;
   });
   order.end();
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <class T, int D, bool plain>
-__global__ void __launch_bounds__(Shape<D, plain>::threads, 1)
+template <class T, int D, bool simple>
+__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
     attention_forward_sm90a(const __grid_constant__ ptx::TensorMap query, const __grid_constant__ ptx::TensorMap key,
                             const __grid_constant__ ptx::TensorMap value, const __grid_constant__ Forward<T> p) {
-  using S = Shape<D, plain>;
+  using S = Shape<D, simple>;
   auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
   if (threadIdx.x == 0) {
     for (int q = 0; q < S::queries; ++q) {
@@ -369,10 +380,16 @@ __global__ void __launch_bounds__(Shape<D, plain>::threads, 1)
     ptx::mbarrier_init(&shared.landed, 1);
     ptx::mbarrier_init_fence();
   }
+  if (p.sizes.cu_seqlens_q) {
+    const Sequence rest = sequence_of(p.sizes, p.sizes.sequences);
+    for (int head = 0; head < p.sizes.heads; ++head)
+      leave_empty<S::threads>(p.results, p.sizes, rest, head, S::rows, static_cast<int>(blockIdx.x),
+                              static_cast<int>(gridDim.x));
+  }
   __syncthreads();
   if (warp_of() >= 4) {
     ptx::increase_registers<S::many_registers>();
-    multiply_all<S, T, D, plain>(shared, p);
+    multiply_all<S, T, D, simple>(shared, p);
     return;
   }
   ptx::decrease_registers<S::few_registers>();
@@ -382,23 +399,18 @@ __global__ void __launch_bounds__(Shape<D, plain>::threads, 1)
       for (const auto* map : {maps.query, maps.key, maps.value}) ptx::prefetch_tensor_map(map);
     }
     fetch_all<S>(shared, maps, p);
-  } else if (p.sizes.cu_seqlens_q) {
-    const Sequence rest = sequence_of(p.sizes, p.sizes.sequences);
-    for (int head = 0; head < p.sizes.heads; ++head)
-      leave_empty<96>(p.results, p.sizes, rest, head, S::rows, static_cast<int>(blockIdx.x),
-                      static_cast<int>(gridDim.x), static_cast<int>(threadIdx.x) - 32);
   }
 }
 
-template <class T, int D, bool plain>
+template <class T, int D, bool simple>
 void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
-  using S = Shape<D, plain>;
+  using S = Shape<D, simple>;
   const Sizes sizes = sizes_of_rows(p, S::rows);
   const int owners = sizes.heads * sizes.sequences;
   const int64_t bytes =
       p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * (p.key.size(3) + p.value.size(3)) * 2;
   const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-  const Forward<T> given{results_of<T>(p), options_of(p), sizes,
+  const Forward<T> given{results_of<T>(p), options_of(p), is_plain(p), sizes,
                          Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins}};
   const auto map = [](const char* name, const TensorView& t, int rows) {
     return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, rows, kPanel}, Swizzle::bytes_128));
@@ -408,7 +420,7 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
   const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
                       cuda_stream(stream),       p.query,      sizeof(Shared<S>)};
-  launch(at, attention_forward_sm90a<T, D, plain>, map("query", p.query, kGroupRows), map("key", p.key, S::keys),
+  launch(at, attention_forward_sm90a<T, D, simple>, map("query", p.query, kGroupRows), map("key", p.key, S::keys),
          map("value", p.value, S::keys), given);
 }
 
@@ -424,10 +436,10 @@ void run(const AttentionForwardSm90a& p, Stream stream) {
     throw std::runtime_error("attention_forward_sm90a: the device has compute capability " +
                              std::to_string(found / 10) + "." + std::to_string(found % 10) + "; allowed: 9.0");
   }
-  visit_dims<64, 96, 128, 192, 256>(
-      p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
-        launch_forward<T, D, plain>(p, stream);
-      });
+  const bool simple = is_plain(p) && p.dropout_p == 0;
+  visit_dims<64, 96, 128, 192, 256>(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
+    simple ? launch_forward<T, D, true>(p, stream) : launch_forward<T, D, false>(p, stream);
+  });
 }
 
 }  // namespace llmengine::cuda

@@ -235,11 +235,11 @@ __device__ __forceinline__ void store_rows(const Sums<blocks, columns>& x, const
   }
 }
 
-// Zeros as `count` rows, a tile's, by the whole block, or by `threads` threads of it that are numbered otherwise.
+// Zeros as `count` rows, a tile's, by the whole block.
 template <int threads, class T>
-__device__ __forceinline__ void zero_rows(const Lines<T>& to, int count, int thread = static_cast<int>(threadIdx.x)) {
+__device__ __forceinline__ void zero_rows(const Lines<T>& to, int count) {
   const int chunks = (to.columns + 7) / 8;
-  for (int i = thread; i < count * chunks; i += threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < count * chunks; i += threads) {
     store_vector(to.data + i / chunks * to.stride, i % chunks * 8, to.columns, to.aligned, make_uint4(0, 0, 0, 0));
   }
 }
