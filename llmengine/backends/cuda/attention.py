@@ -8,7 +8,7 @@ import math
 import torch
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.native import ATTENTION, Native, unit_last_stride
+from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -18,7 +18,6 @@ OPTIONS = (
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
-HOPPER = (9, 0)
 MOST_BYTES = 2**40  # between a tensor map's lines
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 

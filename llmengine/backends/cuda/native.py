@@ -24,6 +24,7 @@ MAKERS = ("blas", "own")
 # call's layout is one for tensor maps. No GPU has timed that one yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
+HOPPER = (9, 0)  # compute capability
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ class Native:
 
     def capability(self, on: Tensor) -> tuple[int, int]:
         """Of the device that `on` lies on; the simulator's is a Hopper (csrc/sim/simulator.h)."""
-        return torch.cuda.get_device_capability(on.device) if on.is_cuda else (9, 0)
+        return torch.cuda.get_device_capability(on.device) if on.is_cuda else HOPPER
 
     def multiprocessors(self, on: Tensor) -> int:
         """Of the device that `on` lies on; the simulator's has few (csrc/sim/simulator.h)."""
