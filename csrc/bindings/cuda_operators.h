@@ -8,6 +8,7 @@
 #include "bindings/bind.h"
 #include "cuda/adamw.h"
 #include "cuda/attention.h"
+#include "cuda/attention_sm90a.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/decode_attention.h"
 #include "cuda/embedding.h"
@@ -44,6 +45,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   };
   operation("adamw", cuda::AdamW{});
   operation("attention_forward", cuda::AttentionForward{});
+  operation("attention_forward_sm90a", cuda::AttentionForwardSm90a{});
   operation("attention_backward", cuda::AttentionBackward{});
   operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});

@@ -17,6 +17,7 @@
 #include "cuda/dropout.cuh"
 #include "cuda/maths.cuh"
 #include "cuda/matrix_tile.cuh"
+#include "cuda/ptx/made_here.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/attention_band.h"
 
@@ -129,14 +130,14 @@ __device__ __forceinline__ void hide_unseen(float (&x)[blocks][n][4], const Band
   for (int m = 0; m < blocks; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int line = first + 16 * m + 8 * half + lane_of() / 4;
-      const int begin = transposed ? band.first_row(line) : band.begin(line);
-      const int end = transposed ? band.last_row(line) : band.end(line);
+      const int line = first + 16 * m + 8 * half + lane_of() / 4, own = across + lane_of() % 4 * 2;
+      const int begin = (transposed ? band.first_row(line) : band.begin(line)) - own;
+      const int end = (transposed ? band.last_row(line) : band.end(line)) - own;
 #pragma unroll
       for (int j = 0; j < n; ++j)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int column = across + 8 * j + lane_of() % 4 * 2 + i % 2;
+          const int column = 8 * j + i % 2;  // known at compile time
           if (column < begin || column >= end) x[m][j][i] = -INFINITY;
         }
     }
@@ -182,7 +183,8 @@ __device__ __forceinline__ void make_logits(float (&x)[blocks][n][4], const Opti
     });
   }
   if (o.mask.kind != Mask::none) {
-    const int64_t start = s.batch * o.mask.batch + head * o.mask.head;
+    const int here = ptx::made_here(head);  // no row's place is kept from one tile to the next
+    const int64_t start = s.batch * o.mask.batch + here * o.mask.head;
     each(x, [&](float& u, int r, int c) {
       const int row = transposed ? across + c : first + r, key = transposed ? first + r : across + c;
       if (row < s.rows && key < s.keys)
@@ -193,19 +195,18 @@ __device__ __forceinline__ void make_logits(float (&x)[blocks][n][4], const Opti
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
-// Which scores of a tile are dropped: bit 4 j + i of word m for element i of block (m, j).
-template <int blocks>
+// Which scores of a tile are dropped: bit 4 (j mod 8) + i of word (m, j / 8) for element i of block (m, j).
+template <int blocks, int n>
 struct Dropped {
-  uint32_t words[blocks];
+  uint32_t words[blocks][(n + 7) / 8];
 
-  __device__ __forceinline__ bool at(int m, int j, int i) const { return words[m] >> (4 * j + i) & 1; }
+  __device__ __forceinline__ bool at(int m, int j, int i) const { return words[m][j / 8] >> (4 * (j % 8) + i) & 1; }
 };
 
 // Four keys of a row share a draw: every lane draws once per four scores of its own, and lanes exchange which of them
 // are dropped. The first key is a multiple of 4.
 template <bool transposed, int blocks, int n>
-__device__ __forceinline__ Dropped<blocks> draw(const Dropout& dropout, uint32_t stream, int first, int across) {
-  static_assert(n <= 8);
+__device__ __forceinline__ Dropped<blocks, n> draw(const Dropout& dropout, uint32_t stream, int first, int across) {
   const int g = lane_of() / 4, t = lane_of() % 4;
   const auto seed = static_cast<uint64_t>(*dropout.seed);
   const auto draw_four = [&](int row, int key) {
@@ -215,38 +216,42 @@ __device__ __forceinline__ Dropped<blocks> draw(const Dropout& dropout, uint32_t
     for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(draws.word[i] < dropout.threshold) << i;
     return bits;
   };
-  Dropped<blocks> dropped;
+  Dropped<blocks, n> dropped{};
+  // Not unrolled further: the generator's constants for many draws at once are more than registers can hold.
+#pragma unroll 1
+  for (int shift = 0; shift < 4 * (n < 8 ? n : 8); shift += 4)
 #pragma unroll
-  for (int m = 0; m < blocks; ++m) {
-    uint32_t word = 0;
+    for (int word = 0; word < (n + 7) / 8; ++word)
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if constexpr (transposed) {
-        // keys 4 (g / 4) ... + 3, and 8 more, of rows 2 t and 2 t + 1 are four draws: one for each lane of those keys
-        const int own = g % 4;
-        const uint32_t bits = draw_four(across + 8 * j + 2 * t + own % 2, first + 16 * m + own / 2 * 8 + g / 4 * 4);
-        uint32_t all = bits << (4 * own);
-        all |= __shfl_xor_sync(kWholeWarp, all, 4);
-        all |= __shfl_xor_sync(kWholeWarp, all, 8);
+      for (int m = 0; m < blocks; ++m) {
+        const int j = 8 * word + shift / 4;
+        if (j >= n) continue;
+        uint32_t four = 0;  // of block (m, j), in the lowest bits
+        if constexpr (transposed) {
+          // keys 4 (g / 4) ... + 3, and 8 more, of rows 2 t and 2 t + 1 are four draws: one for each lane of those keys
+          const int own = g % 4;
+          const uint32_t bits = draw_four(across + 8 * j + 2 * t + own % 2, first + 16 * m + own / 2 * 8 + g / 4 * 4);
+          uint32_t all = bits << (4 * own);
+          all |= __shfl_xor_sync(kWholeWarp, all, 4);
+          all |= __shfl_xor_sync(kWholeWarp, all, 8);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) word |= (all >> (4 * i + own) & 1) << (4 * j + i);
-      } else {
-        // rows g and g + 8 of keys 4 (t / 2) ... + 3 are two draws: the even lane has the upper row's
-        const int odd = t % 2;
-        const uint32_t bits = draw_four(first + 16 * m + 8 * odd + g, across + 8 * j + t / 2 * 4);
-        const uint32_t others = __shfl_xor_sync(kWholeWarp, bits, 1);
-        const uint32_t upper = odd ? others : bits, lower = odd ? bits : others;
-        word |= ((upper >> (2 * odd) & 3) | (lower >> (2 * odd) & 3) << 2) << (4 * j);
+          for (int i = 0; i < 4; ++i) four |= (all >> (4 * i + own) & 1) << i;
+        } else {
+          // rows g and g + 8 of keys 4 (t / 2) ... + 3 are two draws: the even lane has the upper row's
+          const int odd = t % 2;
+          const uint32_t bits = draw_four(first + 16 * m + 8 * odd + g, across + 8 * j + t / 2 * 4);
+          const uint32_t others = __shfl_xor_sync(kWholeWarp, bits, 1);
+          const uint32_t upper = odd ? others : bits, lower = odd ? bits : others;
+          four = (upper >> (2 * odd) & 3) | (lower >> (2 * odd) & 3) << 2;
+        }
+        dropped.words[m][word] |= four << shift;
       }
-    }
-    dropped.words[m] = word;
-  }
   return dropped;
 }
 
 // `x` times `kept` where it is not dropped, else 0.
 template <int blocks, int n>
-__device__ __forceinline__ void drop(float (&x)[blocks][n][4], const Dropped<blocks>& dropped, float kept) {
+__device__ __forceinline__ void drop(float (&x)[blocks][n][4], const Dropped<blocks, n>& dropped, float kept) {
 #pragma unroll
   for (int m = 0; m < blocks; ++m)
 #pragma unroll

@@ -90,15 +90,22 @@ inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owner
   return dim3(static_cast<unsigned>(blocks));
 }
 
+// body(T{}, the class of the head dim, of those that kernels are made for)
+template <int... dims, class Body>
+void visit_dims(const ops::AttentionOptions& p, const Body& body) {
+  const auto of_type = [&]<class T>(T) {
+    visit_at_least<dims...>(static_cast<int>(std::max(p.query.size(3), p.value.size(3))),
+                            [&](auto dim) { body(T{}, dim); });
+  };
+  p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
+}
+
 // body(T{}, the class of the head dim, whether logits are plain)
 template <class Body>
 void visit(const ops::AttentionOptions& p, const Body& body) {
-  const auto of_type = [&]<class T>(T) {
-    visit_at_least<64, 128, 256>(static_cast<int>(std::max(p.query.size(3), p.value.size(3))), [&](auto dim) {
-      is_plain(p) ? body(T{}, dim, std::true_type{}) : body(T{}, dim, std::false_type{});
-    });
-  };
-  p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
+  visit_dims<64, 128, 256>(p, [&](auto type, auto dim) {
+    is_plain(p) ? body(type, dim, std::true_type{}) : body(type, dim, std::false_type{});
+  });
 }
 
 }  // namespace llmengine::cuda::attention

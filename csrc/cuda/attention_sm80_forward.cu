@@ -21,7 +21,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_forward.cuh"
 #include "cuda/attention_sm80_call.h"
 #include "cuda/launch.cuh"
 
@@ -40,8 +40,7 @@ struct Shape {
 template <class T>
 struct Forward {
   Operand<const T> query, key, value;
-  Operand<T> output;
-  float *lse, *lse_low;
+  Results<T> results;
   Options options;
   Sizes sizes;
 };
@@ -60,91 +59,14 @@ struct Tiles {
         value(value.at(shared, query.bytes + key.bytes)) {}
 };
 
-// The softmax of a warp's rows so far; `sum` is over this thread's columns.
-template <int blocks>
-struct Softmax {
-  float base[blocks][2], sum[blocks][2];
-
-  // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
-  __device__ explicit Softmax(float sink) {
-#pragma unroll
-    for (int m = 0; m < blocks; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        base[m][half] = __fmul_rn(sink, kLog2e);
-        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
-      }
-  }
-
-  // Logits x to exponentials; what was summed up before, also in `output`, is brought to the new maximum.
-  template <int n, int wide>
-  __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&output)[blocks][wide][4]) {
-#pragma unroll
-    for (int m = 0; m < blocks; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float most = -INFINITY;
-#pragma unroll
-        for (int j = 0; j < n; ++j) most = fmaxf(most, fmaxf(x[m][j][2 * half], x[m][j][2 * half + 1]));
-        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
-        // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
-        const float higher = fmaxf(base[m][half], __fmul_rn(most, factor));
-        const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
-        const float rescaling = ptx::exp2_approx(base[m][half] - from);
-        base[m][half] = higher;
-        sum[m][half] *= rescaling;
-#pragma unroll
-        for (int j = 0; j < n; ++j)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
-            sum[m][half] += x[m][j][i];
-          }
-#pragma unroll
-        for (int j = 0; j < wide; ++j) output[m][j][2 * half] *= rescaling, output[m][j][2 * half + 1] *= rescaling;
-      }
-  }
-
-  __device__ __forceinline__ void gather() {
-#pragma unroll
-    for (int m = 0; m < blocks; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 1);
-        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 2);
-      }
-  }
-};
-
-// Rows that belong to no sequence: every `tiles`-th tile from `tile` on.
-template <class T>
-__device__ void leave_empty(const Forward<T>& p, const Sequence& s, int tile, int head, int rows) {
-  for (int first = tile * rows; first < s.rows; first += p.sizes.tiles * rows) {
-    const int count = least(rows, s.rows - first);
-    zero_rows<kThreads>(p.output.lines(s.batch, head, s.row0 + first), count);
-    const int64_t statistics = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + first;
-    for (int row = static_cast<int>(threadIdx.x); row < count; row += kThreads) {
-      p.lse[statistics + row] = -INFINITY;
-      p.lse_low[statistics + row] = 0.0f;
-    }
-  }
-}
-
-// lse of the row, and what rounding takes from it.
-__device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base, float sum) {
-  const double exact = sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
-  const float high = static_cast<float>(exact);
-  *lse = high;
-  *lse_low = high == INFINITY || high == -INFINITY ? 0.0f : static_cast<float>(exact - high);
-}
-
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward<T> p) {
   using S = Shape<D, plain>;
   const Place place = place_of(p.sizes.tiles, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
-  if (place.sequence == p.sizes.sequences) return leave_empty(p, s, place.tile, place.head, S::rows);
+  if (place.sequence == p.sizes.sequences) {
+    return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.sizes.tiles);
+  }
   // the last rows first: where attention is causal they see most keys
   const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;
   if (first >= s.rows) return;
@@ -183,7 +105,9 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
       product_of_rows<S::blocks>(x, tiles.query, own, tiles.key);
       if constexpr (!plain) make_logits<T, false>(x, p.options, s, place.head, row, key);
       if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, s.band(p.options), row, key);
-      softmax.add(x, p.options.factor, output);
+      float rescaling[S::blocks][2];
+      softmax.add(x, p.options.factor, rescaling);
+      rescale(output, rescaling);
       if (p.options.dropout.seed) {
         const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + place.head);
         drop(x, draw<false, S::blocks, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
@@ -198,21 +122,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
 
   const int count = least(16 * S::blocks, s.rows - row);
   if (count <= 0) return;
-  softmax.gather();
-  const auto share = [&](int m, int half) {
-    const float sum = softmax.sum[m][half];
-    return sum == 0.0f ? 0.0f : p.options.dropout.keep_scale / sum;
-  };
-  store_rows(output, share, tiles.query, own, p.output.lines(s.batch, place.head, s.row0 + row), count);
-  const int64_t statistics = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
-#pragma unroll
-  for (int m = 0; m < S::blocks; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int line = 16 * m + 8 * half + lane_of() / 4;
-      if (lane_of() % 4 != 0 || line >= count) continue;
-      store_lse(p.lse + statistics + line, p.lse_low + statistics + line, softmax.base[m][half], softmax.sum[m][half]);
-    }
+  store_results(p.results, p.sizes, s, place.head, row, count, softmax, p.options.dropout.keep_scale, output,
+                tiles.query, own);
 }
 
 }  // namespace
@@ -227,9 +138,7 @@ void run(const AttentionForward& p, Stream stream) {
     const Forward<T> given{operand_of<const T>(p.query),
                            operand_of<const T>(p.key),
                            operand_of<const T>(p.value),
-                           operand_of<T>(p.output),
-                           p.lse.as<float>(),
-                           p.lse_low.as<float>(),
+                           results_of<T>(p),
                            options_of(p),
                            sizes_of_rows(p, rows)};
     const LaunchSite at{"attention_forward_sm80",

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
     const float *base = tiles.base(stage), *delta = tiles.delta(stage);
     each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, p.options.factor, -base[c])); });
 
-    Dropped<S::blocks> dropped;
+    Dropped<S::blocks, S::rows / 8> dropped;
     if (p.options.dropout.seed) {
       const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + head);
       dropped = draw<true, S::blocks, S::rows / 8>(p.options.dropout, stream, key, row);

@@ -235,13 +235,12 @@ __device__ __forceinline__ void store_rows(const Sums<blocks, columns>& x, const
   }
 }
 
-// Zeros as `count` rows, by the whole block.
+// Zeros as `count` rows, a tile's, by the whole block.
 template <int threads, class T>
 __device__ __forceinline__ void zero_rows(const Lines<T>& to, int count) {
   const int chunks = (to.columns + 7) / 8;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(count) * chunks; i += threads) {
-    store_vector(to.data + i / chunks * to.stride, static_cast<int>(i % chunks) * 8, to.columns, to.aligned,
-                 make_uint4(0, 0, 0, 0));
+  for (int i = static_cast<int>(threadIdx.x); i < count * chunks; i += threads) {
+    store_vector(to.data + i / chunks * to.stride, i % chunks * 8, to.columns, to.aligned, make_uint4(0, 0, 0, 0));
   }
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.backends.cuda.native import products_by
+from llmengine.backends.cuda.native import HOPPER, attention_by, products_by
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
@@ -128,6 +128,19 @@ def _name(shape: Shape, *rest: str) -> str:
     return " ".join(["x".join(map(str, shape)), *rest])
 
 
+def _on_cuda(
+    choose: Callable[[], contextlib.AbstractContextManager],
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """The CUDA backend, with a choice between its kernels."""
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        with choose(), backend("cuda"):
+            yield
+
+    return within
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +172,10 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    run = {"llmengine": ours, **peers}
+    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
+    if q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) == HOPPER:
+        run["llmengine cuda sm90a"] = Within(ours, _on_cuda(lambda: attention_by("sm90a")))  # not yet the default
+    run |= peers
     name = _name(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
 
@@ -200,13 +216,9 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
         hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
         return torch_functional.linear(hidden, down, b_down)
 
-    @contextlib.contextmanager
-    def own() -> Iterator[None]:
-        with products_by("own"), backend("cuda"):
-            yield
-
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain}
     if x.is_cuda and x.dtype != torch.float32:
+        own = _on_cuda(lambda: products_by("own"))
         run["llmengine cuda own"] = Within(ours, own)  # the CUDA backend's own products, which cuBLAS else makes
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
 

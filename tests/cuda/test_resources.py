@@ -24,7 +24,8 @@ pytestmark = [
 
 
 def reported(architecture: str) -> dict[str, dict[str, int]]:
-    return {k: v for source in resources.sources() for k, v in resources.report(source, architecture).items()}
+    sources = resources.sources(architecture)
+    return {k: v for source in sources for k, v in resources.report(source, architecture).items()}
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
@@ -70,7 +71,7 @@ def test_row_kernels_move_16_bytes_at_a_time(architecture: str):
 @NEEDS_CUOBJDUMP
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
-    for source in resources.sources():
+    for source in resources.sources(architecture):
         if source.stem.startswith(("attention_", "gemm_sm90a")):
             continue
         for name, loads in resources.instructions(source, architecture, r"\bLDG\.[\w.]*128").items():
@@ -80,7 +81,7 @@ def test_machine_code_loads_16_bytes_at_a_time(architecture: str):
 @NEEDS_CUOBJDUMP
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_attention_multiplies_on_tensor_cores_and_copies_16_bytes_asynchronously(architecture: str):
-    for source in resources.sources():
+    for source in resources.sources(architecture):
         if not source.stem.startswith("attention_sm80"):
             continue
         copies = resources.instructions(source, architecture, r"\bLDGSTS\.[\w.]*128")
@@ -106,6 +107,24 @@ def test_products_of_warpgroups_come_from_boxes_that_both_blocks_of_a_cluster_sh
         assert stores[name] == columns // 64, name
 
 
+@NEEDS_CUOBJDUMP
+def test_hoppers_attention_multiplies_boxes_by_warpgroups():
+    """Scores once before the loop over keys and once in it, 16 of head_dim a product; outputs in it and behind it, 16
+    keys a product. Queries, keys and values come by boxes of four dimensions, of 64 columns each."""
+    source = resources.ROOT / "csrc/cuda/attention_sm90a_forward.cu"
+    products = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32")
+    of_values = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32.*tnspB")
+    boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
+    for name in products:
+        dim, simple = (word.strip(" >") for word in name.split(",")[1:])
+        most = 128 if int(dim) <= 128 else 96 if dim == "192" else 80
+        keys = most if simple == "true" or int(dim) <= 96 else most - (16 if int(dim) <= 192 else 32)
+        assert of_values[name] == 2 * keys // 16, name
+        assert products[name] - of_values[name] == 2 * int(dim) // 16, name
+        assert boxes[name] == 4 * -(-int(dim) // 64), name
+        assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
 def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():
     files = {p.relative_to(ROOT / "csrc").as_posix() for p in resources.included_by(ROOT / "csrc/cuda/norm.cu")}
     assert {"cuda/norm.cu", "cuda/row.cuh", "cuda/ptx/memory.cuh", "common/tensor.h", "ops/norm.h"} <= files
@@ -117,7 +136,7 @@ def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_a_stage_of_a_product_is_multiplied_on_tensor_cores(architecture: str):
     """Of 64 x 64 x 32 in a warp: 64 instructions of 16 x 8 x 16, on 16 quadruples of matrices; 8 copies by a thread."""
-    for source in resources.sources():
+    for source in resources.sources(architecture):
         if source.stem not in PRODUCTS:
             continue
         copies = resources.instructions(source, architecture, r"\bLDGSTS\.[\w.]*128")

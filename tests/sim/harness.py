@@ -62,13 +62,17 @@ def assert_caught(broken: Break, attempt: Callable[[], None], folder: Path, monk
         attempt()
 
 
-def built_with(source: str, file: str, line: str, broken: str, folder: Path) -> Path:
-    """`_cuda_sim` with one kernel file compiled anew, a line of it or of a header broken."""
+def built_with(
+    source: str, file: str, line: str, broken: str, folder: Path, also: tuple[tuple[str, str], ...] = ()
+) -> Path:
+    """`_cuda_sim` with one kernel file compiled anew, a line of it or of a header broken; `also` is changed besides."""
     text = (ROOT / "csrc/cuda" / file).read_text()
-    assert line in text, "the line to break has changed: change this test with it"
     changed = folder / "cuda" / file
     changed.parent.mkdir(exist_ok=True)
-    changed.write_text(text.replace(line, broken, 1))
+    for part, becomes in ((line, broken), *also):
+        assert part in text, "the line to break has changed: change this test with it"
+        text = text.replace(part, becomes, 1)
+    changed.write_text(text)
     compiled = changed if file == f"{source}.cu" else ROOT / f"csrc/cuda/{source}.cu"
     built = simulator.build("_cuda_sim")
     parts = (built / "CMakeFiles" / f"{part}.dir" for part in ("_cuda_sim", "simulated_kernels"))

@@ -31,9 +31,9 @@ def scheduled(request):
     simulator.prepare(request.node.name)
 
 
-def assert_right(op: Operator, sample: Sample, dtype: torch.dtype) -> None:
+def assert_right(op: Operator, sample: Sample, dtype: torch.dtype, layout=lambda x: x) -> None:
     """Outputs and all gradients by the law."""
-    given = sample.rounded(dtype)
+    given = sample.rounded(dtype, layout)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
     plain = evaluate(op.plain, given, "reference")  # where it is no function of PyTorch
     with poison():
@@ -227,8 +227,8 @@ def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
     narrow = tmp_path / "cuda" / "attention_sm80_call.h"  # one class of head dims compiles in a third of the time
     narrow.parent.mkdir()
     classes = (ROOT / "csrc/cuda" / narrow.name).read_text()
-    assert "visit_at_least<64, 128, 256>" in classes
-    narrow.write_text(classes.replace("visit_at_least<64, 128, 256>", "visit_at_least<64>"))
+    assert "visit_dims<64, 128, 256>" in classes
+    narrow.write_text(classes.replace("visit_dims<64, 128, 256>", "visit_dims<64>"))
     module = built_with(source, header or f"{source}.cu", line, broken, tmp_path)
     monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
     with pytest.raises((AssertionError, RuntimeError), match=said):

@@ -43,7 +43,8 @@ struct MatrixDescriptor {
   uint64_t bits;
 
   __device__ __forceinline__ MatrixDescriptor advanced(int bytes) const {
-    return {bits + static_cast<uint64_t>(bytes >> 4)};
+    const uint32_t low = static_cast<uint32_t>(bits) + static_cast<uint32_t>(bytes >> 4);  // carries nothing upward
+    return {(bits & ~uint64_t{0xffffffff}) | low};
   }
 };
 

@@ -1,4 +1,5 @@
-"""Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu."""
+"""Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu; on
+Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for it, csrc/cuda/attention_sm90a_forward.cu for what it takes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import torch
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.native import Native, unit_last_stride
+from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -17,6 +18,7 @@ OPTIONS = (
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
+MOST_BYTES = 2**40  # between a tensor map's lines
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
 
@@ -32,6 +34,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return f"the {native.backend} attention takes head dims up to {WIDEST}, got {widest}"
         if (tokens := max(query.shape[2], key.shape[2])) > MOST_TOKENS:
             return f"the {native.backend} attention takes up to {MOST_TOKENS} tokens, got {tokens}"
+        if native.wants_hopper_attention() and (found := native.capability(query)) != HOPPER:
+            return f"{ATTENTION}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
         return None
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
@@ -44,10 +48,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
     def attention_forward(query, key, value, *options):
         output = empty_rows_first(query, value.shape[3])
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
-        native.call(
-            "attention_forward", query, **_arguments(query, key, value, options), output=output, lse=lse,
-            lse_low=lse_low,
-        )  # fmt: skip
+        given = _arguments(query, key, value, options)
+        hopper = (
+            native.wants_hopper_attention() and hopper_refuses(given["query"], given["key"], given["value"]) is None
+        )
+        name = "attention_forward_sm90a" if hopper else "attention_forward"
+        native.call(name, query, **given, output=output, lse=lse, lse_low=lse_low)
         return output, lse, lse_low
 
     @kernel(table, "attention_backward", backward_refuses)
@@ -77,6 +83,20 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
     return table
+
+
+def hopper_refuses(query, key, value) -> str | None:
+    """Why Hopper's kernel does not take a call, which every GPU's then does: its tensor maps cannot tell the layout."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.numel() == 0:
+            return f"{name} is empty"
+        if tensor.data_ptr() % 16 != 0:
+            return f"{name} begins at an address that is no multiple of 16 bytes"
+        for dim, word in enumerate(("batch entries", "heads", "tokens")):
+            step = tensor.stride(dim) * tensor.element_size()
+            if tensor.shape[dim] > 1 and not (0 < step < MOST_BYTES and step % 16 == 0):
+                return f"{name} has {word} {step} bytes apart; allowed: multiples of 16, above 0 and below 2^40"
+    return None
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):

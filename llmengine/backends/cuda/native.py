@@ -20,19 +20,39 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # simulator, which has none.
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own")
+# Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's forward (csrc/cuda/attention_sm90a_forward.cu) where a
+# call's layout is one for tensor maps. No GPU has timed that one yet: until then it is asked for.
+ATTENTION = "LLMENGINE_CUDA_ATTENTION"
+ATTENTIONS = ("sm80", "sm90a")
+HOPPER = (9, 0)  # compute capability
 
 
 @contextlib.contextmanager
-def products_by(maker: str) -> Iterator[None]:
-    """Within the block, what the variable says."""
-    before = os.environ.get(PRODUCTS)
-    os.environ[PRODUCTS] = maker
+def setting(variable: str, value: str) -> Iterator[None]:
+    """Within the block, what a variable of the environment says."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
-        os.environ.pop(PRODUCTS)
+        os.environ.pop(variable)
         if before is not None:
-            os.environ[PRODUCTS] = before
+            os.environ[variable] = before
+
+
+def products_by(maker: str) -> contextlib.AbstractContextManager[None]:
+    return setting(PRODUCTS, maker)
+
+
+def attention_by(kernels: str) -> contextlib.AbstractContextManager[None]:
+    return setting(ATTENTION, kernels)
+
+
+def _chosen(variable: str, choices: tuple[str, ...], default: str) -> str:
+    chosen = os.environ.get(variable) or default
+    if chosen not in choices:
+        raise ValueError(f"{variable}: {chosen!r} is not one of {', '.join(choices)}")
+    return chosen
 
 
 class Native:
@@ -66,10 +86,14 @@ class Native:
             return getattr(self.module, function)(**arguments)
 
     def own_products(self, dtype: torch.dtype) -> bool:
-        maker = os.environ.get(PRODUCTS) or MAKERS[self.device_type == "cpu"]
-        if maker not in MAKERS:
-            raise ValueError(f"{PRODUCTS}: {maker!r} is not one of {', '.join(MAKERS)}")
-        return maker == "own" and dtype != torch.float32
+        return _chosen(PRODUCTS, MAKERS, MAKERS[self.device_type == "cpu"]) == "own" and dtype != torch.float32
+
+    def wants_hopper_attention(self) -> bool:
+        return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"
+
+    def capability(self, on: Tensor) -> tuple[int, int]:
+        """Of the device that `on` lies on; the simulator's is a Hopper (csrc/sim/simulator.h)."""
+        return torch.cuda.get_device_capability(on.device) if on.is_cuda else HOPPER
 
     def multiprocessors(self, on: Tensor) -> int:
         """Of the device that `on` lies on; the simulator's has few (csrc/sim/simulator.h)."""

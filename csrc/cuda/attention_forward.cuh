@@ -1,0 +1,141 @@
+// What the forward kernels for sm_80 and for sm_90a share behind a tile's logits: the online softmax of a warp's rows,
+// and what becomes of it. Accumulators are those of matrix_tile.cuh; a warpgroup's 64 rows lie in its four warps as
+// `blocks` = 1 each.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_sm80_call.h"
+
+namespace llmengine::cuda::attention {
+
+// What a row's attention leaves behind.
+template <class T>
+struct Results {
+  Operand<T> output;
+  float *lse, *lse_low;
+};
+
+template <class T>
+Results<T> results_of(const ops::AttentionForward& p) {
+  return {operand_of<T>(p.output), p.lse.as<float>(), p.lse_low.as<float>()};
+}
+
+// The softmax of a warp's rows so far; `sum` is over this thread's columns.
+template <int blocks>
+struct Softmax {
+  float base[blocks][2], sum[blocks][2];
+
+  // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
+  __device__ explicit Softmax(float sink) {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        base[m][half] = __fmul_rn(sink, kLog2e);
+        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
+      }
+  }
+
+  // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
+  template <int n>
+  __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2]) {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float most = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < n; ++j) most = fmaxf(most, fmaxf(x[m][j][2 * half], x[m][j][2 * half + 1]));
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
+        // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
+        const float higher = fmaxf(base[m][half], __fmul_rn(most, factor));
+        const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
+        rescaling[m][half] = ptx::exp2_approx(base[m][half] - from);
+        base[m][half] = higher;
+        sum[m][half] *= rescaling[m][half];
+#pragma unroll
+        for (int j = 0; j < n; ++j)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
+            sum[m][half] += x[m][j][i];
+          }
+      }
+  }
+
+  __device__ __forceinline__ void gather() {
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 1);
+        sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 2);
+      }
+  }
+};
+
+template <int blocks, int n>
+__device__ __forceinline__ void rescale(float (&x)[blocks][n][4], const float (&by)[blocks][2]) {
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int j = 0; j < n; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][j][i] *= by[m][i / 2];
+}
+
+// lse of a row, and what rounding takes from it.
+__device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base, float sum) {
+  const double exact = sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
+  const float high = static_cast<float>(exact);
+  *lse = high;
+  *lse_low = high == INFINITY || high == -INFINITY ? 0.0f : static_cast<float>(exact - high);
+}
+
+// A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums. They pass
+// through the rows from `own` of a tile, which no other warp uses.
+template <class T, int blocks, int rows, int columns>
+__device__ __forceinline__ void store_results(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head,
+                                              int row, int count, Softmax<blocks>& softmax, float keep_scale,
+                                              const Sums<blocks, columns>& output,
+                                              const Tile<T, rows, columns>& through, int own) {
+  softmax.gather();
+  const auto share = [&](int m, int half) {
+    const float sum = softmax.sum[m][half];
+    return sum == 0.0f ? 0.0f : keep_scale / sum;
+  };
+  store_rows(output, share, through, own, to.output.lines(s.batch, head, s.row0 + row), count);
+  const int64_t statistics = (s.batch * sizes.heads + head) * sizes.rows + s.row0 + row;
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int line = 16 * m + 8 * half + lane_of() / 4;
+      if (lane_of() % 4 != 0 || line >= count) continue;
+      store_lse(to.lse + statistics + line, to.lse_low + statistics + line, softmax.base[m][half],
+                softmax.sum[m][half]);
+    }
+}
+
+// Rows that belong to no sequence, by the whole block: tiles of `rows`, every `step`-th from `tile` on.
+template <int threads, class T>
+__device__ void leave_empty(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head, int rows, int tile,
+                            int step) {
+  for (int64_t first = static_cast<int64_t>(tile) * rows; first < s.rows; first += static_cast<int64_t>(step) * rows) {
+    const int row0 = s.row0 + static_cast<int>(first), count = least(rows, s.rows - static_cast<int>(first));
+    zero_rows<threads>(to.output.lines(s.batch, head, row0), count);
+    const int64_t statistics = (s.batch * sizes.heads + head) * sizes.rows + row0;
+    for (int row = static_cast<int>(threadIdx.x); row < count; row += threads) {
+      to.lse[statistics + row] = -INFINITY;
+      to.lse_low[statistics + row] = 0.0f;
+    }
+  }
+}
+
+}  // namespace llmengine::cuda::attention

@@ -1,0 +1,15 @@
+// Attention (ops/attention.h) on Hopper, by TMA and wgmma (attention_sm90a_forward.cu), of what tensor maps can tell:
+// operands that are not empty, begin at multiples of 16 bytes and have strides that are positive multiples of them.
+#pragma once
+
+#include "cuda/device.h"
+#include "ops/attention.h"
+
+namespace llmengine::cuda {
+
+struct AttentionForwardSm90a : ops::AttentionForward {};
+
+void validate(const AttentionForwardSm90a& p);
+void run(const AttentionForwardSm90a& p, Stream stream);
+
+}  // namespace llmengine::cuda

@@ -1,0 +1,445 @@
+// Attention, forward, on Hopper: the online softmax of attention_sm80_forward.cu, with boxes copied by TMA and products
+// of warpgroups (Shah et al. 2024).
+//
+//                          keys ->                  Warpgroup 0 has one warp at work, which fetches: a tile of queries,
+//   warpgroup      +-------+-------+-------+---     then keys and values through a ring of stages each. The others own
+//     1   64 rows  |   S   |   S   |   S   |        64 query rows of the same head: their output sums, S and P stay in
+//                  +-------+-------+-------+---     registers, P as first operand of the second product. Registers that
+//     2   64 rows  |   S   |   S   |   S   |        fetching needs not they take over.
+//                  +-------+-------+-------+---
+//                  K_0 V_0 K_1 V_1 K_2 V_2
+//
+//     S_0 = Q K_0^T;  P_0 = softmax
+//     S_1 = Q K_1^T  and  O = P_0 V_0  are begun;  P_1 = softmax of S_1 while O is made;  ...
+//
+//   Where a head dim leaves the exponentials as long as the products (up to 128), warpgroups take turns to begin
+//   products, so that one's softmax lies under another's.
+//
+//   query_full[q], key_full[s], value_full[s]   bytes have come
+//   query_free[q]                               every warp has stored what it made of the queries, by way of their
+//   place key_free[s], value_free[s]                  every warpgroup has multiplied them
+//
+//   Blocks are persistent (attention_schedule.h) and the rings go on through their tiles: the next tile's operands come
+//   while the last one's outputs are stored. Past the end of a tensor boxes bring zeros. Past the end of a packed
+//   sequence they bring the next one's rows: keys there are hidden as logits, but 0 V would be NaN where V is, so the
+//   fetching warp clears such rows before it shows them.
+//
+//   flops   4 rows keys head_dim a tile
+//   bytes   queries and outputs once; keys and values once a block, from the second-level cache: 128 rows do 128 flops
+//           a byte
+//   limit   the tensor cores, 4096 dense flops a clock and multiprocessor, as long as exponentials, 16 a clock, hide
+//           under them: they take as long as the products at head dim 64, half as long at 128, a quarter at 256
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/attention_forward.cuh"
+#include "cuda/attention_schedule.h"
+#include "cuda/attention_sm90a.h"
+#include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/made_here.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tensor_copy.cuh"
+#include "cuda/ptx/warp.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace llmengine::cuda {
+namespace attention {
+namespace {
+
+inline constexpr int kGroupRows = 64;  // of a warpgroup
+inline constexpr int kPanel = 64;      // columns that are 128 bytes of a row, and a box
+inline constexpr int kEightRows = 8 * 128;
+
+// Of a head dim up to D. `simple`: nothing but a scale and a band lies between products and exponentials; what else may
+// takes registers, and leaves room for fewer keys.
+template <int D, bool simple>
+struct Shape {
+  static constexpr int groups = 2, rows = groups * kGroupRows, threads = 128 * (1 + groups);
+  static constexpr int panels = (D + kPanel - 1) / kPanel;
+  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 80;
+  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - (D <= 192 ? 16 : 32);
+  static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
+  static constexpr bool by_turns = D <= 128;
+  static constexpr int few_registers = 40, many_registers = 232;  // 128 x 40 + 256 x 232: all that there are
+  static constexpr int query_bytes = rows * panels * 128, stage_bytes = keys * panels * 128;
+};
+
+template <class S>
+struct Shared {
+  uint16_t query[S::queries][S::query_bytes / 2];  // a warpgroup's rows lie together, in panels
+  uint16_t key[S::stages][S::stage_bytes / 2], value[S::stages][S::stage_bytes / 2];
+  ptx::Mbarrier query_full[S::queries], query_free[S::queries];
+  ptx::Mbarrier key_full[S::stages], key_free[S::stages];
+  ptx::Mbarrier value_full[S::stages], value_free[S::stages];
+  ptx::Mbarrier landed;  // values that are to be cleared in part
+};
+
+template <class T>
+struct Forward {
+  Results<T> results;
+  Options options;
+  bool plain;  // logits are multiples of products
+  Sizes sizes;
+  Schedule schedule;
+};
+
+struct Maps {
+  const ptx::TensorMap *query, *key, *value;
+};
+
+// Where a thread is in a ring: what it has gone through so far.
+template <int stages>
+struct Turn {
+  static_assert((stages & (stages - 1)) == 0);
+  unsigned number = 0;
+
+  __device__ __forceinline__ int stage() const { return static_cast<int>(number % stages); }
+  __device__ __forceinline__ int parity() const { return static_cast<int>(number / stages % 2); }
+};
+
+// ---- work -----------------------------------------------------------------------------------------------------------
+
+// A tile of rows from `first` on of a head of a sequence, and the keys [begin, end) that it goes through.
+struct Work {
+  Sequence s;
+  int head, first, begin, end;
+
+  __device__ bool some() const { return begin < end; }
+};
+
+__device__ __forceinline__ int turn_of(const Schedule& schedule, int round) {
+  return schedule.turn(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+}
+
+template <class S, class T>
+__device__ __forceinline__ Work work_of(const Forward<T>& p, int round) {
+  const auto [tile, owner] = p.schedule.at(turn_of(p.schedule, round));
+  const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
+  const int first = tile * S::rows;
+  const Span span = keys_of_rows(s.band(p.options), first, S::rows);
+  return {s, owner % p.sizes.heads, first, span.begin / S::keys * S::keys, span.end};
+}
+
+// body(round) for each round in which this block has a tile: all but, perhaps, the last.
+template <class T, class Body>
+__device__ __forceinline__ void each_round(const Forward<T>& p, const Body& body) {
+#pragma unroll 1
+  for (int round = 0; round < p.schedule.rounds(static_cast<int>(gridDim.x)); ++round) {
+    if (turn_of(p.schedule, round) < p.schedule.count()) body(round);
+  }
+}
+
+// ---- the warp that fetches ------------------------------------------------------------------------------------------
+
+// Rows from `row` on, as panels that lie `panel_bytes` apart.
+template <int panels>
+__device__ __forceinline__ void fetch(uint16_t* to, int panel_bytes, const ptx::TensorMap* map, ptx::Mbarrier* full,
+                                      int row, int head, int64_t batch) {
+#pragma unroll
+  for (int p = 0; p < panels; ++p)
+    ptx::copy_tensor(to + p * panel_bytes / 2, map, full, p * kPanel, row, head, static_cast<int>(batch));
+}
+
+// Rows from `row` on of a stage of values, by the warp.
+template <class S>
+__device__ __forceinline__ void clear_rows(uint16_t* stage, int row) {
+  const int chunks = (S::keys - row) * 8;  // of 16 bytes, in a panel
+  for (int i = lane_of(); i < chunks * S::panels; i += 32) {
+    uint16_t* panel = stage + i / chunks * S::keys * kPanel;
+    reinterpret_cast<uint4*>(panel + row * kPanel)[i % chunks] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class S, class T>
+__device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, const Forward<T>& p) {
+  const bool elected = ptx::elect_one(), packed = p.sizes.cu_seqlens_k != nullptr;
+  Turn<S::stages> turn;
+  int landed = 0;
+  each_round(p, [&](int round) {
+    const Work w = work_of<S>(p, round);
+    const Turn<S::queries> query{static_cast<unsigned>(round)};
+    const int key_head = w.head / p.sizes.group;
+    if (elected) {
+      ptx::Mbarrier* full = &shared.query_full[query.stage()];
+      ptx::mbarrier_wait(&shared.query_free[query.stage()], query.parity() ^ 1);
+      if (w.some()) {
+        ptx::mbarrier_arrive_expect_tx(full, S::query_bytes);
+#pragma unroll
+        for (int g = 0; g < S::groups; ++g)
+          fetch<S::panels>(shared.query[query.stage()] + g * (S::query_bytes / 2 / S::groups), kGroupRows * 128,
+                           maps.query, full, w.s.row0 + w.first + g * kGroupRows, w.head, w.s.batch);
+      } else {
+        ptx::mbarrier_arrive(full);
+      }
+    }
+#pragma unroll 1
+    for (int key = w.begin; key < w.end; key += S::keys, ++turn.number) {
+      const int stage = turn.stage(), row = w.s.key0 + key;
+      const bool neighbours = packed && w.s.keys - key < S::keys;
+      if (elected) {
+        ptx::mbarrier_wait(&shared.key_free[stage], turn.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&shared.key_full[stage], S::stage_bytes);
+        fetch<S::panels>(shared.key[stage], S::keys * 128, maps.key, &shared.key_full[stage], row, key_head, w.s.batch);
+        ptx::Mbarrier* full = neighbours ? &shared.landed : &shared.value_full[stage];
+        ptx::mbarrier_wait(&shared.value_free[stage], turn.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full, S::stage_bytes);
+        fetch<S::panels>(shared.value[stage], S::keys * 128, maps.value, full, row, key_head, w.s.batch);
+      }
+      if (neighbours) {
+        __syncwarp();
+        ptx::mbarrier_wait(&shared.landed, landed);
+        landed ^= 1;
+        clear_rows<S>(shared.value[stage], w.s.keys - key);
+        ptx::fence_async_shared();
+        __syncwarp();
+        if (elected) ptx::mbarrier_arrive(&shared.value_full[stage]);
+      }
+    }
+  });
+}
+
+// ---- the warpgroups that multiply -----------------------------------------------------------------------------------
+
+template <class T>
+inline constexpr auto kMultiplicand = ptx::Multiplicand::bf16;
+template <>
+inline constexpr auto kMultiplicand<f16> = ptx::Multiplicand::f16;
+
+// A warp's 16 rows as the accumulators of its warpgroup's products.
+template <int n>
+__device__ __forceinline__ float (&flat(float (&x)[1][n][4]))[4 * n] {
+  return reinterpret_cast<float (&)[4 * n]>(x);
+}
+
+// x = query key^T of 64 rows, begun.
+template <class S, class T, int D>
+__device__ __forceinline__ void begin_scores(Sums<1, S::keys>& x, const uint16_t* query, const uint16_t* key) {
+  const auto left = ptx::matrix_descriptor(query, 0, kEightRows, Swizzle::bytes_128);
+  const ptx::MatrixDescriptor here{ptx::made_here(left.bits)};
+  const auto right = ptx::matrix_descriptor(key, 0, kEightRows, Swizzle::bytes_128);
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    const int panel = k / 4, within = k % 4 * 32;
+    ptx::wgmma<kMultiplicand<T>>(flat(x), here.advanced(panel * kGroupRows * 128 + within),
+                                 right.advanced(panel * S::keys * 128 + within), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// output += probabilities value, begun.
+template <class S, class T, int D>
+__device__ __forceinline__ void begin_output(Sums<1, D>& output, const uint32_t (&probabilities)[1][S::keys / 16][4],
+                                             const uint16_t* value) {
+  const auto right = ptx::matrix_descriptor(value, S::keys * 128, kEightRows, Swizzle::bytes_128);
+#pragma unroll
+  for (int k = 0; k < S::keys / 16; ++k)
+    ptx::wgmma<kMultiplicand<T>, ptx::Major::mn>(flat(output), probabilities[0][k], right.advanced(k * 16 * 128), true);
+  ptx::wgmma_commit();
+}
+
+// Whose turn it is to begin products: a warpgroup's after the one before it, the first one's after the last one.
+template <class S>
+struct Order {
+  int group;
+
+  static constexpr int kFirst = 1 + S::groups, kThreads = 256;  // ids of barriers; those who wait and who let go on
+
+  __device__ __forceinline__ void begin() const {
+    if (S::by_turns && group == S::groups - 1) ptx::barrier_arrive(kFirst, kThreads);
+  }
+  __device__ __forceinline__ void take() const {
+    if constexpr (S::by_turns) ptx::barrier_sync(kFirst + group, kThreads);
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (S::by_turns) ptx::barrier_arrive(kFirst + (group + 1) % S::groups, kThreads);
+  }
+  __device__ __forceinline__ void end() const {
+    if (S::by_turns && group == 0) ptx::barrier_sync(kFirst, kThreads);
+  }
+};
+
+// One thread a warpgroup.
+__device__ __forceinline__ void give_back(ptx::Mbarrier* free) {
+  if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(free);
+}
+
+// Scores of a warp's rows to what their values weigh.
+template <class S, class T, bool simple>
+__device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1][2], Softmax<1>& softmax,
+                                      const Forward<T>& p, const Work& w, const Span& reach, int row, int key) {
+  if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, w.head, row, key);
+  if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
+  softmax.add(x, p.options.factor, rescaling);
+  if (!simple && p.options.dropout.seed) {
+    const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
+    drop(x, draw<false, 1, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
+  }
+}
+
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const Work& w, const uint16_t* query,
+                                       int row, const Order<S>& order, Turn<S::stages>& turn, Softmax<1>& softmax,
+                                       Sums<1, D>& output) {
+  const Span reach = keys_of_rows(w.s.band(p.options), row, 16);
+  Sums<1, S::keys> x;
+  uint32_t probabilities[1][S::keys / 16][4];
+  float rescaling[1][2];
+
+  ptx::mbarrier_wait(&shared.key_full[turn.stage()], turn.parity());
+  order.take();
+  ptx::wgmma_fence(flat(x));
+  begin_scores<S, T, D>(x, query, shared.key[turn.stage()]);
+  order.pass();
+  ptx::wgmma_wait<0>(flat(x));
+  give_back(&shared.key_free[turn.stage()]);
+  weigh<S, T, simple>(x, rescaling, softmax, p, w, reach, row, w.begin);
+  round_to_operands<T>(x, probabilities);
+
+#pragma unroll 1
+  for (int key = w.begin + S::keys; key < w.end; key += S::keys) {
+    const Turn<S::stages> values = turn;
+    ++turn.number;
+    ptx::mbarrier_wait(&shared.key_full[turn.stage()], turn.parity());
+    order.take();
+    ptx::settle_registers(flat(output));
+    ptx::wgmma_fence(flat(x));
+    begin_scores<S, T, D>(x, query, shared.key[turn.stage()]);
+    ptx::mbarrier_wait(&shared.value_full[values.stage()], values.parity());
+    ptx::wgmma_fence();  // of the scores' fence the assembler knows no more behind the wait
+    begin_output<S, T, D>(output, probabilities, shared.value[values.stage()]);
+    order.pass();
+    ptx::wgmma_wait<1>(flat(x));
+    give_back(&shared.key_free[turn.stage()]);
+    weigh<S, T, simple>(x, rescaling, softmax, p, w, reach, row, key);
+    ptx::wgmma_wait<0>(flat(output));
+    give_back(&shared.value_free[values.stage()]);
+    round_to_operands<T>(x, probabilities);
+    rescale(output, rescaling);
+  }
+
+  ptx::mbarrier_wait(&shared.value_full[turn.stage()], turn.parity());
+  ptx::wgmma_fence(flat(output));
+  begin_output<S, T, D>(output, probabilities, shared.value[turn.stage()]);
+  ptx::wgmma_wait<0>(flat(output));
+  give_back(&shared.value_free[turn.stage()]);
+  ++turn.number;
+}
+
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>& p) {
+  const int group = warp_of() / 4 - 1;
+  const Order<S> order{group};
+  Turn<S::stages> turn;
+  order.begin();
+  each_round(p, [&](int round) {
+    const Turn<S::queries> query{static_cast<unsigned>(round)};
+    const Work w = work_of<S>(p, round);
+    const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
+    uint16_t* tile = shared.query[query.stage()] + group * (S::query_bytes / 2 / S::groups);
+    Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
+    Sums<1, D> output;
+    clear(output);
+    ptx::mbarrier_wait(&shared.query_full[query.stage()], query.parity());
+    if (w.some())
+      attend<S, T, D, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
+    ptx::barrier_sync(1 + group, 128);                        // all its warps are done with the queries
+    const Work again = work_of<S>(p, ptx::made_here(round));  // sooner than in registers all the while
+    const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
+    if (count > 0) {
+      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
+                    Tile<T, kGroupRows, D>::at(tile, 0), own);
+    }
+    ptx::fence_async_shared();
+    __syncwarp();
+    if (lane_of() == 0) ptx::mbarrier_arrive(&shared.query_free[query.stage()]);
+  });
+  order.end();
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <class T, int D, bool simple>
+__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
+    attention_forward_sm90a(const __grid_constant__ ptx::TensorMap query, const __grid_constant__ ptx::TensorMap key,
+                            const __grid_constant__ ptx::TensorMap value, const __grid_constant__ Forward<T> p) {
+  using S = Shape<D, simple>;
+  auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
+  if (threadIdx.x == 0) {
+    for (int q = 0; q < S::queries; ++q) {
+      ptx::mbarrier_init(&shared.query_full[q], 1);
+      ptx::mbarrier_init(&shared.query_free[q], 4 * S::groups);
+    }
+    for (int s = 0; s < S::stages; ++s) {
+      for (auto* full : {shared.key_full, shared.value_full}) ptx::mbarrier_init(full + s, 1);
+      for (auto* free : {shared.key_free, shared.value_free}) ptx::mbarrier_init(free + s, S::groups);
+    }
+    ptx::mbarrier_init(&shared.landed, 1);
+    ptx::mbarrier_init_fence();
+  }
+  if (p.sizes.cu_seqlens_q) {
+    const Sequence rest = sequence_of(p.sizes, p.sizes.sequences);
+    for (int head = 0; head < p.sizes.heads; ++head)
+      leave_empty<S::threads>(p.results, p.sizes, rest, head, S::rows, static_cast<int>(blockIdx.x),
+                              static_cast<int>(gridDim.x));
+  }
+  __syncthreads();
+  if (warp_of() >= 4) {
+    ptx::increase_registers<S::many_registers>();
+    multiply_all<S, T, D, simple>(shared, p);
+    return;
+  }
+  ptx::decrease_registers<S::few_registers>();
+  if (warp_of() == 0) {
+    const Maps maps{&query, &key, &value};
+    if (lane_of() == 0) {
+      for (const auto* map : {maps.query, maps.key, maps.value}) ptx::prefetch_tensor_map(map);
+    }
+    fetch_all<S>(shared, maps, p);
+  }
+}
+
+template <class T, int D, bool simple>
+void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
+  using S = Shape<D, simple>;
+  const Sizes sizes = sizes_of_rows(p, S::rows);
+  const int owners = sizes.heads * sizes.sequences;
+  const int64_t bytes =
+      p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * (p.key.size(3) + p.value.size(3)) * 2;
+  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+  const Forward<T> given{results_of<T>(p), options_of(p), is_plain(p), sizes,
+                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins}};
+  const auto map = [](const char* name, const TensorView& t, int rows) {
+    return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, rows, kPanel}, Swizzle::bytes_128));
+  };
+  // packed tokens that belong to no sequence want blocks even where there are no sequences
+  const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads).x;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
+  const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
+                      cuda_stream(stream),       p.query,      sizeof(Shared<S>)};
+  launch(at, attention_forward_sm90a<T, D, simple>, map("query", p.query, kGroupRows), map("key", p.key, S::keys),
+         map("value", p.value, S::keys), given);
+}
+
+}  // namespace
+}  // namespace attention
+
+void validate(const AttentionForwardSm90a& p) { ops::validate(p, attention::kTypes); }
+
+void run(const AttentionForwardSm90a& p, Stream stream) {
+  using namespace attention;
+  if (p.query.numel() == 0) return;
+  if (const int found = compute_capability(); found != 90) {
+    throw std::runtime_error("attention_forward_sm90a: the device has compute capability " +
+                             std::to_string(found / 10) + "." + std::to_string(found % 10) + "; allowed: 9.0");
+  }
+  const bool simple = is_plain(p) && p.dropout_p == 0;
+  visit_dims<64, 96, 128, 192, 256>(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
+    simple ? launch_forward<T, D, true>(p, stream) : launch_forward<T, D, false>(p, stream);
+  });
+}
+
+}  // namespace llmengine::cuda
