@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmengine import functional
 from llmengine.backends.cpu.linear import TILES
+from llmengine.backends.cuda.linear import asked_for
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
@@ -44,8 +45,8 @@ def watched(name: str, leaf: Module) -> str | None:
 
 
 def linear(leaf: Module, input: Tensor) -> Tensor:
-    """leaf(input), by our products where they are quicker."""
-    if TILES and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
+    """leaf(input), by our products where they are quicker or asked for."""
+    if (TILES or asked_for(input)) and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
     return leaf(input)
 
