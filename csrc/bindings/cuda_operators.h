@@ -12,7 +12,7 @@
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
 #include "cuda/gemm.h"
-#include "cuda/gemm_sm90a.h"
+#include "cuda/gemm_cores.h"
 #include "cuda/gradient_norm.h"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/norm.h"

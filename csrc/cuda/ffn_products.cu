@@ -1,8 +1,7 @@
 // Feed-forward block, forward and backward, with the activation in the epilogues of its products (formulas: ops/ffn.h).
 //
-//   forward    hidden_product   x w_up^T, and of a gated block x w_gate^T beside it, so that a thread has both sums of
-//   a
-//                               unit -> bias, activation, gate, dropout
+//   forward    hidden_product   x w_up^T, and of a gated block x w_gate^T beside it, so that a thread has both sums
+//                               of a unit -> bias, activation, gate, dropout
 //              gemm             hidden w_down^T + b_down
 //   backward   hidden_gradient  grad_output w_down -> times dropout, slope, gate: grad_up, grad_gate, hidden once more,
 //                               and their sums over 64 tokens each for the biases, which column_sums adds up
@@ -15,8 +14,8 @@
 //   limit      the tensor cores, as of the products alone
 #include "cuda/ffn_products.cuh"
 #include "cuda/gemm.h"
+#include "cuda/gemm_cores.h"
 #include "cuda/gemm_host.h"
-#include "cuda/gemm_sm90a.h"
 
 namespace llmengine::cuda {
 namespace {

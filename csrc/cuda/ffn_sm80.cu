@@ -3,9 +3,8 @@
 //
 //   hidden_product   of a gated block, a tile of 128 tokens has 64 hidden units of w_up and the same of w_gate, and a
 //                    thread both sums of a unit
-//   hidden_gradient  with d = 1024 its epilogue moves 96 KiB for 2^25 flops a tile, and the multiprocessor's other
-//   block
-//                    multiplies meanwhile
+//   hidden_gradient  with d = 1024 its epilogue moves 96 KiB for 2^25 flops a tile, and the other block of the
+//                    multiprocessor multiplies meanwhile
 #include <type_traits>
 
 #include "cuda/ffn_products.cuh"

@@ -1,11 +1,10 @@
 // The products of the feed-forward block whose epilogues are its own, on Hopper (the block: ffn_products.cu; products:
 // gemm_sm90a.cuh).
 //
-//   hidden_product   of a gated block, a tile of 256 columns is 128 hidden units of w_up and the same of w_gate
-//   (`pair`):
-//                    one block of a cluster fetches the ones for both, the other the others
-//   hidden_gradient  a thread asks for four pre-activations before it turns the first; sums over 64 tokens, for the
-//                    biases, are a warpgroup's
+//   hidden_product   of a gated block, a tile of 256 columns is 128 hidden units of w_up and the same of w_gate, a
+//                    `pair`: one block of a cluster fetches the ones for both, the other the others
+//   hidden_gradient  without a gate a thread asks for four pre-activations before it turns the first; sums over 64
+//                    tokens, for the biases, are a warpgroup's
 //
 //   limit   the tensor cores, which stand still in an epilogue: of the forward, 128 hidden units a thread at 10 to 30
 //           operations, two warps a scheduler, 3 to 8 thousand clocks beside 16 d for a tile's products

@@ -13,9 +13,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/gemm_cores.h"
 #include "cuda/gemm_host.h"
 #include "cuda/gemm_result.cuh"
-#include "cuda/gemm_sm90a.h"
 #include "cuda/launch.cuh"
 #include "cuda/row_shape.h"
 

@@ -21,7 +21,7 @@ struct Gemm {
   TensorView added;   // float32 (m, n), or none; may be out
   TensorView out;     // (m, n), of their dtype or float32
   TensorView room;    // float32, for sums of parts of k, or none: it is not cut
-  std::string core;   // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_sm90a.h)
+  std::string core;   // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_cores.h)
 
   static constexpr auto fields() {
     using P = Gemm;

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "cuda/gemm.h"
+#include "cuda/gemm_cores.h"
 #include "cuda/gemm_host.h"
 #include "cuda/gemm_result.cuh"
-#include "cuda/gemm_sm90a.h"
 
 namespace llmengine::cuda {
 namespace {

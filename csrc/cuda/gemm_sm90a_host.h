@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/gemm_cores.h"
 #include "cuda/gemm_sm90a.cuh"
-#include "cuda/gemm_sm90a.h"
 #include "cuda/launch.cuh"
 
 namespace llmengine::cuda::gemm_sm90a {

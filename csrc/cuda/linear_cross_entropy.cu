@@ -1,28 +1,28 @@
 // Cross-entropy of a linear layer, forward and backward, whose logits end in the registers that they are made in
-// (formulas: ops/linear_cross_entropy.h, ops/cross_entropy.h; products: gemm_sm80.cuh; Wijmans et al. 2024).
+// (formulas: ops/linear_cross_entropy.h, ops/cross_entropy.h; Wijmans et al. 2024). Products, and what they end in:
+// linear_cross_entropy_{sm80,sm90a}.cu, linear_cross_entropy_products.cuh.
 //
-//                  span of classes                A block of the forward owns 128 tokens and a span of the classes, one
-//              +-------+-------+-------+---       tile of 128 after the other. The sums of a tile are logits, which
-//              join
-//       128    |   z   |   z   |   z   |          what the block knows of each token, in shared memory: the largest,
-//       the
-//      tokens  |       |       |       |          sum of exponentials below it, with label smoothing the sum of w z.
-//              +-------+-------+-------+---       The thread that meets a token's own class writes its logit.
+//              span of classes
+//          +-------+-------+-------+---   A block of the forward owns a tile of tokens and a span of the classes, one
+//   tokens |   z   |   z   |   z   |      tile after the other. The sums of a tile are logits, which join what is known
+//          +-------+-------+-------+---   of each token: the largest, the sum of exponentials below it, with label
+//          |   z   |   z   |   z   |      smoothing the sum of w z. The thread that meets a token's own class writes
+//          +-------+-------+-------+---   its logit.
 //
-//   forward    logits_of_span, then  linear_cross_entropy_merge: the spans of a token in order, its loss and lse;
+//   forward    logits_of_span, then linear_cross_entropy_merge: the spans of a token in order, its loss and lse;
 //              cross_entropy_sum (cross_entropy.cu)
 //   backward   for as many classes at a time as `block` has room for: logits_gradient forms their logits again and, in
 //              the epilogue, from lse their gradient dz (the target's share taken off in float32), with its sums over
 //              64 tokens for the bias; then grad_input += dz weight, in float32 between blocks, and grad_linear_weight
-//              = dz^T input of these classes, each by gemm_sm80.cu
+//              = dz^T input of these classes, each by gemm.cu
 //
-//   Tiles of tokens without a label multiply nothing. No atomics: every sum has its order.
+//   No atomics: every sum has its order.
 //
 //   flops      2 tokens d classes forward, 6 backward
 //   bytes      operands as products read them; 12 a token and span; backward 2 written and 4 read a logit, and 8 an
 //              element of grad_input for each block but the first and last: with 64 MiB a block, d = 4096 and 8192
 //              tokens 0.27 GB beside 0.8 Tflop
-//   limit      the tensor cores; an exponential a logit takes 1024 clocks a tile, against 16 d for its products
+//   limit      the tensor cores
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -30,8 +30,8 @@
 
 #include "cuda/cross_entropy.h"
 #include "cuda/gemm.h"
+#include "cuda/gemm_cores.h"
 #include "cuda/gemm_host.h"
-#include "cuda/gemm_sm90a.h"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/linear_cross_entropy_products.cuh"
 #include "cuda/row_shape.h"

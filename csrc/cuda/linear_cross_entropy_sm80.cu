@@ -2,8 +2,7 @@
 // products: gemm_sm80.cuh).
 //
 //   logits_of_span   a block owns 128 tokens and a span of the classes, one tile of 128 after the other. What it knows
-//   of
-//                    each token lies in shared memory, of each half of a tile's columns by itself. The thread that
+//                    of each token lies in shared memory, of each half of a tile's columns by itself. The thread that
 //                    meets a token's own class writes its logit.
 //   logits_gradient  a tile of logits again, and in the epilogue from lse their gradient
 //

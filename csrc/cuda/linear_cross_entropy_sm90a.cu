@@ -6,7 +6,7 @@
 //                    the sum of exponentials below it, with label smoothing the sum of w z. The four threads of a token
 //                    meet at the span's end.
 //   logits_gradient  a tile of logits again, and from lse their gradient. The factors of a warpgroup's 64 tokens lie in
-//                    shared memory.
+//                    shared memory. Tiles of tokens without a label are multiplied as any.
 //
 //   limit   the tensor cores, which stand still in an epilogue: of the forward 32768 exponentials, 2048 clocks, beside
 //           16 d for a tile's products

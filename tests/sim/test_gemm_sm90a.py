@@ -14,7 +14,7 @@ from torch import Tensor
 from llmengine.testing.simulator import SCHEDULES
 
 from .harness import Break, assert_caught
-from .test_gemm import HALVES, NOTHING, WAYS, assert_right, lying, operands, parts_of, product, room
+from .test_gemm import HALVES, NOTHING, WAYS, assert_right, lying, module, operands, parts_of, product, room
 
 HEAVY = (pytest.mark.heavy,)
 DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -189,7 +189,8 @@ BREAKS: dict[str, Break] = {
         "its copy reads .* what .* with no barrier between|reads shared memory that no thread",
     ),
     "no cluster barrier at the end": (
-        *CORE, "  ptx::cluster_sync();  // no block ends", "  // no block ends", "ends while .* uses its shared memory",
+        *CORE, "  ptx::cluster_sync();  // no block ends", "  // no block ends",
+        "ends while .* uses its shared memory|uses .* shared memory of .*, which has ended",
     ),
     "no cluster barrier at the beginning": (
         *CORE, "  ptx::cluster_sync();\n  if (warp < 4)", "  __syncthreads();\n  if (warp < 4)",
@@ -223,14 +224,13 @@ BREAKS: dict[str, Break] = {
 
 
 def attempt() -> None:
-    from llmengine.backends import cuda_sim
-
-    cuda_sim.NATIVE.module.set_schedule("random", 4)
-    for wide in (False, True):
-        assert_right(300, 200, 400, "rows columns", torch.bfloat16, wide=wide, **HOPPER)
+    module().set_schedule("random", 4)
+    for n, wide in ((270, False), (200, True)):
+        assert_right(300, n, 400, "rows columns", torch.bfloat16, wide=wide, **HOPPER)
     a, b = matrices(40, 72, 64, "rows rows", torch.bfloat16)
     twice = product(a, b, torch.float32, a2=a, b2=b, **HOPPER)
-    assert torch.allclose(twice, 2 * product(a, b, torch.float32, **HOPPER)), "two products differ"
+    once = product(a, b, torch.float32, **HOPPER)
+    assert torch.allclose(twice, 2 * once, rtol=1e-4, atol=1e-4), "two products differ"
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail(native):
