@@ -14,7 +14,7 @@
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
 #include "cuda/gemm.h"
-#include "cuda/gemm_sm90a.h"
+#include "cuda/gemm_cores.h"
 #include "cuda/gradient_norm.h"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/norm.h"
@@ -58,7 +58,6 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
   operation("gemm", cuda::Gemm{});
-  operation("gemm_sm90a", cuda::GemmSm90a{});
   operation("gradient_norm", cuda::GradientNorm{});
   operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
   operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
@@ -68,6 +67,13 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("rotary_backward", cuda::RotaryBackward{});
   operation("softmax_forward", cuda::SoftmaxForward{});
   operation("softmax_backward", cuda::SoftmaxBackward{});
+  module.def(
+      "sm90a_refuses",
+      [=](TensorObject matrix) {
+        const TensorView view = view_of({"sm90a_refuses", "matrix", device}, matrix.object);
+        return cuda::hopper_refuses("sm90a", {{&view, "matrix"}});
+      },
+      pybind11::kw_only(), pybind11::arg("matrix"));
   module.def(
       "norm_backward_blocks",
       [=](TensorObject h) { return cuda::norm_backward_blocks(view_of({"norm backward", "h", device}, h.object)); },

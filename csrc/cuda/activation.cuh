@@ -19,6 +19,7 @@ constexpr void visit_activation(Activation activation, const Body& body) {
     case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>{});
     case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
     case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu_squared: return body(std::integral_constant<Activation, Activation::relu_squared>{});
     case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>{});
   }
 }
@@ -34,6 +35,7 @@ __device__ __forceinline__ float value_of(float x) {
   if constexpr (activation == Activation::gelu) return x * normal_distribution(x);
   if constexpr (activation == Activation::gelu_tanh) return x * sigmoid(tanh_argument(x));
   if constexpr (activation == Activation::relu) return x < 0.0f ? 0.0f : x;  // NaN stays
+  if constexpr (activation == Activation::relu_squared) return x < 0.0f ? 0.0f : x * x;
   if constexpr (activation == Activation::silu) return x * sigmoid(x);
 }
 
@@ -52,6 +54,9 @@ __device__ __forceinline__ ValueAndSlope with_slope(float x) {
     return {x * s, rise == 0.0f ? s : s + x * rise * inner};  // where it no longer rises, inner may be infinite
   } else if constexpr (activation == Activation::relu) {
     return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
+  } else if constexpr (activation == Activation::relu_squared) {
+    const float positive = x < 0.0f ? 0.0f : x;
+    return {positive * positive, 2.0f * positive};
   } else {
     const float s = sigmoid(x);
     return {x * s, s * (1.0f + x * (1.0f - s))};

@@ -1,6 +1,6 @@
 // The feed-forward block (ops/ffn.h) on CUDA. Its elementwise half between products that a BLAS makes (ffn.cu): from
 // the pre-activations, with their biases, to the hidden layer, and from its gradient to theirs. And, of bfloat16 and
-// float16, the whole block with products of our own (ffn_sm80.cu).
+// float16, the whole block with products of our own (ffn_products.cu).
 #pragma once
 
 #include <string>
@@ -51,18 +51,31 @@ struct HiddenBackward {
   }
 };
 
-struct FeedForwardForward : ops::FeedForwardForward {};
+struct FeedForwardForward : ops::FeedForwardForward {
+  TensorView room;  // of the products, as `core`: Gemm's
+  std::string core;
+
+  static constexpr auto fields() {
+    using P = FeedForwardForward;
+    return std::tuple_cat(ops::FeedForwardForward::fields(),
+                          std::tuple{ops::field("room", &P::room), ops::field("core", &P::core)});
+  }
+};
 
 struct FeedForwardBackward : ops::FeedForwardBackward {
   // float32 (2 rows a tile of 128 tokens, f): what is to be added up for grad_b_up and grad_b_gate, where wanted
   TensorView partial_up, partial_gate;
   TensorView partial_down;  // float32 (parts, d): room, where grad_b_down is wanted
+  TensorView room;          // of the products, as `core`: Gemm's
+  std::string core;
 
   static constexpr auto fields() {
     using P = FeedForwardBackward;
-    return std::tuple_cat(ops::FeedForwardBackward::fields(), std::tuple{ops::field("partial_up", &P::partial_up),
-                                                                         ops::field("partial_gate", &P::partial_gate),
-                                                                         ops::field("partial_down", &P::partial_down)});
+    return std::tuple_cat(
+        ops::FeedForwardBackward::fields(),
+        std::tuple{ops::field("partial_up", &P::partial_up), ops::field("partial_gate", &P::partial_gate),
+                   ops::field("partial_down", &P::partial_down), ops::field("room", &P::room),
+                   ops::field("core", &P::core)});
   }
 };
 

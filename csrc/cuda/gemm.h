@@ -1,7 +1,8 @@
 // Products of matrices of bfloat16 and float16 on CUDA, and sums over the rows of one: what operators with matrices are
-// made of (gemm_sm80.cu, column_sums.cu).
+// made of (gemm.cu, column_sums.cu).
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "common/check.h"
@@ -19,12 +20,14 @@ struct Gemm {
   TensorView bias;    // (n,), of their dtype or float32, or none
   TensorView added;   // float32 (m, n), or none; may be out
   TensorView out;     // (m, n), of their dtype or float32
+  TensorView room;    // float32, for sums of parts of k, or none: it is not cut
+  std::string core;   // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_cores.h)
 
   static constexpr auto fields() {
     using P = Gemm;
-    return std::tuple{ops::field("a", &P::a),    ops::field("b", &P::b),       ops::field("a2", &P::a2),
-                      ops::field("b2", &P::b2),  ops::field("bias", &P::bias), ops::field("added", &P::added),
-                      ops::field("out", &P::out)};
+    return std::tuple{ops::field("a", &P::a),     ops::field("b", &P::b),       ops::field("a2", &P::a2),
+                      ops::field("b2", &P::b2),   ops::field("bias", &P::bias), ops::field("added", &P::added),
+                      ops::field("out", &P::out), ops::field("room", &P::room), ops::field("core", &P::core)};
   }
 };
 

@@ -155,17 +155,17 @@ __device__ __forceinline__ void multiply_stage(Accumulators& c, const TileA& til
   }
 }
 
-// c += a b^T of the tile that begins at line `row` of a and `column` of b. Whoever uses the stages' memory afterwards
-// begins with a barrier: other warps may still multiply.
+// c += a b^T over k in [from, to), whole steps but for the last, of the tile that begins at line `row` of a and
+// `column` of b. Whoever uses the stages' memory afterwards begins with a barrier: other warps may still multiply.
 template <class T, class A, class B>
 __device__ __forceinline__ void multiply_add(Accumulators& c, void* shared, const A& a, const B& b, int row, int column,
-                                             int depth) {
+                                             int from, int to) {
   const Stages<A, B> stages{shared};
-  const int steps = (depth + kDepth - 1) / kDepth;
+  const int steps = (to - from + kDepth - 1) / kDepth;
   const auto begin = [&](int step, int stage) {
     if (step < steps) {
-      a.copy(stages.a(stage), row, step * kDepth, depth);
-      b.copy(stages.b(stage), column, step * kDepth, depth);
+      a.copy(stages.a(stage), row, from + step * kDepth, to);
+      b.copy(stages.b(stage), column, from + step * kDepth, to);
     }
     ptx::commit_copies();  // of nothing, at the end: so the groups that are waited for are always the latest
   };

@@ -1,101 +1,116 @@
-// The host's side of gemm_sm90a.cuh: from tensors to tensor maps and a grid.
-#include <algorithm>
-#include <limits>
-#include <stdexcept>
+// Plain products on Hopper: out = a b + a2 b2 + bias + added (algorithm, flops and limit: gemm_sm90a.cuh).
+//
+//   Results of 16 bits that TMA can store go by boxes, with 128 columns a tile where there are no more; others, of
+//   float32, with a matrix added, in parts of k, or whose rows begin anywhere, by vectors of eight columns.
+#include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "cuda/gemm_sm90a.cuh"
-#include "cuda/gemm_sm90a.h"
-#include "cuda/launch.cuh"
+#include "cuda/gemm_host.h"
+#include "cuda/gemm_result.cuh"
+#include "cuda/gemm_sm90a_host.h"
 
 namespace llmengine::cuda {
-
 namespace {
 
 using namespace gemm_sm90a;
 
-bool has_unit_stride(const TensorView& t, int dim) { return t.size(dim) <= 1 || t.stride(dim) == 1; }
-
-// A matrix of (lines, k), that lies across k where its lines are contiguous and k is not.
-bool lies_across(const TensorView& t) { return !has_unit_stride(t, 1) && has_unit_stride(t, 0); }
-
-TensorView transposed(TensorView t) {
-  std::swap(t.sizes[0], t.sizes[1]);
-  std::swap(t.strides[0], t.strides[1]);
-  return t;
-}
-
-// Boxes of an operand (lines, k): lines of 64 k, or 64 lines for each of 64 k.
-ptx::TensorMap map_of(const char* name, const TensorView& t, bool across, int lines) {
-  const TensorView rows = across ? transposed(t) : t;
-  return ptx::encode_tensor_map(
-      tensor_map_fields(name, rows, {across ? kDepth : lines, across ? kPanel : kDepth}, Swizzle::bytes_128));
-}
-
-int ceil_divide(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+struct ToBoxes {
+  Operands operands;
+  ptx::TensorMap out;
+  Tiles tiles;
+  Line bias;
+  int columns;
+};
 
 template <class T, int columns, bool a_across, bool b_across>
-void launch_product(const GemmSm90a& p, Stream stream) {
-  const TensorView b = transposed(p.b);  // (n, k)
-  const Tiles tiles{ceil_divide(p.out.size(0), kRows * kCluster), ceil_divide(p.out.size(1), columns),
-                    ceil_divide(p.a.size(1), kDepth)};
-  const int fit = std::max(multiprocessors() / kCluster, 1);
-  const auto blocks = static_cast<unsigned>(std::min(tiles.rows * tiles.columns, fit) * kCluster);
-  const LaunchSite site{
-      "gemm_sm90a", dim3(blocks), dim3(kThreads), cuda_stream(stream), p.out, sizeof(Shared<columns>), dim3(kCluster)};
-  launch(site, gemm_sm90a::gemm_sm90a<T, columns, a_across, b_across>, map_of("a", p.a, a_across, kRows),
-         map_of("b", b, b_across, columns / kCluster),
-         ptx::encode_tensor_map(tensor_map_fields("out", p.out, {64, kPanel}, Swizzle::bytes_128)), tiles);
-}
-
-template <class T, int columns>
-void launch_layout(const GemmSm90a& p, Stream stream) {
-  const bool a_across = lies_across(p.a), b_across = lies_across(transposed(p.b));
-  if (a_across && b_across) return launch_product<T, columns, true, true>(p, stream);
-  if (a_across) return launch_product<T, columns, true, false>(p, stream);
-  if (b_across) return launch_product<T, columns, false, true>(p, stream);
-  launch_product<T, columns, false, false>(p, stream);
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90a_boxes(const __grid_constant__ ToBoxes p) {
+  auto& shared = *static_cast<Shared<columns>*>(ptx::dynamic_shared_1024());
+  multiply<T, columns, a_across, b_across, false>(shared, p.operands, p.tiles,
+                                                  StoreBoxes<T>{{}, p.out, p.bias, p.columns});
 }
 
 template <class T>
-void launch_type(const GemmSm90a& p, Stream stream) {
-  p.out.size(1) <= 128 ? launch_layout<T, 128>(p, stream) : launch_layout<T, 256>(p, stream);
+struct ToVectors {
+  Operands operands;
+  Tiles tiles;
+  Result<T> to;
+};
+
+template <class T>
+struct StoreVectors : NoBeginNorEnd {
+  const Result<T>& to;
+
+  __device__ explicit StoreVectors(const Result<T>& result) : to(result) {}
+
+  template <int count>
+  __device__ __forceinline__ void finish(float (&d)[count], Room& room, const Place& place) {
+    each_vector<1>(
+        d, room, [&](int r, int v, float (&x)[1][8]) { to.store(place.row + r, place.column + v, place.part, x[0]); });
+  }
+};
+
+template <class T, bool a_across, bool b_across>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90a_vectors(const __grid_constant__ ToVectors<T> p) {
+  auto& shared = *static_cast<Shared<kColumns>*>(ptx::dynamic_shared_1024());
+  multiply<T, kColumns, a_across, b_across, false>(shared, p.operands, p.tiles, StoreVectors<T>(p.to));
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+bool lies_along(const TensorView& t) { return !t.defined() || gemm::lies_along(t); }
+
+template <int columns, bool a_across, bool b_across>
+Operands operands_of_product(const Gemm& p) {
+  return operands_of(p.a, a_across, transposed(p.b), b_across, columns, p.a2,
+                     p.b2.defined() ? transposed(p.b2) : TensorView{});
+}
+
+template <int columns>
+Tiles tiles_of_product(const Gemm& p) {
+  return tiles_of(p.out.size(0), p.out.size(1), p.a.size(1), columns, p.a2.defined() ? 2 : 1);
+}
+
+template <class T, int columns, bool a_across, bool b_across>
+void launch_boxes(const Gemm& p, Stream stream) {
+  const ToBoxes given{operands_of_product<columns, a_across, b_across>(p),
+                      ptx::encode_tensor_map(tensor_map_fields("out", p.out, {64, kPanel}, Swizzle::bytes_128)),
+                      tiles_of_product<columns>(p), line_of(p.bias), static_cast<int>(p.out.size(1))};
+  launch(site("gemm_sm90a", given.tiles, p.out, sizeof(Shared<columns>), stream),
+         gemm_sm90a_boxes<T, columns, a_across, b_across>, given);
+}
+
+template <class T, bool a_across, bool b_across>
+void launch_vectors(const Gemm& p, Stream stream) {
+  Tiles tiles = tiles_of_product<kColumns>(p);
+  tiles.parts = parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth);
+  const ToVectors<T> given{operands_of_product<kColumns, a_across, b_across>(p), tiles,
+                           tiles.parts > 1 ? parts_result_of<T>(p) : result_of<T>(p)};
+  launch(site("gemm_sm90a", tiles, p.out, sizeof(Shared<kColumns>), stream), gemm_sm90a_vectors<T, a_across, b_across>,
+         given);
+  if (tiles.parts > 1) add_parts(p, tiles.parts, stream);
+}
+
+bool goes_by_boxes(const Gemm& p) {
+  const Tiles tiles = tiles_of_product<kColumns>(p);
+  return p.out.dtype != DType::f32 && !p.added.defined() && hopper_refuses("sm90a", {{&p.out, "out"}}).empty() &&
+         p.out.size(1) > 1 && parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth) == 1;
+}
+
+template <class T, bool a_across, bool b_across>
+void launch_product(const Gemm& p, Stream stream) {
+  if (!goes_by_boxes(p)) return launch_vectors<T, a_across, b_across>(p, stream);
+  p.out.size(1) <= 128 ? launch_boxes<T, 128, a_across, b_across>(p, stream)
+                       : launch_boxes<T, kColumns, a_across, b_across>(p, stream);
 }
 
 }  // namespace
 
-void validate(const GemmSm90a& p) {
-  const Checker check{"gemm_sm90a"};
-  check.defined(p.a, "a"), check.defined(p.b, "b"), check.defined(p.out, "out");
-  check.dtype(p.a, "a", {DType::bf16, DType::f16});
-  check.dtype(p.b, "b", {p.a.dtype});
-  check.dtype(p.out, "out", {p.a.dtype});
-  if (p.a.ndim != 2) check.fail_at("a", "has shape " + p.a.shape() + "; allowed: two dimensions");
-  if (p.b.ndim != 2) check.fail_at("b", "has shape " + p.b.shape() + "; allowed: two dimensions");
-  const int64_t m = p.a.size(0), k = p.a.size(1), n = p.b.size(1);
-  check.shape(p.b, "b", {k, n});
-  check.shape(p.out, "out", {m, n});
-  if (k == 0) check.fail_at("a", "has shape " + p.a.shape() + "; allowed: at least one column");
-  for (const auto& [t, name] : NamedTensors{{&p.a, "a"}, {&p.b, "b"}}) {
-    if (has_unit_stride(*t, 0) || has_unit_stride(*t, 1)) continue;
-    check.fail_at(name, "has strides in both dimensions; allowed: a unit stride in one");
-  }
-  for (const int64_t size : {m, n, k}) {
-    if (size > std::numeric_limits<int>::max() / 2) {
-      check.fail_at("a", "and b have a size of " + std::to_string(size) + "; allowed: up to 2^30");
-    }
-  }
-}
-
-void run(const GemmSm90a& p, Stream stream) {
-  validate(p);
-  if (p.out.numel() == 0) return;
-  if (const int found = compute_capability(); found != 90) {
-    throw std::runtime_error("gemm_sm90a: the device has compute capability " + std::to_string(found / 10) + "." +
-                             std::to_string(found % 10) + "; allowed: 9.0");
-  }
-  p.a.dtype == DType::bf16 ? launch_type<bf16>(p, stream) : launch_type<f16>(p, stream);
+void multiply_sm90a(const Gemm& p, Stream stream) {
+  gemm::visit_type(p.a.dtype, [&]<class T>(T) {
+    const bool b_along = lies_along(transposed(p.b)) && (!p.b2.defined() || lies_along(transposed(p.b2)));
+    if (!lies_along(p.a)) return launch_product<T, true, true>(p, stream);
+    b_along ? launch_product<T, false, false>(p, stream) : launch_product<T, false, true>(p, stream);
+  });
 }
 
 }  // namespace llmengine::cuda

@@ -1,5 +1,5 @@
 // The product that kernels with matrices share on Hopper: c = a b over a depth k, in float32 sums of bf16 or fp16
-// operands.
+// operands, and an epilogue of the kernel's own (gemm_sm90a.cu, ffn_sm90a.cu, linear_cross_entropy_sm90a.cu).
 //
 //     block 0 of a cluster         block 1        Two blocks run together, one below the other: their columns of b are
 //   +---------------------+                       the same, so each fetches half of them and sends it to both. A block
@@ -12,9 +12,13 @@
 //   empty[s]   both warpgroups of both blocks have multiplied what was in the stage: it is fetched into again
 //
 //   Blocks are persistent: each takes tile after tile, and the ring goes on through them, so that a tile's first stages
-//   come while the last one's sums are stored. Those go by panels of 64 columns through shared memory: two panels a
-//   warpgroup, stored by the asynchronous unit. What lies past an edge is zeros on the way in and left out on the way
-//   out, so no thread compares.
+//   come while the last one's sums go through the epilogue. It has them as they lie (StoreBoxes: rounded to 16 bits, by
+//   panels of 64 columns through shared memory, stored by the asynchronous unit), or as vectors of eight columns of a
+//   row (each_vector). What lies past an edge comes as zeros; boxes leave it out.
+//
+//   Of a gate, half of b's lines are those of one weight and half of the other (`pair`): each block fetches one half,
+//   and a thread has both sums of a unit. A second product, a2 b2, goes on where k of the first ends. A cluster may go
+//   along a span of columns at the same rows, and k may be cut into parts (gemm.h).
 //
 //   An operand lies `along` k (its lines are rows of k) or `across` it (a row for each k): a stage holds lines of 64 k,
 //   or panels of 64 lines with a row for each k; both are 128 bytes a row, swizzled, and wgmma reads either.
@@ -38,6 +42,8 @@
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warp.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/row.cuh"
 
 namespace llmengine::cuda::gemm_sm90a {
 
@@ -50,30 +56,55 @@ inline constexpr int kPanel = 64;                               // columns that 
 inline constexpr int kGroup = 8;                                // rows of clusters' tiles that run side by side
 inline constexpr int kFewRegisters = 40, kManyRegisters = 232;  // 128 x 40 + 256 x 232: all that 384 threads have
 
+// A warpgroup's, for its epilogue: two panels of 64 x 64 in 16 bits, or for each warp one of 16 x 64 floats.
+union Room {
+  uint16_t boxes[2][64 * kPanel];
+  float floats[4][16 * kPanel];
+};
+
 template <int columns>
 struct Shared {
   uint16_t a[kStages][kRows * kDepth];
   uint16_t b[kStages][columns * kDepth];
-  uint16_t c[kWarpgroups][2][64 * kPanel];
+  Room rooms[kWarpgroups];
   ptx::Mbarrier full[kStages], empty[kStages];
 
+  __device__ __forceinline__ Room& room(int group) { return rooms[group]; }
   static constexpr int kStageBytes = (kRows + columns) * kDepth * 2;
 };
 
-// Which tiles there are: clusters' rows of 2 x 128, columns of n.
-struct Tiles {
-  int rows, columns, steps;  // steps of k
+struct Operands {
+  ptx::TensorMap a[2], b[2];  // of one product and another, or a and the two sides of a pair
+};
 
-  struct Place {
-    int row, column;
-  };
+// What a cluster does between two looks at its number: rows of a tile, columns [column, end), steps [from, to) of k.
+struct Item {
+  int row, column, end, from, to, part, span;
+};
+
+// Which items there are: clusters' rows of 2 x 128; columns of n, so many of them one after the other; parts of k.
+struct Tiles {
+  int rows, columns, steps;  // of tiles; of k, in all products
+  int steps_of_product;      // k of the first product ends there
+  int span = 1, parts = 1;
+
+  __device__ __forceinline__ int spans() const { return (columns + span - 1) / span; }
+  __device__ __forceinline__ int count() const { return rows * spans() * parts; }
   // They run down kGroup rows, then to the next column: clusters that run at once share operands in the cache.
-  __device__ __forceinline__ Place place(int tile) const {
-    const int group = tile / (kGroup * columns), first = group * kGroup;
-    const int height = rows - first < kGroup ? rows - first : kGroup, within = tile - group * kGroup * columns;
-    return {first + within % height, within / height};
+  __device__ __forceinline__ Item item(int number) const {
+    const int across = spans(), part = number / (rows * across), tile = number - part * rows * across;
+    const int group = tile / (kGroup * across), first = group * kGroup;
+    const int height = rows - first < kGroup ? rows - first : kGroup, within = tile - group * kGroup * across;
+    const int column = within / height * span, each = (steps + parts - 1) / parts;
+    const auto at_most = [](int x, int most) { return x < most ? x : most; };
+    return {first + within % height,
+            column,
+            at_most(column + span, columns),
+            part * each,
+            at_most((part + 1) * each, steps),
+            part,
+            within / height};
   }
-  __device__ __forceinline__ int count() const { return rows * columns; }
 };
 
 // Where a thread is in the ring of stages.
@@ -108,23 +139,27 @@ __device__ __forceinline__ void fetch(uint16_t* to, const ptx::TensorMap& map, p
   }
 }
 
-template <int columns, bool a_across, bool b_across>
-__device__ __forceinline__ void fetch_all(Shared<columns>& shared, const ptx::TensorMap& a, const ptx::TensorMap& b,
-                                          const Tiles& tiles) {
+template <int columns, bool a_across, bool b_across, bool pair>
+__device__ __forceinline__ void fetch_all(Shared<columns>& shared, const Operands& operands, const Tiles& tiles) {
   constexpr int kShare = columns / kCluster;  // of b's lines, that this block fetches for all
   constexpr uint16_t kAll = (1 << kCluster) - 1;
   const int block = ptx::block_in_cluster();
+  for (const auto* map : {&operands.a[0], &operands.b[0], &operands.b[1]}) ptx::prefetch_tensor_map(map);
   Turn turn;
-  for (int tile = cluster_of_block(); tile < tiles.count(); tile += clusters()) {
-    const auto [row, column] = tiles.place(tile);
-    for (int step = 0; step < tiles.steps; ++step, turn.next()) {
-      const int s = turn.stage, k = step * kDepth;
-      ptx::mbarrier_wait_cluster(&shared.empty[s], turn.parity ^ 1);
-      ptx::mbarrier_arrive_expect_tx(&shared.full[s], Shared<columns>::kStageBytes);
-      fetch<a_across>(shared.a[s], a, &shared.full[s], (row * kCluster + block) * kRows, k, kRows, 0);
-      fetch<b_across>(shared.b[s] + block * kShare * kDepth, b, &shared.full[s], column * columns + block * kShare, k,
-                      kShare, kAll);
-    }
+  for (int number = cluster_of_block(); number < tiles.count(); number += clusters()) {
+    const Item item = tiles.item(number);
+    for (int column = item.column; column < item.end; ++column)
+      for (int step = item.from; step < item.to; ++step, turn.next()) {
+        const int product = step >= tiles.steps_of_product, s = turn.stage;
+        const int k = (step - product * tiles.steps_of_product) * kDepth;
+        const int line = pair ? column * kShare : column * columns + block * kShare;
+        ptx::mbarrier_wait_cluster(&shared.empty[s], turn.parity ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&shared.full[s], Shared<columns>::kStageBytes);
+        fetch<a_across>(shared.a[s], operands.a[product], &shared.full[s], (item.row * kCluster + block) * kRows, k,
+                        kRows, 0);
+        fetch<b_across>(shared.b[s] + block * kShare * kDepth, operands.b[pair ? block : product], &shared.full[s],
+                        line, k, kShare, kAll);
+      }
   }
 }
 
@@ -161,70 +196,52 @@ __device__ __forceinline__ void give_back(ptx::Mbarrier* empty) {
   for (int block = 0; block < kCluster; ++block) ptx::mbarrier_arrive_cluster(ptx::map_to_block(empty, block));
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  return kMultiplicand<T> == ptx::Multiplicand::bf16 ? ptx::bf16x2_of(low, high) : ptx::f16x2_of(low, high);
-}
+// Where a warpgroup's 64 rows of a tile lie in c, and what part of k it has of them.
+struct Place {
+  int row, column, part, span;
+};
 
-// A warpgroup's 64 x n sums, panel by panel, from `row` and `column` of c on.
-template <class T, int count>
-__device__ __forceinline__ void store_sums(const float (&d)[count], uint16_t (&panels)[2][64 * kPanel],
-                                           const ptx::TensorMap& out, int row, int column) {
-  const int t = static_cast<int>(threadIdx.x) % 128, lane = t % 32, group = static_cast<int>(threadIdx.x) / 128;
-  const int line = t / 32 * 16 + lane % 16;  // that this lane names to stmatrix
-#pragma unroll
-  for (int p = 0; p < count * 2 / kPanel; ++p) {
-    if (t == 0) ptx::wait_store_reads<1>();
-    ptx::barrier_sync(group, 128);
-    uint16_t* panel = panels[p % 2];
-#pragma unroll
-    for (int c = 0; c < kPanel / 8; c += 2) {
-      const float* sums = d + p * (kPanel / 2) + 4 * c;
-      const uint32_t r[4] = {pair_of<T>(sums[0], sums[1]), pair_of<T>(sums[2], sums[3]), pair_of<T>(sums[4], sums[5]),
-                             pair_of<T>(sums[6], sums[7])};
-      ptx::store_matrix_x4(panel + line * kPanel + ((c + lane / 16) ^ line % 8) * 8, r);
-    }
-    ptx::fence_async_shared();
-    ptx::barrier_sync(group, 128);
-    if (t == 0) {
-      ptx::store_tensor(&out, panel, column + p * kPanel, row);
-      ptx::commit_stores();
-    }
-  }
-}
+// An epilogue has these; `finish` is called for each tile of an item, between the other two.
+struct NoBeginNorEnd {
+  __device__ __forceinline__ void begin(const Place&) {}
+  __device__ __forceinline__ void end(const Place&) {}
+};
 
-template <class T, int columns, bool a_across, bool b_across>
-__device__ __forceinline__ void multiply_all(Shared<columns>& shared, const ptx::TensorMap& out, const Tiles& tiles) {
+template <class T, int columns, bool a_across, bool b_across, class Epilogue>
+__device__ __forceinline__ void multiply_all(Shared<columns>& shared, const Tiles& tiles, Epilogue epilogue) {
   const int group = static_cast<int>(threadIdx.x) / 128 - 1, block = ptx::block_in_cluster();
-  float d[columns / 2];
   Turn turn;
-  for (int tile = cluster_of_block(); tile < tiles.count(); tile += clusters()) {
-    int before = 0;  // the stage whose products may be under way
-    for (int step = 0; step < tiles.steps; ++step, turn.next()) {
-      const int s = turn.stage;
-      ptx::mbarrier_wait(&shared.full[s], turn.parity);
-      ptx::wgmma_fence();
-      multiply_stage<T, a_across, b_across>(d, shared.a[s] + group * 64 * kDepth, shared.b[s], step > 0);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
-      if (step > 0) give_back(&shared.empty[before]);
-      before = s;
+  for (int number = cluster_of_block(); number < tiles.count(); number += clusters()) {
+    const Item item = tiles.item(number);
+    Place place{(item.row * kCluster + block) * kRows + group * 64, 0, item.part, item.span};
+    epilogue.begin(place);
+    for (int column = item.column; column < item.end; ++column) {
+      float d[columns / 2];
+      int before = 0;  // the stage whose products may be under way
+      for (int step = item.from; step < item.to; ++step, turn.next()) {
+        const int s = turn.stage;
+        ptx::mbarrier_wait(&shared.full[s], turn.parity);
+        ptx::wgmma_fence();
+        multiply_stage<T, a_across, b_across>(d, shared.a[s] + group * 64 * kDepth, shared.b[s], step > item.from);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (step > item.from) give_back(&shared.empty[before]);
+        before = s;
+      }
+      ptx::wgmma_wait<0>(d);
+      give_back(&shared.empty[before]);
+      place.column = column * columns;
+      epilogue.finish(d, shared.room(group), place);
     }
-    ptx::wgmma_wait<0>(d);
-    give_back(&shared.empty[before]);
-    const auto [row, column] = tiles.place(tile);
-    store_sums<T>(d, shared.c[group], out, (row * kCluster + block) * kRows + group * 64, column * columns);
+    epilogue.end(place);
   }
   if (threadIdx.x % 128 == 0) ptx::wait_store_reads<0>();
 }
 
-// ---- the kernel -----------------------------------------------------------------------------------------------------
-
-template <class T, int columns, bool a_across, bool b_across>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemm_sm90a(const __grid_constant__ ptx::TensorMap a, const __grid_constant__ ptx::TensorMap b,
-               const __grid_constant__ ptx::TensorMap out, Tiles tiles) {
-  auto& shared = *static_cast<Shared<columns>*>(ptx::dynamic_shared_1024());
+// The whole of a kernel.
+template <class T, int columns, bool a_across, bool b_across, bool pair, class Epilogue>
+__device__ __forceinline__ void multiply(Shared<columns>& shared, const Operands& operands, const Tiles& tiles,
+                                         const Epilogue& epilogue) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -236,15 +253,171 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_sync();
   if (warp < 4) {
     ptx::decrease_registers<kFewRegisters>();
-    if (warp == 0 && ptx::elect_one()) {
-      for (const auto* map : {&a, &b, &out}) ptx::prefetch_tensor_map(map);
-      fetch_all<columns, a_across, b_across>(shared, a, b, tiles);
-    }
+    if (warp == 0 && ptx::elect_one()) fetch_all<columns, a_across, b_across, pair>(shared, operands, tiles);
   } else {
     ptx::increase_registers<kManyRegisters>();
-    multiply_all<T, columns, a_across, b_across>(shared, out, tiles);
+    multiply_all<T, columns, a_across, b_across>(shared, tiles, epilogue);
   }
   ptx::cluster_sync();  // no block ends while the other arrives at its mbarriers
+}
+
+// ---- epilogues ------------------------------------------------------------------------------------------------------
+
+// A warpgroup's sums as boxes of a 16-bit matrix, panel by panel, with a bias.
+template <class T>
+struct StoreBoxes : NoBeginNorEnd {
+  const ptx::TensorMap& out;
+  const Line& bias;
+  int columns;
+
+  template <int count>
+  __device__ __forceinline__ void finish(float (&d)[count], Room& room, const Place& place) {
+    const int t = static_cast<int>(threadIdx.x) % 128, lane = t % 32, group = static_cast<int>(threadIdx.x) / 128;
+    const int line = t / 32 * 16 + lane % 16;  // that this lane names to stmatrix
+    if (bias.data) add_bias(d, place.column + lane % 4 * 2);
+#pragma unroll
+    for (int p = 0; p < count * 2 / kPanel; ++p) {
+      if (t == 0) ptx::wait_store_reads<1>();
+      ptx::barrier_sync(group, 128);
+      uint16_t* panel = room.boxes[p % 2];
+#pragma unroll
+      for (int c = 0; c < kPanel / 8; c += 2) {
+        const float* sums = d + p * (kPanel / 2) + 4 * c;
+        const uint32_t r[4] = {pair_of<T>(sums[0], sums[1]), pair_of<T>(sums[2], sums[3]), pair_of<T>(sums[4], sums[5]),
+                               pair_of<T>(sums[6], sums[7])};
+        ptx::store_matrix_x4(panel + line * kPanel + ((c + lane / 16) ^ line % 8) * 8, r);
+      }
+      ptx::fence_async_shared();
+      ptx::barrier_sync(group, 128);
+      if (t == 0) {
+        ptx::store_tensor(&out, panel, place.column + p * kPanel, place.row);
+        ptx::commit_stores();
+      }
+    }
+  }
+
+  template <int count>
+  __device__ __forceinline__ void add_bias(float (&d)[count], int first) const {
+#pragma unroll
+    for (int j = 0; j < count / 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = first + 8 * j + i;
+        if (column >= columns) continue;
+        const float b = bias.is_float ? static_cast<const float*>(bias.data)[column]
+                                      : to_float(static_cast<const T*>(bias.data)[column]);
+        d[4 * j + i] += b, d[4 * j + 2 + i] += b;
+      }
+  }
+};
+
+// A warp's part of the room: 16 rows of 64 columns, as floats. Of a row's chunks of four the even ones come first;
+// chunks change places by row and by evenness, so that neither the pairs that a thread writes nor the chunks that it
+// reads meet in a bank.
+struct FloatPanel {
+  float* data;
+
+  __device__ explicit FloatPanel(Room& room) : data(room.floats[threadIdx.x / 32 % 4]) {}
+
+  __device__ __forceinline__ float* chunk(int row, int c) const {
+    return data + row * kPanel + c % 2 * (kPanel / 2) + (c / 2 ^ c % 2 ^ row % 4 * 2) * 4;
+  }
+  // 64 / sides columns of each side, from the accumulators' element `first` of a side on.
+  template <int sides, int count>
+  __device__ __forceinline__ void store(const float (&d)[count], int first) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int j = 0; j < kPanel / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int side = j / (kPanel / 8 / sides), of_side = j % (kPanel / 8 / sides);
+        const float* sums = d + side * (count / sides) + first + 4 * of_side + 2 * half;
+        *reinterpret_cast<uint2*>(chunk(8 * half + lane / 4, 2 * j + lane % 4 / 2) + lane % 2 * 2) =
+            make_uint2(__float_as_uint(sums[0]), __float_as_uint(sums[1]));
+      }
+  }
+  __device__ __forceinline__ void load(int row, int vector, float (&x)[8]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = *reinterpret_cast<const float4*>(chunk(row, 2 * vector + half));
+      x[4 * half] = four.x, x[4 * half + 1] = four.y, x[4 * half + 2] = four.z, x[4 * half + 3] = four.w;
+    }
+  }
+};
+
+// body(row, column, x, loaded) for each vector, as each_vector of gemm_sm80.cuh: row is counted in the warpgroup's 64,
+// column in the tile. A thread's vectors of a panel have one column; after(column) ends the panel.
+template <int sides, int batch, int count, class Load, class Body, class After>
+__device__ __forceinline__ void each_vector(float (&d)[count], Room& room, const Load& load, const Body& body,
+                                            const After& after) {
+  constexpr int kColumns = kPanel / sides, kVectors = kColumns / 8, kAtOnce = 32 / kVectors;
+  constexpr int kSide = count / sides, kPart = kColumns / 2;  // registers of a side, and of its part of a panel
+  static_assert(16 % (batch * kAtOnce) == 0);
+  const FloatPanel panel(room);
+  const int lane = static_cast<int>(threadIdx.x) % 32, vector = lane % kVectors;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+#pragma unroll 1
+  for (int p = 0; p < kSide / kPart; ++p) {
+    const int column = p * kColumns + vector * 8;
+    __syncwarp();  // what lay there has been read
+#pragma unroll
+    for (int q = 0; q < kSide / kPart; ++q) {  // registers have no number at run time
+      if (p == q) panel.template store<sides>(d, q * kPart);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int row = lane / kVectors; row < 16; row += batch * kAtOnce) {
+      decltype(load(0, 0)) loaded[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) loaded[i] = load(warp_row + row + i * kAtOnce, column);
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        float x[sides][8];
+#pragma unroll
+        for (int side = 0; side < sides; ++side) panel.load(row + i * kAtOnce, vector + side * kVectors, x[side]);
+        body(warp_row + row + i * kAtOnce, column, x, loaded[i]);
+      }
+    }
+    after(column);
+  }
+}
+
+template <int sides, int count, class Body>
+__device__ __forceinline__ void each_vector(float (&d)[count], Room& room, const Body& body) {
+  struct Nothing {};
+  each_vector<sides, 1>(
+      d, room, [](int, int) { return Nothing{}; },
+      [&](int row, int column, float (&x)[sides][8], Nothing) { body(row, column, x); }, [](int) {});
+}
+
+// The sums over a warpgroup's rows of a panel, of which each thread has those that it saw of its vector, into `line` at
+// `column`; then zeros. By the whole warpgroup, in each_vector's `after`.
+__device__ __forceinline__ void store_column_sums(float (&sums)[8], Room& room, float* line, int column, int columns,
+                                                  bool aligned) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+  const int group = static_cast<int>(threadIdx.x) / 128;
+#pragma unroll
+  for (int lanes = 8; lanes < 32; lanes *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] += __shfl_xor_sync(kWholeWarp, sums[i], lanes);
+  }
+  __syncwarp();  // the warp's panel has been read
+  if (lane < 8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) room.floats[warp][i * 8 + lane] = sums[i];
+  }
+  ptx::barrier_sync(group, 128);
+  if (warp == 0 && lane < 8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int w = 1; w < 4; ++w) sums[i] += room.floats[w][i * 8 + lane];
+    }
+    store_floats(line, column, columns, aligned, sums);
+  }
+  ptx::barrier_sync(group, 128);  // the panels may be written again
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[i] = 0.0f;
 }
 
 }  // namespace llmengine::cuda::gemm_sm90a

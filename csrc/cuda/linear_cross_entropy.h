@@ -2,6 +2,7 @@
 // class makes the loss and the gradients of its token NaN: nothing waits to say so.
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "cuda/device.h"
@@ -13,12 +14,15 @@ struct LinearCrossEntropyForward : ops::LinearCrossEntropyForward {
   TensorView weight_sum;  // float32 (): of weight; needed with label smoothing
   TensorView partial;  // float32 (spans, 3, tokens): room for what is known of a token's logits in each span of classes
   TensorView target_logits;  // float32 (tokens,): room
+  TensorView room;           // of the products, as `core`: Gemm's
+  std::string core;
 
   static constexpr auto fields() {
     using P = LinearCrossEntropyForward;
     return std::tuple_cat(ops::LinearCrossEntropyForward::fields(),
                           std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("partial", &P::partial),
-                                     ops::field("target_logits", &P::target_logits)});
+                                     ops::field("target_logits", &P::target_logits), ops::field("room", &P::room),
+                                     ops::field("core", &P::core)});
   }
 };
 
@@ -27,12 +31,15 @@ struct LinearCrossEntropyBackward : ops::LinearCrossEntropyBackward {
   TensorView weight_sum;
   TensorView block;         // like input (tokens, a multiple of 128): room for the logits' gradient of so many classes
   TensorView partial_bias;  // float32 (2 rows a tile of 128 tokens, as many), where grad_linear_bias is wanted
+  TensorView room;          // of the products, as `core`: Gemm's
+  std::string core;
 
   static constexpr auto fields() {
     using P = LinearCrossEntropyBackward;
     return std::tuple_cat(ops::LinearCrossEntropyBackward::fields(),
                           std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("block", &P::block),
-                                     ops::field("partial_bias", &P::partial_bias)});
+                                     ops::field("partial_bias", &P::partial_bias), ops::field("room", &P::room),
+                                     ops::field("core", &P::core)});
   }
 };
 

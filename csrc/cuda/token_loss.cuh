@@ -1,5 +1,5 @@
 // A token's loss and gradient once the log-sum-exp of its logits is known (formulas: ops/cross_entropy.h): of logits in
-// memory (cross_entropy.cu) and of a linear layer's (linear_cross_entropy_sm80.cu).
+// memory (cross_entropy.cu) and of a linear layer's (linear_cross_entropy.cu).
 #pragma once
 
 #include <cuda_runtime.h>

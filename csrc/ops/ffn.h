@@ -4,7 +4,8 @@
 //   up = x w_up^T + b_up,  gate = x w_gate^T + b_gate              the pre-activations, kept for the backward
 //   hidden = act(up) keep / (1 - p)          or, gated,  act(gate) up keep / (1 - p)
 //   output = hidden w_down^T + b_down
-//   act: gelu x Phi(x); gelu_tanh x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); relu; silu x / (1 + exp(-x))
+//   act: gelu x Phi(x); gelu_tanh x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); relu max(x, 0);
+//   relu_squared max(x, 0)^2 (So et al. 2021, "Primer"); silu x / (1 + exp(-x))
 //
 //   backward:  grad_hidden = grad_output w_down keep / (1 - p)
 //              grad_up = grad_hidden act'(up)       or  grad_hidden act(gate),  grad_gate = grad_hidden up act'(gate)
@@ -23,14 +24,15 @@
 
 namespace llmengine::ops {
 
-enum class Activation { gelu, gelu_tanh, relu, silu };
+enum class Activation { gelu, gelu_tanh, relu, relu_squared, silu };
 
 inline Activation activation_of(const Checker& at, const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
+  if (name == "relu_squared") return Activation::relu_squared;
   if (name == "silu") return Activation::silu;
-  at.fail_at("activation", "is '" + name + "'; allowed: 'gelu', 'gelu_tanh', 'relu', 'silu'");
+  at.fail_at("activation", "is '" + name + "'; allowed: 'gelu', 'gelu_tanh', 'relu', 'relu_squared', 'silu'");
 }
 
 struct FeedForwardForward {

@@ -80,5 +80,6 @@ struct Device {
   int compute_capability = 90;
 };
 inline constexpr Device kDevice;
+inline int multiprocessors = kDevice.multiprocessors;  // tests may have more
 
 }  // namespace llmengine::sim

@@ -23,7 +23,8 @@ from llmengine.convert.foreign import Foreign, demand, depth, of_both, renamed, 
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 FIRST_POSITION = TOKENS["pad_token_id"] + 1  # a table's row for the first token: padding has the one before
 ACTIVATIONS = {
-    "relu": "relu", "gelu": "gelu", "gelu_accurate": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu",
+    "relu": "relu", "relu_squared": "relu_squared", "gelu": "gelu", "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "swish": "silu",
 }  # fmt: skip
 DEMANDED: dict[str, tuple] = {
     "adaptive_input": (False, None),

@@ -50,7 +50,8 @@ def _feed_forward(side: str, mark: str, gated: bool) -> tuple[Rule, ...]:
     return copy(f"{ours}gate.weight", f"{dense}wi_0.weight"), copy(f"{ours}up.weight", f"{dense}wi_1.weight")
 
 
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu"}  # their gated "gelu" is the tanh approximation
+# Their gated "gelu" is the tanh approximation.
+_ACTIVATIONS = {"relu": "relu", "relu2": "relu_squared", "gelu": "gelu_tanh", "silu": "silu"}
 
 
 def _translate(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _translate(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_back(ours: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"relu": "relu", "gelu_tanh": "gelu", "silu": "silu"}
+    names = {ours_: theirs for theirs, ours_ in _ACTIVATIONS.items()}
     return {
         "is_encoder_decoder": True,
         "feed_forward_proj": ("gated-" if ours["gated"] else "") + names.get(ours["activation"], ours["activation"]),

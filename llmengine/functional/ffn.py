@@ -30,8 +30,8 @@ def ffn(
 ) -> Tensor:
     """down(dropout(act(up(x)))), or with w_gate down(dropout(act(gate(x)) up(x))) (Vaswani et al. 2017; Shazeer 2020).
 
-    activation: "gelu" (exact, by erf), "gelu_tanh" (its tanh approximation), "relu" or "silu"; a gate with silu is
-    SwiGLU. Dropout falls on the hidden layer.
+    activation: "gelu" (exact, by erf), "gelu_tanh" (its tanh approximation), "relu", "relu_squared" (So et al. 2021) or
+    "silu"; a gate with silu is SwiGLU. Dropout falls on the hidden layer.
 
     Shapes: input (*, d); w_up and w_gate (f, d), w_down (d, f), as nn.Linear holds them; b_up and b_gate (f,), b_down
     (d,). The result is like input. Parameters are in input's dtype, or float32 beside a 16-bit input (as under

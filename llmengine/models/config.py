@@ -15,7 +15,7 @@ Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "xlnet", "bart", "mbart", "marian", "t5",
     "custom",
 ]  # fmt: skip
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"]
 Objective = Literal["mlm", "nsp", "sop", "rtd", "clm", "seq2seq", "plm", "classification", "tagging", "qa", "choice"]
 Positions = Literal[
     "learned", "sinusoid", "sinusoid_halves", "sinusoid_fairseq", "rotary", "alibi", "buckets", "relative", "none"

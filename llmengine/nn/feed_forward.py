@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _torch.gelu,
     "gelu_tanh": lambda x: _torch.gelu(x, approximate="tanh"),
     "relu": _torch.relu,
+    "relu_squared": lambda x: _torch.relu(x).square(),
     "silu": _torch.silu,
 }
 
@@ -25,8 +26,8 @@ class FeedForward(Module):
     """down(dropout(act(up(x)))), or down(dropout(act(gate(x)) * up(x))) when gated (Shazeer 2020).
 
     Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up. activation is "gelu",
-    "gelu_tanh", "relu" or "silu". Input (*, d_model); the result has its shape. One fused operator while the leaves are
-    plain; `unfused_because()` says why not, if not.
+    "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape. One fused operator
+    while the leaves are plain; `unfused_because()` says why not, if not.
     """
 
     def __init__(

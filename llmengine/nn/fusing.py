@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmengine import functional
 from llmengine.backends.cpu.linear import FROM_ROWS
+from llmengine.backends.cuda.linear import asked_for
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
@@ -44,8 +45,9 @@ def watched(name: str, leaf: Module) -> str | None:
 
 
 def linear(leaf: Module, input: Tensor) -> Tensor:
-    """leaf(input), by our products where they are quicker."""
-    if FROM_ROWS is not None and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
+    """leaf(input), by our products where they are quicker or asked for."""
+    ours = FROM_ROWS is not None or asked_for(input)
+    if ours and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
     return leaf(input)
 

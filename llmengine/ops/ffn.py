@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from llmengine.ops.norm import statistics_dtype
 from llmengine.ops.registry import define
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 
 
 def _forward_fake(

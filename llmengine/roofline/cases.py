@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "attention": [(4, 16, 2048, 128), (2, 16, 8192, 128), (4, 32, 2048, 64)],  # batch, heads, tokens, head_dim
         "sinks": [(4, 16, 2048, 128)],  # as attention's
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
-        "linear": [],  # tokens, in, out; on GPUs PyTorch's products run
+        "linear": [(8192, 768, 2304), (8192, 4096, 4096)],  # tokens, in, out
         "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
@@ -202,6 +203,15 @@ def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("attention_sinks", name, make.dtype, run, [q, k, v, sinks], 4 * size, flops, 8 * size, 2.5 * flops)
 
 
+def _by_own_products(ours: Callable[..., Tensor], x: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """The same by the CUDA backend's own products, which cuBLAS, or Triton, else makes: by each core that runs here."""
+    if not x.is_cuda or x.dtype == torch.float32:
+        return {}
+
+    cores = ("sm80", "sm90a") if torch.cuda.get_device_capability(x.device) == HOPPER else ("sm80",)
+    return {f"llmengine cuda {core}": Within(ours, _on_cuda(partial(products_by, core))) for core in cores}
+
+
 def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
     tokens, d_model, d_ff = shape
     x, b_up, b_down = make.randn(tokens, d_model), make.randn(d_ff), make.randn(d_model)
@@ -216,10 +226,7 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
         hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
         return torch_functional.linear(hidden, down, b_down)
 
-    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain}
-    if x.is_cuda and x.dtype != torch.float32:
-        own = _on_cuda(lambda: products_by("own"))
-        run["llmengine cuda own"] = Within(ours, own)  # the CUDA backend's own products, which cuBLAS else makes
+    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **_by_own_products(ours, x)}
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
 
 
@@ -227,7 +234,7 @@ def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
     tokens, width, out = shape
     x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
     flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
-    run = {"llmengine": products, "torch": torch_functional.linear}
+    run = {"llmengine": products, "torch": torch_functional.linear, **_by_own_products(products, x)}
     yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
 
 
@@ -237,9 +244,14 @@ def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
     target = make.classes(classes, tokens)
     flops = 2.0 * tokens * d_model * classes
     moved = make.bytes(x, w)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return functional.linear_cross_entropy(x, w, target)
+
     run = {
-        "llmengine": lambda x, w: functional.linear_cross_entropy(x, w, target),
+        "llmengine": ours,
         "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
+        **_by_own_products(ours, x),
     }
     if theirs := liger(x):
         run["liger"] = lambda x, w: theirs.liger_fused_linear_cross_entropy(x, w, target)

@@ -95,6 +95,7 @@ def test_gpt2(side, dtype, tolerance, tmp_path):
     [
         ("BertForMaskedLM", {"hidden_act": "gelu_new"}),
         ("BertForMaskedLM", {"hidden_act": "relu"}),
+        ("BertForMaskedLM", {"hidden_act": "relu2"}),
         ("GPT2LMHeadModel", {"activation_function": "silu", "n_inner": None}),
         ("GPT2LMHeadModel", {"activation_function": "gelu"}),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import llmengine
 from llmengine.backends import cuda_sim
+from llmengine.ops import registry
 from llmengine.testing import assert_law, simulator
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.simulator import SCHEDULES
@@ -24,6 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # kernel file, file to break, line, what it becomes, what must be said: a wrong result, or what the simulator found
 Break = tuple[str, str, str, str, str]
+
+
+def places_of_products() -> list[tuple[str, str]]:
+    """(backend, whose kernels multiply) of operators that have products of their own: in the simulator, and on a GPU
+    where there is one."""
+    on_gpu = registry.load("cuda").unavailable is None
+    hopper = on_gpu and torch.cuda.get_device_capability() == (9, 0)
+    cores = {"cuda_sim": ("sm80", "sm90a"), "cuda": ("sm80", "sm90a") if hopper else ("sm80",) if on_gpu else ()}
+    return [(backend, core) for backend, each in cores.items() for core in each]
 
 
 def check(call, leaves: list[Tensor], native=None, schedules=SCHEDULES, plain_call=None) -> None:

@@ -1,5 +1,6 @@
-"""Products of matrices (csrc/cuda/gemm_sm80.cuh, gemm_sm80.cu) and sums of columns (column_sums.cu) in the simulator:
-every way in which operands lie, edges of tiles, rows that begin anywhere, equal bits, refusals, broken lines.
+"""Products of matrices (csrc/cuda/gemm.cu, gemm_sm80.cuh, gemm_sm80.cu) and sums of columns (column_sums.cu) in the
+simulator: every way in which operands lie, edges of tiles, parts of k, rows that begin anywhere, equal bits, refusals,
+broken lines. The other core: test_gemm_sm90a.py.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def module():
     return cuda_sim.NATIVE.module
 
 
-def lying(x: Tensor, how: str, offset: int = 0) -> Tensor:
-    """x by rows or columns, `offset` elements past a multiple of 16 bytes, with rows that far apart, too."""
+def lying(x: Tensor, how: str, offset: int = 0, multiple: int = 1) -> Tensor:
+    """x by rows or columns, `offset` elements past a multiple of 16 bytes, with rows that far apart, too, or a multiple
+    of so many elements."""
     x = x if how == "rows" else x.T
-    room = torch.full((x.shape[0], x.shape[1] + offset), torch.nan, dtype=x.dtype)
-    room[:, offset:] = x
-    return room[:, offset:] if how == "rows" else room[:, offset:].T
+    wide = -(-(x.shape[1] + offset) // multiple) * multiple
+    room = torch.full((x.shape[0], wide), torch.nan, dtype=x.dtype)[:, offset : offset + x.shape[1]]
+    room.copy_(x)
+    return room if how == "rows" else room.T
 
 
 def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,21 +46,29 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return torch.randn(m, k, generator=g).to(dtype), torch.randn(k, n, generator=g).to(dtype)
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, *, second=(None, None), bias=None, added=None, pad=0) -> Tensor:
-    a2, b2 = second
-    out = torch.full((a.shape[0], b.shape[1] + pad), torch.nan, dtype=dtype)
-    module().gemm(a=a, b=b, a2=a2, b2=b2, bias=bias, added=added, out=out[:, pad:], stream=0)
-    assert out[:, :pad].isnan().all()
-    return out[:, pad:]
+NOTHING = dict.fromkeys(("a2", "b2", "bias", "added", "room")) | {"core": "sm80", "stream": 0}
 
 
-def assert_right(m: int, n: int, k: int, way: str, dtype: torch.dtype, *, wide: bool = False, offset: int = 0) -> None:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, *, pad: int = 0, multiple: int = 1, **given) -> Tensor:
+    """Into rows that begin `pad` elements past a multiple of 16 bytes, or a multiple of so many apart."""
+    n = b.shape[1]
+    out = torch.full((a.shape[0], -(-(n + pad) // multiple) * multiple), torch.nan, dtype=dtype)
+    module().gemm(**NOTHING | {"a": a, "b": b, "out": out[:, pad : pad + n]} | given)
+    assert out[:, :pad].isnan().all() and out[:, pad + n :].isnan().all()
+    return out[:, pad : pad + n]
+
+
+def assert_right(
+    m: int, n: int, k: int, way: str, dtype: torch.dtype, *, wide: bool = False, offset: int = 0, multiple: int = 1,
+    **given,
+) -> None:  # fmt: skip
     """Against float64, with a bias and a matrix added to a result in float32, a bias alone to one in 16 bits."""
     a, b = operands(m, n, k, dtype)
     bias, added = torch.randn(n).to(torch.float32 if m % 2 else dtype), torch.randn(m, n) if wide else None
     first, second = way.split()
     out = torch.float32 if wide else dtype
-    ours = product(lying(a, first, offset), lying(b, second, offset), out, bias=bias, added=added, pad=offset)
+    lies = [lying(x, how, offset, multiple) for x, how in ((a, first), (b, second))]
+    ours = product(*lies, out, pad=offset, multiple=multiple, bias=bias, added=added, **given)
     what, oracle = f"{m} x {n} x {k} {way} {dtype}", a.double() @ b.double() + bias.double()
     if not wide:
         return assert_law(ours, (a @ b + bias).to(dtype), oracle, OUTPUT, what)
@@ -94,7 +105,7 @@ def test_rows_that_lie_beyond_32_bits(native):
         far = [huge(x if how == "rows" else x.T) for x, how in zip((a, b), way.split(), strict=True)]
         far = [x if how == "rows" else x.T for x, how in zip(far, way.split(), strict=True)]
         out = huge(torch.zeros(7, 6))
-        native.gemm(a=far[0], b=far[1], a2=None, b2=None, bias=None, added=out, out=out, stream=0)
+        native.gemm(**NOTHING | {"a": far[0], "b": far[1], "added": out, "out": out})
         assert torch.equal(out, expected) and out.stride(0) * 6 > 2**31
 
 
@@ -112,7 +123,7 @@ def test_sums_of_nothing_are_the_bias(native):
 def test_a_result_may_be_added_to_itself(native):
     a, b = operands(70, 40, 33, torch.float16)
     sums = torch.ones(70, 40)
-    native.gemm(a=a, b=b, a2=None, b2=None, bias=None, added=sums, out=sums, stream=0)
+    native.gemm(**NOTHING | {"a": a, "b": b, "added": sums, "out": sums})
     torch.testing.assert_close(sums.double(), 1 + a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -122,7 +133,7 @@ def assert_two_products(m: int, n: int, k: int, way: str, dtype: torch.dtype) ->
     parts = [[lying(x, how) for x in x.split(k, d)] for d, x, how in zip((1, 0), (a, b), way.split(), strict=True)]
     (a1, a2), (b1, b2) = parts
     whole = product(*(lying(x, how) for x, how in zip((a, b), way.split(), strict=True)), torch.float32)
-    assert torch.equal(product(a1, b1, torch.float32, second=(a2, b2)), whole), "two products differ from one"
+    assert torch.equal(product(a1, b1, torch.float32, a2=a2, b2=b2), whole), "two products differ from one"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -130,7 +141,7 @@ def test_two_products_in_one_sum(native, way: str):
     assert_two_products(140, 67, 96, way, torch.bfloat16)
     for k in (0, 5):
         (a, b), (a2, b2) = (operands(m, 20, k, torch.float16) for m in (40, 40))
-        ours = product(a, b, torch.float32, second=(a2, b2))
+        ours = product(a, b, torch.float32, a2=a2, b2=b2)
         torch.testing.assert_close(
             ours.double(), a.double() @ b.double() + a2.double() @ b2.double(), rtol=0, atol=1e-5
         )
@@ -146,6 +157,57 @@ def test_every_schedule_gives_equal_bits(native, way: str):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+# ---- parts of k ------------------------------------------------------------------------------------------------------
+
+ROOM = 6 * 128 * 128  # of the simulator's three multiprocessors, two tiles each
+
+
+def room(elements: int = ROOM) -> Tensor:
+    return torch.full((elements,), torch.nan)
+
+
+def parts_of(out: Tensor, sums: Tensor) -> int:
+    """How many parts there were, by what of the room was written."""
+    written = int(sums.isfinite().sum())
+    assert written % out.numel() == 0
+    return written // out.numel()
+
+
+# Fewer steps than a part wants; six, of which the last has less, and three parts of one tile; two of three tiles;
+# rows that no vector fits.
+DEEP = [(40, 72, 1000, 0), (40, 72, 3100, 6), (60, 33, 1600, 3), (300, 100, 1100, 2)]
+
+
+@pytest.mark.parametrize("m, n, k, parts", DEEP)
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_a_deep_k(native, way: str, m: int, n: int, k: int, parts: int):
+    for dtype, wide in zip(HALVES, (False, True), strict=True):
+        sums = room()
+        assert_right(m, n, k, way, dtype, wide=wide, room=sums)
+        assert parts_of(torch.empty(m, n), sums) == parts
+
+
+def test_parts_end_with_the_room_and_with_work_for_all(native):
+    a, b = operands(40, 72, 4096, torch.bfloat16)
+    for elements, parts in ((40 * 72 * 2, 2), (40 * 72 * 2 - 1, 0), (0, 0), (ROOM, 6)):
+        sums = room(elements)
+        out = product(a, b, torch.float32, room=sums)
+        assert parts_of(out, sums) == parts
+    a, b = operands(40, 600, 1024, torch.bfloat16)  # five tiles of six
+    sums = room()
+    product(a, b, torch.float32, room=sums)
+    assert sums.isnan().all()
+
+
+def test_parts_give_equal_bits_under_every_schedule(native):
+    a, b = operands(40, 72, 1600, torch.bfloat16)
+    found = []
+    for order in SCHEDULES:
+        native.set_schedule(order, 5)
+        found.append(product(a, b, torch.bfloat16, room=room(), bias=torch.ones(72)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_what_is_not_supported_names_itself(native):
     a, b = operands(8, 8, 8, torch.float16)
     for given, said in [
@@ -157,10 +219,11 @@ def test_what_is_not_supported_names_itself(native):
         ({"a2": a}, "b2 is wanted with a2, and only with it"),
         ({"a2": a.T, "b2": b}, "a2 must have its unit stride where the first operand has"),
         ({"added": torch.ones(8, 8).half()}, "added has dtype float16; allowed: float32"),
+        ({"room": torch.ones(8).half()}, "room has dtype float16; allowed: float32"),
+        ({"core": "sm70"}, "core is 'sm70'; allowed: 'sm80', 'sm90a'"),
     ]:
-        whole = dict.fromkeys(("a2", "b2", "bias", "added")) | {"a": a, "b": b, "out": torch.empty(8, 8)}
         with pytest.raises(ValueError, match=said):
-            native.gemm(**(whole | given), stream=0)
+            native.gemm(**NOTHING | {"a": a, "b": b, "out": torch.empty(8, 8)} | given)
 
 
 # ---- sums of columns -------------------------------------------------------------------------------------------------
@@ -190,10 +253,12 @@ def attempt() -> None:
     assert_right(67, 70, 75, "columns rows", HALVES[0], offset=3)
     assert_right(9 * 128, 129, 8, "rows columns", HALVES[1])
     assert_two_products(40, 70, 64, "rows rows", HALVES[1])
+    assert_right(40, 72, 1600, "columns rows", HALVES[0], room=room(), wide=True)
     assert_column_sums(torch.randn(70, 300, generator=torch.Generator().manual_seed(1)), 2)
 
 
 PRODUCT, KERNEL = ("gemm_sm80", "gemm_sm80.cuh"), ("gemm_sm80", "gemm_sm80.cu")
+RESULT, PARTS = ("gemm_sm80", "gemm_result.cuh"), ("gemm", "gemm.cu")
 TILES, SUMS = "matrix_tile.cuh", "column_sums"
 BREAKS: dict[str, Break] = {
     "a stage is not waited for": (*PRODUCT, "ptx::wait_copies<kStages - 2>();", "", "races: .* what a copy"),
@@ -218,11 +283,16 @@ BREAKS: dict[str, Break] = {
     "the first half twice": (*PRODUCT, "c[m][j][i] = c[m + 2][j][i];", ";", "exceeds"),
     "odd chunks elsewhere": (*PRODUCT, "column / 8 * 4 + column % 4", "column / 8 * 4 + column % 2", "races|exceeds"),
     "tiles of a lower group": (*PRODUCT, "? rows - first : kGroup,", "? kGroup : kGroup,", "races|exceeds|nan"),
-    "a row past the last": (*KERNEL, "if (row + r < p.a.lines) p.store", "p.store", "past the end of out"),
-    "bias of other columns": (*KERNEL, "add_line<T>(bias, column,", "add_line<T>(bias, column / 16 * 16,", "exceeds"),
+    "a row past the last": (*RESULT, "if (row >= rows) return;", "", "past the end of out"),
+    "bias of other columns": (*RESULT, "add_line<T>(bias, column,", "add_line<T>(bias, column / 16 * 16,", "exceeds"),
     "no barrier between products": (*KERNEL, "if (i > 0) __syncthreads();", "", "races"),
     "the first product twice": (*KERNEL, "i == 0 ? p.b : p.b2", "p.b", "two products differ"),
-    "no aligned rows": (*KERNEL, "out.aligned, pack", "true, pack", "not a multiple of 16"),
+    "no aligned rows": (*RESULT, "out.aligned, pack", "true, pack", "not a multiple of 16"),
+    "parts of k begin with the first": (*KERNEL, "from = part * p.part_depth,", "from = 0,", "exceeds"),
+    "parts of k end with the last": (*KERNEL, "from + p.part_depth < p.depth ?", "false ?", "exceeds"),
+    "all parts in one place": (*RESULT, "+ part * part_stride", "", "races|exceeds"),
+    "a part is left out": (*PARTS, "part < parts; ++part", "part < parts - 1; ++part", "exceeds"),
+    "parts have no bias": (*PARTS, "result_of<T>(p));", "parts_result_of<T>(p));", "exceeds|races|NaN|nan"),
     "sums of seven warps": (SUMS, "column_sums.cu", "w < kSumWarps; ++w", "w < kSumWarps - 1; ++w", "exceeds"),
     "sums are read too soon": (SUMS, "column_sums.cu", "__syncthreads();", "", "races|no thread"),
     "rows of one part": (SUMS, "column_sums.cu", "(gridDim.y) * kSumWarps", "(1) * kSumWarps", "exceeds"),

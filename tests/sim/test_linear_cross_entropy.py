@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear layer in CUDA (csrc/cuda/linear_cross_entropy_sm80.cu) in the simulator: the samples that
-every backend's laws are tried on (on a GPU, too, where there is one), several spans and blocks of classes, layouts,
-equal bits, and broken lines.
+"""Cross-entropy of a linear layer in CUDA (csrc/cuda/linear_cross_entropy.cu, and its products by both cores) in the
+simulator: the samples that every backend's laws are tried on (on a GPU, too, where there is one), several spans and
+blocks of classes, layouts, equal bits, and broken lines.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends.cuda import linear_cross_entropy as cuda
+from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.ops import linear_cross_entropy as ops
-from llmengine.ops import registry
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import Break, assert_caught
+from .harness import Break, assert_caught, places_of_products
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
-BACKENDS = ("cuda_sim", *(["cuda"] if registry.load("cuda").unavailable is None else []))
 (OPERATOR,) = linear_cross_entropy.OPERATORS
 EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 
@@ -35,11 +34,24 @@ def scheduled(request):
     simulator.prepare(request.node.name)
 
 
+@pytest.fixture(params=["sm80", "sm90a"])
+def core(request, monkeypatch) -> str:
+    """Whose kernels multiply."""
+    monkeypatch.setenv(PRODUCTS, request.param)
+    return request.param
+
+
 @pytest.fixture
 def narrow_blocks(monkeypatch):
     """The backward takes one tile of classes at a time."""
     monkeypatch.setattr(cuda, "BLOCK", 1)
     monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+
+
+@pytest.fixture
+def few_spans(monkeypatch):
+    """Of several tiles each, however wide a core's tiles are."""
+    monkeypatch.setattr(cuda, "spans_of", lambda *_: 2)
 
 
 def sample_of(tokens: int, d: int, classes: int, *, weighted: bool = False, ignored: int = 0, **options) -> Sample:
@@ -55,11 +67,11 @@ def sample_of(tokens: int, d: int, classes: int, *, weighted: bool = False, igno
     return Sample(f"{tokens} x {d} x {classes} {options}", args, kwargs, ("weight",))
 
 
-def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
+def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim", core: str = "sm80") -> None:
     given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
     oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")
     plain = evaluate(linear_cross_entropy.plain, given, None)
-    with poison():
+    with poison(), products_by(core):
         ours = evaluate(OPERATOR.function, given, backend)
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: loss")
     for key in ours[1]:
@@ -68,39 +80,54 @@ def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") 
 
 
 def cases() -> list:
-    """Each sample in one dtype; in the other on demand."""
+    """Each sample in one dtype, on Hopper's core every third; the others on demand."""
+
+    def heavy(i: int, k: int, core: str) -> bool:
+        return (i.bit_count() + k) % 2 == 1 or (core == "sm90a" and i % 3 > 0)
+
     return [
-        pytest.param(s, dtype, id=f"{s.name}-{dtype}", marks=[pytest.mark.heavy] * ((i.bit_count() + k) % 2))
+        pytest.param(
+            s, dtype, *place, id=f"{s.name}-{dtype}-{'-'.join(place)}", marks=[HEAVY[0]] * heavy(i, k, place[1])
+        )
         for i, s in enumerate(OPERATOR.samples())
         for k, dtype in enumerate(HALVES)
+        for place in places_of_products()
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sample, dtype", cases())
-def test_samples_of_all_options(sample: Sample, dtype: torch.dtype, backend: str):
-    assert_right(sample, dtype, backend)
+@pytest.mark.parametrize("sample, dtype, backend, core", cases())
+def test_samples_of_all_options(sample: Sample, dtype: torch.dtype, backend: str, core: str):
+    assert_right(sample, dtype, backend, core)
 
 
 # ---- tiles, spans, blocks --------------------------------------------------------------------------------------------
 
 
 # One short of a tile of tokens or classes, whole ones, one more; more tiles of classes than there are spans.
-@pytest.mark.parametrize(
-    "tokens, d, classes", [(127, 33, 129), (128, 32, 128), (129, 8, 127), (257, 16, 256), (5, 8, 30 * 128 + 3)]
-)
+SIZES = [(127, 33, 129), (128, 32, 128), (129, 8, 127), (257, 16, 256), (300, 72, 520), (5, 8, 30 * 128 + 3)]
+
+
+@pytest.mark.parametrize("tokens, d, classes", SIZES)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backend: str):
+@pytest.mark.parametrize("backend, core", places_of_products())
+def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backend: str, core: str):
     sample = sample_of(tokens, d, classes, ignored=2, weighted=bool(options), **options)
-    assert_right(sample, HALVES[tokens % 2], backend)
+    assert_right(sample, HALVES[tokens % 2], backend, core)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_blocks_of_classes(narrow_blocks, reduction: str):
+def test_blocks_of_classes(narrow_blocks, core: str, reduction: str):
     assert cuda.classes_at_once(50, 300) == 128
     for dtype in HALVES:
-        assert_right(sample_of(50, 24, 300, ignored=3, weighted=True, reduction=reduction, **EVERYTHING), dtype)
+        assert_right(
+            sample_of(50, 24, 300, ignored=3, weighted=True, reduction=reduction, **EVERYTHING), dtype, core=core
+        )
+
+
+@pytest.mark.parametrize("classes", [257, 600, 1100])  # less tiles than spans; one and two; two and three
+def test_spans_of_several_tiles(few_spans, core: str, classes: int):
+    for dtype, options in zip(HALVES, ({}, EVERYTHING), strict=True):
+        assert_right(sample_of(20, 24, classes, weighted=bool(options), **options), dtype, core=core)
 
 
 def test_a_span_is_whole_tiles_and_together_they_are_all_classes():
@@ -124,16 +151,16 @@ def test_the_memory_of_a_block_is_bounded():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_tiles_without_labels_have_no_gradient(reduction: str):
+def test_tiles_without_labels_have_no_gradient(core: str, reduction: str):
     given = sample_of(300, 16, 140, ignored=256, reduction=reduction).rounded(torch.bfloat16)
     with poison():
         outputs, gradients = evaluate(OPERATOR.function, given, "cuda_sim")
     assert not gradients[0][:256].any() and gradients[0][256:].any(1).all()
     assert reduction != "none" or not outputs[0][:256].any()
-    assert_right(sample_of(300, 16, 140, ignored=256, reduction=reduction), torch.bfloat16)
+    assert_right(sample_of(300, 16, 140, ignored=256, reduction=reduction), torch.bfloat16, core=core)
 
 
-def test_classes_that_are_ruled_out():
+def test_classes_that_are_ruled_out(core: str):
     """A bias of -inf, for whole tiles as well: probability 0, and no NaN."""
     sample = sample_of(20, 16, 300)
     sample.kwargs["linear_bias"][:200] = -torch.inf
@@ -146,7 +173,7 @@ def test_classes_that_are_ruled_out():
 
 
 @pytest.mark.parametrize("classes, first, end", [(129, 128, 129), (257, 128, 192), (70, 0, 70)])
-def test_a_logit_that_is_nan_makes_the_loss_nan(classes: int, first: int, end: int):
+def test_a_logit_that_is_nan_makes_the_loss_nan(core: str, classes: int, first: int, end: int):
     """Where a warp sees no other logit, too: maxima pass over NaN."""
     sample = sample_of(9, 16, classes)
     sample.args[1][first:end] = torch.nan
@@ -155,7 +182,7 @@ def test_a_logit_that_is_nan_makes_the_loss_nan(classes: int, first: int, end: i
     assert loss.isnan().all() and gradients[0].isnan().all()
 
 
-def test_a_target_that_is_no_class_makes_its_token_nan():
+def test_a_target_that_is_no_class_makes_its_token_nan(core: str):
     x, w = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(10, 8).bfloat16()
     with llmengine.backend("cuda_sim"):
         losses = functional.linear_cross_entropy(x, w, torch.tensor([0, 10, -1, -100]), reduction="none")
@@ -172,24 +199,31 @@ def equal(ours, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
+def close(ours, other) -> bool:
+    mine, its = ([*outputs, *gradients.values()] for outputs, gradients in (ours, other))
+    return all(torch.allclose(a, b, rtol=2**-6, atol=2**-6 * b.abs().max()) for a, b in zip(mine, its, strict=True))
+
+
 # With at most 8 rows each, so that "huge stride" holds for every matrix, and with more.
 @pytest.mark.parametrize("tokens, d, classes", [(6, 16, 8), (19, 24, 40)])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_every_layout_gives_equal_bits(layout: str, tokens: int, d: int, classes: int):
+def test_every_layout_is_right(core: str, layout: str, tokens: int, d: int, classes: int):
+    """In the bits of any other, where one core multiplies all; what TMA cannot fetch the other one does."""
     sample = sample_of(tokens, d, classes, weighted=True, ignored=1, **EVERYTHING)
     expected = evaluate(OPERATOR.function, sample.rounded(torch.bfloat16), "cuda_sim")
     for key in sample.tensors():
         moved = sample.rounded(torch.bfloat16, LAYOUTS[layout], key)
-        assert equal(evaluate(OPERATOR.function, moved, "cuda_sim"), expected), key
+        found = evaluate(OPERATOR.function, moved, "cuda_sim")
+        assert equal(found, expected) if core == "sm80" else close(found, expected), key
 
 
-def test_expanded_gradients():
+def test_expanded_gradients(core: str):
     given = sample_of(19, 24, 40, reduction="none").rounded(torch.bfloat16)
     expanded = evaluate(OPERATOR.function, given, "cuda_sim", lambda o: o.new_ones(()).expand(o.shape))
     assert equal(expanded, evaluate(OPERATOR.function, given, "cuda_sim", torch.ones_like))
 
 
-def test_gradients_appear_only_where_asked(narrow_blocks):
+def test_gradients_appear_only_where_asked(narrow_blocks, core: str):
     given = sample_of(19, 24, 200).rounded(torch.float16)
     everything = evaluate(OPERATOR.function, given, "cuda_sim")[1]
     for wanted in everything:
@@ -198,8 +232,8 @@ def test_gradients_appear_only_where_asked(narrow_blocks):
             assert torch.equal(evaluate(OPERATOR.function, alone, "cuda_sim")[1][wanted], everything[wanted]), wanted
 
 
-def test_the_gradient_of_a_float32_weight_is_not_rounded():
-    given = sample_of(40, 24, 33).rounded(torch.bfloat16)
+def test_the_gradient_of_a_float32_weight_is_not_rounded(core: str):
+    given = sample_of(40, 24, 40).rounded(torch.bfloat16)
     wide = Sample(given.name, (given.args[0], given.args[1].float(), given.args[2]), given.kwargs)
     narrow, kept = (evaluate(OPERATOR.function, s, "cuda_sim", torch.ones_like)[1][1] for s in (given, wide))
     assert (
@@ -207,7 +241,7 @@ def test_the_gradient_of_a_float32_weight_is_not_rounded():
     )
 
 
-def test_equal_bits_under_every_schedule(narrow_blocks):
+def test_equal_bits_under_every_schedule(narrow_blocks, core: str):
     from llmengine import _cuda_sim
 
     given = sample_of(130, 40, 270, ignored=2, weighted=True, **EVERYTHING).rounded(torch.bfloat16)
@@ -218,7 +252,7 @@ def test_equal_bits_under_every_schedule(narrow_blocks):
     assert all(equal(results[0], other) for other in results[1:])
 
 
-def test_loss_and_gradients_at_once_are_those_of_both_passes():
+def test_loss_and_gradients_at_once_are_those_of_both_passes(core: str):
     x, w, target = sample_of(19, 24, 40, ignored=2).rounded(torch.bfloat16).args
     given, options = (x, w, None, target, None), ("mean", -100, 0.1, 1e-3, 0.0)
     with llmengine.backend("cuda_sim"):
@@ -241,22 +275,28 @@ def test_what_is_not_supported_names_itself():
 # ---- one line broken -------------------------------------------------------------------------------------------------
 
 
-def attempt() -> None:
-    assert_right(sample_of(133, 40, 300, ignored=2), HALVES[0])
-    assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1])
-    assert_right(sample_of(70, 24, 4000, weighted=True, reduction="none", **EVERYTHING), HALVES[1])
-    assert_right(sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum"), HALVES[0])
+def attempt(core: str) -> None:
+    assert_right(sample_of(133, 40, 300, ignored=2), HALVES[0], core=core)
+    assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1], core=core)
+    assert_right(sample_of(70, 24, 800, weighted=True, reduction="none", **EVERYTHING), HALVES[1], core=core)
+    sums = sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum")
+    assert_right(sums, HALVES[0], core=core)
+    if core == "sm90a":
+        assert_right(sample_of(260, 24, 520, weighted=True, **EVERYTHING), HALVES[0], core=core)
 
 
 KERNEL, LOSS = ("linear_cross_entropy_sm80", "linear_cross_entropy_sm80.cu"), "token_loss.cuh"
+ENDS = ("linear_cross_entropy_sm80", "linear_cross_entropy_products.cuh")
+OPERATION = ("linear_cross_entropy", "linear_cross_entropy.cu")
+HOPPER = ("linear_cross_entropy_sm90a", "linear_cross_entropy_sm90a.cu")
 BREAKS: dict[str, Break] = {
-    "classes past the last": (*KERNEL, "if (!inside) z = -INFINITY;", "", "exceeds"),
+    "classes past the last": (*ENDS, "return inside ? z : -INFINITY;", "return z;", "exceeds"),
     "no barrier between tiles": (*KERNEL, "__syncthreads();  // every warp is done with the stages", "//", "races"),
     "no barrier before the end": (*KERNEL, "__syncthreads();  // both warps of a row", "//", "races"),
     "the maximum of two lanes": (
         *KERNEL, "most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));", "", "exceeds|inf|NaN",
     ),
-    "the sum of two lanes": (*KERNEL, "return x + __shfl_xor_sync(kWholeWarp, x, 2);", "return x;", "exceeds"),
+    "the sum of two lanes": (*ENDS, "return x + __shfl_xor_sync(kWholeWarp, x, 2);", "return x;", "exceeds"),
     "no rescaling": (
         *KERNEL, "known.total[side][line] * exp_below(before, higher)", "known.total[side][line]", "exceeds",
     ),
@@ -266,31 +306,64 @@ BREAKS: dict[str, Break] = {
     "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
     "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
     "a token past the last": (
-        *KERNEL, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
+        *ENDS, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
     ),
     "labels are read too soon": (*KERNEL, "__syncthreads();  // the labels are there", "", "races|no thread"),
     "tokens are read too soon": (*KERNEL, "__syncthreads();  // the tokens are there", "", "races|no thread"),
     "the span before": (*KERNEL, "place.column * p.tiles_of_span * gemm::kTile;", "0;", "exceeds|races"),
     "spans are not brought together": (
-        *KERNEL, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
+        *OPERATION, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
     ),
     "the bias of the block": (
-        *KERNEL, "add_line<T>(p.bias, column, o.classes", "add_line<T>(p.bias, column % 128, o.classes", "exceeds",
+        *ENDS, "add_line<T>(p.bias, column, o.classes", "add_line<T>(p.bias, column % 128, o.classes", "exceeds",
     ),
     "ignored tokens have gradients": (
-        *KERNEL, "if (tokens.label[r] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
+        *ENDS, "if (tokens.label[line] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
     ),
     "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
     "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
-    "sums are not added": (*KERNEL, "if (first > 0) product.added = p.sums;", "", "exceeds"),
-    "sums of the last block": (*KERNEL, "sums.data = sums.as<float>() + first, ", "", "exceeds|NaN"),
+    "sums are not added": (*OPERATION, "if (first > 0) product.added = p.sums;", "", "exceeds"),
+    "sums of the last block": (*OPERATION, "sums.data = sums.as<float>() + first, ", "", "exceeds|NaN"),
+    "a thread's sum as it is": (
+        *HOPPER, "sum_of_four(total[half] * exp_below(largest[half], higher))", "sum_of_four(total[half])", "exceeds",
+    ),
+    "the largest of one thread": (
+        *HOPPER, "float higher = fmaxf(largest[half], __shfl_xor_sync(kWholeWarp, largest[half], 1));",
+        "float higher = largest[half];", "exceeds|inf|NaN",
+    ),
+    "no rescaling within a span": (*HOPPER, "total[half] * exp_below(largest[half], higher);\n    const int place",
+                                   "total[half];\n    const int place", "exceeds"),
+    "tokens of other lanes": (*HOPPER, "% 32 / 4 + 8 * half", "% 32 / 8 + 8 * half", "exceeds|races|NaN"),
+    "what was known of the span before": (*HOPPER, "total[half] = weighted[half] = 0.0f;", "weighted[half] = 0.0f;",
+                                          "exceeds|NaN|nan"),
+    "logits of the first panel": (*HOPPER, "if (panel != q) continue;", "if (q != 0) continue;", "exceeds|NaN"),
+    "classes of the first panel": (
+        *HOPPER, "place.column + panel * kPanel + lane", "place.column + lane", "exceeds|NaN",
+    ),
+    "another token's own logit": (*HOPPER, "place == 8 * j + i) p.target", "place == 8 * j + i + 1) p.target",
+                                  "exceeds|NaN"),
+    "weights without their logits": (*HOPPER, "if (p.options.share <= 0.0f) return;", "return;", "exceeds"),
+    "spans in one place": (*HOPPER, "place.span * 3 * tokens", "0", "races|exceeds|NaN"),
+    "a token past the last of a cluster": (*HOPPER, "lane_of_four() != 0 || token >= tokens", "lane_of_four() != 0",
+                                           "past the end|races"),
+    "factors are read too soon": (
+        *HOPPER, "begin_token(to, own(), line, place.row + line);\n    ptx::barrier_sync(group, 128);",
+        "begin_token(to, own(), line, place.row + line);", "races|no thread",
+    ),
+    "factors are written over too soon": (
+        *HOPPER, "    ptx::barrier_sync(group, 128);  // the tokens before have been looked at\n", "", "races",
+    ),
+    "factors of half the tokens": (*HOPPER, "if (line < 64) begin_token", "if (line < 32) begin_token", "no thread"),
+    "tokens of the other warpgroup": (*HOPPER, "tokens[threadIdx.x / 128 - 1]", "tokens[0]", "races"),
 }  # fmt: skip
 
 
-def test_whole_kernels_pass_what_broken_ones_must_fail(narrow_blocks):
-    attempt()
+@pytest.mark.parametrize("which", ["sm80", "sm90a"])
+def test_whole_kernels_pass_what_broken_ones_must_fail(narrow_blocks, few_spans, which: str):
+    attempt(which)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 3 else ()) for i, n in enumerate(BREAKS)])
-def test_a_broken_line_is_caught(narrow_blocks, name: str, tmp_path: Path, monkeypatch):
-    assert_caught(BREAKS[name], attempt, tmp_path, monkeypatch)
+def test_a_broken_line_is_caught(narrow_blocks, few_spans, name: str, tmp_path: Path, monkeypatch):
+    core = "sm90a" if "sm90a" in BREAKS[name][0] else "sm80"
+    assert_caught(BREAKS[name], lambda: attempt(core), tmp_path, monkeypatch)

@@ -58,6 +58,13 @@ struct Relu {
   static Act of(F x) { return {max(x, F{}), select(x > 0.0f, broadcast(1.0f), F{})}; }
 };
 
+struct ReluSquared {
+  static Act of(F x) {
+    const F positive = max(x, F{});
+    return {positive * positive, positive + positive};
+  }
+};
+
 struct Silu {
   static Act of(F x) {
     const Act s = logistic(x);
@@ -71,6 +78,7 @@ void visit_activation(const std::string& name, const Body& body) {
     case ops::Activation::gelu: return body(Gelu<T>{});
     case ops::Activation::gelu_tanh: return body(GeluTanh{});
     case ops::Activation::relu: return body(Relu{});
+    case ops::Activation::relu_squared: return body(ReluSquared{});
     case ops::Activation::silu: return body(Silu{});
   }
 }

@@ -211,7 +211,7 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const auto& device = llmengine::sim::kDevice;
-  *value = which == cudaDevAttrMultiProcessorCount      ? device.multiprocessors
+  *value = which == cudaDevAttrMultiProcessorCount      ? llmengine::sim::multiprocessors
            : which == cudaDevAttrComputeCapabilityMajor ? device.compute_capability / 10
                                                         : device.compute_capability % 10;
   return cudaSuccess;

@@ -1,11 +1,11 @@
 """Feed-forward block in CUDA: PyTorch's products (cuBLAS), which add the biases, and what lies between them in one
-kernel each way, csrc/cuda/ffn.cu; or, where `Native.own_products` says so, all of it by csrc/cuda/ffn_sm80.cu."""
+kernel each way, csrc/cuda/ffn.cu; or, where `Native.own_products` says so, all of it by csrc/cuda/ffn_products.cu."""
 
 from __future__ import annotations
 
 import torch
 
-from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
+from llmengine.backends.cuda.native import Native, parameter, parts_of, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 
@@ -80,8 +80,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
 # ---- products of our own ---------------------------------------------------------------------------------------------
 
-TILE = 128  # tokens of a tile, as in csrc/cuda/gemm_sm80.cuh
-PARTS = 64  # in which rows are added up for a bias's gradient, at most
+TILE = 128  # tokens of a tile, two rows of partial sums, as in csrc/cuda/ffn_products.cuh
 
 
 def fused_forward(native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
@@ -93,6 +92,7 @@ def fused_forward(native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, see
         w_gate=_operand(w_gate, input), b_gate=parameter(b_gate, input), w_down=_operand(w_down, input),
         b_down=parameter(b_down, input), seed=seed, activation=activation, dropout_p=dropout_p, output=output,
         hidden=hidden, up=up if save else None, gate=gate if save and w_gate is not None else None,
+        **native.products(input),
     )  # fmt: skip
     return output, up, gate
 
@@ -109,7 +109,7 @@ def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, s
     ]
     names = ("input", "w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
     lines = 2 * -(-tokens // TILE)
-    rooms = {"up": (wanted[2], lines, f), "gate": (wanted[4], lines, f), "down": (wanted[6], _parts(tokens), d)}
+    rooms = {"up": (wanted[2], lines, f), "gate": (wanted[4], lines, f), "down": (wanted[6], parts_of(tokens), d)}
     native.call(
         "ffn_backward", input, grad_output=unit_last_stride(grad_output), input=unit_last_stride(input),
         w_up=_operand(w_up, input), w_gate=_operand(w_gate, input), w_down=_operand(w_down, input),
@@ -118,6 +118,7 @@ def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, s
         **{f"grad_{n}": g if want else None for n, g, want in zip(names, gradients, wanted, strict=True)},
         **{f"partial_{n}": input.new_empty(shape, dtype=torch.float32) if want else None
            for n, (want, *shape) in rooms.items()},
+        **native.products(input),
     )  # fmt: skip
     return tuple(gradients)
 
@@ -125,8 +126,3 @@ def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, s
 def _operand(weight, input):
     """A weight in the precision of the products, which are taken in input's."""
     return None if weight is None else unit_last_stride(weight.to(input.dtype))
-
-
-def _parts(rows: int) -> int:
-    """As many as keep a part from becoming shorter than a few rows for each of a block's warps."""
-    return max(1, min(PARTS, rows // 32))

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer in CUDA, of bfloat16 and float16: csrc/cuda/linear_cross_entropy_sm80.cu."""
+"""Cross-entropy of a linear layer in CUDA, of bfloat16 and float16: csrc/cuda/linear_cross_entropy.cu."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
             lse=lse, loss=None if reduction == "none" else loss, normaliser=normaliser,
-            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits,
+            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits, **native.products(input),
         )  # fmt: skip
         return loss, lse, normaliser
 
@@ -73,6 +73,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             z_loss=z_loss, softcap=softcap, sums=sums, grad_input=given[0], grad_linear_weight=given[1],
             grad_linear_bias=given[2], block=input.new_empty(tokens, columns),
             partial_bias=lse.new_empty(2 * -(-tokens // TILE), columns) if wanted[2] else None,
+            **native.products(input),
         )  # fmt: skip
         return tuple(gradients)
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Who multiplies the matrices of operators that can do with either: "blas", PyTorch's cuBLAS, or "own", the kernels over
-# csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16. No GPU has timed these yet: until then cuBLAS does, but in the
-# simulator, which has none.
+# Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
+# over csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16; "sm90a", those over gemm_sm90a.cuh, and sm80's for what TMA
+# cannot fetch; "own", the one of the two that is made for the device. No GPU has timed them yet: until then cuBLAS
+# multiplies, and sm80 where it cannot; in the simulator, which has no cuBLAS, sm80.
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
-MAKERS = ("blas", "own")
+MAKERS = ("blas", "own", "sm80", "sm90a")
 # Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's forward (csrc/cuda/attention_sm90a_forward.cu) where a
 # call's layout is one for tensor maps. No GPU has timed that one yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
@@ -85,8 +86,24 @@ class Native:
         with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             return getattr(self.module, function)(**arguments)
 
+    def _maker(self) -> str:
+        return _chosen(PRODUCTS, MAKERS, "sm80" if self.device_type == "cpu" else "blas")
+
     def own_products(self, dtype: torch.dtype) -> bool:
-        return _chosen(PRODUCTS, MAKERS, MAKERS[self.device_type == "cpu"]) == "own" and dtype != torch.float32
+        return self._maker() != "blas" and dtype != torch.float32
+
+    def core(self, on: Tensor) -> str:
+        """Whose kernels multiply where cuBLAS does not."""
+        maker = self._maker()
+        if maker == "own":
+            return "sm90a" if self.capability(on) == HOPPER else "sm80"
+        return "sm80" if maker == "blas" else maker
+
+    def products(self, on: Tensor) -> dict[str, Any]:
+        """What kernels with products of our own are given: the core, and room for sums of parts of k, as many as the
+        tiles that are made at once (csrc/cuda/gemm.cu)."""
+        tiles = 2 * self.multiprocessors(on)
+        return {"core": self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
 
     def wants_hopper_attention(self) -> bool:
         return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"
@@ -124,6 +141,12 @@ class Native:
 def unit_last_stride(x: Tensor | None) -> Tensor | None:
     """`x`, or a copy of it where its last dimension is strided (a transposed or expanded tensor)."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def parts_of(rows: int) -> int:
+    """In how many parts csrc/cuda/column_sums.cu adds rows up for a bias's gradient: at most 64, and as many as keep a
+    part from becoming shorter than a few rows for each of a block's warps."""
+    return max(1, min(64, rows // 32))
 
 
 def parameter(x: Tensor | None, rows: Tensor) -> Tensor | None:

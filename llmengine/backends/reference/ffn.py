@@ -31,6 +31,11 @@ def _gelu_tanh(x):
     return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
 
 
+def _relu_squared(x):
+    positive = x.clamp_min(0)
+    return positive * positive, 2 * positive
+
+
 def _silu(x):
     s = torch.sigmoid(x)
     return x * s, s * (1 + x * (1 - s))
@@ -41,6 +46,7 @@ ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": lambda x: (x.clamp_min(0), (x > 0).to(x.dtype)),
+    "relu_squared": _relu_squared,
     "silu": _silu,
 }
 

@@ -42,6 +42,9 @@ def _value_and_slope(x, ACTIVATION: tl.constexpr):
         return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
     elif ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "relu_squared":
+        positive = tl.where(x < 0.0, 0.0, x)
+        return positive * positive, 2.0 * positive
     else:
         tl.static_assert(ACTIVATION == "silu")
         s = tl.sigmoid(x)

@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "gelu": torch_functional.gelu,
     "gelu_tanh": lambda x: torch_functional.gelu(x, approximate="tanh"),
     "relu": torch_functional.relu,
+    "relu_squared": lambda x: torch_functional.relu(x).square(),
     "silu": torch_functional.silu,
 }
 
@@ -56,17 +57,18 @@ def _samples() -> list[Sample]:
         name = f"{shape} f={f} {activation}{' gated' * gated}{' biases' * biases} p={dropout_p}"
         return Sample(name, (randn(*shape), randn(f, d, scale=2 * weight), randn(d, f, scale=narrow)), kwargs)
 
-    samples = [
-        sample((5, 24), 40, activation, gated=gated, biases=biases, dropout_p=p)
-        for activation, gated, biases, p in itertools.product(ACTIVATIONS, (False, True), (True, False), (0.0, 0.3))
-    ]
+    def with_options(*activations):
+        for activation, gated, biases, p in itertools.product(activations, (False, True), (True, False), (0.0, 0.3)):
+            yield sample((5, 24), 40, activation, gated=gated, biases=biases, dropout_p=p)
+
+    samples = [*with_options("gelu", "gelu_tanh", "relu", "silu")]
     for gated, p in itertools.product((False, True), (0.0, 0.2)):
         for shape, f in [
             ((1, 1), 1), ((11, 7), 5), ((2, 3, 17), 33), ((130, 65), 129), ((7, 300), 20), ((0, 8), 16), ((64,), 70),
             ((33, 96), 1030),
         ]:  # fmt: skip
             samples.append(sample(shape, f, "gelu", gated=gated, dropout_p=p))
-    return samples
+    return [*samples, *with_options("relu_squared")]  # last: what is drawn for the others stays as it was
 
 
 OPERATORS = [Operator("ffn", functional.ffn, _samples, plain)]

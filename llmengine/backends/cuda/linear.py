@@ -1,0 +1,70 @@
+"""Linear layer in CUDA: PyTorch's products (cuBLAS), or, where `Native.own_products` says so, csrc/cuda/gemm.cu."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llmengine.backends.cuda.native import PRODUCTS, Native, parameter, parts_of, unit_last_stride
+from llmengine.ops.registry import Kernel, kernel
+
+
+def asked_for(x: torch.Tensor) -> bool:
+    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet."""
+    return x.is_cuda and x.dtype != torch.float32 and (os.environ.get(PRODUCTS) or "blas") != "blas"
+
+
+def kernels(native: Native) -> dict[str, Kernel]:
+    table: dict[str, Kernel] = {}
+
+    def operand(x, on):
+        """In the precision of the products, which are taken in that of `on`."""
+        return unit_last_stride(x.to(on.dtype))
+
+    def gemm(on, a, b, dtype, bias=None):
+        out = on.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+        native.call(
+            "gemm", on, a=a, b=b, a2=None, b2=None, bias=parameter(bias, on), added=None, out=out,
+            **native.products(on),
+        )  # fmt: skip
+        return out
+
+    @kernel(table, "linear_forward", lambda input, weight, bias: native.refuses_tensors(input, weight, bias))
+    def linear_forward(input, weight, bias):
+        dtype = input.dtype
+        if native.own_products(dtype):
+            return gemm(input, operand(input, input), operand(weight, input).T, dtype, bias)
+        return native.product(input, weight.to(dtype).T, None if bias is None else bias.to(dtype))
+
+    def backward_refuses(grad_output, input, weight, wanted):
+        return native.refuses_tensors(grad_output, input, weight)
+
+    @kernel(table, "linear_backward", backward_refuses)
+    def linear_backward(grad_output, input, weight, wanted):
+        dtype, own = input.dtype, native.own_products(input.dtype)
+        if own:
+            grad_output, input, narrow = (operand(t, input) for t in (grad_output, input, weight))
+            gradients = (
+                (lambda: gemm(input, grad_output, narrow, dtype), dtype),
+                (lambda: gemm(input, grad_output.T, input, weight.dtype), weight.dtype),
+                (lambda: column_sums(grad_output), torch.float32),
+            )
+        else:
+            gradients = (
+                (lambda: native.product(grad_output, weight.to(dtype)), dtype),
+                (lambda: native.product(grad_output.T, input).to(weight.dtype), weight.dtype),
+                (lambda: grad_output.sum(0, dtype=torch.float32), torch.float32),
+            )
+        return tuple(
+            gradient() if want else input.new_empty(0, dtype=wide)
+            for (gradient, wide), want in zip(gradients, wanted, strict=True)
+        )
+
+    def column_sums(rows):
+        (tokens, columns), wide = rows.shape, torch.float32
+        partial, sums = rows.new_empty(parts_of(tokens), columns, dtype=wide), rows.new_empty(columns, dtype=wide)
+        native.call("column_sums", rows, rows=rows, partial=partial, sums=sums)
+        return sums
+
+    return table

@@ -1,0 +1,123 @@
+"""The linear layer in CUDA with products of our own (llmengine/backends/cuda/linear.py) in the simulator: what the laws
+of tests/test_ops.py leave out. The products themselves: test_gemm.py, test_gemm_sm90a.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine.backends.cuda import linear as backend
+from llmengine.backends.cuda.native import PRODUCTS, products_by
+from llmengine.functional.linear import products
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing.law import GRADIENT, OUTPUT
+from llmengine.testing.simulator import SCHEDULES
+
+from .harness import places_of_products
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def scheduled(request):
+    simulator.prepare(request.node.name)
+
+
+@pytest.fixture(params=["sm80", "sm90a"])
+def core(request, monkeypatch) -> str:
+    """Whose kernels multiply."""
+    monkeypatch.setenv(PRODUCTS, request.param)
+    return request.param
+
+
+def sample_of(tokens: int, width: int, out: int) -> Sample:
+    g = torch.Generator().manual_seed(tokens + width + out)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=g, dtype=torch.float64)
+
+    args = (randn(tokens, width), randn(out, width, scale=width**-0.5))
+    return Sample(f"{tokens} x {width} to {out}", args, {"bias": randn(out)})
+
+
+# One short of a tile and one more, whole tiles; what TMA can fetch, and what it cannot.
+@pytest.mark.parametrize(
+    "tokens, width, out", [(127, 40, 129), (128, 64, 128), (264, 72, 384), (300, 24, 7), (3, 8, 264)]
+)
+@pytest.mark.parametrize("backend_name, core", places_of_products())
+def test_edges_of_tiles(tokens: int, width: int, out: int, backend_name: str, core: str):
+    for dtype in HALVES:
+        given = sample_of(tokens, width, out).on("cuda" if backend_name == "cuda" else "cpu").rounded(dtype)
+        oracle = evaluate(products, given.rounded(torch.float64), "reference")
+        plain = evaluate(torch.nn.functional.linear, given, None)
+        with poison(), products_by(core):
+            ours = evaluate(products, given, backend_name)
+        assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{given.name} {dtype}: output")
+        for key in ours[1]:
+            assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{given.name} {dtype}: grad {key}")
+
+
+def outcome(sample: Sample) -> list[Tensor]:
+    outputs, gradients = evaluate(products, sample, "cuda_sim")
+    return [*outputs, *gradients.values()]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_every_layout_is_right(core: str, layout: str):
+    sample = sample_of(7, 16, 8)
+    expected = outcome(sample.rounded(torch.bfloat16))
+    for key in sample.tensors():
+        for ours, other in zip(outcome(sample.rounded(torch.bfloat16, LAYOUTS[layout], key)), expected, strict=True):
+            if core == "sm80":
+                assert torch.equal(ours, other), key
+            torch.testing.assert_close(ours, other, rtol=2**-6, atol=2**-6)
+
+
+def test_expanded_gradients(core: str):
+    given = sample_of(19, 24, 40).rounded(torch.bfloat16)
+    expanded = evaluate(products, given, "cuda_sim", lambda o: o.new_ones(()).expand(o.shape))
+    plain = evaluate(products, given, "cuda_sim", torch.ones_like)
+    assert all(torch.equal(expanded[1][key], plain[1][key]) for key in plain[1])
+
+
+def test_gradients_appear_only_where_asked(core: str):
+    given = sample_of(19, 24, 40).rounded(torch.float16)
+    everything = evaluate(products, given, "cuda_sim")[1]
+    for wanted in everything:
+        alone = Sample(given.name, given.args, given.kwargs, tuple(k for k in everything if k != wanted))
+        with poison():
+            assert torch.equal(evaluate(products, alone, "cuda_sim")[1][wanted], everything[wanted]), wanted
+
+
+def test_the_gradient_of_a_float32_weight_is_not_rounded(core: str):
+    given = sample_of(40, 24, 40).rounded(torch.bfloat16)
+    wide = Sample(given.name, (given.args[0], given.args[1].float()), given.kwargs)
+    narrow, kept = (evaluate(products, s, "cuda_sim", torch.ones_like)[1][1] for s in (given, wide))
+    assert kept.dtype == torch.float32 and torch.equal(kept.bfloat16(), narrow)
+    assert not torch.equal(kept, narrow.float())
+
+
+def test_equal_bits_under_every_schedule(core: str):
+    from llmengine import _cuda_sim
+
+    given = sample_of(130, 40, 72).rounded(torch.bfloat16)
+    found = []
+    for order in SCHEDULES:
+        _cuda_sim.set_schedule(order, 11)
+        found.append(outcome(given))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    for maker, asked in ((None, False), ("", False), ("blas", False), ("own", True), ("sm80", True), ("sm90a", True)):
+        monkeypatch.delenv(PRODUCTS, raising=False)
+        if maker is not None:
+            monkeypatch.setenv(PRODUCTS, maker)
+        assert backend.asked_for(OnGpu()) is asked
+    OnGpu.dtype = torch.float32
+    assert not backend.asked_for(OnGpu()) and not backend.asked_for(torch.ones(2).bfloat16())
