@@ -111,7 +111,7 @@ void multiply_block(const LinearCrossEntropyBackward& p, int64_t first, int64_t 
 void validate(const LinearCrossEntropyForward& p) {
   ops::validate(p, kTypes);
   const Checker at{"linear_cross_entropy"};
-  check_core(at, p.core, p.room);
+  check_core(at, p.core, {});
   check_weight_sum(at, p, p.weight_sum);
   const int64_t tokens = p.input.size(0);
   at.defined(p.partial, "partial");

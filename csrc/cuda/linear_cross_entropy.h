@@ -14,15 +14,13 @@ struct LinearCrossEntropyForward : ops::LinearCrossEntropyForward {
   TensorView weight_sum;  // float32 (): of weight; needed with label smoothing
   TensorView partial;  // float32 (spans, 3, tokens): room for what is known of a token's logits in each span of classes
   TensorView target_logits;  // float32 (tokens,): room
-  TensorView room;           // of the products, as `core`: Gemm's
-  std::string core;
+  std::string core;          // of the products: Gemm's
 
   static constexpr auto fields() {
     using P = LinearCrossEntropyForward;
     return std::tuple_cat(ops::LinearCrossEntropyForward::fields(),
                           std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("partial", &P::partial),
-                                     ops::field("target_logits", &P::target_logits), ops::field("room", &P::room),
-                                     ops::field("core", &P::core)});
+                                     ops::field("target_logits", &P::target_logits), ops::field("core", &P::core)});
   }
 };
 

@@ -45,7 +45,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
             lse=lse, loss=None if reduction == "none" else loss, normaliser=normaliser,
-            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits, **native.products(input),
+            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits, core=native.core(input),
         )  # fmt: skip
         return loss, lse, normaliser
 
