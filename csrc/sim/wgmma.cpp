@@ -59,7 +59,7 @@ uintptr_t MatrixView::address(int row, int column) const {
   } else {
     at += r / 8 * stride + (mn_major ? chunk % span * 16 + chunk / span * leading : chunk * 16);
   }
-  return at ^ (at >> 3 & ((span - 1) * 16));
+  return at ^ (at - base() >> 3 & ((span - 1) * 16));
 }
 
 // ---- the product ----------------------------------------------------------------------------------------------------
@@ -155,11 +155,10 @@ void Machine::touch_operand(const MatrixView& view, const char* operation, int a
   const auto complain = [&](const std::string& problem) {
     fail(std::string("calls ") + operation + " (" + source_line(site) + ") " + problem);
   };
-  if (view.descriptor >> 49 & 7) complain("with a base offset in a descriptor, which the simulator does not model");
-  const uintptr_t span = 16 * span_of(view.swizzle()), start = field(view.descriptor, 0) % (8 * span);
+  const uintptr_t span = 16 * span_of(view.swizzle()), start = (field(view.descriptor, 0) - view.base()) % (8 * span);
   if (view.swizzle() != 0 && start >= span) {
     complain("with a tile of which the swizzle's pattern begins " + std::to_string(start / span * span) +
-             " bytes behind a multiple of " + std::to_string(8 * span) + ", where it must begin");
+             " bytes behind a multiple of " + std::to_string(8 * span) + " and its base offset, where it must begin");
   }
   const int in_chunk = 16 / view.element_bytes;
   for (int row = 0; row < view.rows; ++row) {

@@ -12,8 +12,8 @@
 //     k-major    row r, chunk c    at  r % 8 * span + r / 8 * stride + c            (no swizzle: + c * leading)
 //     mn-major   row k, chunk c    at  k % 8 * span + k / 8 * stride + c % span + c / span * leading
 //                                      (no swizzle: k % 8 + k / 8 * leading + c * stride)
-//   and then the swizzle of bulk.h, by the bits of the address itself: tiles must begin where their pattern repeats, at
-//   multiples of 1024, 512 or 256 bytes. Base offsets other than 0 are not modelled.
+//   and then the swizzle of bulk.h, by the bits of the address less the base offset (in units of 128 bytes): tiles must
+//   begin where their pattern repeats, that many units behind a multiple of 1024, 512 or 256 bytes.
 #pragma once
 
 #include <array>
@@ -51,6 +51,7 @@ struct MatrixView {
   int rows, columns, element_bytes;
 
   uint32_t swizzle() const { return static_cast<uint32_t>(descriptor >> 62); }
+  uintptr_t base() const { return (descriptor >> 49 & 7) * 128; }
   uintptr_t address(int row, int column) const;
 };
 

@@ -327,8 +327,8 @@ __global__ void neighbours(const float* in, float* out) {
 
 enum class Message : uint8_t { none, wait, arrival };
 
-// The first block writes to the second, and arrives. Broken: who waits there acquires what its own block did; the arrival
-// tells of what has ended alone.
+// The first block writes to the second, and arrives. Broken: who waits there acquires what its own block did; the
+// arrival tells of what has ended alone.
 template <bool broken, Message name>
 __global__ void message(const float* in, float* out) {
   constexpr Message mistake = broken ? name : Message::none;
@@ -353,8 +353,8 @@ __global__ void message(const float* in, float* out) {
   }
 }
 
-// Each of two blocks writes the other's tile, which that block's unit then stores. Broken: the fence reaches the writer's
-// own block alone.
+// Each of two blocks writes the other's tile, which that block's unit then stores. Broken: the fence reaches the
+// writer's own block alone.
 template <bool broken>
 __global__ void fence_for_a_neighbour(const float* in, float* out) {
   Shared& s = shared_memory();

@@ -133,7 +133,7 @@ __global__ void store_in_bulk(const uint32_t* in, uint32_t* out, int words) {
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // kSwizzleMode for both operands; offsets in bytes; kProducts: products, from one to the next of which descriptors
-// advance.
+// advance; kBehind: where both tiles' patterns begin, beyond where they repeat.
 enum ProductNumber {
   kSwizzleMode,
   kAWords,
@@ -145,7 +145,8 @@ enum ProductNumber {
   kAdd,
   kProducts,
   kAAdvance,
-  kBAdvance
+  kBAdvance,
+  kBehind
 };
 
 // In: the words of a and of b in shared memory; registers of a (4 a thread), of every product; d, n / 2 a thread.
@@ -159,8 +160,9 @@ __global__ void __launch_bounds__(kThreads, 1) multiply(const uint32_t* in, uint
   ptx::fence_async_shared();
   __syncthreads();
   const auto swizzle = static_cast<Swizzle>(v[kSwizzleMode]);
-  const auto a = ptx::matrix_descriptor(tiles, v[kALeading], v[kAStride], swizzle);
-  const auto b = ptx::matrix_descriptor(tiles + v[kAWords], v[kBLeading], v[kBStride], swizzle);
+  const int behind = v[kBehind] / 4, base = v[kBehind] / 128 % 8;
+  const auto a = ptx::matrix_descriptor(tiles + behind, v[kALeading], v[kAStride], swizzle, base);
+  const auto b = ptx::matrix_descriptor(tiles + v[kAWords] + behind, v[kBLeading], v[kBStride], swizzle, base);
   const uint32_t* of_a = in + words;
   const uint32_t* of_d = of_a + v[kProducts] * 4 * kThreads;
   float d[n / 2];

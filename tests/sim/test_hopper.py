@@ -266,8 +266,11 @@ def a_registers(a: np.ndarray, kind: str) -> Words:
     return np.ascontiguousarray(halves.astype(np.uint16)).view(np.uint32)
 
 
-def multiply(run: Run, kind: str, n: int, a_form: str, b_form: str, swizzle: int, a, b, d, add: bool, products=1):
-    """d (64 x n) after `products` steps of k; a is 64 x k, b k x n."""
+def multiply(
+    run: Run, kind: str, n: int, a_form: str, b_form: str, swizzle: int, a, b, d, add: bool, products=1, behind=0
+):  # fmt: skip
+    """d (64 x n) after `products` steps of k; a is 64 x k, b k x n; both lie so many bytes beyond where swizzles
+    repeat."""
     depth = a.shape[1]
     left = Operand(kind, "k" if a_form == "registers" else a_form, 64, depth, swizzle)
     right = Operand(kind, b_form, n, depth, swizzle)
@@ -275,13 +278,15 @@ def multiply(run: Run, kind: str, n: int, a_form: str, b_form: str, swizzle: int
     advance = [32 if swizzle else left.advance, 32 if swizzle else right.advance] if products > 1 else [0, 0]
     fragments = np.stack([a_registers(a[:, i * each : (i + 1) * each], kind) for i in range(products)])
     rows, columns = d_places(n)
-    a_words, b_words = left.words(bits_of(a, kind)), right.words(bits_of(b.T, kind))
-    # tiles begin where their pattern repeats
+    before = np.full(behind // 4, 0xFFFFFFFF, np.uint32)
+    a_words, b_words = (
+        np.concatenate([before, operand.words(bits_of(matrix, kind))]) for operand, matrix in ((left, a), (right, b.T))
+    )
     room = -len(a_words) % 256
     given = [a_words, np.zeros(room, np.uint32), b_words, fragments.ravel(),
              np.asarray(d, np.float32)[rows, columns].ravel().view(np.uint32)]  # fmt: skip
     numbers = [swizzle, len(a_words) + room, len(b_words), left.leading, left.stride, right.leading, right.stride,
-               int(add), products, *advance]  # fmt: skip
+               int(add), products, *advance, behind]  # fmt: skip
     found = run(f"{kind}_{n}_{a_form}_{b_form}", np.concatenate(given), 64 * n, numbers)
     result = np.full((64, n), np.nan, np.float32)
     result[rows, columns] = found.view(np.float32).reshape(128, n // 2)
@@ -307,6 +312,16 @@ def test_a_product_of_every_form_is_a_plain_product(run, kind, a_form, b_form, s
     for add in (False, True):
         found = multiply(run, kind, 64, a_form, b_form, swizzle, a, b, d, add)
         np.testing.assert_array_equal(found, a @ b + d * add)
+
+
+@pytest.mark.parametrize("swizzle", [1, 2, 3], ids=["32B", "64B", "128B"])
+@pytest.mark.parametrize("a_form, b_form", FORMS)
+@pytest.mark.parametrize("behind", [128, 384, 896])
+def test_a_pattern_begins_at_the_base_offset(run, behind, a_form, b_form, swizzle):
+    rng = np.random.default_rng(behind)
+    a, b, d = exact("bf16", rng, 64, 16), exact("bf16", rng, 16, 64), exact("bf16", rng, 64, 64)
+    found = multiply(run, "bf16", 64, a_form, b_form, swizzle, a, b, d, True, behind=behind)
+    np.testing.assert_array_equal(found, a @ b + d)
 
 
 @pytest.mark.parametrize("a_form", ["k", "registers"])

@@ -78,7 +78,7 @@ FINDINGS = {
     "products_descriptors": rf"{PLACE} calls wgmma {LINE} with other descriptors than the rest of its warpgroup",
     "products_outside": rf"{PLACE} reads 16 bytes at byte \d+ of dynamic shared memory, which has 4096 {LINE}",
     "products_pattern": rf"{PLACE} calls wgmma {LINE} with a tile of which the swizzle's pattern begins 128 bytes "
-    "behind a multiple of 256, where it must begin",
+    "behind a multiple of 256 and its base offset, where it must begin",
     "early_release": rf"{PLACE} races: its copy writes {LINE} what {PRODUCT}",
     "product_of_three_warps": rf"{PLACE} calls wgmma {LINE}, which takes a whole warpgroup, in a block of 96 threads",
     "neighbours_begin": rf"{PLACE} writes {LINE} shared memory of {BLOCK}, which may not have begun: there is no "

@@ -12,7 +12,8 @@
 //   An mbarrier of another block is arrived at by mbarrier_release_cluster; mbarrier_wait_cluster on that block's side
 //   acquires what threads of other blocks did before. Only a block's own threads wait for its mbarriers. A release for
 //   other blocks waits until all that the thread has written anywhere is there for the whole GPU. Where nothing but
-//   asynchronous reads of a tile have ended, after which it is overwritten, mbarrier_arrive_cluster says so for nothing.
+//   asynchronous reads of a tile have ended, after which it is overwritten, mbarrier_arrive_cluster says so for
+//   nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -140,8 +141,8 @@ __device__ __forceinline__ void store_cluster_16(ClusterAddress to, uint4 word) 
 #endif
 }
 
-// Tells other blocks what this thread has waited for of what goes on asynchronously: that boxes have come, that products
-// have read their operands. Of what threads read or wrote themselves it tells its own block alone (".cta").
+// Tells other blocks what this thread has waited for of what goes on asynchronously: that boxes have come, that
+// products have read their operands. Of what threads read or wrote themselves it tells its own block alone (".cta").
 __device__ __forceinline__ void mbarrier_arrive_cluster(ClusterAddress barrier) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(barrier.bits) : "memory");

@@ -17,7 +17,8 @@
 //     mn-major   to the next span of m or n             to the next 8 of k      8 of k to 8        chunk to chunk
 //
 //   Where a k-major row holds several steps of k, `advanced(32)` is the next one's descriptor. Tiles start at multiples
-//   of 1024, 512 or 256 bytes (spans of 128, 64, 32); base offsets are not used.
+//   of 1024, 512 or 256 bytes (spans of 128, 64, 32), as boxes do; one whose pattern begins elsewhere has a base
+//   offset: of its first address, bits 7 to 9.
 //
 //     wgmma_fence(d);                                  before the first product on registers that were touched
 //     for (...) wgmma<Multiplicand::bf16>(d, a, b, true);
@@ -48,12 +49,13 @@ struct MatrixDescriptor {
   }
 };
 
-// Offsets in bytes, multiples of 16.
+// `leading` and `stride` in bytes, multiples of 16.
 __device__ __forceinline__ MatrixDescriptor matrix_descriptor(const void* tile, int leading, int stride,
-                                                              Swizzle swizzle) {
+                                                              Swizzle swizzle, int base_offset = 0) {
   const uint64_t mode = swizzle == Swizzle::none ? 0 : 4 - static_cast<uint64_t>(swizzle);
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
-  return {field(detail::shared_address(tile)) | field(leading) << 16 | field(stride) << 32 | mode << 62};
+  return {field(detail::shared_address(tile)) | field(leading) << 16 | field(stride) << 32 |
+          static_cast<uint64_t>(base_offset & 7) << 49 | mode << 62};
 }
 
 // Tells the compiler that the registers change here: it moves no use of them across. wgmma_fence and wgmma_wait do it

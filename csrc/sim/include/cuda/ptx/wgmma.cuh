@@ -30,11 +30,12 @@ namespace twin {
 
 }  // namespace twin
 
-__forceinline__ MatrixDescriptor matrix_descriptor(const void* tile, int leading, int stride, Swizzle swizzle) {
+__forceinline__ MatrixDescriptor matrix_descriptor(const void* tile, int leading, int stride, Swizzle swizzle,
+                                                   int base_offset = 0) {
   const uint64_t mode = swizzle == Swizzle::none ? 0 : 4 - static_cast<uint64_t>(swizzle);
   const auto field = [](uint64_t bytes) { return (bytes & 0x3ffff) >> 4; };
   return {field(sim::window_address(tile)) | field(static_cast<uint64_t>(leading)) << 16 |
-          field(static_cast<uint64_t>(stride)) << 32 | mode << 62};
+          field(static_cast<uint64_t>(stride)) << 32 | static_cast<uint64_t>(base_offset & 7) << 49 | mode << 62};
 }
 
 template <int count>
