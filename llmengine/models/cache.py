@@ -58,19 +58,22 @@ class Source:
         self.packed = packed
         self.memory = memory
         self.projected: dict[int, tuple[Tensor, Tensor]] = {}
+        # packed tokens are pages of one slot each
+        self.lengths = packed.cu_seqlens.diff()
+        places = torch.arange(packed.max_seqlen, dtype=torch.int32, device=packed.cu_seqlens.device)
+        self.pages = packed.cu_seqlens[:-1, None] + places
 
-    def attend(
-        self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, scores: Scores, longest: int
-    ) -> Tensor:
-        """q (tokens, heads, head_dim), equally many tokens of every source, at most `longest` of each."""
+    def attend(self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, scores: Scores) -> Tensor:
+        """q (tokens, heads, head_dim), equally many tokens of every source, each of which sees all of it."""
         if layer not in self.projected:
             self.projected[layer] = project()
-        sources = self.packed.sequences
-        starts = torch.arange(sources + 1, dtype=torch.int32, device=q.device) * (len(q) // sources)
-        return functional.varlen_attention(
-            q, *self.projected[layer], starts, self.packed.cu_seqlens, longest, self.packed.max_seqlen,
-            **scores.options(causal=False),
-        )  # fmt: skip
+        keys, values = (x.unsqueeze(1) for x in self.projected[layer])
+        # what the tokens of a source, its beams, ask is asked by as many more heads
+        asked = q.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+        answered = functional.decode_attention(
+            asked.flatten(1, 2).unsqueeze(2), keys, values, self.lengths, self.pages, **scores.options(causal=True)
+        )
+        return answered.view(*asked.shape[:3], -1).transpose(1, 2).flatten(0, 1)
 
 
 class Prompt:
@@ -123,7 +126,7 @@ class Step:
         self, q: Tensor, project: Callable[[], tuple[Tensor, Tensor]], layer: int, dropout_p: float, scores: Scores
     ) -> Tensor:
         assert self.source is not None
-        return self.source.attend(q, project, layer, scores, len(q) // self.source.packed.sequences)
+        return self.source.attend(q, project, layer, scores)
 
     def last(self, x: Tensor) -> Tensor:
         return x

@@ -31,7 +31,7 @@ STAND_BACK: dict[tuple[str, str], str] = {
     ("cuda", f"{op}_{part}"): UNMEASURED.format(op)
     for op in ("attention", "linear_cross_entropy")
     for part in ("forward", "backward", "with_gradients")
-}
+} | {("cuda", "decode_attention"): UNMEASURED.format("decode_attention")}
 FALLBACK = ("reference",)  # devices without kernels of their own
 BACKENDS = ("cuda", "triton", "cpu", "cuda_sim", "reference")  # cuda_sim, a simulator, only when it is demanded
 VARIABLE = "LLMENGINE_BACKEND"

@@ -33,6 +33,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
+        # batch, heads, key heads, tokens, head_dim
+        "cache": [(1, 32, 8, 32768, 128), (32, 32, 8, 4096, 128), (64, 32, 32, 1024, 128)],
         "rotary": [(16384, 32, 128)],  # tokens, heads, head_dim
         "embedding": [(16384, 50257, 768), (16384, 131072, 4096)],  # tokens, rows of the table, width
         "parameters": [(148, 1 << 22)],  # parameters, elements of each
@@ -45,6 +47,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "linear_cross_entropy": [(1024, 768, 50257)],
         "rows": [(512, 768), (16384, 1024)],
         "logits": [(512, 50257)],
+        "cache": [(8, 12, 12, 4096, 64), (4, 32, 8, 4096, 128)],
         "rotary": [(16384, 16, 64)],
         "embedding": [(4096, 50257, 768)],
         "parameters": [(74, 1 << 19)],
@@ -57,6 +60,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "linear_cross_entropy": [(8, 16, 40)],
         "rows": [(5, 48)],
         "logits": [(6, 50)],
+        "cache": [(2, 4, 2, 140, 16)],
         "rotary": [(6, 2, 16)],
         "embedding": [(20, 30, 16)],
         "parameters": [(3, 40)],
@@ -371,6 +375,20 @@ def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("adamw", _name(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
 
 
+def _decode_attention(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """A token of each sequence; full caches, so that PyTorch needs no mask."""
+    batch, heads, key_heads, tokens, head_dim = shape
+    query, key, value = (make.randn(batch, n, m, head_dim) for n, m in ((heads, 1), *[(key_heads, tokens)] * 2))
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=make.device)
+    run = {
+        "llmengine": lambda q, k, v: functional.decode_attention(q, k, v, lengths),
+        "torch": lambda q, k, v: torch_functional.scaled_dot_product_attention(q, k, v, enable_gqa=heads != key_heads),
+    }
+    tensors, flops = [query, key, value], 4.0 * batch * heads * tokens * head_dim
+    name = _name(shape)
+    yield Case("decode_attention", name, make.dtype, run, tensors, make.bytes(*tensors), flops, passes=("forward",))
+
+
 def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
     gradients = [make.randn(shape[1]) for _ in range(shape[0])]
     run = {
@@ -391,6 +409,7 @@ OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = 
     "add_layer_norm": ("rows", _add_layer_norm),
     "softmax": ("rows", _softmax),
     "cross_entropy": ("logits", _cross_entropy),
+    "decode_attention": ("cache", _decode_attention),
     "rotary": ("rotary", _rotary),
     "embedding": ("embedding", _embedding),
     "adamw": ("parameters", _adamw),

@@ -169,10 +169,13 @@ class Decoder {
         F q[rows];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) q[r] = load(query + r * padded + d);
+        if (d % kLine == 0) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kTogether; ++k) __builtin_prefetch(key[c + k + kTogether] + d);
+        }
 #pragma GCC unroll 16
         for (int k = 0; k < kTogether; ++k) {
           const F x = load_n(key[c + k] + d, n);
-          __builtin_prefetch(key[c + k + kTogether] + d);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sums[r * kTogether + k] += q[r] * x;
         }
@@ -240,7 +243,7 @@ class Decoder {
       for (int64_t c = 0; c < count; ++c) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
-          __builtin_prefetch(value[c + kAhead] + d + v * kLanes);
+          if (v * kLanes % kLine == 0) __builtin_prefetch(value[c + kAhead] + d + v * kLanes);
           const F x = load_n(value[c] + d + v * kLanes, n);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sums[r][v] += broadcast(weights[r * kSplit + c]) * x;
@@ -289,6 +292,8 @@ class Decoder {
     }
   }
   static float greater(float a, float b) { return a < b ? b : a; }  // NaN in `a` stays, one in `b` shows in the total
+
+  static constexpr int kLine = 64 / sizeof(T);  // elements that come from memory together
 
   const ops::DecodeAttention& p_;
   const int64_t depth_, width_, rows_;

@@ -15,6 +15,7 @@ if unavailable() is None:
         attention,
         chain_field,
         cross_entropy,
+        decode_attention,
         embedding,
         ffn,
         gradient_norm,
@@ -26,7 +27,7 @@ if unavailable() is None:
     )
 
     for module in (
-        adamw, attention, chain_field, cross_entropy, embedding, ffn, gradient_norm, linear_cross_entropy,
-        norm, relative_attention, rotary, softmax,
+        adamw, attention, chain_field, cross_entropy, decode_attention, embedding, ffn, gradient_norm,
+        linear_cross_entropy, norm, relative_attention, rotary, softmax,
     ):  # fmt: skip
         KERNELS |= {name: Kernel(on_its_device(k.run), k.refuses) for name, k in module.KERNELS.items()}

@@ -38,6 +38,7 @@ OPERATORS = (
     "attention",
     "chain_field",
     "cross_entropy",
+    "decode_attention",
     "embedding",
     "ffn",
     "gradient_norm",
