@@ -12,7 +12,7 @@ NAME ?= intents
 RECIPE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo recipe test test-heavy bench lint format dev info clean
+.PHONY: demo recipe test test-heavy sanitize bench lint format dev info clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make recipe NAME=intents   fine-tune on real data: intents, topics, tweets, reviews, entities,"
 	@echo "                           descriptions, corrections, translations, continuations, replies"
 	@echo "make test        all tests        make test-heavy  also the large matrices"
+	@echo "make sanitize    the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set"
 	@echo "make bench       every operator beside PyTorch"
 	@echo "make lint format dev info clean"
 
@@ -56,6 +57,11 @@ test: $(VENV)/.tested
 
 test-heavy: $(VENV)/.tested
 	$(BIN)/python -m pytest tests
+
+# ThreadSanitizer is left out: GCC's OpenMP runtime tells it of no barrier, so that every region would be a race.
+sanitize: $(VENV)/.dev
+	LLMENGINE_TEST_SANITIZE=address,undefined $(BIN)/python -m pytest tests/test_products.py tests/test_vec_math.py
+	$(BIN)/python -m pytest tests/test_native.py -m heavy -k sanitizers
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH)

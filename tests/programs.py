@@ -1,4 +1,5 @@
-"""C++ programs of tests/csrc, compiled as the build compiles the kernels of an instruction set."""
+"""C++ programs of tests/csrc, compiled as the build compiles the kernels of an instruction set; with sanitizers where
+LLMENGINE_TEST_SANITIZE names them (`make sanitize`)."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ def compiled(sources: list[str], program: Path, flags: list[str]) -> Path:
     """The sources, named from the repository's root, as a program; a warning is a failure."""
     assert COMPILER, "needs the C++ compiler that built llmengine: put it on PATH, or name it in CXX"
     options = ["-std=c++20", "-O2", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    if sanitizers := os.environ.get("LLMENGINE_TEST_SANITIZE"):
+        options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     command = [COMPILER, *options, *flags, *(str(ROOT / source) for source in sources), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -71,3 +71,28 @@ def test_threads_do_not_change_a_bit_of_a_large_gradient():
     assert all(torch.equal(gradient, found[0]) for gradient in found[1:])
     (expected,) = torch.autograd.grad(torch_functional.embedding(ids, weight), weight, upstream)
     torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", ["both", "lookups", "output"])
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_a_tied_embedding_gathers_what_autograd_adds(padding_idx, parts, dtype):
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(9, 4, generator=g).to(dtype), torch.randn(6, 4, generator=g).to(dtype)
+    ids = torch.tensor([[1, 2, 2], [7, 1, 1]])
+
+    def gradient(table, lookup, weight):
+        rows = lookup(ids).flatten(0, 1)
+        used = x.to(table.dtype) if parts == "output" else rows
+        loss = (used @ table.t()).sin().sum() if parts != "lookups" else (rows * x).sum()
+        loss = loss + (lookup(ids[0, :2]) ** 2).sum() if parts == "both" else loss  # a second lookup
+        return torch.autograd.grad(loss, weight)[0]
+
+    exact = weight.double().requires_grad_()
+    expected = gradient(exact, lambda i: torch_functional.embedding(i, exact, padding_idx), exact)
+    for _ in range(2):  # nothing of a pass is left for the next one
+        leaf = weight.clone().requires_grad_()
+        words = functional.TiedEmbedding(leaf, padding_idx)
+        found = gradient(words.weight, words, leaf)
+        assert found.dtype == dtype and found.is_contiguous()
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.1 if dtype == torch.bfloat16 else 1e-5)

@@ -320,10 +320,10 @@ def test_the_operator_suite_on_emulated_tiles(tmp_path: Path):
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6 * 3600)
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers' libraries by their Linux names")
 def test_laws_and_fuzz_under_sanitizers(tmp_path: Path):
-    build(tmp_path, "-DLLMENGINE_SANITIZE=address,undefined")
+    build(tmp_path, "-DLLMENGINE_SANITIZE=address,undefined", "-DLLMENGINE_AMX_EMULATED=ON")
     find = ["g++", "-print-file-name=libasan.so", "-print-file-name=libubsan.so", "-print-file-name=libstdc++.so"]
     environment = {
         "LD_PRELOAD": ":".join(
@@ -340,8 +340,11 @@ def test_laws_and_fuzz_under_sanitizers(tmp_path: Path):
     overrun = run(["-c", OVERRUN], 120, tmp_path, **environment)
     assert overrun.returncode != 0 and "ERROR: AddressSanitizer" in overrun.stderr, overrun.stderr[-4000:]
     selected = laws("test_errors_against_float64", "test_every_layout", "test_repeats")
-    for isa in _cpu.supported_isas():
+    isas = printed("from llmengine import _cpu; print(*_cpu.supported_isas())", 120, tmp_path, **environment).split()
+    assert "amx" in isas
+    for isa in isas:
         run_tests("test_ops.py", selected, 900, tmp_path, LLMENGINE_CPU_ISA=isa, **environment)
+        run_tests("test_attention.py", "", 1800, tmp_path, LLMENGINE_CPU_ISA=isa, **environment)
     run_tests("test_native.py", "test_no_argument_crashes", 900, tmp_path, **environment)
 
 

@@ -2,9 +2,9 @@
 // one for this processor is picked at run time. LLMENGINE_CPU_ISA=generic|avx2|avx512|avx512_rounding|avx512_bf16|amx
 // forces another one; forcing one that is missing is an error.
 //
-// AVX512-BF16 is two sets: avx512_rounding rounds to bf16 by its instruction, avx512_bf16 multiplies by it, too. Intel's
-// cores that have AMX take two cycles for vdpbf16ps where they do four multiply-adds of floats: where tiles are denied
-// to them (a virtual machine may do so), bf16 is best widened and multiplied as floats.
+// AVX512-BF16 is two sets: avx512_rounding rounds to bf16 by its instruction, avx512_bf16 multiplies by it, too.
+// Intel's cores that have AMX take two cycles for a vdpbf16ps, in which they do four multiply-adds of floats: where
+// tiles are denied to them (a virtual machine may do so), bf16 is best widened and multiplied as floats.
 #pragma once
 
 #include <string>

@@ -6,7 +6,7 @@ from llmengine.functional.attention import scaled_dot_product_attention, varlen_
 from llmengine.functional.chain_field import chain_field_decode, chain_field_loss
 from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.decode_attention import decode_attention
-from llmengine.functional.embedding import embedding
+from llmengine.functional.embedding import TiedEmbedding, embedding
 from llmengine.functional.ffn import ffn
 from llmengine.functional.linear import linear
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +16,7 @@ from llmengine.functional.rotary import rotary_embedding
 from llmengine.functional.softmax import softmax
 
 __all__ = [
+    "TiedEmbedding",
     "add_layer_norm",
     "add_rms_norm",
     "chain_field_decode",

@@ -61,3 +61,20 @@ def embedding(
     else:
         output = ops.embedding_forward(ids, weight, float(scale))
     return output.view(*input.shape, columns)
+
+
+class TiedEmbedding:
+    """A word embedding for one pass through a model whose output layer has the same weight: `words(ids)` looks rows up,
+    `words.weight` is what the output layer is to take.
+
+    Both give a part of the weight's gradient. Autograd by itself makes a tensor of the weight's size for each and adds
+    them; here the rows that were looked up are added into the output layer's. Either part may be missing.
+    """
+
+    def __init__(self, weight: Tensor, padding_idx: int | None = None) -> None:
+        self._padding_idx = padding_idx
+        self._lookups: list[tuple[Tensor, Tensor]] = []
+        self.weight: Tensor = ops.TiedWeight.apply(weight, self._lookups)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return ops.TiedLookup.apply(self.weight, ids, self._padding_idx, self._lookups)

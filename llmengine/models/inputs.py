@@ -145,6 +145,17 @@ def check_like(name: str, x: Tensor | None, input_ids: Tensor, below: int, limit
     _range(name, x, below, limit, label=label)
 
 
+def positions_of(config: TransformerConfig, layout: Layout, input_ids: Tensor, given: Tensor | None) -> Tensor:
+    """Each token's position, as it is given or as the layout has it."""
+    if given is None:
+        return layout.positions(config.position_of == "token")
+    if given.shape == (1, input_ids.shape[-1]):
+        given = given.expand(input_ids.shape)
+    most = 2**31 if config.max_positions is None else config.max_positions
+    check_like("position_ids", given, input_ids, most, "max_positions")
+    return layout.enter(given)
+
+
 def check_labels(
     objective: str, labels: Tensor, input_ids: Tensor, sequences: int, config: TransformerConfig
 ) -> Tensor:

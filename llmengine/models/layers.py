@@ -15,7 +15,7 @@ from llmengine.models.dtypes import into
 from llmengine.models.layout import Attending, Scores
 from llmengine.models.positions import sinusoid
 from llmengine.nn.feed_forward import FeedForward
-from llmengine.nn.fusing import add_norm, linear, touched
+from llmengine.nn.fusing import add_norm, linear, touched, watched
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 _torch = torch.nn.functional
@@ -38,6 +38,20 @@ def make_norm(config: TransformerConfig, features: int) -> Module:
     if config.norm == "layer":
         return LayerNorm(features, config.norm_eps, bias=config.norm_bias)
     return (RMSNorm if config.norm == "rms" else OffsetRMSNorm)(features, config.norm_eps)
+
+
+Words = Embedding | functional.TiedEmbedding
+
+
+def words_of_pass(word: Embedding, config: TransformerConfig, tokens: int) -> Words:
+    """The word embedding; where it is tied and that saves time, one that gathers its gradient in a single place."""
+    tied = config.tie_embeddings and config.positions != "relative" and not torch.compiler.is_compiling()
+    plain = type(word) is Embedding and word.max_norm is None and not word.scale_grad_by_freq and not word.sparse
+    learns = torch.is_grad_enabled() and word.weight.requires_grad
+    saves = word.weight.is_cpu and tokens < word.num_embeddings
+    if not (tied and plain and learns and saves) or watched("word", word) is not None:
+        return word
+    return functional.TiedEmbedding(word.weight, word.padding_idx)
 
 
 class Embeddings(Module):
@@ -63,7 +77,7 @@ class Embeddings(Module):
         self.dropout = config.embed_dropout
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, word: Embedding | None = None
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, word: Words | None = None
     ) -> Tensor:
         word = self.word if word is None else word
         assert word is not None

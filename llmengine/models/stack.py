@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Module, ModuleList
+from torch.nn import Module, ModuleList
 from torch.utils import checkpoint as checkpointing
 
 from llmengine.models.config import TransformerConfig
 from llmengine.models.dtypes import into, into_norm
-from llmengine.models.layers import Context, Embeddings, Layer, add, make_norm, next_norm
+from llmengine.models.layers import Context, Embeddings, Layer, Words, add, make_norm, next_norm
 from llmengine.models.layout import Attending
 from llmengine.models.positions import Angles, DistanceBuckets, alibi_slopes
 
@@ -53,7 +53,7 @@ class Stack(Module):
         position_ids: Tensor,
         token_type_ids: Tensor | None = None,
         *,
-        word: Embedding | None = None,
+        word: Words | None = None,
         memory: Tensor | None = None,
         keep: bool = False,
         checkpoint: bool = False,

@@ -26,8 +26,10 @@ from llmengine.models.inputs import (
     check_like,
     denominators,
     layouts_of,
+    positions_of,
     target_of,
 )
+from llmengine.models.layers import Words, words_of_pass
 from llmengine.models.layout import Layout, Packed
 from llmengine.models.memory import Memory, as_given, check_memory
 from llmengine.models.orders import order_of
@@ -251,6 +253,8 @@ class Transformer(Generation):
             check_choices(choices, given.get("choice"), questions, layout.sequences)
         elif choices is not None:
             raise ValueError(f"Transformer: choices given, but objectives {list(self.config.objectives)} lack 'choice'")
+        tokens = sum(side.input_ids.numel() for side in sides)
+        words = words_of_pass(self.words, self.config, tokens) if self.config.token_task in given else self.words
         x: Tensor
         others: dict[str, Any] = {}
         xlnet = (query_ranks, key_ranks, perm_mask, target_positions, target_mapping)
@@ -262,23 +266,25 @@ class Transformer(Generation):
         else:
             if any(given is not None for given in (*xlnet, mems)) or use_mems:
                 raise ValueError('Transformer: orders, targets and mems need positions "relative" (XLNet)')
-            x, hidden = self._encode(layouts[0], input_ids, token_type_ids, position_ids, output_hidden_states)
+            x, hidden = self._encode(layouts[0], input_ids, token_type_ids, position_ids, words, output_hidden_states)
         if len(sides) == 2:
             memory, source, encoded = x, layouts[0], hidden
             others["encoder_last_hidden_state"] = self._later(
                 lambda: source.leave(memory), at_once=torch.compiler.is_compiling()
             )
-            x, hidden = self._decode(layout, ids, memory, output_hidden_states)
+            x, hidden = self._decode(layout, ids, memory, words, output_hidden_states)
             if encoded is not None:
                 others["encoder_hidden_states"] = tuple(source.leave(state) for state in encoded)
         if hidden is not None:
             of_all = layouts[-1]
             others["hidden_states"] = tuple(of_all.leave(state) for state in hidden)
-        return self._output(layout, ids, x, (questions, choices), given, num_items_in_batch, return_logits, others)
+        asked = (questions, choices)
+        return self._output(layout, ids, x, words.weight, asked, given, num_items_in_batch, return_logits, others)
 
     def _encode(
-        self, layout: Layout, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, keep: bool
-    ) -> tuple[Tensor, list[Tensor] | None]:
+        self, layout: Layout, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None,
+        words: Words, keep: bool,
+    ) -> tuple[Tensor, list[Tensor] | None]:  # fmt: skip
         """The encoder, or a decoder that stands alone."""
         config = self.config
         if token_type_ids is not None and not config.type_vocab_size:
@@ -286,10 +292,11 @@ class Transformer(Generation):
         check_like("token_type_ids", token_type_ids, input_ids, config.type_vocab_size, "type_vocab_size")
         types = None if token_type_ids is None else layout.enter(token_type_ids)
         stack = self.stack if self.encoder is None else self.encoder
-        positions = self._positions(layout, input_ids, position_ids)
+        positions = positions_of(config, layout, input_ids, position_ids)
         return stack(
-            layout, layout.enter(input_ids), positions, types, keep=keep, checkpoint=self.gradient_checkpointing
-        )
+            layout, layout.enter(input_ids), positions, types, keep=keep, checkpoint=self.gradient_checkpointing,
+            word=words if stack.embeddings.word is self.words else None,
+        )  # fmt: skip
 
     def _relative(
         self, layout: Layout, input_ids: Tensor, segments: Tensor | None, xlnet: tuple[Tensor | None, ...],
@@ -309,25 +316,26 @@ class Transformer(Generation):
         return x, layout if predicted is None else predicted, hidden, as_given(remembered, layout, mems)
 
     def _decode(
-        self, layout: Layout, input_ids: Tensor, memory: Tensor, keep: bool
+        self, layout: Layout, input_ids: Tensor, memory: Tensor, words: Words, keep: bool
     ) -> tuple[Tensor, list[Tensor] | None]:
         """An encoder-decoder's decoder."""
         assert self.decoder is not None
         return self.decoder(
-            layout, layout.enter(input_ids), self._positions(layout, input_ids, None), word=self.words, memory=memory,
-            keep=keep, checkpoint=self.gradient_checkpointing,
+            layout, layout.enter(input_ids), positions_of(self.config, layout, input_ids, None), word=words,
+            memory=memory, keep=keep, checkpoint=self.gradient_checkpointing,
         )  # fmt: skip
 
     def _output(
-        self, layout: Layout, input_ids: Tensor, x: Tensor, asked: tuple[int, Tensor | None], given: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None, others: dict[str, Any],
+        self, layout: Layout, input_ids: Tensor, x: Tensor, tied: Tensor, asked: tuple[int, Tensor | None],
+        given: dict[str, Tensor], num_items_in_batch: Tensor | int | dict | None, return_logits: bool | None,
+        others: dict[str, Any],
     ) -> TransformerOutput:  # fmt: skip
         pooled = None if self.pooler is None else self.pooler(into_head(self.pooler, layout.first(x)))
         entering = into_head(self.heads, x)
         head_logits = {name: head.logits(layout, entering, pooled) for name, head in self.each_head()}
         if "choice" in head_logits:
             head_logits["choice"] = by_question(head_logits["choice"], *asked)
-        losses = self._losses(layout, input_ids, x, head_logits, given, num_items_in_batch)
+        losses = self._losses(layout, input_ids, x, tied, head_logits, given, num_items_in_batch)
         weights = self.config.loss_weights
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) if losses else None
         logits: Any = None
@@ -395,8 +403,8 @@ class Transformer(Generation):
         return given
 
     def _losses(
-        self, layout: Layout, input_ids: Tensor, x: Tensor, logits: dict[str, Tensor], given: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | dict | None,
+        self, layout: Layout, input_ids: Tensor, x: Tensor, tied: Tensor, logits: dict[str, Tensor],
+        given: dict[str, Tensor], num_items_in_batch: Tensor | int | dict | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         items = denominators(num_items_in_batch, {name: COUNTED.get(name, "tokens") for name in given})
         losses = {}
@@ -406,7 +414,7 @@ class Transformer(Generation):
             if name == self.config.token_task:
                 assert self.token_head is not None
                 targets = layout.next_labels(labels) if self.config.causal else layout.labels(labels)
-                losses[name] = self.token_head.loss(x, self.words.weight, targets, divisor)
+                losses[name] = self.token_head.loss(x, tied, targets, divisor)
             else:
                 losses[name] = dict(self.each_head())[name].loss(layout, logits[name], labels, divisor)
         return losses
@@ -416,17 +424,6 @@ class Transformer(Generation):
             return compute()
         # a compiled graph returns tensors, not functions
         return None if torch.compiler.is_compiling() else in_this_mode(self.words.weight.device.type, compute)
-
-    # ---- checks and explanations -------------------------------------------------------------------------------------
-
-    def _positions(self, layout: Layout, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        if position_ids is None:
-            return layout.positions(self.config.position_of == "token")
-        if position_ids.shape == (1, input_ids.shape[-1]):
-            position_ids = position_ids.expand(input_ids.shape)
-        most = 2**31 if self.config.max_positions is None else self.config.max_positions
-        check_like("position_ids", position_ids, input_ids, most, "max_positions")
-        return layout.enter(position_ids)
 
     def explain(self) -> str:
         """Which parts of which layers run as fused operators, and why the others do not.

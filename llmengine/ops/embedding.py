@@ -38,3 +38,49 @@ class Embedding(torch.autograd.Function):
     def backward(ctx, grad_output):
         (input,) = ctx.saved_tensors
         return None, embedding_backward(grad_output, input, ctx.rows, ctx.padding_idx, ctx.scale), None, None
+
+
+class TiedWeight(torch.autograd.Function):
+    """A table as the weight of an output layer: -> the same weight. `lookups`: (ids, gradients of their rows) of the
+    table's lookups, which are added into the output layer's gradient when that has come."""
+
+    @staticmethod
+    def forward(ctx, weight, lookups):
+        ctx.lookups, ctx.rows, ctx.dtype = lookups, weight.shape[0], weight.dtype
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        lookups = ctx.lookups[:]
+        ctx.lookups.clear()
+        if grad is not None and not grad.is_contiguous():
+            grad = grad.contiguous()
+        for ids, rows in lookups:
+            if grad is None:
+                grad = embedding_backward(rows, ids, ctx.rows, -1, 1.0).to(ctx.dtype)
+                continue
+            seen, places = ids.unique(return_inverse=True)  # of an id's rows the sum is rounded once
+            grad.index_add_(0, seen, embedding_backward(rows, places, len(seen), -1, 1.0).to(grad.dtype))
+        return grad, None
+
+
+class TiedLookup(torch.autograd.Function):
+    """lookup(weight, ids) of TiedWeight's output: -> rows. Autograd runs TiedWeight's backward after all of these."""
+
+    @staticmethod
+    def forward(ctx, weight, ids, padding_idx, lookups):
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.lookups = padding_idx, lookups
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        ids, rows = ctx.saved_tensors[0].reshape(-1).long(), grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.padding_idx is not None:
+            kept = (ids != ctx.padding_idx).nonzero().squeeze(1)
+            ids, rows = ids[kept], rows[kept]
+        ctx.lookups.append((ids, rows))
+        return None, None, None, None

