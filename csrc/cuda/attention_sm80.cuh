@@ -17,7 +17,6 @@
 #include "cuda/dropout.cuh"
 #include "cuda/maths.cuh"
 #include "cuda/matrix_tile.cuh"
-#include "cuda/ptx/made_here.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/attention_band.h"
 
@@ -183,8 +182,7 @@ __device__ __forceinline__ void make_logits(float (&x)[blocks][n][4], const Opti
     });
   }
   if (o.mask.kind != Mask::none) {
-    const int here = ptx::made_here(head);  // no row's place is kept from one tile to the next
-    const int64_t start = s.batch * o.mask.batch + here * o.mask.head;
+    const int64_t start = s.batch * o.mask.batch + head * o.mask.head;
     each(x, [&](float& u, int r, int c) {
       const int row = transposed ? across + c : first + r, key = transposed ? first + r : across + c;
       if (row < s.rows && key < s.keys)
