@@ -61,8 +61,8 @@ template <int D, bool simple>
 struct Shape {
   static constexpr int groups = 2, rows = groups * kGroupRows, threads = 128 * (1 + groups);
   static constexpr int panels = (D + kPanel - 1) / kPanel;
-  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 80;
-  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - (D <= 192 ? 16 : 32);
+  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 64;
+  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - 16;
   static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
   static constexpr bool by_turns = D <= 128;
   static constexpr int few_registers = 40, many_registers = 232;  // 128 x 40 + 256 x 232: all that there are
@@ -281,7 +281,7 @@ __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1]
   softmax.add(x, p.options.factor, rescaling);
   if (!simple && p.options.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
-    drop(x, draw<false, 1, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
+    drop(x, draw<false, 1, S::keys / 8, 1>(p.options.dropout, stream, row, key), 1.0f);
   }
 }
 
