@@ -1,14 +1,14 @@
-// Which tiles a persistent block of attention takes, and in which order. Standard library only: tests run it as it is.
+// Which tile of attention a block takes at its turn. Standard library only: tests run it as it is.
 //
-//   A tile is so many rows of one owner (a head of a sequence). Blocks take turns: in round r block b takes turn
-//   r blocks + b, and in every other round they stand the other way round, so that what the first ones had more in one
-//   round they have less in the next. Turns go through owners by sections whose keys and values fit into the
-//   second-level cache together; within a section the longest tiles come first: where attention is causal, the last.
+//   A tile is so many rows of one owner (a head of a sequence). Blocks draw turns from a counter, each when it is done
+//   with its last tile, so that none waits for a slow one. Turns go through owners by sections whose keys and values
+//   fit into the second-level cache together, a smaller one first; within a section the longest tiles come first: where
+//   attention is causal, the last. So what is left for the end is short.
 //
-//              owner 0   1   2   3 | 4   5 ...     two sections of four owners, three tiles each, causal
-//     tile 2      turn 0   1   2   3 | 12  13
-//     tile 1           4   5   6   7 | 16
-//     tile 0           8   9  10  11 | 20
+//              owner 0   1 | 2   3   4   5     sections of two and of four owners, three tiles each, causal
+//     tile 2      turn 0   1 | 6   7   8   9
+//     tile 1           2   3 | 10  11  12  13
+//     tile 0           4   5 | 14  15  16  17
 #pragma once
 
 #include <cstdint>
@@ -25,16 +25,13 @@ struct Schedule {
   };
 
   constexpr int count() const { return tiles * owners; }
-  constexpr int rounds(int blocks) const { return (count() + blocks - 1) / blocks; }
-  // count() or more where a block has no tile in a round
-  constexpr int turn(int round, int block, int blocks) const {
-    return round * blocks + (round % 2 ? blocks - 1 - block : block);
-  }
   constexpr Tile at(int turn) const {
-    const int section = turn / (tiles * together), within = turn - section * tiles * together;
-    const int left = owners - section * together, size = left < together ? left : together;
+    const int fewer = (owners - 1) % together + 1;  // owners of the first section
+    const bool first = turn < tiles * fewer;
+    const int behind = first ? 0 : turn - tiles * fewer, section = behind / (tiles * together);
+    const int within = first ? turn : behind - section * tiles * together, size = first ? fewer : together;
     const int place = within / size;
-    return {last_first ? tiles - 1 - place : place, section * together + within % size};
+    return {last_first ? tiles - 1 - place : place, (first ? 0 : fewer + section * together) + within % size};
   }
 };
 

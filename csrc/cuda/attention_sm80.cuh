@@ -17,7 +17,6 @@
 #include "cuda/dropout.cuh"
 #include "cuda/maths.cuh"
 #include "cuda/matrix_tile.cuh"
-#include "cuda/ptx/made_here.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/attention_band.h"
 
@@ -130,14 +129,14 @@ __device__ __forceinline__ void hide_unseen(float (&x)[blocks][n][4], const Band
   for (int m = 0; m < blocks; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int line = first + 16 * m + 8 * half + lane_of() / 4, own = across + lane_of() % 4 * 2;
-      const int begin = (transposed ? band.first_row(line) : band.begin(line)) - own;
-      const int end = (transposed ? band.last_row(line) : band.end(line)) - own;
+      const int line = first + 16 * m + 8 * half + lane_of() / 4;
+      const int begin = transposed ? band.first_row(line) : band.begin(line);
+      const int end = transposed ? band.last_row(line) : band.end(line);
 #pragma unroll
       for (int j = 0; j < n; ++j)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int column = 8 * j + i % 2;  // known at compile time
+          const int column = across + 8 * j + lane_of() % 4 * 2 + i % 2;
           if (column < begin || column >= end) x[m][j][i] = -INFINITY;
         }
     }
@@ -183,8 +182,7 @@ __device__ __forceinline__ void make_logits(float (&x)[blocks][n][4], const Opti
     });
   }
   if (o.mask.kind != Mask::none) {
-    const int here = ptx::made_here(head);  // no row's place is kept from one tile to the next
-    const int64_t start = s.batch * o.mask.batch + here * o.mask.head;
+    const int64_t start = s.batch * o.mask.batch + head * o.mask.head;
     each(x, [&](float& u, int r, int c) {
       const int row = transposed ? across + c : first + r, key = transposed ? first + r : across + c;
       if (row < s.rows && key < s.keys)
@@ -204,8 +202,9 @@ struct Dropped {
 };
 
 // Four keys of a row share a draw: every lane draws once per four scores of its own, and lanes exchange which of them
-// are dropped. The first key is a multiple of 4.
-template <bool transposed, int blocks, int n>
+// are dropped. The first key is a multiple of 4. `at_once`: as many rounds of a loop are one; more are quicker, but the
+// generator's constants for all of them want registers.
+template <bool transposed, int blocks, int n, int at_once = 8>
 __device__ __forceinline__ Dropped<blocks, n> draw(const Dropout& dropout, uint32_t stream, int first, int across) {
   const int g = lane_of() / 4, t = lane_of() % 4;
   const auto seed = static_cast<uint64_t>(*dropout.seed);
@@ -217,8 +216,7 @@ __device__ __forceinline__ Dropped<blocks, n> draw(const Dropout& dropout, uint3
     return bits;
   };
   Dropped<blocks, n> dropped{};
-  // Not unrolled further: the generator's constants for many draws at once are more than registers can hold.
-#pragma unroll 1
+#pragma unroll at_once
   for (int shift = 0; shift < 4 * (n < 8 ? n : 8); shift += 4)
 #pragma unroll
     for (int word = 0; word < (n + 7) / 8; ++word)

@@ -2,12 +2,21 @@
 // operands that are not empty, begin at multiples of 16 bytes and have strides that are positive multiples of them.
 #pragma once
 
+#include <tuple>
+
 #include "cuda/device.h"
 #include "ops/attention.h"
 
 namespace llmengine::cuda {
 
-struct AttentionForwardSm90a : ops::AttentionForward {};
+struct AttentionForwardSm90a : ops::AttentionForward {
+  TensorView turns;  // int32 (1,), 0: from which blocks draw their tiles
+
+  static constexpr auto fields() {
+    using P = AttentionForwardSm90a;
+    return std::tuple_cat(ops::AttentionForward::fields(), std::tuple{ops::field("turns", &P::turns)});
+  }
+};
 
 void validate(const AttentionForwardSm90a& p);
 void run(const AttentionForwardSm90a& p, Stream stream);

@@ -19,10 +19,11 @@
 //   query_free[q]                               every warp has stored what it made of the queries, by way of their
 //   place key_free[s], value_free[s]                  every warpgroup has multiplied them
 //
-//   Blocks are persistent (attention_schedule.h) and the rings go on through their tiles: the next tile's operands come
-//   while the last one's outputs are stored. Past the end of a tensor boxes bring zeros. Past the end of a packed
-//   sequence they bring the next one's rows: keys there are hidden as logits, but 0 V would be NaN where V is, so the
-//   fetching warp clears such rows before it shows them.
+//   Blocks are persistent: the fetching warp draws one tile after another (attention_schedule.h) and tells which beside
+//   its queries. The rings go on through tiles: the next one's operands come while the last one's outputs are stored.
+//   Past the end of a tensor boxes bring zeros. Past the end of a packed sequence they bring the next one's rows: keys
+//   there are hidden as logits, but 0 V would be NaN where V is, so the fetching warp clears such rows before it shows
+//   them.
 //
 //   flops   4 rows keys head_dim a tile
 //   bytes   queries and outputs once; keys and values once a block, from the second-level cache: 128 rows do 128 flops
@@ -60,8 +61,8 @@ template <int D, bool simple>
 struct Shape {
   static constexpr int groups = 2, rows = groups * kGroupRows, threads = 128 * (1 + groups);
   static constexpr int panels = (D + kPanel - 1) / kPanel;
-  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 80;
-  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - (D <= 192 ? 16 : 32);
+  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 64;
+  static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - 16;
   static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
   static constexpr bool by_turns = D <= 128;
   static constexpr int few_registers = 40, many_registers = 232;  // 128 x 40 + 256 x 232: all that there are
@@ -76,6 +77,7 @@ struct Shared {
   ptx::Mbarrier key_full[S::stages], key_free[S::stages];
   ptx::Mbarrier value_full[S::stages], value_free[S::stages];
   ptx::Mbarrier landed;  // values that are to be cleared in part
+  int turn[S::queries];  // whose queries these are, to be read between query_full and query_free
 };
 
 template <class T>
@@ -85,6 +87,7 @@ struct Forward {
   bool plain;  // logits are multiples of products
   Sizes sizes;
   Schedule schedule;
+  int* turns;  // drawn so far, beside each block's first
 };
 
 struct Maps {
@@ -111,26 +114,13 @@ struct Work {
   __device__ bool some() const { return begin < end; }
 };
 
-__device__ __forceinline__ int turn_of(const Schedule& schedule, int round) {
-  return schedule.turn(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-}
-
 template <class S, class T>
-__device__ __forceinline__ Work work_of(const Forward<T>& p, int round) {
-  const auto [tile, owner] = p.schedule.at(turn_of(p.schedule, round));
+__device__ __forceinline__ Work work_of(const Forward<T>& p, int turn) {
+  const auto [tile, owner] = p.schedule.at(turn);
   const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
   const int first = tile * S::rows;
   const Span span = keys_of_rows(s.band(p.options), first, S::rows);
   return {s, owner % p.sizes.heads, first, span.begin / S::keys * S::keys, span.end};
-}
-
-// body(round) for each round in which this block has a tile: all but, perhaps, the last.
-template <class T, class Body>
-__device__ __forceinline__ void each_round(const Forward<T>& p, const Body& body) {
-#pragma unroll 1
-  for (int round = 0; round < p.schedule.rounds(static_cast<int>(gridDim.x)); ++round) {
-    if (turn_of(p.schedule, round) < p.schedule.count()) body(round);
-  }
 }
 
 // ---- the warp that fetches ------------------------------------------------------------------------------------------
@@ -154,24 +144,37 @@ __device__ __forceinline__ void clear_rows(uint16_t* stage, int row) {
   }
 }
 
+// What one lane knows, where the others have 0.
+__device__ __forceinline__ int told_to_all(int number) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) number |= __shfl_xor_sync(kWholeWarp, number, lanes);
+  return number;
+}
+
 template <class S, class T>
 __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, const Forward<T>& p) {
   const bool elected = ptx::elect_one(), packed = p.sizes.cu_seqlens_k != nullptr;
   Turn<S::stages> turn;
-  int landed = 0;
-  each_round(p, [&](int round) {
-    const Work w = work_of<S>(p, round);
-    const Turn<S::queries> query{static_cast<unsigned>(round)};
+  Turn<S::queries> query;
+  int landed = 0, number = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+  for (;; ++query.number) {
+    const int stage = query.stage();
+    if (elected) {
+      ptx::mbarrier_wait(&shared.query_free[stage], query.parity() ^ 1);
+      shared.turn[stage] = number;
+    }
+    if (number >= p.schedule.count()) break;
+    const Work w = work_of<S>(p, number);
     const int key_head = w.head / p.sizes.group;
     if (elected) {
-      ptx::Mbarrier* full = &shared.query_full[query.stage()];
-      ptx::mbarrier_wait(&shared.query_free[query.stage()], query.parity() ^ 1);
+      ptx::Mbarrier* full = &shared.query_full[stage];
       if (w.some()) {
         ptx::mbarrier_arrive_expect_tx(full, S::query_bytes);
 #pragma unroll
         for (int g = 0; g < S::groups; ++g)
-          fetch<S::panels>(shared.query[query.stage()] + g * (S::query_bytes / 2 / S::groups), kGroupRows * 128,
-                           maps.query, full, w.s.row0 + w.first + g * kGroupRows, w.head, w.s.batch);
+          fetch<S::panels>(shared.query[stage] + g * (S::query_bytes / 2 / S::groups), kGroupRows * 128, maps.query,
+                           full, w.s.row0 + w.first + g * kGroupRows, w.head, w.s.batch);
       } else {
         ptx::mbarrier_arrive(full);
       }
@@ -199,7 +202,9 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
         if (elected) ptx::mbarrier_arrive(&shared.value_full[stage]);
       }
     }
-  });
+    number = told_to_all(elected ? static_cast<int>(gridDim.x) + atomicAdd(p.turns, 1) : 0);
+  }
+  if (elected) ptx::mbarrier_arrive(&shared.query_full[query.stage()]);
 }
 
 // ---- the warpgroups that multiply -----------------------------------------------------------------------------------
@@ -271,12 +276,12 @@ __device__ __forceinline__ void give_back(ptx::Mbarrier* free) {
 template <class S, class T, bool simple>
 __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1][2], Softmax<1>& softmax,
                                       const Forward<T>& p, const Work& w, const Span& reach, int row, int key) {
-  if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, w.head, row, key);
+  if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
   softmax.add(x, p.options.factor, rescaling);
   if (!simple && p.options.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
-    drop(x, draw<false, 1, S::keys / 8>(p.options.dropout, stream, row, key), 1.0f);
+    drop(x, draw<false, 1, S::keys / 8, 1>(p.options.dropout, stream, row, key), 1.0f);
   }
 }
 
@@ -334,20 +339,23 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
   const int group = warp_of() / 4 - 1;
   const Order<S> order{group};
   Turn<S::stages> turn;
+  Turn<S::queries> query;
   order.begin();
-  each_round(p, [&](int round) {
-    const Turn<S::queries> query{static_cast<unsigned>(round)};
-    const Work w = work_of<S>(p, round);
+#pragma unroll 1
+  for (;; ++query.number) {
+    const int stage = query.stage();
+    ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
+    if (shared.turn[stage] >= p.schedule.count()) break;
+    const Work w = work_of<S>(p, shared.turn[stage]);
     const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
-    uint16_t* tile = shared.query[query.stage()] + group * (S::query_bytes / 2 / S::groups);
+    uint16_t* tile = shared.query[stage] + group * (S::query_bytes / 2 / S::groups);
     Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
     Sums<1, D> output;
     clear(output);
-    ptx::mbarrier_wait(&shared.query_full[query.stage()], query.parity());
     if (w.some())
       attend<S, T, D, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
-    ptx::barrier_sync(1 + group, 128);                        // all its warps are done with the queries
-    const Work again = work_of<S>(p, ptx::made_here(round));  // sooner than in registers all the while
+    ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
+    const Work again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
@@ -355,8 +363,8 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     }
     ptx::fence_async_shared();
     __syncwarp();
-    if (lane_of() == 0) ptx::mbarrier_arrive(&shared.query_free[query.stage()]);
-  });
+    if (lane_of() == 0) ptx::mbarrier_arrive(&shared.query_free[stage]);
+  }
   order.end();
 }
 
@@ -410,8 +418,12 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   const int64_t bytes =
       p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * (p.key.size(3) + p.value.size(3)) * 2;
   const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-  const Forward<T> given{results_of<T>(p), options_of(p), is_plain(p), sizes,
-                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins}};
+  const Forward<T> given{results_of<T>(p),
+                         options_of(p),
+                         is_plain(p),
+                         sizes,
+                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
+                         p.turns.as<int>()};
   const auto map = [](const char* name, const TensorView& t, int rows) {
     return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, rows, kPanel}, Swizzle::bytes_128));
   };
@@ -427,7 +439,13 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
 }  // namespace
 }  // namespace attention
 
-void validate(const AttentionForwardSm90a& p) { ops::validate(p, attention::kTypes); }
+void validate(const AttentionForwardSm90a& p) {
+  ops::validate(p, attention::kTypes);
+  const Checker at{"attention"};
+  at.defined(p.turns, "turns");
+  at.dtype(p.turns, "turns", {DType::i32});
+  at.shape(p.turns, "turns", {1});
+}
 
 void run(const AttentionForwardSm90a& p, Stream stream) {
   using namespace attention;

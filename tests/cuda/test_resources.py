@@ -123,8 +123,8 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups():
     boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
     for name in products:
         dim, simple = (word.strip(" >") for word in name.split(",")[1:])
-        most = 128 if int(dim) <= 128 else 96 if dim == "192" else 80
-        keys = most if simple == "true" or int(dim) <= 96 else most - (16 if int(dim) <= 192 else 32)
+        most = 128 if int(dim) <= 128 else 96 if dim == "192" else 64
+        keys = most if simple == "true" or int(dim) <= 96 else most - 16
         assert of_values[name] == 2 * keys // 16, name
         assert products[name] - of_values[name] == 2 * int(dim) // 16, name
         assert boxes[name] == 4 * -(-int(dim) // 64), name

@@ -49,11 +49,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
         output = empty_rows_first(query, value.shape[3])
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         given = _arguments(query, key, value, options)
-        hopper = (
-            native.wants_hopper_attention() and hopper_refuses(given["query"], given["key"], given["value"]) is None
-        )
-        name = "attention_forward_sm90a" if hopper else "attention_forward"
-        native.call(name, query, **given, output=output, lse=lse, lse_low=lse_low)
+        given |= {"output": output, "lse": lse, "lse_low": lse_low}
+        if native.wants_hopper_attention() and hopper_refuses(given["query"], given["key"], given["value"]) is None:
+            turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
+            native.call("attention_forward_sm90a", query, **given, turns=turns)
+        else:
+            native.call("attention_forward", query, **given)
         return output, lse, lse_low
 
     @kernel(table, "attention_backward", backward_refuses)
