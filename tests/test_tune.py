@@ -214,7 +214,7 @@ def test_from_the_search_to_the_kernels(file, capsys):
     best = {
         "attention forward plain 64": attention_table.Tile(64, 32, 4, 3),
         "products plain float32 1": tiles.Tile(32, 64, 16, 4, 2),
-        "relative keys 16-bit 64": attention_table.Tile(16, 32, 4, 1),
+        "relative forward 16-bit 64": attention_table.Tile(32, 64, 8, 1),
         "rows softmax forward 16-bit 64": rows.Tile(4, 1),
     }
 
