@@ -1,9 +1,12 @@
-// Attention (ops/attention.h) on Hopper, by TMA and wgmma (attention_sm90a_forward.cu), of what tensor maps can tell:
+// Attention (ops/attention.h) on Hopper, by TMA and wgmma (attention_sm90a_*.cu), of what tensor maps can tell:
 // operands that are not empty, begin at multiples of 16 bytes and have strides that are positive multiples of them.
+// Backward, head dims go up to 128, and the statistics of rows and the gradients of biases are those of every GPU's
+// kernels.
 #pragma once
 
 #include <tuple>
 
+#include "cuda/attention.h"
 #include "cuda/device.h"
 #include "ops/attention.h"
 
@@ -18,7 +21,18 @@ struct AttentionForwardSm90a : ops::AttentionForward {
   }
 };
 
+struct AttentionBackwardSm90a : AttentionBackward {
+  TensorView turns;  // int32 (2,), 0: of each kernel's blocks
+
+  static constexpr auto fields() {
+    using P = AttentionBackwardSm90a;
+    return std::tuple_cat(AttentionBackward::fields(), std::tuple{ops::field("turns", &P::turns)});
+  }
+};
+
 void validate(const AttentionForwardSm90a& p);
+void validate(const AttentionBackwardSm90a& p);
 void run(const AttentionForwardSm90a& p, Stream stream);
+void run(const AttentionBackwardSm90a& p, Stream stream);
 
 }  // namespace llmengine::cuda

@@ -33,27 +33,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/attention_forward.cuh"
-#include "cuda/attention_schedule.h"
+#include "cuda/attention_sm90a.cuh"
 #include "cuda/attention_sm90a.h"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
-#include "cuda/ptx/made_here.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warp.cuh"
-#include "cuda/ptx/wgmma.cuh"
 
 namespace llmengine::cuda {
 namespace attention {
 namespace {
-
-inline constexpr int kGroupRows = 64;  // of a warpgroup
-inline constexpr int kPanel = 64;      // columns that are 128 bytes of a row, and a box
-inline constexpr int kEightRows = 8 * 128;
 
 // Of a head dim up to D. `simple`: nothing but a scale and a band lies between products and exponentials; what else may
 // takes registers, and leaves room for fewer keys.
@@ -65,7 +55,6 @@ struct Shape {
   static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - 16;
   static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
   static constexpr bool by_turns = D <= 128;
-  static constexpr int few_registers = 40, many_registers = 232;  // 128 x 40 + 256 x 232: all that there are
   static constexpr int query_bytes = rows * panels * 128, stage_bytes = keys * panels * 128;
 };
 
@@ -94,16 +83,6 @@ struct Maps {
   const ptx::TensorMap *query, *key, *value;
 };
 
-// Where a thread is in a ring: what it has gone through so far.
-template <int stages>
-struct Turn {
-  static_assert((stages & (stages - 1)) == 0);
-  unsigned number = 0;
-
-  __device__ __forceinline__ int stage() const { return static_cast<int>(number % stages); }
-  __device__ __forceinline__ int parity() const { return static_cast<int>(number / stages % 2); }
-};
-
 // ---- work -----------------------------------------------------------------------------------------------------------
 
 // A tile of rows from `first` on of a head of a sequence, and the keys [begin, end) that it goes through.
@@ -124,32 +103,6 @@ __device__ __forceinline__ Work work_of(const Forward<T>& p, int turn) {
 }
 
 // ---- the warp that fetches ------------------------------------------------------------------------------------------
-
-// Rows from `row` on, as panels that lie `panel_bytes` apart.
-template <int panels>
-__device__ __forceinline__ void fetch(uint16_t* to, int panel_bytes, const ptx::TensorMap* map, ptx::Mbarrier* full,
-                                      int row, int head, int64_t batch) {
-#pragma unroll
-  for (int p = 0; p < panels; ++p)
-    ptx::copy_tensor(to + p * panel_bytes / 2, map, full, p * kPanel, row, head, static_cast<int>(batch));
-}
-
-// Rows from `row` on of a stage of values, by the warp.
-template <class S>
-__device__ __forceinline__ void clear_rows(uint16_t* stage, int row) {
-  const int chunks = (S::keys - row) * 8;  // of 16 bytes, in a panel
-  for (int i = lane_of(); i < chunks * S::panels; i += 32) {
-    uint16_t* panel = stage + i / chunks * S::keys * kPanel;
-    reinterpret_cast<uint4*>(panel + row * kPanel)[i % chunks] = make_uint4(0, 0, 0, 0);
-  }
-}
-
-// What one lane knows, where the others have 0.
-__device__ __forceinline__ int told_to_all(int number) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) number |= __shfl_xor_sync(kWholeWarp, number, lanes);
-  return number;
-}
 
 template <class S, class T>
 __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, const Forward<T>& p) {
@@ -196,55 +149,18 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
         __syncwarp();
         ptx::mbarrier_wait(&shared.landed, landed);
         landed ^= 1;
-        clear_rows<S>(shared.value[stage], w.s.keys - key);
+        clear_rows<S::panels, S::keys>(shared.value[stage], w.s.keys - key);
         ptx::fence_async_shared();
         __syncwarp();
         if (elected) ptx::mbarrier_arrive(&shared.value_full[stage]);
       }
     }
-    number = told_to_all(elected ? static_cast<int>(gridDim.x) + atomicAdd(p.turns, 1) : 0);
+    number = draw_turn(p.turns, elected);
   }
   if (elected) ptx::mbarrier_arrive(&shared.query_full[query.stage()]);
 }
 
 // ---- the warpgroups that multiply -----------------------------------------------------------------------------------
-
-template <class T>
-inline constexpr auto kMultiplicand = ptx::Multiplicand::bf16;
-template <>
-inline constexpr auto kMultiplicand<f16> = ptx::Multiplicand::f16;
-
-// A warp's 16 rows as the accumulators of its warpgroup's products.
-template <int n>
-__device__ __forceinline__ float (&flat(float (&x)[1][n][4]))[4 * n] {
-  return reinterpret_cast<float (&)[4 * n]>(x);
-}
-
-// x = query key^T of 64 rows, begun.
-template <class S, class T, int D>
-__device__ __forceinline__ void begin_scores(Sums<1, S::keys>& x, const uint16_t* query, const uint16_t* key) {
-  const auto left = ptx::matrix_descriptor(query, 0, kEightRows, Swizzle::bytes_128);
-  const ptx::MatrixDescriptor here{ptx::made_here(left.bits)};
-  const auto right = ptx::matrix_descriptor(key, 0, kEightRows, Swizzle::bytes_128);
-#pragma unroll
-  for (int k = 0; k < D / 16; ++k) {
-    const int panel = k / 4, within = k % 4 * 32;
-    ptx::wgmma<kMultiplicand<T>>(flat(x), here.advanced(panel * kGroupRows * 128 + within),
-                                 right.advanced(panel * S::keys * 128 + within), k > 0);
-  }
-  ptx::wgmma_commit();
-}
-
-// output += probabilities value, begun.
-template <class S, class T, int D>
-__device__ __forceinline__ void begin_output(Sums<1, D>& output, const uint32_t (&probabilities)[1][S::keys / 16][4],
-                                             const uint16_t* value) {
-  const auto right = ptx::matrix_descriptor(value, S::keys * 128, kEightRows, Swizzle::bytes_128);
-#pragma unroll
-  for (int k = 0; k < S::keys / 16; ++k)
-    ptx::wgmma<kMultiplicand<T>, ptx::Major::mn>(flat(output), probabilities[0][k], right.advanced(k * 16 * 128), true);
-  ptx::wgmma_commit();
-}
 
 // Whose turn it is to begin products: a warpgroup's after the one before it, the first one's after the last one.
 template <class S>
@@ -266,11 +182,6 @@ struct Order {
     if (S::by_turns && group == 0) ptx::barrier_sync(kFirst, kThreads);
   }
 };
-
-// One thread a warpgroup.
-__device__ __forceinline__ void give_back(ptx::Mbarrier* free) {
-  if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(free);
-}
 
 // Scores of a warp's rows to what their values weigh.
 template <class S, class T, bool simple>
@@ -297,7 +208,7 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
   ptx::mbarrier_wait(&shared.key_full[turn.stage()], turn.parity());
   order.take();
   ptx::wgmma_fence(flat(x));
-  begin_scores<S, T, D>(x, query, shared.key[turn.stage()]);
+  begin_product_of_rows<T, D>(x, query, shared.key[turn.stage()]);
   order.pass();
   ptx::wgmma_wait<0>(flat(x));
   give_back(&shared.key_free[turn.stage()]);
@@ -312,10 +223,10 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
     order.take();
     ptx::settle_registers(flat(output));
     ptx::wgmma_fence(flat(x));
-    begin_scores<S, T, D>(x, query, shared.key[turn.stage()]);
+    begin_product_of_rows<T, D>(x, query, shared.key[turn.stage()]);
     ptx::mbarrier_wait(&shared.value_full[values.stage()], values.parity());
     ptx::wgmma_fence();  // of the scores' fence the assembler knows no more behind the wait
-    begin_output<S, T, D>(output, probabilities, shared.value[values.stage()]);
+    begin_adding_product<T, D>(output, probabilities, shared.value[values.stage()]);
     order.pass();
     ptx::wgmma_wait<1>(flat(x));
     give_back(&shared.key_free[turn.stage()]);
@@ -328,7 +239,7 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
 
   ptx::mbarrier_wait(&shared.value_full[turn.stage()], turn.parity());
   ptx::wgmma_fence(flat(output));
-  begin_output<S, T, D>(output, probabilities, shared.value[turn.stage()]);
+  begin_adding_product<T, D>(output, probabilities, shared.value[turn.stage()]);
   ptx::wgmma_wait<0>(flat(output));
   give_back(&shared.value_free[turn.stage()]);
   ++turn.number;
@@ -362,8 +273,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
                     Tile<T, kGroupRows, D>::at(tile, 0), own);
     }
     ptx::fence_async_shared();
-    __syncwarp();
-    if (lane_of() == 0) ptx::mbarrier_arrive(&shared.query_free[stage]);
+    give_back_by_warps(&shared.query_free[stage]);
   }
   order.end();
 }
@@ -396,11 +306,11 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
   }
   __syncthreads();
   if (warp_of() >= 4) {
-    ptx::increase_registers<S::many_registers>();
+    ptx::increase_registers<kManyRegisters>();
     multiply_all<S, T, D, simple>(shared, p);
     return;
   }
-  ptx::decrease_registers<S::few_registers>();
+  ptx::decrease_registers<kFewRegisters>();
   if (warp_of() == 0) {
     const Maps maps{&query, &key, &value};
     if (lane_of() == 0) {
@@ -424,16 +334,13 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
                          sizes,
                          Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
                          p.turns.as<int>()};
-  const auto map = [](const char* name, const TensorView& t, int rows) {
-    return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, rows, kPanel}, Swizzle::bytes_128));
-  };
   // packed tokens that belong to no sequence want blocks even where there are no sequences
   const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads).x;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
   const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
                       cuda_stream(stream),       p.query,      sizeof(Shared<S>)};
-  launch(at, attention_forward_sm90a<T, D, simple>, map("query", p.query, kGroupRows), map("key", p.key, S::keys),
-         map("value", p.value, S::keys), given);
+  launch(at, attention_forward_sm90a<T, D, simple>, map_of_tokens("query", p.query, kGroupRows),
+         map_of_tokens("key", p.key, S::keys), map_of_tokens("value", p.value, S::keys), given);
 }
 
 }  // namespace
@@ -450,10 +357,7 @@ void validate(const AttentionForwardSm90a& p) {
 void run(const AttentionForwardSm90a& p, Stream stream) {
   using namespace attention;
   if (p.query.numel() == 0) return;
-  if (const int found = compute_capability(); found != 90) {
-    throw std::runtime_error("attention_forward_sm90a: the device has compute capability " +
-                             std::to_string(found / 10) + "." + std::to_string(found % 10) + "; allowed: 9.0");
-  }
+  check_is_hopper("attention_forward_sm90a");
   const bool simple = is_plain(p) && p.dropout_p == 0;
   visit_dims<64, 96, 128, 192, 256>(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     simple ? launch_forward<T, D, true>(p, stream) : launch_forward<T, D, false>(p, stream);

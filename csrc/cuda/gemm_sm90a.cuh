@@ -37,13 +37,12 @@
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/matrix.cuh"
-#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warp.cuh"
-#include "cuda/ptx/wgmma.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
+#include "cuda/wgmma_tile.cuh"
 
 namespace llmengine::cuda::gemm_sm90a {
 
@@ -52,9 +51,7 @@ inline constexpr int kThreads = 128 * (1 + kWarpgroups);
 inline constexpr int kRows = 64 * kWarpgroups;       // of a block's tile
 inline constexpr int kDepth = 64, kPerProduct = 16;  // of k, in a stage and in a product
 inline constexpr int kStages = 4;
-inline constexpr int kPanel = 64;                               // columns that are 128 bytes of a row
-inline constexpr int kGroup = 8;                                // rows of clusters' tiles that run side by side
-inline constexpr int kFewRegisters = 40, kManyRegisters = 232;  // 128 x 40 + 256 x 232: all that 384 threads have
+inline constexpr int kGroup = 8;  // rows of clusters' tiles that run side by side
 
 // A warpgroup's, for its epilogue: two panels of 64 x 64 in 16 bits, or for each warp one of 16 x 64 floats.
 union Room {
@@ -165,16 +162,11 @@ __device__ __forceinline__ void fetch_all(Shared<columns>& shared, const Operand
 
 // ---- the warpgroups that multiply -----------------------------------------------------------------------------------
 
-template <class T>
-inline constexpr auto kMultiplicand = ptx::Multiplicand::bf16;
-template <>
-inline constexpr auto kMultiplicand<f16> = ptx::Multiplicand::f16;
-
 template <bool across>
 inline constexpr auto kMajor = across ? ptx::Major::mn : ptx::Major::k;
 
-// From eight rows to the next, and from panel to panel of lines that lie across k.
-inline constexpr int kEightRows = 8 * 128, kPanelBytes = kDepth * 128;
+// From panel to panel of lines that lie across k.
+inline constexpr int kPanelBytes = kDepth * 128;
 // From one product's part of k to the next one's.
 template <bool across>
 inline constexpr int kAdvance = across ? kPerProduct * 128 : kPerProduct * 2;

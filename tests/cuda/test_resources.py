@@ -131,6 +131,31 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups():
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
 
 
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("side", ["rows", "keys"])
+def test_hoppers_attention_multiplies_boxes_by_warpgroups_backward(side: str):
+    """Scores and dO V^T, 16 of head_dim a product: for dQ before the loop and in it. Sums, 16 of the lines that pass a
+    product: dQ in the loop and behind it; dK and dV. Pairs of tiles come by boxes, what is owned and what passes; the
+    statistics of rows that pass by asynchronous copies."""
+    source = resources.ROOT / f"csrc/cuda/attention_sm90a_{side}.cu"
+    passing = {
+        "rows": {("64", "true"): 112, ("64", "false"): 64, ("128", "true"): 80, ("128", "false"): 48},
+        "keys": {("64", "true"): 96, ("64", "false"): 48, ("128", "true"): 48, ("128", "false"): 32},
+    }[side]
+    products = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32")
+    of_sums = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32.*tnspB")
+    boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
+    copies = resources.instructions(source, "90a", r"\bLDGSTS\.E")
+    assert len(products) == 8
+    for name in products:
+        dim, simple = (word.strip(" >") for word in name.split(",")[1:])
+        assert of_sums[name] == 2 * passing[dim, simple] // 16, name
+        assert products[name] - of_sums[name] == (4 if side == "rows" else 2) * int(dim) // 16, name
+        assert boxes[name] == 4 * int(dim) // 64, name
+        assert (copies[name] > 0) == (side == "keys"), name
+        assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
 def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():
     files = {p.relative_to(ROOT / "csrc").as_posix() for p in resources.included_by(ROOT / "csrc/cuda/norm.cu")}
     assert {"cuda/norm.cu", "cuda/row.cuh", "cuda/ptx/memory.cuh", "common/tensor.h", "ops/norm.h"} <= files

@@ -197,7 +197,7 @@ BREAKS: dict[str, Break] = {
         "which may not have begun",
     ),
     "more registers than there are": (
-        *CORE, "kFewRegisters = 40, kManyRegisters = 232", "kFewRegisters = 40, kManyRegisters = 240",
+        "gemm_sm90a", "wgmma_tile.cuh", "kManyRegisters = 232", "kManyRegisters = 240",
         "deadlock .* at increase_registers .* free registers",
     ),
     "wrong swizzle of boxes": (*CORE, "((c + lane / 16) ^ line % 8) * 8", "(c + lane / 16) * 8", "exceeds"),

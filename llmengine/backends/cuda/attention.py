@@ -1,11 +1,12 @@
 """Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu; on
-Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for it, csrc/cuda/attention_sm90a_forward.cu for what it takes."""
+Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
@@ -19,6 +20,7 @@ WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
 MOST_BYTES = 2**40  # between a tensor map's lines
+WIDEST_HOPPER_BACKWARD = 128  # the widest head whose sums for keys stay in registers
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
 
@@ -50,7 +52,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         given = _arguments(query, key, value, options)
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
-        if native.wants_hopper_attention() and hopper_refuses(given["query"], given["key"], given["value"]) is None:
+        operands = {name: given[name] for name in ("query", "key", "value")}
+        if native.wants_hopper_attention() and hopper_refuses(**operands) is None:
             turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
@@ -67,8 +70,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
         by_kernel = want_grad_mask and mask.shape[3] > 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
+        arguments["grad_output"] = unit_last_stride(grad_output)
+        of_hopper = {}
+        if native.wants_hopper_attention() and hopper_backward_refuses(arguments) is None:
+            of_hopper = {"turns": torch.zeros(2, dtype=torch.int32, device=query.device)}
         native.call(
-            "attention_backward", query, **arguments, grad_output=unit_last_stride(grad_output),
+            "attention_backward_sm90a" if of_hopper else "attention_backward", query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
             grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
@@ -86,9 +93,9 @@ def kernels(native: Native) -> dict[str, Kernel]:
     return table
 
 
-def hopper_refuses(query, key, value) -> str | None:
-    """Why Hopper's kernel does not take a call, which every GPU's then does: its tensor maps cannot tell the layout."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+def hopper_refuses(**operands: Tensor) -> str | None:
+    """Why Hopper's kernels do not take a call, which every GPU's then do: their tensor maps cannot tell the layout."""
+    for name, tensor in operands.items():
         if tensor.numel() == 0:
             return f"{name} is empty"
         if tensor.data_ptr() % 16 != 0:
@@ -98,6 +105,13 @@ def hopper_refuses(query, key, value) -> str | None:
             if tensor.shape[dim] > 1 and not (0 < step < MOST_BYTES and step % 16 == 0):
                 return f"{name} has {word} {step} bytes apart; allowed: multiples of 16, above 0 and below 2^40"
     return None
+
+
+def hopper_backward_refuses(arguments) -> str | None:
+    operands = {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
+    if (widest := max(x.shape[3] for x in operands.values())) > WIDEST_HOPPER_BACKWARD:
+        return f"head dims go up to {WIDEST_HOPPER_BACKWARD}, got {widest}"
+    return hopper_refuses(**operands)
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):

@@ -1,0 +1,57 @@
+// What Hopper's attention kernels share, forward and backward: boxes of (batch, heads, tokens, columns) tensors, rows
+// of neighbours cleared from them, and the drawing of tiles (attention_schedule.h).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/attention_schedule.h"
+#include "cuda/attention_sm80.cuh"
+#include "cuda/device.h"
+#include "cuda/ptx/tensor_copy.cuh"
+#include "cuda/wgmma_tile.cuh"
+
+namespace llmengine::cuda::attention {
+
+// Tokens from `row` on, as panels that lie `panel_bytes` apart.
+template <int panels>
+__device__ __forceinline__ void fetch(uint16_t* to, int panel_bytes, const ptx::TensorMap* map, ptx::Mbarrier* full,
+                                      int row, int head, int64_t batch) {
+#pragma unroll
+  for (int p = 0; p < panels; ++p)
+    ptx::copy_tensor(to + p * panel_bytes / 2, map, full, p * kPanel, row, head, static_cast<int>(batch));
+}
+
+// Rows from `row` on of a tile of `rows`, by the warp.
+template <int panels, int rows>
+__device__ __forceinline__ void clear_rows(uint16_t* tile, int row) {
+  const int chunks = (rows - row) * 8;  // of 16 bytes, in a panel
+  for (int i = lane_of(); i < chunks * panels; i += 32) {
+    uint16_t* panel = tile + i / chunks * rows * kPanel;
+    reinterpret_cast<uint4*>(panel + row * kPanel)[i % chunks] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// The next turn, by the whole warp, of which one lane draws.
+__device__ __forceinline__ int draw_turn(int* turns, bool elected) {
+  int number = elected ? static_cast<int>(gridDim.x) + atomicAdd(turns, 1) : 0;  // what one lane knows
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) number |= __shfl_xor_sync(kWholeWarp, number, lanes);
+  return number;
+}
+
+inline ptx::TensorMap map_of_tokens(const char* name, const TensorView& t, int tokens) {
+  return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, tokens, kPanel}, Swizzle::bytes_128));
+}
+
+inline void check_is_hopper(const std::string& kernel) {
+  if (const int found = compute_capability(); found != 90) {
+    throw std::runtime_error(kernel + ": the device has compute capability " + std::to_string(found / 10) + "." +
+                             std::to_string(found % 10) + "; allowed: 9.0");
+  }
+}
+
+}  // namespace llmengine::cuda::attention

@@ -1,0 +1,155 @@
+// Attention, backward, of keys and values, on Hopper: attention_keys_sm80 (attention_sm80_keys.cu) as a walk of
+// attention_sm90a_backward.cuh. K and V of 128 keys stay; Q and dO of all rows of all heads of the group pass, with the
+// statistics of the rows, which here are columns.
+//
+//     S^T = K Q^T, dP^T = V dO^T are begun;  P^T;  dV += P^T dO is begun;  G^T = P^T (dP^T - delta);  dK += G^T Q
+//
+//   Scores are made transposed: P^T and G^T then are first operands as they lie in accumulators. Registers: S^T, dP^T,
+//   dK and dV in float32, P^T and G^T in 16 bits, rows (1 + 1/4) + head_dim a thread.
+//
+//   flops   8 rows keys head_dim a tile
+//   bytes   keys, values and their gradients once; Q, dO and the statistics once a block, from the second-level cache:
+//           128 keys do 256 flops a byte
+//   limit   shared memory in half of the products, the tensor cores in the other: at head dim 128, S^T and dP^T of 64
+//   keys
+//           and 48 rows read for 28 clocks where they multiply for 24, dK and dV for 32 where they multiply for 64
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attention_sm90a_backward.cuh"
+
+namespace llmengine::cuda::attention {
+namespace {
+
+template <int D, bool simple>
+inline constexpr int kPassing = D <= 64 ? (simple ? 96 : 48) : (simple ? 48 : 32);
+template <int D, bool simple>
+using Shape = Walk<Owner::keys, D, kPassing<D, simple>>;
+
+// P^T of a warp's 16 keys.
+template <bool simple, class S, class T>
+__device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
+                                                 const Walked<T>& p, const Work& w, const Span& reach, int head,
+                                                 int key, int row, const float* base) {
+  const Options& o = p.backward.options;
+  if (!simple) copy(x, products);
+  if (!simple && !p.plain) {
+    Sequence s = w.s;
+    s.batch = ptx::made_here(static_cast<int>(s.batch));  // where its mask begins stays in no register between tiles
+    make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
+  }
+  if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
+  each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, o.factor, -base[c])); });
+}
+
+// dK, but for scale, and dV, but for what is kept, of a warpgroup's keys, each a sum over the group's heads.
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
+                                       int key, Turn<S::stages>& turn, Sums<1, D>& grad_key, Sums<1, D>& grad_value) {
+  const Options& o = p.backward.options;
+  const Span reach = rows_of_keys(w.s.band(o), key, 16);
+  const bool drops = !simple && o.dropout.seed != nullptr;
+  int head = w.from, row = w.begin;
+#pragma unroll 1
+  while (head < w.to) {
+    const int stage = turn.stage();
+    Sums<1, S::passing> x, grad, products;
+    uint32_t rounded[1][S::passing / 16][4], rounded_grad[1][S::passing / 16][4];
+    ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());
+    ptx::mbarrier_wait(&shared.full[stage][1], turn.parity());
+    ptx::settle_registers(flat(grad));
+    ptx::wgmma_fence(flat(x));
+    const int here = ptx::made_here(place);
+    begin_product_of_rows<T, D>(x, shared.lines(here, 0, group), shared.passing[stage][0]);
+    begin_product_of_rows<T, D>(grad, shared.lines(here, 1, group), shared.passing[stage][1]);
+    ptx::wgmma_wait<1>(flat(x));
+    to_probabilities<simple, S>(x, products, p, w, reach, head, key, row, shared.base[stage]);
+    Dropped<1, S::passing / 8> dropped;
+    if (drops) {
+      const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + head);
+      dropped = draw<true, 1, S::passing / 8, 1>(o.dropout, stream, key, row);
+    }
+    Sums<1, S::passing> kept;
+    copy(x, kept);
+    if (drops) drop(kept, dropped, 1.0f);
+    round_to_operands<T>(kept, rounded);
+    ptx::wgmma_fence(flat(grad_value));
+    begin_adding_product<T, D>(grad_value, rounded, shared.passing[stage][1]);
+    ptx::wgmma_wait<1>(flat(grad));
+    if (drops) drop(grad, dropped, o.dropout.keep_scale);
+    const float* delta = shared.delta[stage];
+    each(grad, [&](float& g, int, int c) { g -= delta[c]; });
+    through_softmax<simple>(grad, x, products, o);
+    round_to_operands<T>(grad, rounded_grad);
+    ptx::wgmma_fence(flat(grad_key));
+    begin_adding_product<T, D>(grad_key, rounded_grad, shared.passing[stage][0]);
+    ptx::wgmma_wait<1>(flat(grad_value));
+    give_back_by_warps(&shared.free[stage][1]);
+    ptx::wgmma_wait<0>(flat(grad_key));
+    give_back_by_warps(&shared.free[stage][0]);
+    ++turn.number;
+    row += S::passing;
+    if (row >= w.end) ++head, row = w.begin;
+  }
+}
+
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void multiply(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
+                                         int own, Turn<S::stages>& turn) {
+  const int key = w.first + group * kGroupRows + own;
+  Sums<1, D> grad_key, grad_value;
+  clear(grad_key);
+  clear(grad_value);
+  if (w.some()) {
+    add_up<S, T, D, simple>(shared, p, w, place, group, key, turn, grad_key, grad_value);
+  }
+  ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the keys and values
+  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
+  const int count = least(16, again.s.keys - key);
+  if (count <= 0) return;
+  const Options& o = p.backward.options;
+  const auto store = [&](const Sums<1, D>& sums, float by, int tile, const Operand<T>& to) {
+    store_rows(
+        sums, [&](int, int) { return by; }, Tile<T, kGroupRows, D>::at(shared.lines(place, tile, group), 0), own,
+        to.lines(again.s.batch, again.head, again.s.key0 + key), count);
+  };
+  store(grad_key, o.scale, 0, p.backward.grad_key);
+  store(grad_value, o.dropout.keep_scale, 1, p.backward.grad_value);
+}
+
+template <class T, int D, bool simple>
+__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
+    attention_keys_sm90a(const __grid_constant__ ptx::TensorMap key, const __grid_constant__ ptx::TensorMap value,
+                         const __grid_constant__ ptx::TensorMap query,
+                         const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ Walked<T> p) {
+  using S = Shape<D, simple>;
+  auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
+  const Sizes& sizes = p.backward.sizes;
+  if (sizes.cu_seqlens_k) {
+    const Sequence rest = sequence_of(sizes, sizes.sequences);
+    for (const Operand<T>* to : {&p.backward.grad_key, &p.backward.grad_value})
+      leave_empty<S::threads>(*to, rest, sizes.heads / sizes.group, rest.key0, rest.keys, S::own);
+  }
+  walk(shared, {{&key, &value}, {&query, &grad_output}}, p,
+       [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
+         multiply<S, T, D, simple>(shared, p, w, place, group, own, turn);
+       });
+}
+
+}  // namespace
+
+void run_keys(const AttentionBackwardSm90a& p, Stream stream) {
+  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
+    using S = Shape<D, simple>;
+    const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
+    const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3)) * 2 * p.group();
+    const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+    const auto walked = walked_of<S, T>(p, bytes, 1, begins && !ends);
+    launch(launch_site<S>("attention_keys_sm90a", p, walked, stream), attention_keys_sm90a<T, D, simple>,
+           map_of_tokens("key", p.key, kGroupRows), map_of_tokens("value", p.value, kGroupRows),
+           map_of_tokens("query", p.query, S::passing), map_of_tokens("grad_output", p.grad_output, S::passing),
+           walked);
+  });
+}
+
+}  // namespace llmengine::cuda::attention

@@ -1,0 +1,185 @@
+// Attention, backward, of queries, on Hopper: attention_rows_sm80 (attention_sm80_rows.cu) as a walk of
+// attention_sm90a_backward.cuh. Q and dO of 128 rows stay, keys and values pass.
+//
+//     S_0 = Q K_0^T, dP_0 = dO V_0^T;  P_0, G_0 = P_0 (dP_0 - delta)
+//     S_1 = Q K_1^T, dQ += G_0 K_0, dP_1 = dO V_1^T are begun;  P_1 while the last two are made;  G_1;  ...
+//
+//   While a warpgroup makes G, the other's products fill the tensor cores. Registers: S, dP, dQ in float32 and G in 16
+//   bits, keys (1 + 1/4) + head_dim / 2 a thread; a soft cap keeps the products besides.
+//
+//   flops   6 rows keys head_dim a tile
+//   bytes   Q, dO and dQ once; keys and values once a block, from the second-level cache: 128 rows do 192 flops a byte
+//   limit   the tensor cores, where shared memory feeds them: 80 keys a product of 64 rows read 36 of its 40 clocks
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attention_sm90a_backward.cuh"
+
+namespace llmengine::cuda {
+namespace attention {
+namespace {
+
+template <int D, bool simple>
+inline constexpr int kPassing = D <= 64 ? (simple ? 112 : 64) : (simple ? 80 : 48);
+template <int D, bool simple>
+using Shape = Walk<Owner::rows, D, kPassing<D, simple>>;
+
+// P of a warp's 16 rows.
+template <bool simple, class S, class T>
+__device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
+                                                 const Walked<T>& p, const Work& w, const Span& reach, int row, int key,
+                                                 const RowStatistics<1>& statistics) {
+  const Options& o = p.backward.options;
+  if (!simple) copy(x, products);
+  if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
+  if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
+#pragma unroll
+  for (int j = 0; j < S::passing / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[0][j][i] = ptx::exp2_approx(fmaf(x[0][j][i], o.factor, -statistics.base[0][i / 2]));
+}
+
+// dO V^T of them to G.
+template <bool simple, class S, class T>
+__device__ __forceinline__ void to_gradient(Sums<1, S::passing>& grad, const Sums<1, S::passing>& x,
+                                            const Sums<1, S::passing>& products, const Walked<T>& p, const Work& w,
+                                            int row, int key, const RowStatistics<1>& statistics) {
+  const Options& o = p.backward.options;
+  if (!simple && o.dropout.seed) {
+    const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + w.head);
+    drop(grad, draw<false, 1, S::passing / 8, 1>(o.dropout, stream, row, key), o.dropout.keep_scale);
+  }
+#pragma unroll
+  for (int j = 0; j < S::passing / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) grad[0][j][i] -= statistics.delta[0][i / 2];
+  through_softmax<simple>(grad, x, products, o);
+}
+
+// dQ of a warpgroup's rows, but for scale. The products of a tile are begun together with dQ of the tile before it.
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, const Work& w, const uint16_t* query,
+                                       const uint16_t* grad_output, int row, Turn<S::stages>& turn,
+                                       Sums<1, D>& grad_query) {
+  const Backward<T>& b = p.backward;
+  const Span reach = keys_of_rows(w.s.band(b.options), row, 16);
+  const int64_t lines = (w.s.batch * b.sizes.heads + w.head) * b.sizes.rows + w.s.row0 + row;
+  const RowStatistics<1> statistics(b.base + lines, b.delta + lines, least(16, w.s.rows - row));
+  Sums<1, S::passing> x, grad, products;
+  uint32_t rounded[1][S::passing / 16][4];
+
+  ptx::mbarrier_wait(&shared.full[turn.stage()][0], turn.parity());
+  ptx::mbarrier_wait(&shared.full[turn.stage()][1], turn.parity());
+  ptx::settle_registers(flat(grad));
+  ptx::wgmma_fence(flat(x));
+  begin_product_of_rows<T, D>(x, query, shared.passing[turn.stage()][0]);
+  begin_product_of_rows<T, D>(grad, grad_output, shared.passing[turn.stage()][1]);
+  ptx::wgmma_wait<1>(flat(x));
+  to_probabilities<simple, S>(x, products, p, w, reach, row, w.begin, statistics);
+  ptx::wgmma_wait<0>(flat(grad));
+  give_back_by_warps(&shared.free[turn.stage()][1]);
+  to_gradient<simple, S>(grad, x, products, p, w, row, w.begin, statistics);
+  round_to_operands<T>(grad, rounded);
+
+#pragma unroll 1
+  for (int key = w.begin + S::passing; key < w.end; key += S::passing) {
+    const Turn<S::stages> before = turn;
+    ++turn.number;
+    ptx::mbarrier_wait(&shared.full[turn.stage()][0], turn.parity());
+    ptx::mbarrier_wait(&shared.full[turn.stage()][1], turn.parity());
+    ptx::settle_registers(flat(grad));
+    ptx::settle_registers(flat(grad_query));
+    ptx::wgmma_fence(flat(x));
+    begin_product_of_rows<T, D>(x, query, shared.passing[turn.stage()][0]);
+    begin_adding_product<T, D>(grad_query, rounded, shared.passing[before.stage()][0]);
+    begin_product_of_rows<T, D>(grad, grad_output, shared.passing[turn.stage()][1]);
+    ptx::wgmma_wait<2>(flat(x));
+    to_probabilities<simple, S>(x, products, p, w, reach, row, key, statistics);
+    ptx::wgmma_wait<1>(flat(grad_query));
+    give_back_by_warps(&shared.free[before.stage()][0]);
+    ptx::wgmma_wait<0>(flat(grad));
+    give_back_by_warps(&shared.free[turn.stage()][1]);
+    to_gradient<simple, S>(grad, x, products, p, w, row, key, statistics);
+    round_to_operands<T>(grad, rounded);
+  }
+
+  ptx::wgmma_fence(flat(grad_query));
+  begin_adding_product<T, D>(grad_query, rounded, shared.passing[turn.stage()][0]);
+  ptx::wgmma_wait<0>(flat(grad_query));
+  give_back_by_warps(&shared.free[turn.stage()][0]);
+  ++turn.number;
+}
+
+template <class S, class T, int D, bool simple>
+__device__ __forceinline__ void multiply(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
+                                         int own, Turn<S::stages>& turn) {
+  const int row = w.first + group * kGroupRows + own;
+  Sums<1, D> grad_query;
+  clear(grad_query);
+  if (w.some()) {
+    add_up<S, T, D, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
+                            grad_query);
+  }
+  ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
+  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
+  const int count = least(16, again.s.rows - row);
+  if (count <= 0) return;
+  const auto by = [&](int, int) { return p.backward.options.scale; };
+  store_rows(grad_query, by, Tile<T, kGroupRows, D>::at(shared.lines(place, 0, group), 0), own,
+             p.backward.grad_query.lines(again.s.batch, again.head, again.s.row0 + row), count);
+}
+
+template <class T, int D, bool simple>
+__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
+    attention_rows_sm90a(const __grid_constant__ ptx::TensorMap query,
+                         const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ ptx::TensorMap key,
+                         const __grid_constant__ ptx::TensorMap value, const __grid_constant__ Walked<T> p) {
+  using S = Shape<D, simple>;
+  auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
+  const Sizes& sizes = p.backward.sizes;
+  if (sizes.cu_seqlens_q) {
+    const Sequence rest = sequence_of(sizes, sizes.sequences);
+    leave_empty<S::threads>(p.backward.grad_query, rest, sizes.heads, rest.row0, rest.rows, S::own);
+  }
+  walk(shared, {{&query, &grad_output}, {&key, &value}}, p,
+       [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
+         multiply<S, T, D, simple>(shared, p, w, place, group, own, turn);
+       });
+}
+
+}  // namespace
+
+void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
+  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
+    using S = Shape<D, simple>;
+    const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
+    const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
+    const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+    const auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+    launch(launch_site<S>("attention_rows_sm90a", p, walked, stream), attention_rows_sm90a<T, D, simple>,
+           map_of_tokens("query", p.query, kGroupRows), map_of_tokens("grad_output", p.grad_output, kGroupRows),
+           map_of_tokens("key", p.key, S::passing), map_of_tokens("value", p.value, S::passing), walked);
+  });
+}
+
+}  // namespace attention
+
+void validate(const AttentionBackwardSm90a& p) {
+  validate(static_cast<const AttentionBackward&>(p));
+  const Checker at{"attention backward"};
+  at.defined(p.turns, "turns");
+  at.dtype(p.turns, "turns", {DType::i32});
+  at.shape(p.turns, "turns", {2});
+}
+
+void run(const AttentionBackwardSm90a& p, Stream stream) {
+  using namespace attention;
+  check_is_hopper("attention_backward_sm90a");
+  run_statistics(p, stream);
+  run_keys(p, stream);
+  run_rows(p, stream);
+  if (p.grad_mask.defined()) run_mask(p, stream);
+  if (p.partial_distances.defined()) run_distances(p, stream);
+}
+
+}  // namespace llmengine::cuda

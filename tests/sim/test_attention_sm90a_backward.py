@@ -1,0 +1,198 @@
+"""Hopper's attention, backward (csrc/cuda/attention_sm90a_{rows,keys}.cu), in the simulator: the edges of its tiles,
+neighbours that are not numbers, equal bits under every schedule, who takes a call, and lines broken. The samples of all
+options go through it in test_attention_sm90a.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmengine
+from llmengine import functional
+from llmengine.backends import cuda_sim
+from llmengine.backends.cuda.attention import hopper_backward_refuses
+from llmengine.testing import Sample, evaluate, poison
+from llmengine.testing.samples import attention
+from llmengine.testing.simulator import SCHEDULES
+
+from .harness import loaded
+from .test_attention import HALVES, HEAVY, SDPA, VARLEN, assert_right, sample_of
+from .test_attention_sm90a import asked_for, broken, lined_up, ran  # noqa: F401, the first and last are fixtures
+
+BACKWARD = "attention_backward_sm90a"
+
+# One line short of a warpgroup's lines and of a block's, and of tiles that pass (keys: 112, 80, 64, 48; rows: 96, 48,
+# 32); whole ones; one more.
+EDGES = [
+    (64, 63, 111), (64, 64, 112), (40, 97, 113), (8, 1, 1), (64, 129, 225), (24, 95, 65),
+    (72, 47, 79), (128, 48, 80), (104, 49, 81), (128, 97, 161), (96, 128, 128), (112, 33, 129),
+]  # fmt: skip
+MASKS: list[dict[str, Any]] = [
+    {"causal": "bottom_right"}, {"is_causal": True, "dropout_p": 0.2}, {"window_size": (20, 3)}, {"scale": -0.2},
+    {"softcap": 1.5, "causal": "bottom_right", "dropout_p": 0.2}, {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dim, rows, keys", EDGES)
+def test_edges_of_tiles(dim: int, rows: int, keys: int, ran: list[str]):  # noqa: F811
+    number = EDGES.index((dim, rows, keys))
+    for i in (number % 6, (number + 3) % 6):
+        heads, key_heads = (4, 2) if rows * keys < 3000 else (2, 1)
+        sample = sample_of(f"{MASKS[i]}", rows, keys, dim, heads, key_heads, return_lse=True, **MASKS[i])
+        assert_right(SDPA, sample, HALVES[(i + number) % 2])
+    assert ran.count(BACKWARD) == 2
+
+
+def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles():
+    """Three multiprocessors draw eight tiles of rows and four of keys."""
+    from llmengine import _cuda_sim
+
+    sample = sample_of("schedules", 140, 140, 72, 4, 2, is_causal=True, dropout_p=0.3)
+    given = sample.rounded(torch.bfloat16)
+    results = []
+    for order in SCHEDULES:
+        _cuda_sim.set_schedule(order, 11)
+        with poison():
+            results.append(list(evaluate(SDPA.function, given, "cuda_sim")[1].values()))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def gradients(function, tensors, upstream, *options, **named):
+    given = [t.detach().requires_grad_() for t in tensors]
+    with llmengine.backend("cuda_sim"), poison():
+        return torch.autograd.grad(function(*given, *options, **named), given, upstream)
+
+
+@pytest.mark.parametrize("dim", [32, 104])
+def test_neighbours_that_are_not_numbers_change_nothing_in_a_packed_sequence(dim: int, ran: list[str]):  # noqa: F811
+    """Boxes bring the next sequence's keys, rows and gradients along; tokens that belong to none get zeros."""
+    lengths = [5, 0, 130, 33]
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    spans = list(itertools.pairwise(ends.tolist()))
+    g = torch.Generator().manual_seed(3)
+    clean = [torch.randn(sum(lengths) + 140, 2, dim, generator=g).half() for _ in range(4)]
+    for strange in (torch.nan, torch.inf):
+        for odd in (0, 1):  # every other sequence is strange, and so are the tokens behind the last
+            mixed = [t.clone() for t in clean]
+            for first, last in [*spans[odd::2], (int(ends[-1]), None)]:
+                for t in mixed:
+                    t[first:last] = strange
+            packed = gradients(functional.varlen_attention, mixed[:3], mixed[3], ends, ends, 130, 130, is_causal=True)
+            for first, last in spans[1 - odd :: 2]:
+                q, k, v, upstream = (t[first:last].transpose(0, 1) for t in clean)
+                alone = gradients(functional.scaled_dot_product_attention, (q, k, v), upstream, is_causal=True)
+                for found, expected in zip(packed, alone, strict=True):
+                    assert torch.equal(found[first:last], expected.transpose(0, 1))
+            assert not any(grad[ends[-1] :].any() for grad in packed)
+    assert BACKWARD in ran
+
+
+def test_keys_that_no_row_sees_and_rows_that_see_no_key_get_zeros():
+    g = torch.Generator().manual_seed(4)
+    for rows, keys, causal in ((200, 40, {"causal": "bottom_right"}), (40, 200, {"is_causal": True})):
+        query, upstream = (torch.randn(1, 2, rows, 64, generator=g).bfloat16() for _ in range(2))
+        key, value = (torch.randn(1, 2, keys, 64, generator=g).bfloat16() for _ in range(2))
+        found = gradients(functional.scaled_dot_product_attention, (query, key, value), upstream, **causal)
+        blind = max(0, rows - keys)
+        assert not found[0][:, :, :blind].any() and found[0][:, :, blind:].any()
+        assert all(grad[:, :, :40].any() and not grad[:, :, 40:].any() for grad in found[1:])
+
+
+def test_what_it_does_not_take_goes_to_every_gpus_kernels(ran: list[str]):  # noqa: F811
+    g = torch.Generator().manual_seed(6)
+    good, wide = (torch.randn(1, 2, 10, dim, generator=g).half() for dim in (16, 136))
+    odd = torch.randn(1, 2, 10, 17, generator=g).half()[..., :16]
+    strange = {"grad_output has heads 340 bytes apart": (good, odd), "head dims go up to 128, got 136": (wide, wide)}
+    for reason, (x, upstream) in strange.items():
+        named = {"query": x, "key": x, "value": x, "grad_output": upstream}
+        assert str(hopper_backward_refuses(named)).startswith(reason)
+        found = gradients(functional.scaled_dot_product_attention, (x, x, x), upstream)
+        assert all(grad.isfinite().all() for grad in found) and ran[-1] == "attention_backward"
+    gradients(functional.scaled_dot_product_attention, (good, good, good), good)
+    assert ran[-1] == BACKWARD
+
+
+# ---- one line broken -------------------------------------------------------------------------------------------------
+
+ROWS, KEYS = "attention_sm90a_rows", "attention_sm90a_keys"
+LATE = "with no mbarrier_wait between|reads shared memory that no thread|what a product of|deadlock"
+# kernel, line, what it becomes, what must be said: a wrong result, or what the simulator found
+BREAKS = {
+    "no wait for keys": (
+        ROWS, "    ptx::mbarrier_wait(&shared.full[turn.stage()][0], turn.parity());\n    ptx", "    ptx", LATE,
+    ),
+    "no wait for rows": (KEYS, "    ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());\n", "", LATE),
+    "no wait for gradients": (KEYS, "    ptx::mbarrier_wait(&shared.full[stage][1], turn.parity());\n", "", LATE),
+    "no wait for what is owned": (
+        KEYS, "    ptx::mbarrier_wait(&shared.own_full[place], pair.parity());\n", "", LATE,
+    ),
+    "fetched over what passes": (
+        ROWS, "          ptx::mbarrier_wait(&shared.free[stage][tile], turn.parity() ^ 1);\n", "",
+        "its copy writes|phase",
+    ),
+    "statistics not waited for": (
+        KEYS, "S::owner == Owner::keys && tile == 0 ? 33 : 1", "1", "phase|arriv|no (mbarrier_)?wait|exceeds|no thread",
+    ),
+    "scores read while under way": (KEYS, "    ptx::wgmma_wait<1>(flat(x));\n", "", "accumulators of a product"),
+    "keys given back while multiplied": (
+        ROWS, "    ptx::wgmma_wait<1>(flat(grad_query));\n    give_back_by_warps(&shared.free[before.stage()][0]);",
+        "    give_back_by_warps(&shared.free[before.stage()][0]);\n    ptx::wgmma_wait<1>(flat(grad_query));",
+        "its copy writes .* what a product of|deadlock",
+    ),
+    "no fence before products": (KEYS, "    ptx::wgmma_fence(flat(x));\n", "", "since its last wgmma_fence"),
+    "neighbours stay": (ROWS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
+    "neighbours' rows stay": (KEYS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
+    "cleared rows not shown to the unit": (
+        KEYS, "  ptx::fence_async_shared();\n  __syncwarp();\n  if (elected)", "  if (elected)",
+        "with no fence_async between|races",
+    ),
+    "one head of a group": (KEYS, "keys ? from + group : from + 1", "from + 1", "exceeds"),
+    "keys of another head": (ROWS, "keys ? head * group : head / group", "keys ? head * group : 0", "exceeds"),
+    "delta of another tile": (KEYS, "shared.delta[stage];", "shared.delta[stage ^ 1];", "exceeds|no thread|between"),
+    "delta is forgotten": (ROWS, "grad[0][j][i] -= statistics.delta[0][i / 2];", ";", "exceeds"),
+    "dropped scores pass": (KEYS, "if (drops) drop(kept, dropped, 1.0f);", "", "exceeds"),
+    "the rest is not cleared": (KEYS, "rest.key0, rest.keys,", "rest.key0, 0,", "exceeds|NaN"),
+    "sums not shown to the unit": (
+        ROWS, "    ptx::fence_async_shared();\n    give_back_by_warps(", "    give_back_by_warps(", "no fence_async",
+    ),
+}  # fmt: skip
+
+
+def assert_near(function, sample: Sample) -> None:
+    """Gradients in float16, with a margin that none of the breaks keeps."""
+    given = sample.rounded(torch.float16, lined_up)
+    oracle = evaluate(function, given.rounded(torch.float64), "reference")[1]
+    with poison():
+        found = evaluate(function, given, "cuda_sim")[1]
+    for name, expected in oracle.items():
+        assert found[name].isfinite().all(), f"{name}: NaN"
+        error, most = ((x.double()).abs().max() for x in (found[name] - expected, expected))
+        assert error <= 0.01 * most, f"{name} exceeds"
+
+
+def try_attention() -> None:
+    assert_near(SDPA.function, sample_of("heads", 130, 200, 24, 4, 2, causal="bottom_right", dropout_p=0.2))
+    assert_near(SDPA.function, sample_of("more tiles than blocks", 150, 130, 40, 8, 8, window_size=(100, 10)))
+    m = attention._Maker(1)
+    m.packed("packed", [40, 9], [33, 150], 2, 2, 24, spare=3)
+    for x in m.samples[0].args[:3]:
+        x[-3:] = torch.nan  # tokens of no sequence
+    assert_near(VARLEN.function, m.samples[0])
+
+
+def test_whole_kernels_pass_what_broken_ones_must_fail():
+    try_attention()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 5 else ()) for i, n in enumerate(BREAKS)])
+def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
+    kernel, line, becomes, said = BREAKS[name]
+    module = broken(kernel, (line, becomes), ("visit_dims<64, 128>", "visit_dims<64>"), tmp_path)
+    monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
+    with pytest.raises((AssertionError, RuntimeError), match=said):
+        try_attention()
