@@ -10,9 +10,8 @@
 //   flops   8 rows keys head_dim a tile
 //   bytes   keys, values and their gradients once; Q, dO and the statistics once a block, from the second-level cache:
 //           128 keys do 256 flops a byte
-//   limit   shared memory in half of the products, the tensor cores in the other: at head dim 128, S^T and dP^T of 64
-//   keys
-//           and 48 rows read for 28 clocks where they multiply for 24, dK and dV for 32 where they multiply for 64
+//   limit   shared memory in half of the products, the tensor cores in the others: at head dim 128, one of 64 keys and
+//           48 rows reads for 28 clocks and multiplies for 24; one that adds to dK or dV, for 32 and for 64
 #include <cmath>
 #include <cstdint>
 

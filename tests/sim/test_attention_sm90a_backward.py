@@ -144,7 +144,7 @@ BREAKS = {
         "    give_back_by_warps(&shared.free[before.stage()][0]);\n    ptx::wgmma_wait<1>(flat(grad_query));",
         "its copy writes .* what a product of|deadlock",
     ),
-    "no fence before products": (KEYS, "    ptx::wgmma_fence(flat(x));\n", "", "since its last wgmma_fence"),
+    "no fence before products": (KEYS, "    ptx::wgmma_fence(flat(grad_key));\n", "", "since its last wgmma_fence"),
     "neighbours stay": (ROWS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
     "neighbours' rows stay": (KEYS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
     "cleared rows not shown to the unit": (
