@@ -82,7 +82,11 @@ def test_scaled_dot_product_attention_with_pytorchs_derivative(overridden, is_ca
     output, lse, *_ = aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, scale=0.3)
     torch.manual_seed(7)
     expected, expected_lse = scaled_dot_product_attention(
-        *given, dropout_p=dropout_p, causal="bottom_right" if is_causal else None, scale=0.3, enable_gqa=True,
+        *given,
+        dropout_p=dropout_p,
+        causal="bottom_right" if is_causal else None,
+        scale=0.3,
+        enable_gqa=True,
         return_lse=True,
     )
     assert_equal((output, lse), (expected, expected_lse))
