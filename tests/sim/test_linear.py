@@ -11,18 +11,18 @@ from torch import Tensor
 from llmengine.backends.cuda import linear as backend
 from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.functional.linear import products
-from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import places_of_products
+from .harness import device_of, places_of_products, schedule
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
 @pytest.fixture(params=["sm80", "sm90a"])
@@ -49,7 +49,7 @@ def sample_of(tokens: int, width: int, out: int) -> Sample:
 @pytest.mark.parametrize("backend_name, core", places_of_products())
 def test_edges_of_tiles(tokens: int, width: int, out: int, backend_name: str, core: str):
     for dtype in HALVES:
-        given = sample_of(tokens, width, out).on("cuda" if backend_name == "cuda" else "cpu").rounded(dtype)
+        given = sample_of(tokens, width, out).on(device_of(backend_name)).rounded(dtype)
         oracle = evaluate(products, given.rounded(torch.float64), "reference")
         plain = evaluate(torch.nn.functional.linear, given, None)
         with poison(), products_by(core):
