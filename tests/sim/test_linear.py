@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmengine
+from llmengine import functional
+from llmengine.backends import cuda_sim
 from llmengine.backends.cuda import linear as backend
 from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.functional.linear import products
@@ -108,6 +111,35 @@ def test_equal_bits_under_every_schedule(core: str):
         _cuda_sim.set_schedule(order, 11)
         found.append(outcome(given))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def calls_of_products(dtype: torch.dtype) -> list:
+    x, target = torch.ones(3, 8, dtype=dtype, requires_grad=True), torch.zeros(3, dtype=torch.int64)
+    weight = torch.ones(8, 8, dtype=dtype)
+    return [
+        lambda: products(x, weight),
+        lambda: functional.ffn(x, weight, weight),
+        lambda: functional.linear_cross_entropy(x, weight, target, reduction="none"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["linear", "ffn", "linear_cross_entropy"])
+def test_hoppers_products_are_refused_on_other_gpus(number: int, monkeypatch):
+    monkeypatch.setattr(cuda_sim.NATIVE, "capability", lambda on: (8, 0))
+    refused = r"refuses: LLMENGINE_CUDA_PRODUCTS=sm90a is for compute capability 9\.0, the device has 8\.0"
+    call = calls_of_products(torch.bfloat16)[number]
+    with llmengine.backend("cuda_sim"):
+        for maker in ("own", "sm80"):
+            with products_by(maker):
+                call().sum().backward()
+        with products_by("sm80"):
+            loss = call().sum()
+        with products_by("sm90a"):
+            for refusing in (call, loss.backward):
+                with pytest.raises(RuntimeError, match=refused):
+                    refusing()
+            if number < 2:  # in float32 nothing of ours multiplies
+                calls_of_products(torch.float32)[number]().sum().backward()
 
 
 def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):

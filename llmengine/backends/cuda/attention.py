@@ -8,7 +8,7 @@ import math
 import torch
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
+from llmengine.backends.cuda.native import Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -34,9 +34,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return f"the {native.backend} attention takes head dims up to {WIDEST}, got {widest}"
         if (tokens := max(query.shape[2], key.shape[2])) > MOST_TOKENS:
             return f"the {native.backend} attention takes up to {MOST_TOKENS} tokens, got {tokens}"
-        if native.wants_hopper_attention() and (found := native.capability(query)) != HOPPER:
-            return f"{ATTENTION}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
-        return None
+        return native.refuses_attention(query)
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
         *given, _, want_grad_distance_bias, _ = options

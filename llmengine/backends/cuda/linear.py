@@ -30,7 +30,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
         )  # fmt: skip
         return out
 
-    @kernel(table, "linear_forward", lambda input, weight, bias: native.refuses_tensors(input, weight, bias))
+    def forward_refuses(input, weight, bias):
+        return native.refuses_tensors(input, weight, bias) or native.refuses_products(input)
+
+    @kernel(table, "linear_forward", forward_refuses)
     def linear_forward(input, weight, bias):
         dtype = input.dtype
         if native.own_products(dtype):
@@ -38,7 +41,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return native.product(input, weight.to(dtype).T, None if bias is None else bias.to(dtype))
 
     def backward_refuses(grad_output, input, weight, wanted):
-        return native.refuses_tensors(grad_output, input, weight)
+        return native.refuses_tensors(grad_output, input, weight) or native.refuses_products(input)
 
     @kernel(table, "linear_backward", backward_refuses)
     def linear_backward(grad_output, input, weight, wanted):

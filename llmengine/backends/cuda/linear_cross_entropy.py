@@ -26,7 +26,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return reason
         if input.dtype == torch.float32:
             return f"the {native.backend} linear_cross_entropy multiplies bfloat16 and float16, got float32"
-        return None
+        return native.refuses_products(input)
 
     def backward_refuses(grad_loss, *given):
         return native.refuses_tensors(grad_loss, given[0]) or forward_refuses(*given)

@@ -105,6 +105,19 @@ class Native:
         tiles = 2 * self.multiprocessors(on)
         return {"core": self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
 
+    def refuses_products(self, on: Tensor) -> str | None:
+        """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
+        return self._not_hopper(PRODUCTS, on) if self.own_products(on.dtype) and self._maker() == "sm90a" else None
+
+    def refuses_attention(self, on: Tensor) -> str | None:
+        return self._not_hopper(ATTENTION, on) if self.wants_hopper_attention() else None
+
+    def _not_hopper(self, variable: str, on: Tensor) -> str | None:
+        """Why kernels for Hopper, for which a variable asks, do not run on the device that `on` lies on."""
+        if (found := self.capability(on)) == HOPPER:
+            return None
+        return f"{variable}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
+
     def wants_hopper_attention(self) -> bool:
         return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"
 
