@@ -151,5 +151,7 @@ def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):
         if maker is not None:
             monkeypatch.setenv(PRODUCTS, maker)
         assert backend.asked_for(OnGpu()) is asked
-    OnGpu.dtype = torch.float32
-    assert not backend.asked_for(OnGpu()) and not backend.asked_for(torch.ones(2).bfloat16())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        OnGpu.dtype = dtype
+        assert backend.asked_for(OnGpu()) == (dtype in HALVES)
+    assert not backend.asked_for(torch.ones(2).bfloat16())

@@ -6,13 +6,14 @@ import os
 
 import torch
 
-from llmengine.backends.cuda.native import PRODUCTS, Native, parameter, parts_of, unit_last_stride
+from llmengine.backends.cuda.native import HALVES, PRODUCTS, Native, parameter, parts_of, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 
 def asked_for(x: torch.Tensor) -> bool:
-    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet."""
-    return x.is_cuda and x.dtype != torch.float32 and (os.environ.get(PRODUCTS) or "blas") != "blas"
+    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet. Under torch.compile
+    asked while it traces: whoever changes the variable then compiles anew."""
+    return x.is_cuda and x.dtype in HALVES and (os.environ.get(PRODUCTS) or "blas") != "blas"
 
 
 def kernels(native: Native) -> dict[str, Kernel]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)  # what our products multiply
+DTYPES = (torch.float32, *HALVES)
 # Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
 # over csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16; "sm90a", those over gemm_sm90a.cuh, and sm80's for what TMA
 # cannot fetch; "own", the one of the two that is made for the device. No GPU has timed them yet: until then cuBLAS
@@ -90,7 +91,7 @@ class Native:
         return _chosen(PRODUCTS, MAKERS, "sm80" if self.device_type == "cpu" else "blas")
 
     def own_products(self, dtype: torch.dtype) -> bool:
-        return self._maker() != "blas" and dtype != torch.float32
+        return self._maker() != "blas" and dtype in HALVES
 
     def core(self, on: Tensor) -> str:
         """Whose kernels multiply where cuBLAS does not."""
