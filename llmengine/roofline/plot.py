@@ -14,9 +14,9 @@ from llmengine.roofline.measure import Row
 
 
 def draw(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str = "") -> None:
-    """A PNG of two panels: percent of the limit by case and peer, forward + backward, or forward where no case has more;
-    and the roofline itself, GFLOP/s over operations per byte, with the cases that multiply. The file is replaced whole
-    or not at all."""
+    """A PNG of two panels: percent of the limit by case and peer, forward + backward, or forward where no case has
+    more; and the roofline itself, GFLOP/s over operations per byte, with the cases that multiply. The file is replaced
+    whole or not at all."""
     from matplotlib.figure import Figure
 
     right = [row for row in rows if "error" not in row]
