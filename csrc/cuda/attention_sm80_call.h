@@ -83,10 +83,11 @@ inline Sizes sizes_of_keys(const ops::AttentionOptions& p, int tile) {
   return sizes_of(p, p.max_seqlen_k, p.key.size(2), tile);
 }
 
-// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
-inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners) {
+// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over. Numbers
+// of tiles are ints, also those `beyond` the last that blocks draw before they end.
+inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners, int64_t beyond = 0) {
   const int64_t blocks = tiles * owners * (p.sequences() + p.packed());
-  check(blocks <= std::numeric_limits<int>::max(), "attention: more than 2^31 tiles are not supported on CUDA");
+  check(blocks <= std::numeric_limits<int>::max() - beyond, "attention: more than 2^31 tiles are not supported on CUDA");
   return dim3(static_cast<unsigned>(blocks));
 }
 

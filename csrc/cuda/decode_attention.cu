@@ -428,7 +428,7 @@ void run(const DecodeAttention& p, Stream stream) {
     const int widest = static_cast<int>(std::max(p.query.size(3), p.value_cache.size(3)));
     visit_at_least<64, 128, 256>(widest, [&]<int D>(std::integral_constant<int, D>) {
       const LaunchSite at{"decode_attention_sm80",
-                          grid_of(given.splits * given.tiles * p.key_heads() * p.batch()),
+                          grid_of(p.splits() * given.tiles * p.key_heads() * p.batch()),
                           Shape<D>::threads,
                           cuda_stream(stream),
                           p.query,
