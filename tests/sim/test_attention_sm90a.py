@@ -176,21 +176,23 @@ def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernel(ran: list[
     flat = torch.randn(4000, generator=g).half()
     good = flat.as_strided((2, 3, 10, 16), (480, 160, 16, 1))
     keys = {
-        "key begins at an address that is no multiple of 16 bytes": flat[1:].as_strided(good.shape, good.stride()),
-        "key has tokens 34 bytes apart": flat.as_strided(good.shape, (600, 200, 17, 1)),
-        "key has heads 0 bytes apart": flat.as_strided(good.shape, (480, 0, 16, 1)),
-        "key has batch entries 964 bytes apart": flat.as_strided(good.shape, (482, 160, 16, 1)),
-        "key is empty": good[:, :, :0],
+        "key: data at an odd address; allowed: multiples of 16 bytes": flat[1:].as_strided(good.shape, good.stride()),
+        "key: dimension 2 has a stride of 34 bytes; allowed: multiples of 16, above 0": flat.as_strided(
+            good.shape, (600, 200, 17, 1)
+        ),
+        "key: dimension 1 has a stride of 0 bytes": flat.as_strided(good.shape, (480, 0, 16, 1)),
+        "key: dimension 0 has a stride of 964 bytes": flat.as_strided(good.shape, (482, 160, 16, 1)),
+        "key: dimension 2 has size 0": good[:, :, :0],
     }
     for reason, key in keys.items():
-        assert str(hopper_refuses(good, key, key)).startswith(reason)
+        assert str(hopper_refuses(cuda_sim.NATIVE, query=good, key=key, value=key)).startswith(reason)
         with llmengine.backend("cuda_sim"):
             found = functional.scaled_dot_product_attention(good, key, key)
         with llmengine.backend("reference"):
             expected = functional.scaled_dot_product_attention(*(t.double() for t in (good, key, key)))
         assert torch.allclose(found.double(), expected, atol=2e-3)
     assert set(ran) == {"attention_forward"}
-    assert hopper_refuses(good, good, good) is None
+    assert hopper_refuses(cuda_sim.NATIVE, query=good, key=good, value=good) is None
 
 
 def test_it_runs_where_it_is_asked_for_and_nowhere_else(ran: list[str], monkeypatch):
