@@ -138,7 +138,7 @@ BREAKS = {
     "pages of another sequence": ("static_cast<int64_t>(b) * of_sequence", "0", "exceeds|differs"),
     "keys of another head": ("head * cache.steps.head", "0 * cache.steps.head", "exceeds"),
     "rows of another head": ("key_head * p.group + i / p.rows", "key_head + i / p.rows", "exceeds|races"),
-    "sums are not rescaled": ("sum[half] *= rescaling;", "", "exceeds"),
+    "sums are not rescaled": ("rescale(output, rescaling);", "", "exceeds"),
     "a share is left out": ("sum = fmaf(part[1], weight, sum);", "sum = part[1];", "exceeds"),
     "shares meet at another place": ("const int64_t place = share *", "const int64_t place = 0 *", "races"),
     "sinks in every share": ("whole ? sink_of(p, row.head) : -INFINITY", "sink_of(p, row.head)", "exceeds"),
