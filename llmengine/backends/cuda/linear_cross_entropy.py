@@ -8,9 +8,12 @@ from llmengine.backends.cuda.cross_entropy import class_weights
 from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
-TILE = 128  # tokens, and classes, of a tile, as in csrc/cuda/gemm_sm80.cuh
-# Blocks of the forward for each of the two that a multiprocessor runs at once: more of them end at more nearly the same
-# time, and each span of classes costs 12 bytes a token.
+# Tokens, and classes, of a tile of csrc/cuda/gemm_sm80.cuh. Those of gemm_sm90a.cuh are two by two of them: spans and
+# blocks that are whole tiles here need not be there.
+TILE = 128
+# Tiles of tokens' spans for each of the two blocks that a multiprocessor runs at once: more of them end at more nearly
+# the same time, and each span of classes costs 12 bytes a token. On Hopper's core a cluster of two multiprocessors, which
+# runs one at a time, has twice as many.
 WAVES = 4
 # Elements of the backward's block of gradients: 64 MiB; but of so many classes at least, since each block reads and
 # writes the input's gradient once more.
