@@ -48,6 +48,7 @@ class Laws:
 def laws(capability: tuple[int, int]) -> list[Laws]:
     """In their order: Triton's, which compile longest, last. What Hopper has of its own runs on Hopper."""
     hopper = [
+        Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu"),
         Laws("cuda for Hopper", ("tests/sim/test_attention_sm90a.py", *PRODUCTS), "cuda-sm90a"),
         Laws("cuda by Hopper's products", OPERATORS, "[cuda-ffn or [cuda-linear", HOPPER),
     ]

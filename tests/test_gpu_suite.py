@@ -51,9 +51,10 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 # Collects the cases of all laws as where a Hopper is.
 COLLECT = """
-import json, sys, pytest, torch
+import json, shutil, sys, pytest, torch
 from llmengine.ops import registry
 torch.cuda.is_available = lambda: True
+shutil.which = lambda command: command
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 for name in ("cuda", "triton"):
     registry.load(name).unavailable = None
@@ -88,10 +89,9 @@ def collected(suite) -> dict[str, list[str]]:
 
 def test_laws_are_those_of_devices_and_each_runs_once(collected):
     """No case of the simulator, which would be built for it, nor of the CPU."""
+    places = {"cuda in 16 bits": "cuda-sm80", "cuda for Hopper": "cuda-sm90a", "instructions of Hopper": "[gpu"}
     for name, cases in collected.items():
-        place = {"cuda in 16 bits": "cuda-sm80", "cuda for Hopper": "cuda-sm90a", "triton": "[triton-"}.get(
-            name, "[cuda-"
-        )
+        place = places.get(name, "[triton-" if name == "triton" else "[cuda-")
         assert len(cases) > 20 and all(place in case and "cuda_sim" not in case for case in cases), name
     known = [case for name in collected if name != "cuda by Hopper's products" for case in collected[name]]
     assert len(known) == len(set(known))

@@ -11,9 +11,9 @@ from llmengine.ops.registry import Kernel, kernel
 # Tokens, and classes, of a tile of csrc/cuda/gemm_sm80.cuh. Those of gemm_sm90a.cuh are two by two of them: spans and
 # blocks that are whole tiles here need not be there.
 TILE = 128
-# Spans, of a tile of tokens each, for each of the two blocks that a multiprocessor runs at once: more of them end at more
-# nearly the same time, and each costs 12 bytes a token. On Hopper's core, for each cluster of two multiprocessors, which
-# takes one at a time, twice as many.
+# Spans, of a tile of tokens each, for each of the two blocks that a multiprocessor runs at once: more of them end at
+# more nearly the same time, and each costs 12 bytes a token. On Hopper's core, for each cluster of two multiprocessors,
+# which takes one at a time, twice as many.
 WAVES = 4
 # Elements of the backward's block of gradients: 64 MiB; but of so many classes at least, since each block reads and
 # writes the input's gradient once more.
