@@ -8,7 +8,7 @@ import math
 import torch
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
+from llmengine.backends.cuda.native import Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -18,7 +18,6 @@ OPTIONS = (
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
-MOST_BYTES = 2**40  # between a tensor map's lines
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
 
@@ -34,9 +33,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return f"the {native.backend} attention takes head dims up to {WIDEST}, got {widest}"
         if (tokens := max(query.shape[2], key.shape[2])) > MOST_TOKENS:
             return f"the {native.backend} attention takes up to {MOST_TOKENS} tokens, got {tokens}"
-        if native.wants_hopper_attention() and (found := native.capability(query)) != HOPPER:
-            return f"{ATTENTION}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
-        return None
+        return native.refuses_attention(query)
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
         *given, _, want_grad_distance_bias, _ = options
@@ -50,7 +47,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         given = _arguments(query, key, value, options)
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
-        if native.wants_hopper_attention() and hopper_refuses(given["query"], given["key"], given["value"]) is None:
+        by_boxes = {name: given[name] for name in ("query", "key", "value")}
+        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
             turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
@@ -86,17 +84,11 @@ def kernels(native: Native) -> dict[str, Kernel]:
     return table
 
 
-def hopper_refuses(query, key, value) -> str | None:
+def hopper_refuses(native: Native, **operands) -> str | None:
     """Why Hopper's kernel does not take a call, which every GPU's then does: its tensor maps cannot tell the layout."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.numel() == 0:
-            return f"{name} is empty"
-        if tensor.data_ptr() % 16 != 0:
-            return f"{name} begins at an address that is no multiple of 16 bytes"
-        for dim, word in enumerate(("batch entries", "heads", "tokens")):
-            step = tensor.stride(dim) * tensor.element_size()
-            if tensor.shape[dim] > 1 and not (0 < step < MOST_BYTES and step % 16 == 0):
-                return f"{name} has {word} {step} bytes apart; allowed: multiples of 16, above 0 and below 2^40"
+    for name, tensor in operands.items():
+        if reason := native.module.tensor_map_refuses(tensor=tensor):
+            return f"{name}: {reason}"
     return None
 
 
