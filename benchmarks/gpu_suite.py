@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,57 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def shell(command: list[str], seconds: float) -> dict[str, Any]:
+OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
+ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
+PRODUCTS = ("tests/sim/test_ffn.py", "tests/sim/test_linear.py", "tests/sim/test_linear_cross_entropy.py")
+HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Tests that run on a GPU: files, and which of their cases by a part of their ids, that no case on a CPU has."""
+
+    name: str
+    files: tuple[str, ...]
+    ids: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "pytest", "-q", "--maxfail=20", *self.files, "-k", self.ids]
+
+
+def laws(capability: tuple[int, int]) -> list[Laws]:
+    """In their order: Triton's, which compile longest, last. What Hopper has of its own runs on Hopper."""
+    hopper = [
+        Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu"),
+        Laws("cuda for Hopper", ("tests/sim/test_attention_sm90a.py", *PRODUCTS), "cuda-sm90a"),
+        Laws("cuda by Hopper's products", OPERATORS, "[cuda-ffn or [cuda-linear", HOPPER),
+    ]
+    return [
+        Laws("cuda", OPERATORS, "[cuda-"),
+        Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80"),
+        *(hopper if capability == (9, 0) else []),
+        Laws("triton", OPERATORS, "[triton-"),
+    ]
+
+
+def run_laws(seconds: float) -> dict[str, dict[str, Any]]:
+    """Each has an equal share of the time, and what those before it have left of theirs."""
+    end, results = time.perf_counter() + seconds, {}
+    chosen = laws(torch.cuda.get_device_capability())
+    for number, law in enumerate(chosen):
+        share = (end - time.perf_counter()) / (len(chosen) - number)
+        results[law.name] = done = shell(law.command, max(5.0, share), law.environment)
+        print(f"tests, {law.name}:", done["status"], done["seconds"], "s", *done["tail"][-1:])
+    return results
+
+
+def shell(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Runs a command; its exit status (None: cut off), seconds and the end of what it wrote."""
-    start = time.perf_counter()
+    start, env = time.perf_counter(), os.environ | (environment or {})
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=env)
         status, text = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as cut:
         status, text = None, (cut.stdout or b"").decode(errors="replace")
@@ -63,10 +110,7 @@ def main() -> int:
         if result["build"]["status"] != 0:
             print("\n".join(result["build"]["tail"]))
     if not given.skip_tests:
-        files = ["tests/test_ops.py", "tests/test_cuda_graphs.py"]
-        laws = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", *files, "-k", "triton or cuda"]
-        result["tests"] = shell(laws, max(10.0, min(200, left() - 150)))
-        print("tests:", result["tests"]["status"], result["tests"]["seconds"], "s", *result["tests"]["tail"][-1:])
+        result["tests"] = run_laws(min(200, left() - 150))
 
     sys.path.insert(0, str(ROOT))  # what was built above
     from llmengine import roofline
@@ -98,7 +142,7 @@ def main() -> int:
         roofline.draw(chosen, ceilings, given.output / f"gpu_{operator}.png", f"{name}, {machine['commit']}")
     print(result.get("cut", ""), f"written: {path}")
     failed = any("error" in row and row["peer"].startswith("llmengine") for row in rows)
-    return int(failed or result.get("tests", {}).get("status", 0) != 0)
+    return int(failed or any(law["status"] != 0 for law in result.get("tests", {}).values()))
 
 
 if __name__ == "__main__":

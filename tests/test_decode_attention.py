@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -164,6 +166,24 @@ def test_pages_that_do_not_exist_are_named_where_they_hold_tokens(backend: str):
         with pytest.raises(ValueError, match=r"block_table is 6 at \(0, 2\); allowed: 0 to 5"):
             decode_attention(query, cache, cache, lengths, table)
         decode_attention(query, cache, cache, lengths - torch.tensor([1, 0], dtype=torch.int32), table)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pages_and_slots_before_every_window_are_not_looked_at(backend: str):
+    query, key, value, lengths = cached([23], rows=2)
+    pages = [x[0, :, :24].transpose(0, 1).reshape(6, 4, x.shape[1], x.shape[3]).clone() for x in (key, value)]
+    table = torch.arange(6, dtype=torch.int32)[None]
+    with llmengine.backend(backend):
+        expected = decode_attention(query, key, value, lengths, window_size=(6, 0))
+        for x in (key, value):
+            x[:, :, :15] = math.nan  # rows at 21 and 22 see keys from 15 on
+        for x in pages:
+            x[:3], x[3, :3] = math.nan, math.nan
+        table[0, :3] = torch.tensor([-1, 99, -7])
+        assert torch.equal(decode_attention(query, key, value, lengths, window_size=(6, 0)), expected)
+        assert torch.equal(decode_attention(query, *pages, lengths, table, window_size=(6, 0)), expected)
+        with pytest.raises(ValueError, match=r"block_table is -7 at \(0, 2\)"):
+            decode_attention(query, *pages, lengths, table, window_size=(10, 0))
 
 
 def test_there_are_no_gradients():

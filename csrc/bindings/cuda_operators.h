@@ -20,6 +20,7 @@
 #include "cuda/norm.h"
 #include "cuda/rotary.h"
 #include "cuda/softmax.h"
+#include "cuda/tensor_map.h"
 
 namespace llmengine {
 
@@ -75,6 +76,12 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
         return cuda::hopper_refuses("sm90a", {{&view, "matrix"}});
       },
       pybind11::kw_only(), pybind11::arg("matrix"));
+  module.def(
+      "tensor_map_refuses",
+      [=](TensorObject tensor) {
+        return tensor_map_refuses(view_of({"tensor_map_refuses", "tensor", device}, tensor.object));
+      },
+      pybind11::kw_only(), pybind11::arg("tensor"));
   module.def(
       "norm_backward_blocks",
       [=](TensorObject h) { return cuda::norm_backward_blocks(view_of({"norm backward", "h", device}, h.object)); },

@@ -1,6 +1,6 @@
-// What the forward kernels for sm_80 and for sm_90a share behind a tile's logits: the online softmax of a warp's rows,
-// and what becomes of it. Accumulators are those of matrix_tile.cuh; a warpgroup's 64 rows lie in its four warps as
-// `blocks` = 1 each.
+// What the forward kernels, for every GPU, for Hopper and over a cache, share behind a tile's logits: the online
+// softmax of a warp's rows, and what becomes of it. Accumulators are those of matrix_tile.cuh; a warpgroup's 64 rows
+// lie in its four warps as `blocks` = 1 each.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -90,9 +90,13 @@ __device__ __forceinline__ void rescale(float (&x)[blocks][n][4], const float (&
       for (int i = 0; i < 4; ++i) x[m][j][i] *= by[m][i / 2];
 }
 
+__device__ __forceinline__ double lse_of(float base, float sum) {
+  return sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
+}
+
 // lse of a row, and what rounding takes from it.
 __device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base, float sum) {
-  const double exact = sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
+  const double exact = lse_of(base, sum);
   const float high = static_cast<float>(exact);
   *lse = high;
   *lse_low = high == INFINITY || high == -INFINITY ? 0.0f : static_cast<float>(exact - high);

@@ -1,5 +1,6 @@
-// What the attention kernels for sm_80 share: where a block's sequence, rows and keys lie, and what stands between
-// query key^T and the probabilities (ops/attention.h, ops/attention_band.h).
+// What the attention kernels share, those for every GPU from sm_80 on, Hopper's (attention_sm90a_*.cu) and the one over
+// a cache (decode_attention.cu): where a block's sequence, rows and keys lie, and what stands between query key^T and
+// the probabilities (ops/attention.h, ops/attention_band.h).
 //
 //   Logits are kept as products where they are positive multiples of those ("plain": scale > 0, no softcap, bias or
 //   mask), else in natural units; either way P = exp2(x factor - base) is one multiply-add and one exponential, with

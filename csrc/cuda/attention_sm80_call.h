@@ -1,4 +1,5 @@
-// The host's side of the attention kernels for sm_80: from the operator's arguments to those of kernels.
+// The host's side of the attention kernels, for every GPU from sm_80 on and for Hopper: from the operator's arguments
+// to those of kernels.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +19,16 @@ inline constexpr ops::AttentionTypes kTypes = {kOperandTypes, kMaskTypes};
 
 inline constexpr int64_t kMostTokens = int64_t{1} << 30;  // positions, and windows beside them, are 32-bit numbers
 
-template <class T>
-Operand<T> operand_of(const TensorView& t) {
+// Whether every row of 16-bit numbers begins at a multiple of 16 bytes.
+inline bool rows_aligned(const TensorView& t) {
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   for (int d = 0; d < 3; ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) % 8 == 0);
-  return {t.as<T>(), t.stride(0), t.stride(1), t.stride(2), static_cast<int>(t.size(3)), aligned};
+  return aligned;
+}
+
+template <class T>
+Operand<T> operand_of(const TensorView& t) {
+  return {t.as<T>(), t.stride(0), t.stride(1), t.stride(2), static_cast<int>(t.size(3)), rows_aligned(t)};
 }
 
 inline Mask mask_of(const ops::AttentionOptions& p) {
@@ -83,10 +89,12 @@ inline Sizes sizes_of_keys(const ops::AttentionOptions& p, int tile) {
   return sizes_of(p, p.max_seqlen_k, p.key.size(2), tile);
 }
 
-// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
-inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners) {
+// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over. Numbers
+// of tiles are ints, also those `beyond` the last that blocks draw before they end.
+inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners, int64_t beyond = 0) {
   const int64_t blocks = tiles * owners * (p.sequences() + p.packed());
-  check(blocks <= std::numeric_limits<int>::max(), "attention: more than 2^31 tiles are not supported on CUDA");
+  check(blocks <= std::numeric_limits<int>::max() - beyond,
+        "attention: more than 2^31 tiles are not supported on CUDA");
   return dim3(static_cast<unsigned>(blocks));
 }
 

@@ -279,7 +279,7 @@ template <class S, class T>
 LaunchSite launch_site(const char* name, const AttentionBackwardSm90a& p, const Walked<T>& walked, Stream stream) {
   constexpr bool keys = S::owner == Owner::keys;
   // packed tokens that belong to no sequence want blocks even where there are no sequences
-  const int64_t tiles = grid_of(p, walked.backward.sizes.tiles, keys ? p.key_heads() : p.heads()).x;
+  const int64_t tiles = grid_of(p, walked.backward.sizes.tiles, keys ? p.key_heads() : p.heads(), multiprocessors()).x;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
   return {name, dim3(blocks), S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Shared<S>)};
 }

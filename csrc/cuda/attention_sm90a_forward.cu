@@ -335,7 +335,7 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
                          Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
                          p.turns.as<int>()};
   // packed tokens that belong to no sequence want blocks even where there are no sequences
-  const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads).x;
+  const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads, multiprocessors()).x;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
   const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
                       cuda_stream(stream),       p.query,      sizeof(Shared<S>)};

@@ -23,8 +23,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cuda/attention_sm80.cuh"
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_forward.cuh"
 #include "cuda/decode_attention.h"
 #include "cuda/launch.cuh"
 
@@ -154,46 +153,6 @@ struct Scores {
   }
 };
 
-// The softmax of a warp's rows so far; `sum` is over this thread's columns. In units of log 2.
-struct Softmax {
-  float base[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-
-  // Logits to exponentials; what was summed up before, also in `output`, is brought to the new maximum.
-  template <int n, int wide>
-  __device__ __forceinline__ void add(float (&x)[1][n][4], float (&output)[1][wide][4]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < n; ++j) most = fmaxf(most, fmaxf(x[0][j][2 * half], x[0][j][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
-      const float higher = fmaxf(base[half], __fmul_rn(most, kLog2e));
-      const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
-      const float rescaling = ptx::exp2_approx(base[half] - from);
-      base[half] = higher;
-      sum[half] *= rescaling;
-#pragma unroll
-      for (int j = 0; j < n; ++j)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          x[0][j][i] = ptx::exp2_approx(fmaf(x[0][j][i], kLog2e, -from));
-          sum[half] += x[0][j][i];
-        }
-#pragma unroll
-      for (int j = 0; j < wide; ++j) output[0][j][2 * half] *= rescaling, output[0][j][2 * half + 1] *= rescaling;
-    }
-  }
-
-  __device__ __forceinline__ void gather() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(kWholeWarp, sum[half], 1);
-      sum[half] += __shfl_xor_sync(kWholeWarp, sum[half], 2);
-    }
-  }
-};
-
 // ---- parts become one -----------------------------------------------------------------------------------------------
 
 // Eight columns of a row, and its statistics, of several parts of its keys; and a logit that joins them, or -inf.
@@ -240,8 +199,7 @@ struct Merged {
     const Lines<T> line = p.output.lines(b, head, row);
     store_vector(line.data, column, line.columns, line.aligned, pack<T>(x));
     if (column > 0) return;
-    const double lse = sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
-    p.lse[(static_cast<int64_t>(b) * p.heads + head) * p.rows + row] = static_cast<float>(lse);
+    p.lse[(static_cast<int64_t>(b) * p.heads + head) * p.rows + row] = static_cast<float>(lse_of(base, sum));
   }
 };
 
@@ -286,7 +244,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     ptx::commit_copies();
   };
   const Scores scores(p, b, key_head, first, length);
-  Softmax softmax;
+  Softmax<1> softmax(-INFINITY);  // sinks join what all parts together make
   Sums<1, D> output;
   clear(output);
   int stage = 0;
@@ -299,7 +257,9 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     Sums<1, kKeys> x;
     product_of_rows<1>(x, query, 0, tile_of(stage, 0));
     scores.to_logits(x, p.options, key);
-    softmax.add(x, output);
+    float rescaling[1][2];
+    softmax.add(x, kLog2e, rescaling);
+    rescale(output, rescaling);
     uint32_t probabilities[1][kKeys / 16][4];
     round_to_operands<T>(x, probabilities);
     add_product(output, probabilities, tile_of(stage, 1));
@@ -314,7 +274,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
   for (int half = 0; half < 2; ++half) {
     if (lane_of() % 4 != 0) continue;
     float* own = statistics + (warp_of() * kRows + lane_of() / 4 + 8 * half) * 2;
-    own[0] = softmax.base[half], own[1] = softmax.sum[half];
+    own[0] = softmax.base[0][half], own[1] = softmax.sum[0][half];
   }
   __syncthreads();  // all parts are there
   for (int i = static_cast<int>(threadIdx.x); i < kRows * S::chunks; i += S::threads) {
@@ -354,9 +314,7 @@ __global__ void __launch_bounds__(kMergers) decode_attention_merge(const Decode<
 
 template <class T>
 Cache<T> cache_of(const DecodeAttention& p, const TensorView& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
-  for (int d = 0; d < 3; ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) % 8 == 0);
-  return {t.as<const T>(), p.steps(t), static_cast<int>(t.size(3)), aligned};
+  return {t.as<const T>(), p.steps(t), static_cast<int>(t.size(3)), rows_aligned(t)};
 }
 
 Options options_of(const DecodeAttention& p) {
@@ -428,7 +386,7 @@ void run(const DecodeAttention& p, Stream stream) {
     const int widest = static_cast<int>(std::max(p.query.size(3), p.value_cache.size(3)));
     visit_at_least<64, 128, 256>(widest, [&]<int D>(std::integral_constant<int, D>) {
       const LaunchSite at{"decode_attention_sm80",
-                          grid_of(given.splits * given.tiles * p.key_heads() * p.batch()),
+                          grid_of(p.splits() * given.tiles * p.key_heads() * p.batch()),
                           Shape<D>::threads,
                           cuda_stream(stream),
                           p.query,

@@ -18,6 +18,7 @@
 #include "cuda/gemm_result.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_shape.h"
+#include "cuda/tensor_map.h"
 
 namespace llmengine::cuda {
 namespace {
@@ -43,20 +44,6 @@ __global__ void __launch_bounds__(32 * kPartLines)
   }
 }
 
-// What of a matrix of two dimensions TMA cannot fetch, or nothing.
-std::string tma_refuses(const TensorView& t, const char* name) {
-  const int outer = t.size(1) <= 1 || t.stride(1) == 1 ? 0 : 1;
-  const int64_t bytes = t.stride(outer) * static_cast<int64_t>(size_of(t.dtype));
-  const std::string what = std::string(name) + " " + t.shape();
-  if (t.numel() == 0) return what + " is empty";
-  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return what + " begins at an address that is no multiple of 16";
-  if (t.size(outer) > 1 && (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40)) {
-    return what + " has rows " + std::to_string(bytes) +
-           " bytes apart; TMA takes multiples of 16, above 0 and below 2^40";
-  }
-  return "";
-}
-
 }  // namespace
 
 std::string hopper_refuses(const std::string& core, const NamedTensors& matrices) {
@@ -67,7 +54,8 @@ std::string hopper_refuses(const std::string& core, const NamedTensors& matrices
   }
   for (const auto& [matrix, name] : matrices) {
     if (!matrix->defined()) continue;
-    if (std::string reason = tma_refuses(*matrix, name); !reason.empty()) return reason;
+    const std::string reason = tensor_map_refuses(gemm::lies_along(*matrix) ? *matrix : transposed(*matrix));
+    if (!reason.empty()) return std::string(name) + " " + matrix->shape() + ": " + reason;
   }
   return "";
 }

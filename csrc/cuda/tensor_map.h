@@ -35,6 +35,43 @@ struct TensorMapFields {
   Swizzle swizzle = Swizzle::none;
 };
 
+// Strides in bytes, from the fastest running dimension outward, that of one element being the next that a map takes: it
+// may be anything.
+inline std::array<int64_t, 5> map_strides(const TensorView& tensor) {
+  std::array<int64_t, 5> strides{};
+  int64_t packed = static_cast<int64_t>(size_of(tensor.dtype));
+  for (int d = 0; d < tensor.ndim; ++d) {
+    const int outward = tensor.ndim - 1 - d;
+    const int64_t size = tensor.sizes[outward], whole = d == 0 ? packed : (packed + 15) / 16 * 16;
+    strides[d] = size == 1 ? whole : tensor.strides[outward] * static_cast<int64_t>(size_of(tensor.dtype));
+    packed = strides[d] * size;
+  }
+  return strides;
+}
+
+// Why no map can tell where a tensor lies, and TMA cannot fetch it, or nothing.
+inline std::string tensor_map_refuses(const TensorView& tensor) {
+  const auto text = [](auto number) { return std::to_string(number); };
+  const int rank = tensor.ndim;
+  if (rank < 1 || rank > 5) return text(rank) + " dimensions; allowed: 1 to 5";
+  for (int d = 0; d < rank; ++d) {
+    if (tensor.sizes[d] >= 1 && tensor.sizes[d] <= int64_t{1} << 32) continue;
+    return "dimension " + text(d) + " has size " + text(tensor.sizes[d]) + "; allowed: 1 to 2^32";
+  }
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0)
+    return "data at an odd address; allowed: multiples of 16 bytes";
+  const auto strides = map_strides(tensor);
+  if (strides[0] != static_cast<int64_t>(size_of(tensor.dtype))) {
+    return "the last dimension has stride " + text(tensor.strides[rank - 1]) + "; allowed: 1";
+  }
+  for (int d = 1; d < rank; ++d) {
+    if (strides[d] > 0 && strides[d] % 16 == 0 && strides[d] < int64_t{1} << 40) continue;
+    return "dimension " + text(rank - 1 - d) + " has a stride of " + text(strides[d]) +
+           " bytes; allowed: multiples of 16, above 0 and below 2^40";
+  }
+  return "";
+}
+
 // A map for boxes of this shape, given like the tensor's from the outermost dimension on; `steps` likewise, or none.
 inline TensorMapFields tensor_map_fields(const char* name, const TensorView& tensor, const std::vector<int>& box,
                                          Swizzle swizzle, const std::vector<int>& steps = {}) {
@@ -46,33 +83,22 @@ inline TensorMapFields tensor_map_fields(const char* name, const TensorView& ten
   };
   const auto text = [](auto number) { return std::to_string(number); };
   const int rank = tensor.ndim, element = static_cast<int>(size_of(tensor.dtype));
-  must(rank >= 1 && rank <= 5, text(rank) + " dimensions", "1 to 5");
+  if (const std::string reason = tensor_map_refuses(tensor); !reason.empty()) complain(reason);
   must(static_cast<int>(box.size()) == rank, "a box of " + text(box.size()) + " dimensions", "the tensor's");
   must(steps.empty() || static_cast<int>(steps.size()) == rank, text(steps.size()) + " steps", "one a dimension");
-  must(reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0, "data at an odd address", "multiples of 16 bytes");
 
   TensorMapFields map;
   map.dtype = tensor.dtype, map.rank = rank, map.data = tensor.data, map.swizzle = swizzle;
-  int64_t packed = element;
+  map.strides = map_strides(tensor);
   for (int d = 0; d < rank; ++d) {
     const int outward = rank - 1 - d;
     const std::string dimension = "dimension " + text(outward);
     map.sizes[d] = tensor.sizes[outward];
     map.box[d] = box[static_cast<size_t>(outward)];
     map.steps[d] = steps.empty() ? 1 : steps[static_cast<size_t>(outward)];
-    // The stride of a dimension of one element is anything.
-    map.strides[d] = map.sizes[d] == 1 ? packed : tensor.strides[outward] * element;
-    if (d > 0 && map.sizes[d] == 1) map.strides[d] = (packed + 15) / 16 * 16;
-    packed = map.strides[d] * map.sizes[d];
-    must(map.sizes[d] >= 1 && map.sizes[d] <= int64_t{1} << 32, dimension + " has size " + text(map.sizes[d]),
-         "1 to 2^32");
     must(map.box[d] >= 1 && map.box[d] <= 256, "the box covers " + text(map.box[d]) + " elements of " + dimension,
          "1 to 256");
     must(map.steps[d] >= 1 && map.steps[d] <= 8, "steps of " + text(map.steps[d]) + " in " + dimension, "1 to 8");
-    if (d == 0) must(map.strides[0] == element, "the last dimension has stride " + text(tensor.strides[outward]), "1");
-    if (d == 0) continue;
-    must(map.strides[d] > 0 && map.strides[d] % 16 == 0 && map.strides[d] < int64_t{1} << 40,
-         dimension + " has a stride of " + text(map.strides[d]) + " bytes", "multiples of 16, above 0 and below 2^40");
   }
   must(map.steps[0] == 1, "steps of " + text(map.steps[0]) + " in the last dimension", "1");
   const int row = map.box[0] * element, span = swizzle_span(swizzle);

@@ -16,6 +16,7 @@
 //   t mod page size. The first is the second with one page a sequence, the sequence's own.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 
@@ -75,13 +76,20 @@ struct DecodeAttention {
   }
 };
 
+// The first key that any of the rows sees; what the cache holds before it is not looked at.
+template <class Int>
+constexpr Int first_key(Int length, Int rows, Int window_left) {
+  const Int first = length - rows - window_left;
+  return window_left < 0 || first < 0 ? 0 : first;
+}
+
 // The keys that one of several blocks takes of a sequence: of those that any row sees, in rounds of `round` keys, as
 // even a number of rounds for each as there is. Every length has its own shares, so that no block waits for a long one.
 struct KeyShare {
   int begin, end;
 };
 constexpr KeyShare share_of(int length, int rows, int window_left, int round, int share, int shares) {
-  const int first = length - rows - window_left, begin = window_left < 0 || first < 0 ? 0 : first;
+  const int begin = first_key(length, rows, window_left);
   const int rounds = (length - begin + round - 1) / round, each = rounds / shares, more = rounds % shares;
   const int from = share * each + (share < more ? share : more), to = from + each + (share < more);
   const int end = begin + to * round;
@@ -155,7 +163,8 @@ inline void check_contents(const DecodeAttention& p) {
       refuse("cache_lengths", std::to_string(b), length, std::to_string(p.capacity()) + ", the slots of a sequence");
     }
     if (!p.paged()) continue;
-    for (int64_t n = 0; n * p.page_size() < length; ++n) {
+    const int64_t first = first_key(length, p.rows(), p.window_left);
+    for (int64_t n = first / std::max<int64_t>(p.page_size(), 1); n * p.page_size() < length; ++n) {
       const int64_t page = p.block_table.as<int32_t>()[b * p.block_table.size(1) + n];
       if (page < 0 || page >= p.pages()) {
         refuse("block_table", "(" + std::to_string(b) + ", " + std::to_string(n) + ")", page,

@@ -74,7 +74,7 @@ def decode_attention(
         nothing. Slots from cache_lengths[b] on are never read: they may hold anything.
     block_table: int32 (batch, pages a sequence): the caches are then pages that all sequences share, (pages, page
         size, Hk, D), and token t of sequence b lies in page block_table[b, t // page size], slot t % page size. Entries
-        past a sequence's tokens are not looked at.
+        of pages past a sequence's tokens, or wholly before all of its rows' windows, are not looked at.
     scale, softcap, alibi_slopes, distance_bias, sinks, return_lse: as `scaled_dot_product_attention`, with p above.
     window_size: (left, right) as there; no row sees a key behind its own, so that right is 0 or -1.
 

@@ -21,7 +21,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Our products run where they were measured to be quicker than PyTorch's: bfloat16 on a CPU with AMX, of 1024 rows and
     more, or on an Intel CPU whose AMX is hidden, of 64 and more; elsewhere PyTorch's, unless a backend is demanded or,
-    on a GPU, ours (LLMENGINE_CUDA_PRODUCTS), which no GPU has timed yet.
+    on a GPU, ours (LLMENGINE_CUDA_PRODUCTS), which no GPU has timed yet. torch.compile settles this when it traces: set
+    the variable before.
 
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """

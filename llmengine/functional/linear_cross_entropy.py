@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmengine.functional.arguments import autocast, check_float, check_same_device, needs_grad, parameter_like
+from llmengine.functional.arguments import (
+    autocast,
+    check_float,
+    check_probability,
+    check_same_device,
+    needs_grad,
+    parameter_like,
+)
 from llmengine.functional.cross_entropy import check_options, check_targets, check_weight
 from llmengine.ops import linear_cross_entropy as ops
 
@@ -50,8 +57,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     check_float(op, "input", input)
     check_options(op, reduction, label_smoothing, z_loss, softcap)
-    if not 0 <= gradient_filter < 1:
-        raise ValueError(f"{op}: gradient_filter must lie in [0, 1), got {gradient_filter}")
+    check_probability(op, "gradient_filter", gradient_filter)
     if input.ndim == 0:
         raise ValueError(f"{op}: input has shape (); expected (*, d)")
     check_float(op, "linear_weight", linear_weight)

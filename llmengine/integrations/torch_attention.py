@@ -48,7 +48,7 @@ def _activate() -> registry.Overrides:
 def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     _refuse("_scaled_dot_product_flash_attention", return_debug_mask=return_debug_mask)
     seed = draw_seed(query.device) if dropout_p > 0 else None
-    options = _options(query, key, seed, (-1, 0 if is_causal else -1), False, scale, dropout_p)
+    options = _options(query, key, seed, (-1, 0 if is_causal else -1), scale, dropout_p)
     output, lse, _ = ops.attention_forward(query, key, value, *options)
     return (
         _stored_as(query, output), lse, None, None, query.shape[2], key.shape[2], *_random_state(query, seed),
@@ -60,7 +60,7 @@ def _sdpa_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed,
     philox_offset, *, scale=None,
 ):  # fmt: skip
-    options = _options(query, key, _seed(philox_seed, dropout_p), (-1, 0 if is_causal else -1), False, scale, dropout_p)
+    options = _options(query, key, _seed(philox_seed, dropout_p), (-1, 0 if is_causal else -1), scale, dropout_p)
     return _backward(grad_out, query, key, value, out, logsumexp, options)
 
 
@@ -78,7 +78,7 @@ def _forward(
     q, k, v = (_heads_first(x) for x in (query, key, value))
     window = _window(is_causal, window_size_left, window_size_right)
     cuts = () if cum_seq_q is None else (cum_seq_q, cum_seq_k, max_q, max_k)
-    options = _options(q, k, seed, window, True, scale, dropout_p, alibi_slopes, *cuts)
+    options = _options(q, k, seed, window, scale, dropout_p, alibi_slopes, *cuts)
     output, lse, _ = ops.attention_forward(q, k, v, *options)
     lse = lse if cum_seq_q is None else lse[0]
     return _stored_as(query, _heads_last(output, query)), lse, *_random_state(query, seed), query.new_empty(0)
@@ -97,7 +97,7 @@ def _flash_backward(
     grad, q, k, v, o = (_heads_first(x) for x in (grad_out, query, key, value, out))
     window = _window(is_causal, window_size_left, window_size_right)
     cuts = () if cum_seq_q is None else (cum_seq_q, cum_seq_k, max_q, max_k)
-    options = _options(q, k, _seed(rng_state, dropout_p), window, True, scale, dropout_p, None, *cuts)
+    options = _options(q, k, _seed(rng_state, dropout_p), window, scale, dropout_p, None, *cuts)
     lse = logsumexp if cum_seq_q is None else logsumexp[None]
     gradients = _backward(grad, q, k, v, o, lse, options)
     return tuple(
@@ -118,18 +118,18 @@ KERNELS: dict[str, Callable] = {
 
 
 def _options(
-    query: Tensor, key: Tensor, seed: Tensor | None, window: tuple[int, int], bottom_right: bool, scale: float | None,
-    dropout_p: float, alibi_slopes: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_q: int | None = None, max_k: int | None = None,
+    query: Tensor, key: Tensor, seed: Tensor | None, window: tuple[int, int], scale: float | None, dropout_p: float,
+    alibi_slopes: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_q: int | None = None, max_k: int | None = None,
 ) -> tuple:  # fmt: skip
-    """As the operators' schema has them (llmengine/ops/attention.py)."""
+    """As the operators' schema has them (llmengine/ops/attention.py). Causal attention is aligned bottom-right: PyTorch
+    does not bring top-left here unless there are as many queries as keys; `causal_lower_right` it does."""
     sequences = query.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     slopes = None if alibi_slopes is None else alibi_slopes.float().expand(sequences, query.shape[1])
     longest = (query.shape[2], key.shape[2]) if max_q is None else (max_q, max_k)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     return (
-        None, slopes, None, None, cu_seqlens_q, cu_seqlens_k, *longest, seed, *window, bottom_right, scale, 0.0,
-        dropout_p,
+        None, slopes, None, None, cu_seqlens_q, cu_seqlens_k, *longest, seed, *window, True, scale, 0.0, dropout_p,
     )  # fmt: skip
 
 

@@ -245,8 +245,9 @@ def explain(function: str | Callable, *args, **kwargs) -> str:
     """
     if isinstance(function, str):
         functional = importlib.import_module("llmengine.functional")
-        if function not in functional.__all__:
-            raise ValueError(f"explain: {function!r} is not one of {', '.join(functional.__all__)}")
+        operators = [name for name in functional.__all__ if not isinstance(getattr(functional, name), type)]
+        if function not in operators:
+            raise ValueError(f"explain: {function!r} is not one of {', '.join(operators)}")
         call = getattr(functional, function)
     else:
         call = function

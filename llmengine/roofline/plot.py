@@ -14,11 +14,13 @@ from llmengine.roofline.measure import Row
 
 
 def draw(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str = "") -> None:
-    """A PNG of two panels: percent of the limit, forward + backward, by case and peer; and the roofline itself, GFLOP/s
-    over operations per byte, with the cases that multiply. The file is replaced whole or not at all."""
+    """A PNG of two panels: percent of the limit by case and peer, forward + backward, or forward where no case has
+    more; and the roofline itself, GFLOP/s over operations per byte, with the cases that multiply. The file is replaced
+    whole or not at all."""
     from matplotlib.figure import Figure
 
-    timed = [row for row in rows if row["pass"] != "forward" and "error" not in row]
+    right = [row for row in rows if "error" not in row]
+    timed = [row for row in right if row["pass"] != "forward"] or right
     if not timed:
         return
     count = len({_case(row) for row in timed})

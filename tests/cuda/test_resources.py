@@ -121,6 +121,7 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups():
     products = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32")
     of_values = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32.*tnspB")
     boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
+    assert products
     for name in products:
         dim, simple = (word.strip(" >") for word in name.split(",")[1:])
         most = 128 if int(dim) <= 128 else 96 if dim == "192" else 64

@@ -72,8 +72,9 @@ def test_an_older_pytorch_has_no_names(monkeypatch):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_scaled_dot_product_attention_with_pytorchs_derivative(overridden, is_causal, heads_first, dropout_p):
-    given = tensors((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+@pytest.mark.parametrize("keys", [9, 14])
+def test_scaled_dot_product_attention_with_pytorchs_derivative(overridden, is_causal, heads_first, dropout_p, keys):
+    given = tensors((2, 4, 9, 8), (2, 2, keys, 8), (2, 2, keys, 8))
     if not heads_first:
         given = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in given]
     upstream = torch.randn(2, 4, 9, 8)
@@ -81,7 +82,12 @@ def test_scaled_dot_product_attention_with_pytorchs_derivative(overridden, is_ca
     output, lse, *_ = aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, scale=0.3)
     torch.manual_seed(7)
     expected, expected_lse = scaled_dot_product_attention(
-        *given, dropout_p=dropout_p, is_causal=is_causal, scale=0.3, enable_gqa=True, return_lse=True
+        *given,
+        dropout_p=dropout_p,
+        causal="bottom_right" if is_causal else None,
+        scale=0.3,
+        enable_gqa=True,
+        return_lse=True,
     )
     assert_equal((output, lse), (expected, expected_lse))
     assert output.stride() == torch.empty_like(given[0]).stride()

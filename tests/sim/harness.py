@@ -27,13 +27,31 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 Break = tuple[str, str, str, str, str]
 
 
+def schedule(request: pytest.FixtureRequest) -> None:
+    """A schedule of the simulator for a test, and the simulator; a case on a GPU wants neither."""
+    case = getattr(request.node, "callspec", None)
+    if case is None or "cuda" not in [x for x in case.params.values() if isinstance(x, str)]:
+        simulator.prepare(request.node.name)
+
+
+def places() -> list[str]:
+    """Backends that have the kernels: the simulator, and the GPU where there is one."""
+    return ["cuda_sim", *(["cuda"] if registry.load("cuda").unavailable is None else [])]
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def on_hopper() -> bool:
+    return "cuda" in places() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def places_of_products() -> list[tuple[str, str]]:
     """(backend, whose kernels multiply) of operators that have products of their own: in the simulator, and on a GPU
     where there is one."""
-    on_gpu = registry.load("cuda").unavailable is None
-    hopper = on_gpu and torch.cuda.get_device_capability() == (9, 0)
-    cores = {"cuda_sim": ("sm80", "sm90a"), "cuda": ("sm80", "sm90a") if hopper else ("sm80",) if on_gpu else ()}
-    return [(backend, core) for backend, each in cores.items() for core in each]
+    cores = {"cuda_sim": ("sm80", "sm90a"), "cuda": ("sm80", "sm90a") if on_hopper() else ("sm80",)}
+    return [(backend, core) for backend in places() for core in cores[backend]]
 
 
 def check(call, leaves: list[Tensor], native=None, schedules=SCHEDULES, plain_call=None) -> None:

@@ -346,6 +346,7 @@ template <int n>
 void add_width(std::map<std::string, Run>& runs) {
   runs["bf16_" + std::to_string(n) + "_k_k"] = start_product<Multiplicand::bf16, n, false, Major::k, Major::k>;
   runs["bf16_" + std::to_string(n) + "_registers_k"] = start_product<Multiplicand::bf16, n, true, Major::k, Major::k>;
+  runs["bf16_" + std::to_string(n) + "_registers_mn"] = start_product<Multiplicand::bf16, n, true, Major::k, Major::mn>;
 }
 
 const std::map<std::string, Run>& all_runs() {

@@ -15,29 +15,32 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
-from llmengine.testing import Operator, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing import Operator, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import attention
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import ROOT, built_with, loaded
+from .harness import ROOT, built_with, device_of, loaded, places, schedule
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
+BY_SM80 = "{}-sm80".format
 
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
-def assert_right(op: Operator, sample: Sample, dtype: torch.dtype, layout=lambda x: x) -> None:
+def assert_right(
+    op: Operator, sample: Sample, dtype: torch.dtype, layout=lambda x: x, backend: str = "cuda_sim"
+) -> None:
     """Outputs and all gradients by the law."""
-    given = sample.rounded(dtype, layout)
+    given = sample.on(device_of(backend)).rounded(dtype, layout)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")
     plain = evaluate(op.plain, given, "reference")  # where it is no function of PyTorch
     with poison():
-        ours = evaluate(op.function, given, "cuda_sim")
+        ours = evaluate(op.function, given, backend)
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{sample.name} {dtype}: output")
     if sample.kwargs.get("return_lse"):
         assert_lse(*(outputs[1].double() for outputs, _ in (ours, plain, oracle)))
@@ -76,8 +79,9 @@ def cases() -> list:
 
 
 @pytest.mark.parametrize("op, sample, dtype", cases())
-def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype):
-    assert_right(op, sample, dtype)
+@pytest.mark.parametrize("backend", places(), ids=BY_SM80)
+def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype, backend: str):
+    assert_right(op, sample, dtype, backend=backend)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -94,12 +98,13 @@ MASKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dim, rows, keys", EDGES)
-def test_edges_of_tiles(dim: int, rows: int, keys: int):
+@pytest.mark.parametrize("backend", places(), ids=BY_SM80)
+def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str):
     for i in (0, 2) if rows % 2 else (1, 3):
         options = MASKS[i]
         heads, key_heads = ((1, 1), (4, 2))[i // 2] if rows * keys < 3000 else (1, 1)
         sample = sample_of(f"{options}", rows, keys, dim, heads, key_heads, return_lse=True, **options)
-        assert_right(SDPA, sample, HALVES[(i + dim) % 2])
+        assert_right(SDPA, sample, HALVES[(i + dim) % 2], backend=backend)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

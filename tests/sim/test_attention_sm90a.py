@@ -17,18 +17,18 @@ import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
 from llmengine.backends.cuda.attention import hopper_refuses
-from llmengine.backends.cuda.native import ATTENTION, attention_by
-from llmengine.testing import Operator, Sample, poison, simulator
+from llmengine.backends.cuda.native import ATTENTION, Native, attention_by
+from llmengine.testing import Operator, Sample, poison
 from llmengine.testing.samples import attention
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import ROOT, built_with, loaded
+from .harness import ROOT, built_with, loaded, on_hopper, schedule
 from .test_attention import HALVES, HEAVY, SDPA, assert_right, sample_of
 
 
 @pytest.fixture(autouse=True)
 def asked_for(request, monkeypatch):
-    simulator.prepare(request.node.name)
+    schedule(request)
     monkeypatch.setenv(ATTENTION, "sm90a")
 
 
@@ -36,14 +36,17 @@ def asked_for(request, monkeypatch):
 def ran(monkeypatch) -> list[str]:
     """The kernels that ran, by name."""
     names: list[str] = []
-    call = cuda_sim.NATIVE.call
+    call = Native.call
 
-    def noted(kernel, on, **arguments):
+    def noted(self, kernel, on, **arguments):
         names.append(kernel)
-        call(kernel, on, **arguments)
+        call(self, kernel, on, **arguments)
 
-    monkeypatch.setattr(cuda_sim.NATIVE, "call", noted)
+    monkeypatch.setattr(Native, "call", noted)
     return names
+
+
+PLACES = pytest.mark.parametrize("backend", ["cuda_sim", *(["cuda"] if on_hopper() else [])], ids="{}-sm90a".format)
 
 
 def lined_up(x: Tensor) -> Tensor:
@@ -67,10 +70,11 @@ def cases() -> list:
 
 
 @pytest.mark.parametrize("op, sample, dtype", cases())
-def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype, ran: list[str]):
-    assert_right(op, sample, dtype, lined_up)
-    empty = any(t.numel() == 0 for t in sample.args[:3])
-    assert ran[0] == ("attention_forward" if empty else "attention_forward_sm90a")
+@PLACES
+def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype, backend: str, ran: list[str]):
+    assert_right(op, sample, dtype, lined_up, backend)
+    told = all(t.numel() > 0 for t in sample.args[:3]) and "broadcast" not in sample.name  # whose strides are 0
+    assert ran[0] == ("attention_forward_sm90a" if told else "attention_forward")
 
 
 # One line short of a warpgroup's rows and of a block's, and of tiles of keys (128, 112, 96, 80, 64, 48); whole ones;
@@ -87,12 +91,13 @@ MASKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dim, rows, keys", EDGES)
-def test_edges_of_tiles(dim: int, rows: int, keys: int, ran: list[str]):
+@PLACES
+def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: list[str]):
     number = EDGES.index((dim, rows, keys))
     for i in (number % 5, (number + 2) % 5):
         heads, key_heads = (4, 2) if rows * keys < 3000 else (1, 1)
         sample = sample_of(f"{MASKS[i]}", rows, keys, dim, heads, key_heads, return_lse=True, **MASKS[i])
-        assert_right(SDPA, sample, HALVES[(i + number) % 2])
+        assert_right(SDPA, sample, HALVES[(i + number) % 2], backend=backend)
     assert ran.count("attention_forward_sm90a") == 2
 
 
@@ -105,7 +110,7 @@ def test_heads_between_tokens_and_other_layouts_have_the_same_bits(ran: list[str
     assert torch.equal(found, same) and set(ran) == {"attention_forward_sm90a"}
 
 
-def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles():
+def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(ran: list[str]):
     """Three multiprocessors draw twelve tiles."""
     from llmengine import _cuda_sim
 
@@ -122,6 +127,7 @@ def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles():
                 )
             )
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert ran == ["attention_forward_sm90a"] * len(SCHEDULES)
 
 
 @pytest.mark.parametrize("dim", [32, 136])
@@ -148,7 +154,7 @@ def test_neighbours_that_are_not_numbers_change_nothing_in_a_packed_sequence(dim
     assert "attention_forward_sm90a" in ran
 
 
-def test_rows_that_see_no_key_are_zero_and_only_the_sink_counts():
+def test_rows_that_see_no_key_are_zero_and_only_the_sink_counts(ran: list[str]):
     g = torch.Generator().manual_seed(4)
     query, key, value = (torch.randn(1, 2, n, 64, generator=g).bfloat16() for n in (200, 40, 40))
     sinks = torch.tensor([0.5, -1.0])
@@ -160,6 +166,7 @@ def test_rows_that_see_no_key_are_zero_and_only_the_sink_counts():
     assert not output[:, :, :160].any() and not bare[:, :, :160].any()
     assert torch.allclose(lse[0, :, :160], sinks[:, None].expand(2, 160))
     assert (none[:, :, :160] == -torch.inf).all() and none[:, :, 160:].isfinite().all()
+    assert ran == ["attention_forward_sm90a"] * 2
 
 
 # ---- who takes a call ------------------------------------------------------------------------------------------------
@@ -170,21 +177,23 @@ def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernel(ran: list[
     flat = torch.randn(4000, generator=g).half()
     good = flat.as_strided((2, 3, 10, 16), (480, 160, 16, 1))
     keys = {
-        "key begins at an address that is no multiple of 16 bytes": flat[1:].as_strided(good.shape, good.stride()),
-        "key has tokens 34 bytes apart": flat.as_strided(good.shape, (600, 200, 17, 1)),
-        "key has heads 0 bytes apart": flat.as_strided(good.shape, (480, 0, 16, 1)),
-        "key has batch entries 964 bytes apart": flat.as_strided(good.shape, (482, 160, 16, 1)),
-        "key is empty": good[:, :, :0],
+        "key: data at an odd address; allowed: multiples of 16 bytes": flat[1:].as_strided(good.shape, good.stride()),
+        "key: dimension 2 has a stride of 34 bytes; allowed: multiples of 16, above 0": flat.as_strided(
+            good.shape, (600, 200, 17, 1)
+        ),
+        "key: dimension 1 has a stride of 0 bytes": flat.as_strided(good.shape, (480, 0, 16, 1)),
+        "key: dimension 0 has a stride of 964 bytes": flat.as_strided(good.shape, (482, 160, 16, 1)),
+        "key: dimension 2 has size 0": good[:, :, :0],
     }
     for reason, key in keys.items():
-        assert str(hopper_refuses(query=good, key=key, value=key)).startswith(reason)
+        assert str(hopper_refuses(cuda_sim.NATIVE, query=good, key=key, value=key)).startswith(reason)
         with llmengine.backend("cuda_sim"):
             found = functional.scaled_dot_product_attention(good, key, key)
         with llmengine.backend("reference"):
             expected = functional.scaled_dot_product_attention(*(t.double() for t in (good, key, key)))
         assert torch.allclose(found.double(), expected, atol=2e-3)
     assert set(ran) == {"attention_forward"}
-    assert hopper_refuses(query=good, key=good, value=good) is None
+    assert hopper_refuses(cuda_sim.NATIVE, query=good, key=good, value=good) is None
 
 
 def test_it_runs_where_it_is_asked_for_and_nowhere_else(ran: list[str], monkeypatch):

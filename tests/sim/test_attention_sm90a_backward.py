@@ -22,7 +22,7 @@ from llmengine.testing.simulator import SCHEDULES
 
 from .harness import loaded
 from .test_attention import HALVES, HEAVY, SDPA, VARLEN, assert_right, sample_of
-from .test_attention_sm90a import asked_for, broken, lined_up, ran  # noqa: F401, the first and last are fixtures
+from .test_attention_sm90a import PLACES, asked_for, broken, lined_up, ran  # noqa: F401, two of them are fixtures
 
 BACKWARD = "attention_backward_sm90a"
 
@@ -39,12 +39,13 @@ MASKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dim, rows, keys", EDGES)
-def test_edges_of_tiles(dim: int, rows: int, keys: int, ran: list[str]):  # noqa: F811
+@PLACES
+def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: list[str]):  # noqa: F811
     number = EDGES.index((dim, rows, keys))
     for i in (number % 6, (number + 3) % 6):
         heads, key_heads = (4, 2) if rows * keys < 3000 else (2, 1)
         sample = sample_of(f"{MASKS[i]}", rows, keys, dim, heads, key_heads, return_lse=True, **MASKS[i])
-        assert_right(SDPA, sample, HALVES[(i + number) % 2])
+        assert_right(SDPA, sample, HALVES[(i + number) % 2], backend=backend)
     assert ran.count(BACKWARD) == 2
 
 
@@ -107,10 +108,13 @@ def test_what_it_does_not_take_goes_to_every_gpus_kernels(ran: list[str]):  # no
     g = torch.Generator().manual_seed(6)
     good, wide = (torch.randn(1, 2, 10, dim, generator=g).half() for dim in (16, 136))
     odd = torch.randn(1, 2, 10, 17, generator=g).half()[..., :16]
-    strange = {"grad_output has heads 340 bytes apart": (good, odd), "head dims go up to 128, got 136": (wide, wide)}
+    strange = {
+        "grad_output: dimension 2 has a stride of 34 bytes": (good, odd),
+        "head dims go up to 128, got 136": (wide, wide),
+    }
     for reason, (x, upstream) in strange.items():
         named = {"query": x, "key": x, "value": x, "grad_output": upstream}
-        assert str(hopper_backward_refuses(named)).startswith(reason)
+        assert str(hopper_backward_refuses(cuda_sim.NATIVE, **named)).startswith(reason)
         found = gradients(functional.scaled_dot_product_attention, (x, x, x), upstream)
         assert all(grad.isfinite().all() for grad in found) and ran[-1] == "attention_backward"
     gradients(functional.scaled_dot_product_attention, (good, good, good), good)

@@ -12,13 +12,13 @@ import torch
 import llmengine
 from llmengine.backends import cuda_sim
 from llmengine.functional import decode_attention
-from llmengine.testing import Sample, all_operators, assert_law, evaluate, poison, simulator
+from llmengine.testing import Sample, all_operators, assert_law, evaluate, poison
 from llmengine.testing.law import OUTPUT
 from llmengine.testing.samples.decode_attention import _Maker
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import built_with, loaded
-from .test_attention import assert_lse
+from .harness import built_with, device_of, loaded, places, schedule
+from .test_attention import BY_SM80, assert_lse
 
 OPERATOR = next(operator for operator in all_operators() if operator.name == "decode_attention")
 HALVES = (torch.bfloat16, torch.float16)
@@ -26,15 +26,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
-def assert_right(sample: Sample, dtype: torch.dtype) -> None:
-    given = sample.rounded(dtype)
+def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
+    given = sample.on(device_of(backend)).rounded(dtype)
     oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")[0]
     plain = evaluate(OPERATOR.plain or OPERATOR.function, given, None)[0]
     with poison():
-        ours = evaluate(OPERATOR.function, given, "cuda_sim")[0]
+        ours = evaluate(OPERATOR.function, given, backend)[0]
     assert_law(ours[0], plain[0], oracle[0], OUTPUT, f"{sample.name} {dtype}: output")
     if len(ours) > 1:
         assert_lse(*(outputs[1].double() for outputs in (ours, plain, oracle)))
@@ -53,19 +53,21 @@ def sample_of(name: str, *sizes, **options) -> Sample:
         for i, s in enumerate(OPERATOR.samples())
     ],
 )
-def test_samples_of_all_options(sample: Sample, dtype: torch.dtype):
-    assert_right(sample, dtype)
+@pytest.mark.parametrize("backend", places(), ids=BY_SM80)
+def test_samples_of_all_options(sample: Sample, dtype: torch.dtype, backend: str):
+    assert_right(sample, dtype, backend)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("lengths", [[15, 16, 17], [63, 64, 65, 0], [190, 400]], ids=str)
-def test_edges_of_steps_rounds_and_shares(lengths: list[int], dim: int):
+@pytest.mark.parametrize("backend", places(), ids=BY_SM80)
+def test_edges_of_steps_rounds_and_shares(lengths: list[int], dim: int, backend: str):
     """In every class of head dims; of one or two sequences the simulator's three multiprocessors share the keys."""
     m = _Maker(dim)
     m.add("edges", lengths, 3, 6, 1, dim - 8 * (len(lengths) == 3), capacity=max(lengths) + 64, sinks=m.randn(6))
     m.add("pages", lengths, 1, 2, 2, dim, page=32, window_size=(150, -1))
     for sample, dtype in zip(m.samples, HALVES, strict=True):
-        assert_right(sample, dtype)
+        assert_right(sample, dtype, backend)
 
 
 def test_rows_that_begin_anywhere():
@@ -136,7 +138,7 @@ BREAKS = {
     "pages of another sequence": ("static_cast<int64_t>(b) * of_sequence", "0", "exceeds|differs"),
     "keys of another head": ("head * cache.steps.head", "0 * cache.steps.head", "exceeds"),
     "rows of another head": ("key_head * p.group + i / p.rows", "key_head + i / p.rows", "exceeds|races"),
-    "sums are not rescaled": ("sum[half] *= rescaling;", "", "exceeds"),
+    "sums are not rescaled": ("rescale(output, rescaling);", "", "exceeds"),
     "a share is left out": ("sum = fmaf(part[1], weight, sum);", "sum = part[1];", "exceeds"),
     "shares meet at another place": ("const int64_t place = share *", "const int64_t place = 0 *", "races"),
     "sinks in every share": ("whole ? sink_of(p, row.head) : -INFINITY", "sink_of(p, row.head)", "exceeds"),

@@ -14,12 +14,12 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends.cuda.native import PRODUCTS, products_by
-from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import ffn
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import Break, assert_caught, places_of_products
+from .harness import Break, assert_caught, device_of, places_of_products, schedule
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
 @pytest.fixture(params=["sm80", "sm90a"])
@@ -53,7 +53,7 @@ def sample_of(tokens: int, d: int, f: int, *, gated: bool = False, biases: bool 
 
 
 def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim", core: str = "sm80") -> None:
-    given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
+    given = sample.on(device_of(backend)).rounded(dtype)
     oracle = evaluate(functional.ffn, given.rounded(torch.float64), "reference")
     plain = evaluate(ffn.plain, given, None)
     with poison(), products_by(core):

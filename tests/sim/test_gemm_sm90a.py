@@ -101,10 +101,14 @@ def test_what_tma_cannot_fetch_is_told_and_left_to_the_other_core(native):
         (whole, ""),
         (whole.T, ""),
         (whole[:1, :3], ""),
-        (whole[:, 1:9], "begins at an address that is no multiple of 16"),
-        (torch.empty(16, 20).bfloat16()[:, :16], r"has rows 40 bytes apart; TMA takes multiples of 16, above 0 and"),
-        (whole[:1].expand(4, 32), "has rows 0 bytes apart"),
-        (whole[:, :0], "is empty"),
+        (whole[:, 1:9], "data at an odd address; allowed: multiples of 16 bytes"),
+        (
+            torch.empty(16, 20).bfloat16()[:, :16],
+            "matrix (16, 16): dimension 0 has a stride of 40 bytes; allowed: multiples of 16",
+        ),
+        (whole.T[1:9], "data at an odd address"),
+        (whole[:1].expand(4, 32), "dimension 0 has a stride of 0 bytes"),
+        (whole[:, :0], "dimension 1 has size 0"),
     ]:
         found = native.sm90a_refuses(matrix=matrix)
         assert found.endswith(said) or said in found

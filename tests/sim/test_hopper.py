@@ -332,6 +332,15 @@ def test_a_product_of_every_width(run, n, a_form):
     np.testing.assert_array_equal(multiply(run, "bf16", n, a_form, "k", 3, a, b, d, True), a @ b + d)
 
 
+@pytest.mark.parametrize("n", [64, 96, 128, 192, 256])
+def test_a_product_with_values_of_every_class_of_head_dims(run, n):
+    """Of 96, columns end within a swizzle's pattern, whose rest is NaN: what the document, whose layouts are of whole
+    patterns, neither allows nor forbids."""
+    rng = np.random.default_rng(n)
+    a, b, d = exact("bf16", rng, 64, 16), exact("bf16", rng, 16, n), exact("bf16", rng, 64, n)
+    np.testing.assert_array_equal(multiply(run, "bf16", n, "registers", "mn", 3, a, b, d, True), a @ b + d)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
 def test_a_product_of_random_numbers(run, kind):
     """Within a few units in the last place of the largest term, whatever the order of the sum."""

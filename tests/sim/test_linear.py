@@ -8,21 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmengine
+from llmengine import functional
+from llmengine.backends import cuda_sim
 from llmengine.backends.cuda import linear as backend
 from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.functional.linear import products
-from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import places_of_products
+from .harness import device_of, places_of_products, schedule
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
 @pytest.fixture(params=["sm80", "sm90a"])
@@ -49,7 +52,7 @@ def sample_of(tokens: int, width: int, out: int) -> Sample:
 @pytest.mark.parametrize("backend_name, core", places_of_products())
 def test_edges_of_tiles(tokens: int, width: int, out: int, backend_name: str, core: str):
     for dtype in HALVES:
-        given = sample_of(tokens, width, out).on("cuda" if backend_name == "cuda" else "cpu").rounded(dtype)
+        given = sample_of(tokens, width, out).on(device_of(backend_name)).rounded(dtype)
         oracle = evaluate(products, given.rounded(torch.float64), "reference")
         plain = evaluate(torch.nn.functional.linear, given, None)
         with poison(), products_by(core):
@@ -110,6 +113,35 @@ def test_equal_bits_under_every_schedule(core: str):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+def calls_of_products(dtype: torch.dtype) -> list:
+    x, target = torch.ones(3, 8, dtype=dtype, requires_grad=True), torch.zeros(3, dtype=torch.int64)
+    weight = torch.ones(8, 8, dtype=dtype)
+    return [
+        lambda: products(x, weight),
+        lambda: functional.ffn(x, weight, weight),
+        lambda: functional.linear_cross_entropy(x, weight, target, reduction="none"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["linear", "ffn", "linear_cross_entropy"])
+def test_hoppers_products_are_refused_on_other_gpus(number: int, monkeypatch):
+    monkeypatch.setattr(cuda_sim.NATIVE, "capability", lambda on: (8, 0))
+    refused = r"refuses: LLMENGINE_CUDA_PRODUCTS=sm90a is for compute capability 9\.0, the device has 8\.0"
+    call = calls_of_products(torch.bfloat16)[number]
+    with llmengine.backend("cuda_sim"):
+        for maker in ("own", "sm80"):
+            with products_by(maker):
+                call().sum().backward()
+        with products_by("sm80"):
+            loss = call().sum()
+        with products_by("sm90a"):
+            for refusing in (call, loss.backward):
+                with pytest.raises(RuntimeError, match=refused):
+                    refusing()
+            if number < 2:  # in float32 nothing of ours multiplies
+                calls_of_products(torch.float32)[number]().sum().backward()
+
+
 def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):
     class OnGpu:
         is_cuda, dtype = True, torch.bfloat16
@@ -119,5 +151,7 @@ def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):
         if maker is not None:
             monkeypatch.setenv(PRODUCTS, maker)
         assert backend.asked_for(OnGpu()) is asked
-    OnGpu.dtype = torch.float32
-    assert not backend.asked_for(OnGpu()) and not backend.asked_for(torch.ones(2).bfloat16())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        OnGpu.dtype = dtype
+        assert backend.asked_for(OnGpu()) == (dtype in HALVES)
+    assert not backend.asked_for(torch.ones(2).bfloat16())

@@ -16,12 +16,12 @@ from llmengine import functional
 from llmengine.backends.cuda import linear_cross_entropy as cuda
 from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.ops import linear_cross_entropy as ops
-from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison, simulator
+from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import Break, assert_caught, places_of_products
+from .harness import Break, assert_caught, device_of, places_of_products, schedule
 
 HEAVY = (pytest.mark.heavy,)
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 
 @pytest.fixture(autouse=True)
 def scheduled(request):
-    simulator.prepare(request.node.name)
+    schedule(request)
 
 
 @pytest.fixture(params=["sm80", "sm90a"])
@@ -68,7 +68,7 @@ def sample_of(tokens: int, d: int, classes: int, *, weighted: bool = False, igno
 
 
 def assert_right(sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim", core: str = "sm80") -> None:
-    given = sample.on("cuda" if backend == "cuda" else "cpu").rounded(dtype)
+    given = sample.on(device_of(backend)).rounded(dtype)
     oracle = evaluate(OPERATOR.function, given.rounded(torch.float64), "reference")
     plain = evaluate(linear_cross_entropy.plain, given, None)
     with poison(), products_by(core):

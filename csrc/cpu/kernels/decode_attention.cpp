@@ -108,10 +108,7 @@ class Decoder {
  private:
   int64_t length(int64_t b) const { return p_.cache_lengths.as<int32_t>()[b]; }
   // The keys that any row of the sequence sees.
-  Span keys_of(int64_t b) const {
-    const int64_t n = length(b), first = n - p_.rows() - p_.window_left;
-    return {p_.window_left < 0 || first < 0 ? 0 : first, n};
-  }
+  Span keys_of(int64_t b) const { return {ops::first_key(length(b), p_.rows(), p_.window_left), length(b)}; }
   static int64_t end_split(Span keys) { return (keys.end + kSplit - 1) / kSplit; }
   int64_t splits(int64_t b) const { return (first_[b + 1] - first_[b]) / p_.key_heads(); }
   Partials partials(int64_t task) const { return {rows_, round_up(width_, kLanes), partials_.get() + task * floats_}; }

@@ -6,10 +6,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.native import ATTENTION, HOPPER, Native, unit_last_stride
+from llmengine.backends.cuda.native import Native, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -19,7 +18,6 @@ OPTIONS = (
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
-MOST_BYTES = 2**40  # between a tensor map's lines
 WIDEST_HOPPER_BACKWARD = 128  # the widest head whose sums for keys stay in registers
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
@@ -36,9 +34,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return f"the {native.backend} attention takes head dims up to {WIDEST}, got {widest}"
         if (tokens := max(query.shape[2], key.shape[2])) > MOST_TOKENS:
             return f"the {native.backend} attention takes up to {MOST_TOKENS} tokens, got {tokens}"
-        if native.wants_hopper_attention() and (found := native.capability(query)) != HOPPER:
-            return f"{ATTENTION}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
-        return None
+        return native.refuses_attention(query)
 
     def backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse_low, *options):
         *given, _, want_grad_distance_bias, _ = options
@@ -52,8 +48,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         given = _arguments(query, key, value, options)
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
-        operands = {name: given[name] for name in ("query", "key", "value")}
-        if native.wants_hopper_attention() and hopper_refuses(**operands) is None:
+        by_boxes = {name: given[name] for name in ("query", "key", "value")}
+        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
             turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
@@ -72,7 +68,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
         of_hopper = {}
-        if native.wants_hopper_attention() and hopper_backward_refuses(arguments) is None:
+        if native.wants_hopper_attention() and hopper_backward_refuses(native, **arguments) is None:
             of_hopper = {"turns": torch.zeros(2, dtype=torch.int32, device=query.device)}
         native.call(
             "attention_backward_sm90a" if of_hopper else "attention_backward", query, **arguments, **of_hopper,
@@ -93,25 +89,19 @@ def kernels(native: Native) -> dict[str, Kernel]:
     return table
 
 
-def hopper_refuses(**operands: Tensor) -> str | None:
+def hopper_refuses(native: Native, **operands) -> str | None:
     """Why Hopper's kernels do not take a call, which every GPU's then do: their tensor maps cannot tell the layout."""
     for name, tensor in operands.items():
-        if tensor.numel() == 0:
-            return f"{name} is empty"
-        if tensor.data_ptr() % 16 != 0:
-            return f"{name} begins at an address that is no multiple of 16 bytes"
-        for dim, word in enumerate(("batch entries", "heads", "tokens")):
-            step = tensor.stride(dim) * tensor.element_size()
-            if tensor.shape[dim] > 1 and not (0 < step < MOST_BYTES and step % 16 == 0):
-                return f"{name} has {word} {step} bytes apart; allowed: multiples of 16, above 0 and below 2^40"
+        if reason := native.module.tensor_map_refuses(tensor=tensor):
+            return f"{name}: {reason}"
     return None
 
 
-def hopper_backward_refuses(arguments) -> str | None:
-    operands = {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
-    if (widest := max(x.shape[3] for x in operands.values())) > WIDEST_HOPPER_BACKWARD:
+def hopper_backward_refuses(native: Native, query, key, value, grad_output, **options) -> str | None:
+    """The same of the backward."""
+    if (widest := max(query.shape[3], value.shape[3])) > WIDEST_HOPPER_BACKWARD:
         return f"head dims go up to {WIDEST_HOPPER_BACKWARD}, got {widest}"
-    return hopper_refuses(**operands)
+    return hopper_refuses(native, query=query, key=key, value=value, grad_output=grad_output)
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):

@@ -13,10 +13,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
     table: dict[str, Kernel] = {}
 
     def forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, *_):
-        return native.refuses_tensors(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed)
+        tensors = (input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed)
+        return native.refuses_tensors(*tensors) or native.refuses_products(input)
 
     def backward_refuses(grad_output, input, w_up, w_gate, w_down, up, gate, seed, *_):
-        return native.refuses_tensors(grad_output, input, w_up, w_gate, w_down, up, gate, seed)
+        tensors = (grad_output, input, w_up, w_gate, w_down, up, gate, seed)
+        return native.refuses_tensors(*tensors) or native.refuses_products(input)
 
     def linear(x, weight, bias):
         """Products are taken in the precision of x, whatever the parameters have."""

@@ -6,13 +6,14 @@ import os
 
 import torch
 
-from llmengine.backends.cuda.native import PRODUCTS, Native, parameter, parts_of, unit_last_stride
+from llmengine.backends.cuda.native import HALVES, PRODUCTS, Native, parameter, parts_of, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 
 def asked_for(x: torch.Tensor) -> bool:
-    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet."""
-    return x.is_cuda and x.dtype != torch.float32 and (os.environ.get(PRODUCTS) or "blas") != "blas"
+    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet. Under torch.compile
+    asked while it traces: whoever changes the variable then compiles anew."""
+    return x.is_cuda and x.dtype in HALVES and (os.environ.get(PRODUCTS) or "blas") != "blas"
 
 
 def kernels(native: Native) -> dict[str, Kernel]:
@@ -30,7 +31,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
         )  # fmt: skip
         return out
 
-    @kernel(table, "linear_forward", lambda input, weight, bias: native.refuses_tensors(input, weight, bias))
+    def forward_refuses(input, weight, bias):
+        return native.refuses_tensors(input, weight, bias) or native.refuses_products(input)
+
+    @kernel(table, "linear_forward", forward_refuses)
     def linear_forward(input, weight, bias):
         dtype = input.dtype
         if native.own_products(dtype):
@@ -38,7 +42,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return native.product(input, weight.to(dtype).T, None if bias is None else bias.to(dtype))
 
     def backward_refuses(grad_output, input, weight, wanted):
-        return native.refuses_tensors(grad_output, input, weight)
+        return native.refuses_tensors(grad_output, input, weight) or native.refuses_products(input)
 
     @kernel(table, "linear_backward", backward_refuses)
     def linear_backward(grad_output, input, weight, wanted):

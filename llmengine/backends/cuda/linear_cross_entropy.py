@@ -8,9 +8,12 @@ from llmengine.backends.cuda.cross_entropy import class_weights
 from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
-TILE = 128  # tokens, and classes, of a tile, as in csrc/cuda/gemm_sm80.cuh
-# Blocks of the forward for each of the two that a multiprocessor runs at once: more of them end at more nearly the same
-# time, and each span of classes costs 12 bytes a token.
+# Tokens, and classes, of a tile of csrc/cuda/gemm_sm80.cuh. Those of gemm_sm90a.cuh are two by two of them: spans and
+# blocks that are whole tiles here need not be there.
+TILE = 128
+# Spans, of a tile of tokens each, for each of the two blocks that a multiprocessor runs at once: more of them end at
+# more nearly the same time, and each costs 12 bytes a token. On Hopper's core, for each cluster of two multiprocessors,
+# which takes one at a time, twice as many.
 WAVES = 4
 # Elements of the backward's block of gradients: 64 MiB; but of so many classes at least, since each block reads and
 # writes the input's gradient once more.
@@ -26,7 +29,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return reason
         if input.dtype == torch.float32:
             return f"the {native.backend} linear_cross_entropy multiplies bfloat16 and float16, got float32"
-        return None
+        return native.refuses_products(input)
 
     def backward_refuses(grad_loss, *given):
         return native.refuses_tensors(grad_loss, given[0]) or forward_refuses(*given)

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)  # what our products multiply
+DTYPES = (torch.float32, *HALVES)
 # Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
 # over csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16; "sm90a", those over gemm_sm90a.cuh, and sm80's for what TMA
 # cannot fetch; "own", the one of the two that is made for the device. No GPU has timed them yet: until then cuBLAS
 # multiplies, and sm80 where it cannot; in the simulator, which has no cuBLAS, sm80.
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own", "sm80", "sm90a")
-# Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's forward (csrc/cuda/attention_sm90a_forward.cu) where a
-# call's layout is one for tensor maps. No GPU has timed that one yet: until then it is asked for.
+# Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's (csrc/cuda/attention_sm90a_*.cu) where a call's layout
+# is one for tensor maps, backward up to head dim 128. No GPU has timed it yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
 HOPPER = (9, 0)  # compute capability
@@ -90,7 +91,7 @@ class Native:
         return _chosen(PRODUCTS, MAKERS, "sm80" if self.device_type == "cpu" else "blas")
 
     def own_products(self, dtype: torch.dtype) -> bool:
-        return self._maker() != "blas" and dtype != torch.float32
+        return self._maker() != "blas" and dtype in HALVES
 
     def core(self, on: Tensor) -> str:
         """Whose kernels multiply where cuBLAS does not."""
@@ -104,6 +105,19 @@ class Native:
         tiles that are made at once (csrc/cuda/gemm.cu)."""
         tiles = 2 * self.multiprocessors(on)
         return {"core": self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
+
+    def refuses_products(self, on: Tensor) -> str | None:
+        """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
+        return self._not_hopper(PRODUCTS, on) if self.own_products(on.dtype) and self._maker() == "sm90a" else None
+
+    def refuses_attention(self, on: Tensor) -> str | None:
+        return self._not_hopper(ATTENTION, on) if self.wants_hopper_attention() else None
+
+    def _not_hopper(self, variable: str, on: Tensor) -> str | None:
+        """Why kernels for Hopper, for which a variable asks, do not run on the device that `on` lies on."""
+        if (found := self.capability(on)) == HOPPER:
+            return None
+        return f"{variable}=sm90a is for compute capability 9.0, the device has {found[0]}.{found[1]}"
 
     def wants_hopper_attention(self) -> bool:
         return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"

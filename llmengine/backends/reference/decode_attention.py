@@ -21,12 +21,13 @@ def decode_attention(
     lse = query.new_empty(query.shape[:3], dtype=wide)
     heads, rows = query.shape[1:3]
     for b, length in enumerate(_lengths(cache_lengths, key_cache, block_table)):
-        pages = None if block_table is None else _pages(b, block_table[b].tolist(), length, key_cache)
-        key, value = (_tokens(x, b, length, pages, heads).to(wide) for x in (key_cache, value_cache))
+        first = max(0, length - rows - window_left) if window_left >= 0 else 0  # what lies before it is not looked at
+        pages = None if block_table is None else _pages(b, block_table[b].tolist(), first, length, key_cache)
+        key, value = (_tokens(x, b, first, length, pages, heads).to(wide) for x in (key_cache, value_cache))
         u = scale * (query[b].to(wide) @ key.mT)
         u = softcap * torch.tanh(u / softcap) if softcap else u
         position = torch.arange(length - rows, length, device=query.device)[:, None]
-        distance = torch.arange(length, device=query.device) - position
+        distance = torch.arange(first, length, device=query.device) - position
         if alibi_slopes is not None:
             u = u - alibi_slopes[b].to(wide)[:, None, None] * distance.abs()
         if distance_bias is not None:
@@ -55,11 +56,12 @@ def _lengths(cache_lengths: Tensor, key_cache: Tensor, block_table: Tensor | Non
     return lengths
 
 
-def _pages(b: int, table: list[int], length: int, cache: Tensor) -> list[int]:
-    """Those that hold the sequence's tokens."""
+def _pages(b: int, table: list[int], first: int, length: int, cache: Tensor) -> list[int]:
+    """Those that hold the sequence's tokens from `first` on."""
     size = cache.shape[1]
-    used = table[: -(-length // size)] if length else []
-    for n, page in enumerate(used):
+    begin = first // max(size, 1)
+    used = table[begin : -(-length // size)] if length else []
+    for n, page in enumerate(used, begin):
         if not 0 <= page < cache.shape[0]:
             raise ValueError(
                 f"decode_attention: block_table is {page} at ({b}, {n}); allowed: 0 to {cache.shape[0] - 1}"
@@ -67,10 +69,11 @@ def _pages(b: int, table: list[int], length: int, cache: Tensor) -> list[int]:
     return used
 
 
-def _tokens(cache: Tensor, b: int, length: int, pages: list[int] | None, heads: int) -> Tensor:
-    """The sequence's tokens as (heads, length, dim)."""
+def _tokens(cache: Tensor, b: int, first: int, length: int, pages: list[int] | None, heads: int) -> Tensor:
+    """The sequence's tokens from `first` on as (heads, tokens, dim)."""
     if pages is None:
-        tokens = cache[b, :, :length]
+        tokens = cache[b, :, first:length]
     else:
-        tokens = cache[pages].flatten(0, 1)[:length].transpose(0, 1)
+        skipped = first % max(cache.shape[1], 1)
+        tokens = cache[pages].flatten(0, 1)[skipped : skipped + length - first].transpose(0, 1)
     return tokens if tokens.shape[0] in (0, heads) else tokens.repeat_interleave(heads // tokens.shape[0], 0)

@@ -189,22 +189,22 @@ def _loss(x: Tensor, w: Tensor) -> Call:
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
+MOST_ELEMENTS = 2**28  # of rows; gradients hold some four times as much
 WIDTHS = (1024, 4096, 2048, 8192, 16384, 512, 128, 32768, 131072)
 
 
 def row_kernels(place: Place, widths: Iterable[int] = WIDTHS) -> Iterator[Problem]:
     """The slots that rows of one of the widths reach; a wide row's tiles serve all that are wider."""
     seen: set[str] = set()
-    for width, dtype, (kernel, (widest, calls)) in itertools.product(
-        widths, (place.half, torch.float32), ROW_KERNELS.items()
-    ):
-        x = place.randn(place.batch * place.tokens, width, dtype=dtype)
-        slot, built_in, block = rows.slot_of(kernel, x, width, widest())
-        swept = kernel in ("norm backward", "norm backward wide") and (block >= width) == kernel.endswith("wide")
-        if slot not in seen and not swept:
-            seen.add(slot)
-            timed, *others = calls(x)
-            yield Problem(slot, built_in, timed, tuple(others))
+    for width, dtype in itertools.product(widths, (place.half, torch.float32)):
+        x = place.randn(min(place.batch * place.tokens, MOST_ELEMENTS // width), width, dtype=dtype)
+        for kernel, (widest, calls) in ROW_KERNELS.items():
+            slot, built_in, block = rows.slot_of(kernel, x, width, widest())
+            swept = kernel in ("norm backward", "norm backward wide") and (block >= width) == kernel.endswith("wide")
+            if slot not in seen and not swept:
+                seen.add(slot)
+                timed, *others = calls(x)
+                yield Problem(slot, built_in, timed, tuple(others))
 
 
 def _norms(x: Tensor) -> list[Call]:
