@@ -2,8 +2,9 @@
 //
 //   A tile is so many rows of one owner (a head of a sequence). Blocks draw turns from a counter, each when it is done
 //   with its last tile, so that none waits for a slow one. Turns go through owners by sections whose keys and values
-//   fit into the second-level cache together, a smaller one first; within a section the longest tiles come first: where
-//   attention is causal, the last. So what is left for the end is short.
+//   (of tiles of keys: queries and gradients) fit into the second-level cache together, a smaller one first; within a
+//   section the longest tiles come first: where attention is causal, the last rows, or the first keys. So what is left
+//   for the end is short.
 //
 //              owner 0   1 | 2   3   4   5     sections of two and of four owners, three tiles each, causal
 //     tile 2      turn 0   1 | 6   7   8   9

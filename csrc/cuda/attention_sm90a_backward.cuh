@@ -98,7 +98,7 @@ __device__ __forceinline__ Work work_of(const Walked<T>& p, int turn) {
   const int head = owner % heads, first = tile * S::own, from = keys ? head * group : head / group;
   const Band band = s.band(p.backward.options);
   const Span span = keys ? rows_of_keys(band, first, S::own) : keys_of_rows(band, first, S::own);
-  return {s, head, first, from, keys ? from + group : from + 1, span.begin / S::passing * S::passing, span.end};
+  return {s, head, first, from, keys ? from + group : from + 1, begin_of_walk(span, S::passing), span.end};
 }
 
 // ---- the warp that fetches ------------------------------------------------------------------------------------------

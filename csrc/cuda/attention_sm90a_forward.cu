@@ -99,7 +99,7 @@ __device__ __forceinline__ Work work_of(const Forward<T>& p, int turn) {
   const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
   const int first = tile * S::rows;
   const Span span = keys_of_rows(s.band(p.options), first, S::rows);
-  return {s, owner % p.sizes.heads, first, span.begin / S::keys * S::keys, span.end};
+  return {s, owner % p.sizes.heads, first, begin_of_walk(span, S::keys), span.end};
 }
 
 // ---- the warp that fetches ------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype
     assert_right(op, sample, dtype, lined_up, backend)
     told = all(t.numel() > 0 for t in sample.args[:3]) and "broadcast" not in sample.name  # whose strides are 0
     assert ran[0] == ("attention_forward_sm90a" if told else "attention_forward")
+    narrow = max(t.shape[-1] for t in sample.args[:3]) <= 128
+    assert ran[-1] == ("attention_backward_sm90a" if told and narrow else "attention_backward")
 
 
 # One line short of a warpgroup's rows and of a block's, and of tiles of keys (128, 112, 96, 80, 64, 48); whole ones;

@@ -49,7 +49,7 @@ def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: list[
     assert ran.count(BACKWARD) == 2
 
 
-def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles():
+def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(ran: list[str]):  # noqa: F811
     """Three multiprocessors draw eight tiles of rows and four of keys."""
     from llmengine import _cuda_sim
 
@@ -61,6 +61,7 @@ def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles():
         with poison():
             results.append(list(evaluate(SDPA.function, given, "cuda_sim")[1].values()))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert ran.count(BACKWARD) == len(SCHEDULES)
 
 
 def gradients(function, tensors, upstream, *options, **named):
@@ -93,15 +94,20 @@ def test_neighbours_that_are_not_numbers_change_nothing_in_a_packed_sequence(dim
     assert BACKWARD in ran
 
 
-def test_keys_that_no_row_sees_and_rows_that_see_no_key_get_zeros():
+def test_keys_that_no_row_sees_and_rows_that_see_no_key_get_zeros(ran: list[str]):  # noqa: F811
+    """Whole tiles of them are not looked at: there may be anything."""
     g = torch.Generator().manual_seed(4)
-    for rows, keys, causal in ((200, 40, {"causal": "bottom_right"}), (40, 200, {"is_causal": True})):
+    for rows, keys, causal in ((200, 40, {"causal": "bottom_right"}), (40, 400, {"is_causal": True})):
         query, upstream = (torch.randn(1, 2, rows, 64, generator=g).bfloat16() for _ in range(2))
         key, value = (torch.randn(1, 2, keys, 64, generator=g).bfloat16() for _ in range(2))
+        for t in (key, value):
+            t[:, :, 128:] = torch.nan
         found = gradients(functional.scaled_dot_product_attention, (query, key, value), upstream, **causal)
         blind = max(0, rows - keys)
         assert not found[0][:, :, :blind].any() and found[0][:, :, blind:].any()
         assert all(grad[:, :, :40].any() and not grad[:, :, 40:].any() for grad in found[1:])
+        assert all(grad.isfinite().all() for grad in found)
+    assert ran.count(BACKWARD) == 2
 
 
 def test_what_it_does_not_take_goes_to_every_gpus_kernels(ran: list[str]):  # noqa: F811
