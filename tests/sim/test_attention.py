@@ -192,6 +192,7 @@ def test_what_is_not_supported_names_itself():
 
 FORWARD, KEYS, ROWS, BIAS = (f"attention_sm80_{part}" for part in ("forward", "keys", "rows", "bias"))
 LOGITS, BACKWARD, TILES = "attention_sm80.cuh", "attention_sm80_backward.cuh", "matrix_tile.cuh"
+SOFTMAX = "attention_forward.cuh"
 WAIT = "ptx::wait_copies<0>();\n    __syncthreads();  // "
 # (kernel file, header to break or none: the file, line, what it becomes, what must be said): a wrong result, or what
 # the simulator found.
@@ -201,9 +202,9 @@ BREAKS = {
     "no barrier before the keys": (FORWARD, "", "__syncthreads();  // the keys", "//", "races"),
     "no barrier before the values": (FORWARD, "", "__syncthreads();  // the values", "//", "races"),
     "the same keys again": (FORWARD, "", "begin_keys(key + S::keys)", "begin_keys(key)", "exceeds"),
-    "sums are not rescaled": (FORWARD, "", "sum[m][half] *= rescaling;", "", "exceeds"),
+    "sums are not rescaled": (FORWARD, SOFTMAX, "sum[m][half] *= rescaling[m][half];", "", "exceeds"),
     "the maximum of two lanes": (
-        FORWARD, "", "most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));", "", "exceeds|differs",
+        FORWARD, SOFTMAX, "most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));", "", "exceeds|differs",
     ),
     "a key too many is seen": (FORWARD, LOGITS, "column >= end", "column > end", "exceeds"),
     "edges are not compared": (FORWARD, "", "if (!reach.all(key,", "if (false && !reach.all(key,", "exceeds"),
