@@ -30,13 +30,6 @@ def scheduled(request):
     schedule(request)
 
 
-@pytest.fixture(params=["sm80", "sm90a"])
-def core(request, monkeypatch) -> str:
-    """Whose kernels multiply."""
-    monkeypatch.setenv(PRODUCTS, request.param)
-    return request.param
-
-
 def sample_of(tokens: int, d: int, f: int, *, gated: bool = False, biases: bool = True, **options) -> Sample:
     g = torch.Generator().manual_seed(tokens + d + f)
 

@@ -28,13 +28,6 @@ def scheduled(request):
     schedule(request)
 
 
-@pytest.fixture(params=["sm80", "sm90a"])
-def core(request, monkeypatch) -> str:
-    """Whose kernels multiply."""
-    monkeypatch.setenv(PRODUCTS, request.param)
-    return request.param
-
-
 def sample_of(tokens: int, width: int, out: int) -> Sample:
     g = torch.Generator().manual_seed(tokens + width + out)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends.cuda import linear_cross_entropy as cuda
-from llmengine.backends.cuda.native import PRODUCTS, products_by
+from llmengine.backends.cuda.native import products_by
 from llmengine.ops import linear_cross_entropy as ops
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
@@ -32,13 +32,6 @@ EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 @pytest.fixture(autouse=True)
 def scheduled(request):
     schedule(request)
-
-
-@pytest.fixture(params=["sm80", "sm90a"])
-def core(request, monkeypatch) -> str:
-    """Whose kernels multiply."""
-    monkeypatch.setenv(PRODUCTS, request.param)
-    return request.param
 
 
 @pytest.fixture
