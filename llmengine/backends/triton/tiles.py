@@ -44,8 +44,8 @@ class Tile(NamedTuple):
 Table = dict[str, tuple[Tile, ...]]
 _FLOAT32: Table = {
     "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
-    "fused": (Tile(64, 64, 16, 8, 3),),
-    "pair": (Tile(64, 32, 16, 8, 3),),
+    "fused": (Tile(64, 64, 16, 8, 2),),
+    "pair": (Tile(64, 32, 16, 8, 2),),
     "ragged": (Tile(64, 64, 16, 8, 2),),
 }
 _AMPERE: Table = {
