@@ -55,7 +55,7 @@ def sharded_loss(
 ):
     """(loss, what the backward is given of each token: target and class weights of the shard, lse, factors)."""
     rows, labelled = linear_weight.shape[0], target != ignore_index
-    if target.is_cpu and not torch.compiler.is_compiling():
+    if target.is_cpu and type(target) is torch.Tensor and not torch.compiler.is_compiling():  # elsewhere NaN tells
         check_targets("linear_cross_entropy", target, shard.classes, ignore_index)
     known = (target >= 0) & (target < shard.classes)
     own = (target >= shard.first) & (target < shard.first + rows)
