@@ -63,6 +63,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("gradient_norm", cuda::GradientNorm{});
   operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
   operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
+  operation("linear_cross_entropy_shard_forward", cuda::LinearCrossEntropyShardForward{});
+  operation("linear_cross_entropy_shard_backward", cuda::LinearCrossEntropyShardBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

@@ -27,7 +27,8 @@ class FeedForward(Module):
 
     Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up. activation is "gelu",
     "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape. One fused operator
-    while the leaves are plain; `unfused_because()` says why not, if not.
+    while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be set at any time: the
+    fused operator keeps no pre-activations for the backward (`functional.ffn`).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class FeedForward(Module):
         gated: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -52,6 +54,7 @@ class FeedForward(Module):
         self.down = torch.nn.Linear(dim_feedforward, d_model, **options)
         self.activation = activation
         self.dropout = dropout
+        self.recompute = recompute
 
     def unfused_because(self) -> str | None:
         gate = {} if self.gate is None else {"gate": self.gate}
@@ -73,6 +76,7 @@ class FeedForward(Module):
             b_gate=None if self.gate is None else self.gate.bias,
             activation=self.activation,
             dropout_p=dropout_p,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:
