@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmengine import functional
+from llmengine.backends.fp8 import FORMATS
 from llmengine.backends.reference.fp8_linear import LEAST, quantise, values
-from llmengine.ops.fp8_linear import FORMATS
 
 BLOCKS = pytest.mark.parametrize("block", [0, 1, 128])
 EVERY = pytest.mark.parametrize("format", FORMATS)

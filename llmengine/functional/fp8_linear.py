@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmengine.backends.fp8 import FORMATS, SCALINGS
 from llmengine.functional.arguments import autocast, check_float, check_same_device, needs_grad, parameter_like
 from llmengine.ops import fp8_linear as ops
 
@@ -40,7 +41,7 @@ def fp8_linear(
         raise ValueError(f"{op}: input has shape (); expected (*, in)")
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected (out, {input.shape[-1]})")
-    for argument, given, allowed in (("scaling", scaling, ops.SCALINGS), ("grad_format", grad_format, ops.FORMATS)):
+    for argument, given, allowed in (("scaling", scaling, SCALINGS), ("grad_format", grad_format, FORMATS)):
         if given not in allowed:
             raise ValueError(f"{op}: {argument} is {given!r}; allowed: {', '.join(map(repr, allowed))}")
     (x,) = autocast(input)

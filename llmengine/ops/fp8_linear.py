@@ -1,9 +1,6 @@
 """Linear layer in 8-bit floats: schemas, fake kernels, autograd.
 
-Numbers are the bytes (torch.uint8, which opcheck can compare) of torch.float8_e4m3fn or torch.float8_e5m2, in matrices
-(lines, k) with k rounded up to a multiple of 16 by zeros. They are multiplied by float32 scales: (1, 1), or one for a
-block of 1 or 128 lines and 128 of k, as (k / 128, blocks of lines), both rounded up. Products are along k: what the
-backward multiplies is kept transposed.
+Products are along k of matrices as llmengine/backends/fp8.py has them: what the backward multiplies is kept transposed.
 """
 
 from __future__ import annotations
@@ -11,39 +8,22 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from llmengine.backends.fp8 import lines_of_block, numbers_shape, scales_shape
 from llmengine.ops.registry import define
-
-FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-SCALINGS = ("tensor", "block")
-ALIGNED, DEPTH = 16, 128  # what k is rounded up to; of k, in a block
-
-
-def blocks_of(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def lines_of_block(scaling: str, weight: bool) -> int:
-    """0: the whole matrix is one."""
-    return 0 if scaling == "tensor" else (128 if weight else 1)
-
-
-def numbers_shape(lines: int, k: int) -> tuple[int, int]:
-    return lines, blocks_of(k, ALIGNED) * ALIGNED
-
-
-def scales_shape(lines: int, k: int, block: int) -> tuple[int, int]:
-    return (1, 1) if block == 0 else (blocks_of(k, DEPTH), blocks_of(lines, block))
 
 
 def _forward_fake(input, weight, bias, scaling, kept):
     (tokens, width), out = input.shape, weight.shape[0]
-    saved = []
-    for keep, lines, block in zip(
-        kept, (tokens, out), (lines_of_block(scaling, False), lines_of_block(scaling, True)), strict=True
-    ):
-        shapes = (numbers_shape(width, lines), scales_shape(width, lines, block)) if keep else ((0,), (0,))
-        saved += [input.new_empty(s, dtype=d) for s, d in zip(shapes, (torch.uint8, torch.float32), strict=True)]
-    return input.new_empty((tokens, out)), *saved
+
+    def saved(keep, lines, block):
+        numbers, scales = (numbers_shape(width, lines), scales_shape(width, lines, block)) if keep else ((0,), (0,))
+        return input.new_empty(numbers, dtype=torch.uint8), input.new_empty(scales, dtype=torch.float32)
+
+    return (
+        input.new_empty((tokens, out)),
+        *saved(kept[0], tokens, lines_of_block(scaling, False)),
+        *saved(kept[1], out, lines_of_block(scaling, True)),
+    )
 
 
 def _backward_fake(

@@ -15,8 +15,8 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
+from llmengine.backends.fp8 import FORMATS, numbers_shape, scales_shape
 from llmengine.backends.reference.fp8_linear import quantise, values
-from llmengine.ops.fp8_linear import FORMATS, numbers_shape, scales_shape
 from llmengine.testing import assert_law
 from llmengine.testing.law import OUTPUT
 from llmengine.testing.simulator import SCHEDULES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmengine.backends.cuda.native import HOPPER, Native, parameter, unit_last_stride
-from llmengine.ops.fp8_linear import lines_of_block, numbers_shape, scales_shape
+from llmengine.backends.fp8 import lines_of_block, numbers_shape, scales_shape
 from llmengine.ops.registry import Kernel, kernel
 
 NOTHING = (None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmengine.ops.fp8_linear import ALIGNED, DEPTH, FORMATS, lines_of_block
+from llmengine.backends.fp8 import ALIGNED, DEPTH, FORMATS, lines_of_block
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
@@ -13,7 +13,7 @@ LEAST = 2.0**-110  # of a scale's largest magnitude: neither the scale nor its i
 
 
 def quantise(x, format, block):
-    """Numbers (lines, k, rounded up) and scales of x (lines, k); see llmengine.ops.fp8_linear.
+    """Numbers (lines, k, rounded up) and scales of x (lines, k); as llmengine.backends.fp8 has them.
 
     With m the largest finite magnitude of a block, scale = m / most and number = x (most / m), to nearest even and at
     most `most`, where `most` is the format's largest number; all in float32, each operation rounded once.
@@ -46,17 +46,21 @@ def of_each(scales, lines, k, block):
 
 def values(numbers, scales, format, block, dtype):
     """What numbers and scales stand for."""
-    return numbers.view(FORMATS[format]).to(dtype) * of_each(scales.to(dtype), *numbers.shape, block)
+    lines, k = numbers.shape
+    return numbers.view(FORMATS[format]).to(dtype) * of_each(scales.to(dtype), lines, k, block)
+
+
+def rounded(x, format, block):
+    """x as its numbers and scales have it, in float32 or float64, with zeros past k."""
+    numbers, scales = quantise(x, format, block)
+    return values(numbers, scales, format, block, wide_of(x))
 
 
 @kernel(KERNELS, "fp8_linear_forward")
 def fp8_linear_forward(input, weight, bias, scaling, kept):
     blocks, wide = [lines_of_block(scaling, weight) for weight in (False, True)], wide_of(input)
-    x, w = (
-        values(*quantise(matrix, "e4m3", block), "e4m3", block, wide)
-        for matrix, block in zip((input, weight), blocks, strict=True)
-    )
-    saved = []
+    x, w = (rounded(matrix.to(wide), "e4m3", block) for matrix, block in zip((input, weight), blocks, strict=True))
+    saved: list[torch.Tensor] = []
     for keep, matrix, block in zip(kept, (input, weight), blocks, strict=True):
         empty = input.new_empty(0, dtype=torch.uint8), input.new_empty(0, dtype=torch.float32)
         saved += quantise(matrix.T, "e4m3", block) if keep else empty
@@ -72,8 +76,7 @@ def fp8_linear_backward(
     dtype, wide = grad_output.dtype, wide_of(grad_output)
 
     def product(grad, columns, scales, block):
-        grad = values(*quantise(grad, grad_format, of_grad), grad_format, of_grad, wide)
-        return grad @ values(columns, scales, "e4m3", block, wide).T
+        return rounded(grad, grad_format, of_grad) @ values(columns, scales, "e4m3", block, wide).T
 
     gradients = (
         (lambda: product(grad_output, weight_columns, weight_scales, of_weight).to(dtype), dtype),
