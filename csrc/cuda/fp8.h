@@ -1,4 +1,5 @@
-// Products of 8-bit floats on Hopper, and the numbers that they are made of (fp8_quantise.cu, fp8_product_sm90a.cu).
+// Products of 8-bit floats on Hopper, and the numbers that they are made of (fp8_quantise_sm90a.cu,
+// fp8_product_sm90a.cu).
 //
 //   A matrix (lines, k) is bytes, e4m3 or e5m2, in rows of a multiple of 16, and float32 scales by which its numbers
 //   are multiplied: one for all, or one for each `block` of lines, 1 or 128, and 128 of k. Scales lie by k: (k / 128
@@ -6,6 +7,7 @@
 //   late.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -64,6 +66,13 @@ void validate(const Fp8Quantise& p);
 void validate(const Fp8Product& p);
 void run(const Fp8Quantise& p, Stream stream);
 void run(const Fp8Product& p, Stream stream);
+
+inline void check_hopper(const char* op) {
+  const int found = compute_capability();
+  if (found == 90) return;
+  throw std::runtime_error(std::string(op) + ": it is for compute capability 9.0, the device has " +
+                           std::to_string(found / 10) + "." + std::to_string(found % 10));
+}
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 

@@ -16,7 +16,6 @@
 //           allows, at 26 bytes a clock and multiprocessor, 4400
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "cuda/fp8.h"
@@ -200,10 +199,7 @@ void validate(const Fp8Product& p) {
 void run(const Fp8Product& p, Stream stream) {
   const int64_t m = p.out.size(0), n = p.out.size(1), k = p.a.size(1);
   gemm::check_sizes("fp8_product", {m, n, k});
-  if (const int found = compute_capability(); found != 90) {
-    throw std::runtime_error("fp8_product: it is for compute capability 9.0, the device has " +
-                             std::to_string(found / 10) + "." + std::to_string(found % 10));
-  }
+  check_hopper("fp8_product");
   if (p.out.numel() == 0) return;
   check(k > 0, "fp8_product: a and b have no k; allowed: 16 and more");
   const Tiles tiles{ceil_divide(m, kRows * kCluster), ceil_divide(n, kTileColumns), ceil_divide(k, kScaleDepth),

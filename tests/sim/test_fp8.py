@@ -1,6 +1,6 @@
-"""8-bit floats in CUDA (csrc/cuda/fp8_quantise.cu, fp8_product_sm90a.cu) in the simulator: numbers and scales are the
-reference's, bit by bit; products of every size, scaling and format, by the law; what is refused; equal bits; broken
-lines.
+"""8-bit floats on Hopper (csrc/cuda/fp8_quantise_sm90a.cu, fp8_product_sm90a.cu) in the simulator: numbers and scales
+are the reference's, bit by bit; products of every size, scaling and format, by the law; what is refused; equal bits;
+broken lines.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def test_the_operator_is_refused_on_other_gpus(native, monkeypatch):
 
 # ---- one line broken -------------------------------------------------------------------------------------------------
 
-QUANTISE, PRODUCT = "fp8_quantise", "fp8_product_sm90a"
+QUANTISE, PRODUCT = "fp8_quantise_sm90a", "fp8_product_sm90a"
 BREAKS: dict[str, Break] = {
     "no wait for a stage": (
         PRODUCT, f"{PRODUCT}.cu", "ptx::mbarrier_wait(&shared.full[s], turn.parity);", "",

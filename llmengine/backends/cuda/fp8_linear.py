@@ -1,4 +1,4 @@
-"""Linear layer in 8-bit floats on Hopper (csrc/cuda/fp8_quantise.cu, fp8_product_sm90a.cu)."""
+"""Linear layer in 8-bit floats on Hopper (csrc/cuda/fp8_quantise_sm90a.cu, fp8_product_sm90a.cu)."""
 
 from __future__ import annotations
 

@@ -319,11 +319,7 @@ void run(const Fp8Quantise& p, Stream stream) {
   const int64_t tiles = blocks_of(p.x.size(0), kTile) * blocks_of(columns, kTile);
   check(p.x.size(0) <= INT32_MAX - kTile && tiles <= INT32_MAX,
         "fp8_quantise: x " + p.x.shape() + " has more lines or tiles than are supported on CUDA");
-  if (compute_capability() < 89) {
-    throw std::runtime_error("fp8_quantise: 8-bit floats are for compute capability 8.9 and later, the device has " +
-                             std::to_string(compute_capability() / 10) + "." +
-                             std::to_string(compute_capability() % 10));
-  }
+  check_hopper("fp8_quantise");
   if (p.x.numel() == 0) return;
   const Whole whole{static_cast<int>(p.x.size(0)),
                     columns,
