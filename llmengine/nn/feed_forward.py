@@ -25,10 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(Module):
     """down(dropout(act(up(x)))), or down(dropout(act(gate(x)) * up(x))) when gated (Shazeer 2020).
 
-    Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up. activation is "gelu",
-    "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape. One fused operator
-    while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be set at any time: the
-    fused operator keeps no pre-activations for the backward (`functional.ffn`).
+    Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up; `linear` makes them.
+    activation is "gelu", "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape.
+    One fused operator while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be set
+    at any time: the fused operator keeps no pre-activations for the backward (`functional.ffn`).
     """
 
     def __init__(
@@ -43,15 +43,16 @@ class FeedForward(Module):
         recompute: bool = False,
         device=None,
         dtype=None,
+        linear: Callable[..., torch.nn.Linear] = torch.nn.Linear,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"FeedForward: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         check_probability("FeedForward", "dropout", dropout)
         options = {"bias": bias, "device": device, "dtype": dtype}
-        self.up = torch.nn.Linear(d_model, dim_feedforward, **options)
-        self.gate = torch.nn.Linear(d_model, dim_feedforward, **options) if gated else None
-        self.down = torch.nn.Linear(dim_feedforward, d_model, **options)
+        self.up = linear(d_model, dim_feedforward, **options)
+        self.gate = linear(d_model, dim_feedforward, **options) if gated else None
+        self.down = linear(dim_feedforward, d_model, **options)
         self.activation = activation
         self.dropout = dropout
         self.recompute = recompute
