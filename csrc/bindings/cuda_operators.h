@@ -17,6 +17,7 @@
 #include "cuda/decode_attention.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/fp8.h"
 #include "cuda/gemm.h"
 #include "cuda/gemm_cores.h"
 #include "cuda/gradient_norm.h"
@@ -74,10 +75,14 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("ffn_forward", cuda::FeedForwardForward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("fp8_product", cuda::Fp8Product{});
+  operation("fp8_quantise", cuda::Fp8Quantise{});
   operation("gemm", cuda::Gemm{});
   operation("gradient_norm", cuda::GradientNorm{});
   operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
   operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
+  operation("linear_cross_entropy_shard_forward", cuda::LinearCrossEntropyShardForward{});
+  operation("linear_cross_entropy_shard_backward", cuda::LinearCrossEntropyShardBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});

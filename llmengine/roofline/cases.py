@@ -14,10 +14,11 @@ from torch.nn import functional as torch_functional
 
 from llmengine import functional
 from llmengine.backends.cuda.native import BUILT_AHEAD, HOPPER, attention_by, exact_kernels, products_by
+from llmengine.backends.fp8 import SCALINGS
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
-from llmengine.roofline.peers import flex, liger
+from llmengine.roofline.peers import flex, liger, scaled_linear
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -242,11 +243,21 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
 
 
+def _in_8_bits(x: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Of the linear layer, rounding among what is timed; PyTorch's has no gradient, and is timed forward alone."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) != HOPPER:
+        return {}
+    on_cuda = _on_cuda(contextlib.nullcontext)
+    ours = {f"llmengine fp8 {s}": Within(partial(functional.fp8_linear, scaling=s), on_cuda) for s in SCALINGS}
+    return {**ours, "torch fp8": scaled_linear}
+
+
 def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
     tokens, width, out = shape
     x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
     flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
     run = {"llmengine": products, "torch": torch_functional.linear, **_by_own_products(products, x)}
+    run |= _in_8_bits(x)
     yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
 
 

@@ -100,7 +100,7 @@ def test_every_kernel_of_the_long_tail_compiles_and_spills_nothing(
 
 
 def test_what_the_host_asks_for_is_what_is_tried_here():
-    """Of a class of head dims that the simulator is not built with the compiler is asked, and the wider class serves."""
+    """Of a class of head dims that the simulator is not built with, the compiler is asked; the wider class serves."""
     asked = []
     simulator.prepare("asked")
     module = importlib.import_module("llmengine._cuda_sim")

@@ -24,6 +24,7 @@ inline TensorMap encode_tensor_map(const TensorMapFields& fields) {
       case DType::f32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
       case DType::bf16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
       case DType::f16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+      case DType::boolean: return CU_TENSOR_MAP_DATA_TYPE_UINT8;  // bytes of any kind
       case DType::i32: return CU_TENSOR_MAP_DATA_TYPE_INT32;
       default: throw std::invalid_argument("tensor map of " + std::string(name(dtype)));
     }

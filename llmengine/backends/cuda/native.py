@@ -156,6 +156,19 @@ class Native:
             return (exact if bias is None else exact + bias).to(a.dtype)
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
+    def weight_gradient(self, grad: Tensor, x: Tensor, dtype: torch.dtype, main: Tensor | None) -> Tensor:
+        """grad^T x in `dtype` or, where there is a buffer, float32, for it, added to that; by cuBLAS (in the simulator
+        as above)."""
+        if main is None:
+            return self.product(grad.T, x).to(dtype)
+        if not x.is_cuda:
+            main.copy_(main.double() + grad.T.double() @ x.double())
+        elif x.dtype == main.dtype:
+            torch.addmm(main, grad.T, x, out=main)
+        else:
+            torch.ops.aten.addmm.dtype_out(main, grad.T, x, main.dtype, out=main)
+        return main
+
     def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
         """The refusals that all kernels have in common: a device or float dtype that they do not take."""
         given = [t for t in tensors if t is not None]
