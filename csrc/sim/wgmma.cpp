@@ -43,8 +43,8 @@ Place place_in_a(int lane, int i, Element element) {
 
 uint32_t window_address(const void* shared) {
   Machine& machine = Machine::the();
-  const uintptr_t begin = number(machine.memory.dynamic_shared(machine.block()));
-  if (!machine.memory.is_dynamic(number(shared))) {
+  const uintptr_t begin = number(machine.memory.blocks.dynamic(machine.block()));
+  if (!machine.memory.blocks.holds_dynamic(number(shared))) {
     const Unwatched simulator;
     machine.fail("describes an operand that is not in dynamic shared memory, where the simulator wants it");
   }
@@ -164,7 +164,7 @@ void Machine::touch_operand(const MatrixView& view, const char* operation, int a
   for (int row = 0; row < view.rows; ++row) {
     for (int column = 0; column < view.columns; column += in_chunk) {
       const uintptr_t address = view.address(row, column);
-      if (!memory.is_dynamic(address)) complain("with a descriptor that points out of shared memory");
+      if (!memory.blocks.holds_dynamic(address)) complain("with a descriptor that points out of shared memory");
       check({address, 16, Kind::read, site, By::product, agent}, current_->number);
     }
   }
@@ -196,7 +196,7 @@ void Machine::wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane& l
   }
   const int k = depth(shape.left), bytes = size_of(shape.left);
   const auto view = [&](uint64_t descriptor, bool mn_major, int extent) {
-    return MatrixView{number(memory.dynamic_shared(block())),
+    return MatrixView{number(memory.blocks.dynamic(block())),
                       descriptor,
                       mn_major,
                       mn_major ? k : extent,

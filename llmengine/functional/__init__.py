@@ -11,6 +11,7 @@ from llmengine.functional.ffn import ffn
 from llmengine.functional.fp8_linear import fp8_linear
 from llmengine.functional.linear import linear
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
+from llmengine.functional.linear_cross_entropy_shard import VocabularyShard
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmengine.functional.relative_attention import relative_attention
 from llmengine.functional.rotary import rotary_embedding
@@ -18,6 +19,7 @@ from llmengine.functional.softmax import softmax
 
 __all__ = [
     "TiedEmbedding",
+    "VocabularyShard",
     "add_layer_norm",
     "add_rms_norm",
     "chain_field_decode",

@@ -27,7 +27,8 @@ class FeedForward(Module):
 
     Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up; `linear` makes them.
     activation is "gelu", "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape.
-    One fused operator while the leaves are plain; `unfused_because()` says why not, if not.
+    One fused operator while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be
+    set at any time: the fused operator keeps no pre-activations for the backward (`functional.ffn`).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class FeedForward(Module):
         gated: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        recompute: bool = False,
         device=None,
         dtype=None,
         linear: Callable[..., torch.nn.Linear] = torch.nn.Linear,
@@ -53,6 +55,7 @@ class FeedForward(Module):
         self.down = linear(dim_feedforward, d_model, **options)
         self.activation = activation
         self.dropout = dropout
+        self.recompute = recompute
 
     def unfused_because(self) -> str | None:
         gate = {} if self.gate is None else {"gate": self.gate}
@@ -74,6 +77,7 @@ class FeedForward(Module):
             b_gate=None if self.gate is None else self.gate.bias,
             activation=self.activation,
             dropout_p=dropout_p,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:
