@@ -53,9 +53,11 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
 # Files and kernels over gemm_sm80.cuh and gemm_sm90a.cuh.
 PRODUCTS = ("gemm_sm80", "ffn_sm80", "linear_cross_entropy_sm80")
 HOPPER_PRODUCTS = ("gemm_sm90a", "ffn_sm90a", "linear_cross_entropy_sm90a")
-PRODUCT_KERNELS = ("gemm_sm80", "gemm_sm90a", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient")
+PRODUCT_KERNELS = (
+    "fp8_product", "gemm_sm80", "gemm_sm90a", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient",
+)  # fmt: skip
 # What they write is a number a row, a column or a block.
-FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
+FEW_STORES = ("fp8_maxima", "norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
 NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 
@@ -111,6 +113,24 @@ def test_products_of_warpgroups_come_from_boxes_that_both_blocks_of_a_cluster_sh
             assert stores[name] == columns // 64, name
         elif not name.startswith("logits_of_span"):  # which writes three numbers a token
             assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
+@NEEDS_CUOBJDUMP
+def test_8_bit_floats_are_multiplied_by_warpgroups_and_added_to_sums_of_their_own():
+    """Four products of 32 a stage of 128, and then a multiply-add for each of the 64 sums of a thread."""
+    source = resources.ROOT / "csrc/cuda/fp8_product_sm90a.cu"
+    formats = {"E4m3": r"E4M3\.E4M3", "E5m2": r"E5M2\.E4M3"}
+    own, shared = (resources.instructions(source, "90a", rf"\bUTMALDG\.2D{kind} ") for kind in ("", r"\.MULTICAST"))
+    sums = resources.instructions(source, "90a", r"\bFFMA ")
+    for format, types in formats.items():
+        for name, products in resources.instructions(source, "90a", rf"\bQGMMA\.64x128x32\.F32\.{types} ").items():
+            assert products == 4 * (format in name), name
+            assert own[name] >= 1 and shared[name] >= 1 and sums[name] >= 64, name
+            assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+    source = resources.ROOT / "csrc/cuda/fp8_quantise_sm90a.cu"
+    for format in formats:
+        for name, conversions in resources.instructions(source, "90a", rf"\bF2FP\.SATFINITE\.{format.upper()}").items():
+            assert (conversions > 0) == (format in name), name
 
 
 @NEEDS_CUOBJDUMP
@@ -221,7 +241,10 @@ def test_the_module_builds_and_loads_without_a_driver(tmp_path: Path):
     package = tmp_path / "site" / "llmengine"
     shutil.copytree(ROOT / "llmengine", package)
     shutil.copy(module, package)
-    script = "from llmengine.backends import cuda; print(cuda.unavailable())"
+    script = (
+        "from llmengine import _cuda; assert 'cuda/attention_sm80_forward.cu' in _cuda.sources();"
+        "from llmengine.backends import cuda; print(cuda.unavailable())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=package.parent,
     )  # fmt: skip

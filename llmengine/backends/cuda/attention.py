@@ -1,5 +1,6 @@
 """Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu; on
-Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take."""
+Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take. Where
+LLMENGINE_CUDA_JIT=1 asks for them, sm_80's kernels of the very head dim (csrc/cuda/compiled.h)."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
-            native.call("attention_forward", query, **given)
+            native.call("attention_forward", query, **given, exact=native.wants_exact())
+        native.tell_launched()
         return output, lse, lse_low
 
     @kernel(table, "attention_backward", backward_refuses)
@@ -74,7 +76,9 @@ def kernels(native: Native) -> dict[str, Kernel]:
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
             grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
+            exact=native.wants_exact(),
         )  # fmt: skip
+        native.tell_launched()
         # what the sink's probability takes of each row's gradient
         taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
         if want_grad_mask and not by_kernel:
