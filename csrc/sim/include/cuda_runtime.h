@@ -83,8 +83,8 @@ T shuffled(const char* operation, unsigned mask, T value, int width, Site site, 
   std::memcpy(&bits, &value, sizeof(T));
   const Gathered gathered = meet_warp(operation, mask, bits, false, site);
   const int here = lane(), first = here / width * width, source = source_of(here, first);
-  // A source beyond its segment is the lane itself, as PTX has it.
-  const uint64_t found = value_of_lane(operation, gathered, source / width * width == first ? source : here, site);
+  // A source behind its segment is the lane itself, as PTX has it; one before is left to a butterfly alone.
+  const uint64_t found = value_of_lane(operation, gathered, source < first + width ? source : here, site);
   std::memcpy(&value, &found, sizeof(T));
   return value;
 }
