@@ -301,7 +301,7 @@ def _varlen_samples() -> list[Sample]:
     m.packed("no sequences", [], [], 2, 2, 8)
     m.packed("spare tokens", [9, 4], [7, 6], 4, 2, 8, spare=3, return_lse=True)
     m.packed("alibi per sequence", [9, 14], [17, 6], 4, 2, 8, alibi_slopes=m.randn(2, 4).abs(), return_lse=True)
-    m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left")
+    m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left", scale=0.5)
     m.packed("dropout", [9, 14], [17, 6], 2, 2, 8, dropout_p=0.4)
     m.packed("softcap", [9, 14], [17, 6], 2, 2, 8, softcap=2.0, scale=1.0)
     m.packed("many", list(range(1, 40)), list(range(1, 40)), 2, 1, 16, is_causal=True)
