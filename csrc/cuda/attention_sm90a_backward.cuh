@@ -5,6 +5,9 @@
 //   attention_rows   Q, dO     | K V | K V |          pair each, through a ring of stages. The sums stay in registers;
 //   attention_keys   K, V      | Q dO| Q dO|          S and dP come from accumulators to operands in registers.
 //
+//   Above head dims of 128 registers hold the sums of 64 keys: both warpgroups then own the same ones
+//   (attention_sm90a_wide_keys.cu).
+//
 //   own_full[o], own_free[o]     a pair has come; every warp has stored what it made of it, by way of its place
 //   full[s][i], free[s][i]       tile i of a stage's pair has come, every warp is done with it
 //
