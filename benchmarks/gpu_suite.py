@@ -55,6 +55,7 @@ def laws(capability: tuple[int, int]) -> list[Laws]:
     ]
     return [
         Laws("cuda", OPERATORS, "[cuda-"),
+        Laws("instructions", ("tests/sim/test_layouts.py",), "[gpu"),
         Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80"),
         *(hopper if capability == (9, 0) else []),
         Laws("triton", OPERATORS, "[triton-"),

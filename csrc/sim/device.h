@@ -26,7 +26,7 @@ int lane();
 // Every thread of the block meets here, all at the same line.
 void block_barrier(Site site);
 
-// Barrier `id` completes when `threads` threads have come; those that only arrive go on at once.
+// Barrier `id` completes when `threads` threads have come, whole warps at a time; those that only arrive go on at once.
 void named_barrier(int id, int threads, bool wait, Site site);
 
 // Every lane of `mask` meets here with the same operation, mask and line; each gets what all gave. A mask that names a

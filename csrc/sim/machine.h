@@ -197,7 +197,8 @@ class Machine {
   void products_may_finish();
   void finish_product(size_t warp);
 
-  void check(Access access, int thread);
+  void check_own(Access access, int thread);
+  void check(const Access& access, int thread);
   void check_copy(const Transfer& transfer, uint32_t alignment, By by, int agent, uintptr_t site);
   [[noreturn]] void fail(int thread, const std::string& what);
   Index3 index_of(int number) const;

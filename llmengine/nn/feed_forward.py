@@ -27,8 +27,8 @@ class FeedForward(Module):
 
     Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up; `linear` makes them.
     activation is "gelu", "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape.
-    One fused operator while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be
-    set at any time: the fused operator keeps no pre-activations for the backward (`functional.ffn`).
+    One fused operator while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be set
+    at any time: the fused operator keeps no pre-activations for the backward (`functional.ffn`).
     """
 
     def __init__(

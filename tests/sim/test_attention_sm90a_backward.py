@@ -40,8 +40,8 @@ MASKS: list[dict[str, Any]] = [
 
 # The same above head dims of 128 (keys: 64, 48, 32; rows: 64), of values as wide, narrower and wider; MASKS by turns.
 WIDE_EDGES = [
-    (192, 192, 63, 65), (256, 256, 65, 49), (192, 128, 129, 64), (136, 72, 64, 129), (256, 40, 1, 1), (72, 200, 127, 63),
-    (248, 248, 66, 97), (192, 128, 33, 193),
+    (192, 192, 63, 65), (256, 256, 65, 49), (192, 128, 129, 64), (136, 72, 64, 129), (256, 40, 1, 1),
+    (72, 200, 127, 63), (248, 248, 66, 97), (192, 128, 33, 193),
 ]  # fmt: skip
 
 
@@ -143,6 +143,7 @@ def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernels(ran: list
 
 ROWS, KEYS, WIDE = (f"attention_sm90a_{owner}" for owner in ("rows", "keys", "wide_keys"))
 LATE = "with no mbarrier_wait between|reads shared memory that no thread|what a product of|deadlock"
+UNTOLD = f"{LATE}|with no barrier between"
 # kernel, line, what it becomes, what must be said: a wrong result, or what the simulator found
 BREAKS = {
     "no wait for keys": (
@@ -184,22 +185,20 @@ BREAKS = {
     ),
     "slopes of the cap are forgotten": (ROWS, "    x[0][j][0] *= by.x, x[0][j][1] *= by.y,", "    ", "exceeds"),
     "probabilities not waited for": (
-        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", LATE,
+        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", UNTOLD,
     ),
     "probabilities of another parity": (
-        WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", LATE,
+        WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", UNTOLD,
     ),
-    "one warp's probabilities waited for": (WIDE, "ptx::mbarrier_init(&full, 4)", "ptx::mbarrier_init(&full, 1)", LATE),
+    "one warp's probabilities waited for": (
+        WIDE, "ptx::mbarrier_init(&full, 4)", "ptx::mbarrier_init(&full, 1)", UNTOLD,
+    ),
     "told before they are there": (
-        WIDE, "  if (capped) keep_slopes", "  give_back_by_warps(&shared.handed_full[stage]);\n  if (capped) keep_slopes",
-        LATE,
+        WIDE, "  if (capped) keep_slopes",
+        "  give_back_by_warps(&shared.handed_full[stage]);\n  if (capped) keep_slopes", UNTOLD,
     ),
     "probabilities over those not yet taken": (
-        WIDE, "shared.handed[stage] + threadIdx.x", "shared.handed[0] + threadIdx.x", "exceeds|no thread|with no",
-    ),
-    "statistics not waited for, in a wide head": (
-        WIDE, "  ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());  // with which the statistics come\n", "",
-        LATE,
+        WIDE, "shared.handed[stage] + threadIdx.x", "shared.handed[0] + threadIdx.x", UNTOLD,
     ),
     "what is added not waited for": (
         WIDE, "    ptx::mbarrier_wait(&shared.full[before.stage()][other], before.parity());\n", "", LATE,
@@ -210,7 +209,9 @@ BREAKS = {
         "    give_back_by_warps(&shared.free[before.stage()][other]);\n    ptx::wgmma_wait<0>(flat(sum));",
         "its copy writes .* what a product of|deadlock",
     ),
-    "dropped scores pass, in a wide head": (WIDE, "std::signbit(p[i]) ? 0.0f : g", "std::signbit(p[i]) ? g : g", "exceeds"),
+    "dropped scores pass, in a wide head": (
+        WIDE, "std::signbit(p[i]) ? 0.0f : g", "std::signbit(p[i]) ? g : g", "exceeds",
+    ),
     "the cap's slopes are not handed over": (WIDE, "if (capped) slope = handed[j * 128];", "", "exceeds"),
     "sums of the other kind": (
         WIDE, "kind == values ? p.backward.grad_value : p.backward.grad_key",

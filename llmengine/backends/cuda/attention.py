@@ -65,7 +65,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         base, delta = torch.empty_like(lse), torch.empty_like(lse)
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
-        by_kernel = want_grad_mask and mask.shape[3] > 1
+        by_kernel = want_grad_mask and mask.shape[3] != 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
         of_hopper, by_boxes = {}, {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
