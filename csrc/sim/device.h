@@ -26,7 +26,7 @@ int lane();
 // Every thread of the block meets here, all at the same line.
 void block_barrier(Site site);
 
-// Barrier `id` completes when `threads` threads have come; those that only arrive go on at once.
+// Barrier `id` completes when `threads` threads have come, whole warps at a time; those that only arrive go on at once.
 void named_barrier(int id, int threads, bool wait, Site site);
 
 // Every lane of `mask` meets here with the same operation, mask and line; each gets what all gave. A mask that names a
@@ -91,7 +91,7 @@ int blocks_of_cluster();
 void cluster_arrive(bool orders, Site site);
 void cluster_wait(Site site);
 uintptr_t map_to_block(const void* shared, int block, const void* return_address);
-void touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address);
+uintptr_t touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address);  // where the bytes are
 
 // Of whole warps: the registers of each thread, and one lane of them.
 void set_registers(const char* operation, int count, bool increase, Site site);

@@ -113,6 +113,7 @@ void Machine::run_cluster() {
     if (t < 0) break;
     last_ = t;
     current_ = &threads_[t];
+    memory.blocks.enter(current_->block);
     fibres_[t].resume();
     stopped(t);
   }
@@ -410,10 +411,16 @@ void Machine::touch(const Access& access) {
     return;
   }
   if (preempts()) yield();
-  check(access, current_->number);
+  check_own(access, current_->number);
 }
 
-void Machine::touch_for_warp(const Access& access, int lane) { check(access, current_->number / 32 * 32 + lane); }
+void Machine::touch_for_warp(const Access& access, int lane) { check_own(access, current_->number / 32 * 32 + lane); }
+
+// Of an address as the thread's code has it.
+void Machine::check_own(Access access, int thread) {
+  access.address = memory.blocks.own(access.address, thread / count_);
+  check(access, thread);
+}
 
 void Machine::check(const Access& access, int thread) {
   std::optional<Conflict> conflict;
@@ -548,7 +555,7 @@ Index3 block_index() { return Machine::the().block_index(); }
 Index3 block_shape() { return Machine::the().launch().block; }
 Index3 grid_shape() { return Machine::the().launch().grid; }
 int lane() { return Machine::the().lane(); }
-void* dynamic_shared() { return Machine::the().memory.dynamic_shared(Machine::the().block()); }
+void* dynamic_shared() { return Machine::the().memory.blocks.dynamic(Machine::the().block()); }
 
 void block_barrier(Site site) {
   const Unwatched simulator;
@@ -557,6 +564,7 @@ void block_barrier(Site site) {
 
 void named_barrier(int id, int threads, bool wait, Site site) {
   const Unwatched simulator;
+  Machine::the().whole_warp(wait ? "barrier_sync" : "barrier_arrive", nullptr, [](const auto&) {}, site);
   Machine::the().named_barrier(id, threads, wait, site);
 }
 
@@ -586,7 +594,8 @@ void touch(const void* address, size_t size, Touch kind, const void* return_addr
 
 void copy_async(void* shared, const void* global, int size, int bytes, const void* return_address) {
   const Unwatched simulator;
-  const Transfer transfer{static_cast<char*>(shared), static_cast<const char*>(global), static_cast<uint32_t>(size),
+  char* const to = reinterpret_cast<char*>(Machine::the().own(shared));
+  const Transfer transfer{to, static_cast<const char*>(global), static_cast<uint32_t>(size),
                           static_cast<uint32_t>(bytes)};
   Machine::the().copy_async({transfer}, reinterpret_cast<uintptr_t>(return_address));
 }
@@ -598,7 +607,12 @@ void wait_copies(int pending) {
   Machine::the().wait_copies(pending);
 }
 
-void run(const Launch& launch) { Machine::the().run(launch); }
+size_t static_shared_bytes(const void* kernel) { return Image::own().static_shared_bytes(number(kernel)); }
+
+void run(const Launch& launch) {
+  last_stream = launch.stream;
+  Machine::the().run(launch);
+}
 
 namespace {
 std::mutex& lock() {

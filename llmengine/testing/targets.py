@@ -14,7 +14,9 @@ from llmengine.testing.law import GRADIENT
 from llmengine.testing.sample import Operator
 
 # Nodes that CUDA takes in bfloat16 and float16 alone.
-HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy")
+HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy", "linear_cross_entropy_shard")
+# Nodes that CUDA takes on a Hopper alone.
+HOPPER_ONLY = ("fp8_linear",)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Target:
     slow: bool = False  # an interpreter: a few hundred times slower than a processor
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
-    # Nodes that it takes in some dtypes only, float32 not among them: tests of their own try those
+    # Nodes that it does not take, or in some dtypes only, float32 not among them: tests of their own try those
     # (tests/sim/test_attention.py, test_decode_attention.py, test_linear_cross_entropy.py).
     partial: tuple[str, ...] = ()
 
@@ -34,12 +36,15 @@ class Target:
 
         A slow target tries each sample in one of its two dtypes, by the parity of the number's bits: where samples are
         the product of options, that is half of the factorial design in which every two options still meet in each
-        dtype. Of the samples of attention, a second and more each, it tries a third.
+        dtype. Of the samples of attention, a second and more each, it tries every third in dtypes by turns, beginning
+        anew every 28: loops of two, three, four and five options are met at another place each time
+        (tests/test_triton.py counts what the slice has).
         """
         if not self.slow:
             return True
-        if operator.node.endswith("attention") and sample % 3:
-            return False
+        if operator.node.endswith("attention"):
+            block, place = divmod(sample, 28)
+            return place % 3 == 0 and dtype == self.dtypes[(block + place // 3) % len(self.dtypes)]
         return dtype == self.dtypes[sample.bit_count() % len(self.dtypes)]
 
     @property
@@ -59,11 +64,12 @@ def targets() -> list[Target]:
     computes bfloat16 wrongly)."""
     gpu = (torch.float32, torch.bfloat16, torch.float16)
     on_gpu = torch.cuda.is_available()
+    hopper = on_gpu and torch.cuda.get_device_capability() == (9, 0)
     interpreted = Target("triton", "cpu", (torch.float32, torch.float16), slow=True)
     found = [
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Target("triton", "cuda", gpu) if on_gpu else interpreted,
-        Target("cuda", "cuda", gpu, partial=HALVES_ONLY),
+        Target("cuda", "cuda", gpu, partial=HALVES_ONLY if hopper else HALVES_ONLY + HOPPER_ONLY),
         Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare, partial=HALVES_ONLY),
     ]
     return [t for t in found if t.prepare or registry.load(t.backend).unavailable is None]

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "case_runs.h"
+#include "cluster_cases.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/memory.cuh"
@@ -287,9 +288,31 @@ __global__ void product_of_three_warps(const float* in, float* out) {
   out[thread()] = d[0];
 }
 
+[[gnu::noinline, gnu::no_sanitize("thread")]] bool is_made(const float* product) { return *product != 0.0f; }
+
+// Counts, behind the simulator's back, the products of 32 that are made though none needs to be.
+__global__ void one_look_at_each_product(const float*, float* out) {
+  auto* tile = static_cast<uint32_t*>(ptx::dynamic_shared_1024());
+  constexpr uint32_t kOnes = 0x3f803f80, ones[4] = {kOnes, kOnes, kOnes, kOnes};
+  if (thread() < 64) tile[thread()] = kOnes;
+  ptx::fence_async_shared();
+  __syncthreads();
+  int made = 0;
+  for (int round = 0; round < 32; ++round) {
+    float d[4] = {};
+    ptx::wgmma_fence(d);
+    ptx::wgmma<Multiplicand::bf16>(d, ones, ptx::matrix_descriptor(tile, 128, 128, Swizzle::none), true);
+    ptx::wgmma_commit();
+    made += is_made(d);
+    __syncthreads();  // the first thread that waits waits for all
+    ptx::wgmma_wait<0>(d);
+  }
+  if (thread() == 0) out[0] = static_cast<float>(made);
+}
+
 // ---- clusters -------------------------------------------------------------------------------------------------------
 
-enum class Cluster : uint8_t { none, begin, order, relaxed, end, twice, alone, beyond, static_memory, warp };
+enum class Cluster : uint8_t { none, begin, order, relaxed, end, twice, alone, beyond, warp };
 
 // Two blocks write into each other's first tile, and read each other's second.
 template <bool broken, Cluster name>
@@ -317,12 +340,40 @@ __global__ void neighbours(const float* in, float* out) {
   const float read = __uint_as_float(ptx::load_cluster_4(theirs + 4 * (kTile + thread())));
   out[place] = s.tiles[0][kTile - 1 - thread()] + 2.0f * read;
   if constexpr (mistake != Cluster::end) ptx::cluster_sync();
-  if constexpr (mistake == Cluster::static_memory) {
-    __shared__ float tile[kTile];
-    tile[thread()] = read;
-    __syncthreads();
-    out[place] += tile[kTile - 1 - thread()];
+}
+
+enum class Variables : uint8_t { none, begin, order, barrier, bounds };
+
+// The same with __shared__ variables, of which each block has its own: two blocks turn round what is theirs, and write
+// into each other's; a box goes to both.
+template <bool broken, Variables name>
+__global__ void variables(const __grid_constant__ TensorMap map, const float* in, float* out) {
+  constexpr Variables mistake = broken ? name : Variables::none;
+  __shared__ float own[kTile], given[kTile];
+  alignas(128) __shared__ float box[2][kTile];
+  __shared__ ptx::Mbarrier full;
+  const int block = ptx::block_in_cluster(), place = block * kTile + thread();
+  if (thread() == 0) {
+    ptx::mbarrier_init(&full, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect_tx(&full, 1024);
   }
+  own[thread() + (mistake == Variables::bounds && thread() == 127 ? 1 : 0)] = in[place];
+  if constexpr (mistake == Variables::begin) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+  if (thread() == 0) ptx::copy_tensor_multicast(box[block], &map, &full, 3, 0, block * 4);
+  ptx::store_cluster_4(ptx::map_to_block(given, 1 - block) + 4 * thread(), __float_as_uint(in[place]));
+  if constexpr (mistake == Variables::order) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+  if (mistake != Variables::barrier || block == 0) ptx::mbarrier_wait(&full, 0);
+  const int turned = kTile - 1 - thread();
+  out[place] = own[turned] + 2.0f * given[turned] + 3.0f * box[0][turned] + 4.0f * box[1][turned];
 }
 
 enum class Message : uint8_t { none, wait, arrival };
@@ -428,8 +479,7 @@ TensorMap map_of(const float* data) {
 
 template <class... Parameters, class... Given>
 void start(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, Given... given) {
-  const TensorView operand = view(nullptr, 1, kElements, kElements);
-  cuda::launch({"case", dim3(blocks), dim3(threads), nullptr, operand, 4096, dim3(cluster)}, kernel, given...);
+  launch_cluster(kernel, blocks, threads, cluster, 4096, given...);
 }
 
 template <bool broken>
@@ -440,8 +490,14 @@ Cases all_cases() {
   const auto to_map = [](auto kernel) {
     return Case{[=](const float* in, float* out) { start(kernel, 1, 128, 1, map_of(out), in, out); }};
   };
+  const auto with_map = [](auto kernel) {
+    return Case{[=](const float* in, float* out) { start(kernel, 2, 128, 2, map_of(in), in, out); }};
+  };
   const auto plain = [](auto kernel, unsigned threads = 128, unsigned blocks = 1) {
     return Case{[=](const float* in, float* out) { start(kernel, blocks, threads, blocks, in, out); }};
+  };
+  const auto in_cluster = [](auto kernel) {
+    return Case{[=](const float* in, float* out) { start(kernel, 2, 128, 2, map_of(in), map_of(out), in, out); }};
   };
   return {
       {"boxes_no_wait", from_map(boxes<broken, Box::no_wait>)},
@@ -486,8 +542,11 @@ Cases all_cases() {
       {"neighbours_twice", plain(neighbours<broken, Cluster::twice>, 128, 2)},
       {"neighbours_alone", plain(neighbours<broken, Cluster::alone>, 128, 2)},
       {"neighbours_beyond", plain(neighbours<broken, Cluster::beyond>, 128, 2)},
-      {"neighbours_static_memory", plain(neighbours<broken, Cluster::static_memory>, 128, 2)},
       {"neighbours_warp", plain(neighbours<broken, Cluster::warp>, 128, 2)},
+      {"variables_begin", with_map(variables<broken, Variables::begin>)},
+      {"variables_order", with_map(variables<broken, Variables::order>)},
+      {"variables_barrier", with_map(variables<broken, Variables::barrier>)},
+      {"variables_bounds", with_map(variables<broken, Variables::bounds>)},
       {"message", plain(message<broken, Message::wait>, 128, 2)},
       {"message_arrival", plain(message<broken, Message::arrival>, 128, 2)},
       {"fence_for_a_neighbour", plain(fence_for_a_neighbour<broken>, 128, 2)},
@@ -495,6 +554,16 @@ Cases all_cases() {
       {"multicasts_wait", from_map(multicasts<broken, Multicast::wait>, 128, 2)},
       {"multicasts_bytes", from_map(multicasts<broken, Multicast::bytes>, 128, 2)},
       {"multicasts_mask", from_map(multicasts<broken, Multicast::mask>, 128, 2)},
+      {"cluster_copies", in_cluster(variables_of_clusters<Way::copies>)},
+      {"cluster_bulk_copies", in_cluster(variables_of_clusters<Way::bulk_copies>)},
+      {"cluster_bulk_stores", in_cluster(variables_of_clusters<Way::bulk_stores>)},
+      {"cluster_boxes", in_cluster(variables_of_clusters<Way::boxes>)},
+      {"cluster_matrices", in_cluster(variables_of_clusters<Way::matrices>)},
+      {"cluster_atomics", in_cluster(variables_of_clusters<Way::atomics>)},
+      {"cluster_messages", in_cluster(variables_of_clusters<Way::messages>)},
+      {"cluster_own_address", in_cluster(variables_of_clusters<Way::own_address>)},
+      {"cluster_rounds", in_cluster(variables_of_clusters<Way::rounds>)},
+      {"one_look_at_each_product", plain(one_look_at_each_product)},
       {"register_pool", plain(register_pool<broken>, 512)},
       {"register_limit", plain(register_limit<broken>, 512)},
   };

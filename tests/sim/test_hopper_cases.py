@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmengine.testing import simulator
@@ -17,7 +18,7 @@ from llmengine.testing.simulator import SCHEDULES
 BLOCK = r"block \(\d, 0, 0\)"
 PLACE = rf"thread \(\d+, 0, 0\) of {BLOCK}"
 LINE = r"\(hopper_cases\.cu:\d+\)"
-WHERE = r"byte \d+ of dynamic shared memory(?: of the cluster's block \d)?"
+WHERE = r"byte \d+ of (?:dynamic shared memory|shared \w+)(?: of the cluster's block \d)?"
 
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
@@ -89,10 +90,15 @@ FINDINGS = {
     "neighbours_twice": rf"{PLACE} calls cluster_arrive {LINE} twice with no cluster_wait between",
     "neighbours_alone": rf"{PLACE} calls cluster_wait {LINE} with no cluster_arrive before",
     "neighbours_beyond": rf"{PLACE} maps an address to block 2 of a cluster that has 2 {LINE}",
-    "neighbours_static_memory": rf"{PLACE} writes a __shared__ variable in a cluster of blocks, for which the "
-    rf"simulator has dynamic shared memory only {LINE}",
     "neighbours_warp": rf"deadlock in {BLOCK}: (?:{BLOCK}, threads 0-31 at __syncthreads {LINE}; {BLOCK}, threads "
     rf"32-127 at cluster_wait {LINE}(?:; )?){{2}}",
+    "variables_begin": rf"({PLACE} uses {LINE} shared memory of {BLOCK}, which may not have begun: there is no "
+    rf"cluster_wait before|{PLACE} calls copy_tensor {LINE} on what no thread has initialised as an mbarrier|{PLACE} "
+    rf"writes {LINE} shared memory of {BLOCK}, which may not have begun: there is no cluster_wait before)",
+    "variables_order": rf"({RACE}|{UNWRITTEN})",
+    "variables_barrier": rf"({UNTOLD}|{UNWRITTEN}|{BLOCK} ends with no mbarrier_wait for a bulk copy to it {LINE})",
+    "variables_bounds": rf"{PLACE} writes 4 bytes at byte 512 of shared own of the cluster's block \d, which has 512 "
+    rf"{LINE}",
     "message": MESSAGE,
     "message_arrival": MESSAGE,
     "fence_for_a_neighbour": unfenced("its copy reads"),
@@ -131,3 +137,59 @@ def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
 def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
     results = set(findings(case, "fixed"))
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
+
+
+def test_products_are_made_at_any_lawful_moment():
+    """How many of 32 are there though none needs to be."""
+    made = [float(found.removeprefix("ok ")) for found in findings("one_look_at_each_product", "fixed")]
+    assert made[:2] == [0, 32], "forward: as late as possible; reversed: at once"
+    assert all(0 < count < 32 for count in made[3:]), "random: some"
+
+
+# ---- shared variables of clusters ------------------------------------------------------------------------------------
+
+GIVEN = (np.arange(256) % 7.0).reshape(2, 128)  # by each of two blocks
+TURNED, OTHERS = GIVEN[:, ::-1], GIVEN[::-1]
+
+
+def chunks_turned() -> np.ndarray:
+    """Of four numbers, their order in reverse; to the first of each 100 times the second of the other block's."""
+    own, others = (x.reshape(2, 32, 4)[:, ::-1] for x in (GIVEN, OTHERS))
+    result = own.copy()
+    result[..., 0] += 100 * others[..., 1]
+    return result.reshape(2, 128)
+
+
+def rounds() -> np.ndarray:
+    x = GIVEN
+    for _ in range(6):
+        x = 0.5 * x + x[::-1, ::-1]
+    return x
+
+
+RESULTS = {
+    "copies": TURNED,
+    "bulk_copies": TURNED,
+    "bulk_stores": 2 * GIVEN,
+    "boxes": GIVEN,
+    "matrices": GIVEN.reshape(2, 32, 4)[:, ::-1].reshape(2, 128),
+    "atomics": np.repeat([[127_128.0], [127_256.0]], 128, axis=1),
+    "messages": TURNED + 10 * OTHERS,
+    "own_address": chunks_turned(),
+    "rounds": rounds(),
+}
+
+
+@pytest.mark.parametrize("way", RESULTS)
+def test_variables_of_a_block_are_its_own_in_every_way_to_use_them(way: str):
+    expected = float(np.sum(RESULTS[way].reshape(-1) * np.arange(1, 257)))
+    for found in findings(f"cluster_{way}", "fixed"):
+        assert float(found.removeprefix("ok ")) == pytest.approx(expected, rel=1e-8)
+
+
+def test_shared_variables_are_each_block_s_own():
+    given = np.arange(256).reshape(2, 128) % 7
+    boxes = np.concatenate([(np.arange(4)[:, None] + 4 * b) * 32 + np.arange(32) for b in range(2)]).reshape(2, 128) % 7
+    turned = (given + 2 * given[::-1] + 3 * boxes[0] + 4 * boxes[1])[:, ::-1].reshape(-1)
+    expected = float(np.sum(turned * np.arange(1, 257)))
+    assert {float(found.split()[1]) for found in findings("variables_order", "fixed")} == {expected}

@@ -1,5 +1,6 @@
 """Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu; on
-Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take."""
+Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take. Where
+LLMENGINE_CUDA_JIT=1 asks for them, sm_80's kernels of the very head dim (csrc/cuda/compiled.h)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ OPTIONS = (
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
-WIDEST_HOPPER_BACKWARD = 128  # the widest head whose sums for keys stay in registers
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 
 
@@ -53,7 +53,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
-            native.call("attention_forward", query, **given)
+            native.call("attention_forward", query, **given, exact=native.wants_exact())
+        native.tell_launched()
         return output, lse, lse_low
 
     @kernel(table, "attention_backward", backward_refuses)
@@ -64,18 +65,20 @@ def kernels(native: Native) -> dict[str, Kernel]:
         base, delta = torch.empty_like(lse), torch.empty_like(lse)
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
-        by_kernel = want_grad_mask and mask.shape[3] > 1
+        by_kernel = want_grad_mask and mask.shape[3] != 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
-        of_hopper = {}
-        if native.wants_hopper_attention() and hopper_backward_refuses(native, **arguments) is None:
+        of_hopper, by_boxes = {}, {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
+        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
             of_hopper = {"turns": torch.zeros(2, dtype=torch.int32, device=query.device)}
         native.call(
             "attention_backward_sm90a" if of_hopper else "attention_backward", query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
             grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
+            exact=native.wants_exact(),
         )  # fmt: skip
+        native.tell_launched()
         # what the sink's probability takes of each row's gradient
         taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
         if want_grad_mask and not by_kernel:
@@ -95,13 +98,6 @@ def hopper_refuses(native: Native, **operands) -> str | None:
         if reason := native.module.tensor_map_refuses(tensor=tensor):
             return f"{name}: {reason}"
     return None
-
-
-def hopper_backward_refuses(native: Native, query, key, value, grad_output, **options) -> str | None:
-    """The same of the backward."""
-    if (widest := max(query.shape[3], value.shape[3])) > WIDEST_HOPPER_BACKWARD:
-        return f"head dims go up to {WIDEST_HOPPER_BACKWARD}, got {widest}"
-    return hopper_refuses(native, query=query, key=key, value=value, grad_output=grad_output)
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):
