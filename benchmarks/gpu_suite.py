@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
+HOPPERS_ATTENTION = ("tests/sim/test_attention_sm90a.py", "tests/sim/test_attention_one_pass.py")
 PRODUCTS = ("tests/sim/test_ffn.py", "tests/sim/test_linear.py", "tests/sim/test_linear_cross_entropy.py")
 HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
 
@@ -49,7 +50,7 @@ def laws(capability: tuple[int, int]) -> list[Laws]:
     """In their order: Triton's, which compile longest, last. What Hopper has of its own runs on Hopper."""
     hopper = [
         Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu"),
-        Laws("cuda for Hopper", ("tests/sim/test_attention_sm90a.py", *PRODUCTS), "cuda-sm90a"),
+        Laws("cuda for Hopper", (*HOPPERS_ATTENTION, *PRODUCTS), "cuda-sm90a"),
         Laws("cuda by Hopper's products", OPERATORS, "[cuda-ffn or [cuda-linear", HOPPER),
     ]
     return [

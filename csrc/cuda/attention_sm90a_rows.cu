@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
     const Sequence rest = sequence_of(sizes, sizes.sequences);
     leave_empty<S::threads>(p.backward.grad_query, rest, sizes.heads, rest.row0, rest.rows, S::own);
   }
+  if (p.remade && *p.remade == 0) return;
   walk(shared, {{&query, &grad_output}, {&key, &value}}, p,
        [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
          multiply<S, T, D, simple>(shared, p, w, place, group, own, turn);
@@ -149,13 +150,14 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 
 }  // namespace
 
-void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
+void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
   visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
     using S = Shape<D, simple>;
     const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
     const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
     const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-    const auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+    auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+    walked.remade = remade;
     launch(launch_site<S>("attention_rows_sm90a", p, walked, stream), attention_rows_sm90a<T, D, simple>,
            map_of_tokens("query", p.query, kGroupRows), map_of_tokens("grad_output", p.grad_output, kGroupRows),
            map_of_tokens("key", p.key, S::passing), map_of_tokens("value", p.value, S::passing), walked);

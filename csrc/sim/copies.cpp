@@ -10,15 +10,18 @@ void Transfer::take_effect() const {
   std::memset(to + bytes, 0, size - bytes);
 }
 
-void Transfer::add_floats() const {
-  for (uint32_t at = 0; at < bytes; at += sizeof(float)) {
-    float sum, more;
-    std::memcpy(&sum, to + at, sizeof(float));
-    std::memcpy(&more, from + at, sizeof(float));
+template <class Number>
+void Transfer::add() const {
+  for (uint32_t at = 0; at < bytes; at += sizeof(Number)) {
+    Number sum, more;
+    std::memcpy(&sum, to + at, sizeof(Number));
+    std::memcpy(&more, from + at, sizeof(Number));
     sum += more;
-    std::memcpy(to + at, &sum, sizeof(float));
+    std::memcpy(to + at, &sum, sizeof(Number));
   }
 }
+template void Transfer::add<float>() const;
+template void Transfer::add<uint32_t>() const;
 
 void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
   const auto choice = order == Order::random ? random() % 4 : 0;

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.backends.cuda.native import HOPPER, attention_by, products_by
+from llmengine.backends.cuda.native import HOPPER, attention_backward_by, attention_by, products_by
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
@@ -146,6 +146,12 @@ def _on_cuda(
     return within
 
 
+@contextlib.contextmanager
+def _in_one_pass() -> Iterator[None]:
+    with attention_by("sm90a"), attention_backward_by("one_pass"):
+        yield
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +186,9 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
     if q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) == HOPPER:
         run["llmengine cuda sm90a"] = Within(ours, _on_cuda(lambda: attention_by("sm90a")))  # not yet the default
+        run["llmengine cuda sm90a one pass"] = Within(
+            ours, _on_cuda(_in_one_pass)
+        )  # backward; which is to be told here
     run |= peers
     name = _name(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)

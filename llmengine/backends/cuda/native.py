@@ -26,6 +26,10 @@ MAKERS = ("blas", "own", "sm80", "sm90a")
 # is one for tensor maps, backward up to head dim 128. No GPU has timed it yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
+# How Hopper's attention runs backward: "two_pass", a kernel for keys and one for queries, or "one_pass" over the scores,
+# which adds gradients of queries up on a grid of integers (csrc/cuda/attention_grid.h). No GPU has timed them yet.
+ATTENTION_BACKWARD = "LLMENGINE_CUDA_ATTENTION_BACKWARD"
+ATTENTION_BACKWARDS = ("two_pass", "one_pass")
 HOPPER = (9, 0)  # compute capability
 
 
@@ -48,6 +52,10 @@ def products_by(maker: str) -> contextlib.AbstractContextManager[None]:
 
 def attention_by(kernels: str) -> contextlib.AbstractContextManager[None]:
     return setting(ATTENTION, kernels)
+
+
+def attention_backward_by(passes: str) -> contextlib.AbstractContextManager[None]:
+    return setting(ATTENTION_BACKWARD, passes)
 
 
 def _chosen(variable: str, choices: tuple[str, ...], default: str) -> str:
@@ -121,6 +129,9 @@ class Native:
 
     def wants_hopper_attention(self) -> bool:
         return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"
+
+    def wants_one_pass(self) -> bool:
+        return _chosen(ATTENTION_BACKWARD, ATTENTION_BACKWARDS, ATTENTION_BACKWARDS[0]) == "one_pass"
 
     def capability(self, on: Tensor) -> tuple[int, int]:
         """Of the device that `on` lies on; the simulator's is a Hopper (csrc/sim/simulator.h)."""
