@@ -42,10 +42,10 @@ struct AttentionBackwardOnePass : AttentionBackwardSm90a {
 
   static constexpr auto fields() {
     using P = AttentionBackwardOnePass;
-    return std::tuple_cat(AttentionBackwardSm90a::fields(),
-                          std::tuple{ops::field("grid", &P::grid), ops::field("remade", &P::remade),
-                                     ops::field("largest", &P::largest), ops::field("squares", &P::squares),
-                                     ops::field("of_rows", &P::of_rows)});
+    return std::tuple_cat(
+        AttentionBackwardSm90a::fields(),
+        std::tuple{ops::field("grid", &P::grid), ops::field("remade", &P::remade), ops::field("largest", &P::largest),
+                   ops::field("squares", &P::squares), ops::field("of_rows", &P::of_rows)});
   }
 };
 

@@ -26,9 +26,9 @@ struct Grid {
     const int first = grid_tile(s.index, s.row0, s.rows, sizes.cu_seqlens_q != nullptr);
     return ((first + row / kGridRows) * sizes.heads + head) * kGridRows + row % kGridRows;
   }
-  // Of the tile that may be made anew, among `remade`.
+  // Of the tile that may be made anew, among `remade`; a sequence may be longer than it should be.
   __device__ __forceinline__ int flag_of(const Sizes& sizes, const Sequence& s, int head, int row) const {
-    return 1 + (s.index * sizes.heads + head) * row_tiles + row / kRemadeRows;
+    return 1 + (s.index * sizes.heads + head) * row_tiles + least(row / kRemadeRows, row_tiles - 1);
   }
 };
 

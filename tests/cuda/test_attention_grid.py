@@ -1,5 +1,5 @@
-"""The grid on which one pass adds gradients of queries up (csrc/cuda/attention_grid.h), on the host: how fine it is, that
-nothing that is added overflows, and that tiles of sequences lie apart."""
+"""The grid on which one pass adds gradients of queries up (csrc/cuda/attention_grid.h), on the host: how fine it is,
+that nothing that is added overflows, and that tiles of sequences lie apart."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def inputs(seed: int, dtype: torch.dtype, dim: int, keys: int, **odd: float) -> 
 @pytest.mark.parametrize("odd", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_order_of_parts_overflows(ask, odd: dict[str, float], dtype):
-    """Rows' sums of |parts|, which no order of adding them exceeds, as kernels round: G to 16 bits, parts to steps; with
-    probabilities 1.21 times as large as they should be, the most that errors of logits make of them."""
+    """Rows' sums of |parts|, which no order of adding them exceeds, as kernels round: G to 16 bits, parts to steps;
+    with probabilities 1.21 times as large as they should be, the most that errors of logits make of them."""
     keep = 1 / 0.7
     for seed, (dim, keys) in enumerate([(8, 1), (64, 200), (128, 1500)]):
         q, k, v, grad = inputs(seed, dtype, dim, keys, **odd)

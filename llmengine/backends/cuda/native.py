@@ -26,8 +26,8 @@ MAKERS = ("blas", "own", "sm80", "sm90a")
 # is one for tensor maps, backward up to head dim 128. No GPU has timed it yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
-# How Hopper's attention runs backward: "two_pass", a kernel for keys and one for queries, or "one_pass" over the scores,
-# which adds gradients of queries up on a grid of integers (csrc/cuda/attention_grid.h). No GPU has timed them yet.
+# How Hopper's attention runs backward: "two_pass", a kernel for keys and one for queries, or "one_pass" over the
+# scores, which adds gradients of queries up on a grid of integers (csrc/cuda/attention_grid.h). No GPU has timed them.
 ATTENTION_BACKWARD = "LLMENGINE_CUDA_ATTENTION_BACKWARD"
 ATTENTION_BACKWARDS = ("two_pass", "one_pass")
 HOPPER = (9, 0)  # compute capability
