@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where what was measured or made for this machine lies: $XDG_CACHE_HOME/llmengine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmengine"
+
+
 def sync(path: Path) -> None:
     """Returns when a file's bytes, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

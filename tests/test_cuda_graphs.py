@@ -119,3 +119,21 @@ def test_a_replay_is_a_call(target: Target, op: Operator, sample: Sample, dtype:
         expected = call()
     assert equal(replayed, expected)
     assert not equal(replayed, before), "the other inputs gave the same results"
+
+
+def test_nothing_is_page_locked_while_a_graph_is_captured_but_what_exceeds_the_room():
+    pytest.importorskip("triton")
+    from llmengine.backends.triton.tensor_list import PageLocked
+
+    locked = []
+    memory = PageLocked(100, pin=lambda t: locked.append(t.numel()) or t.clone())
+    memory.reserve()
+    tables = [torch.arange(i, i + 24).view(4, 6) for i in range(5)]
+    places = [memory.place(t) for t in tables[:4]]
+    assert locked == [100]
+    places.append(memory.place(tables[4]))
+    assert locked == [100, 24]
+    for place, table in zip(places, tables, strict=True):
+        assert place.is_contiguous() and torch.equal(place, table)
+    memory.reserve()
+    assert locked == [100, 24, 100]

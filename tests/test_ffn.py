@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -186,3 +187,70 @@ def test_errors_name_argument_given_and_allowed(change, message):
     arguments = {"input": torch.ones(3, 4), "w_up": torch.ones(6, 4), "w_down": torch.ones(4, 6)} | change
     with pytest.raises(ValueError, match=f"^ffn: {message}"):
         functional.ffn(**arguments)
+
+
+# ---- memory or speed -------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(call) -> tuple[torch.Tensor, int]:
+    """What a call gives, and how much it keeps for the backward beside its parameters, each tensor counted once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return call(), sum(kept.values())
+
+
+def block(d: int, f: int, dtype: torch.dtype, gated: bool):
+    """Parameters as functional.ffn names them."""
+    g = torch.Generator().manual_seed(d + f)
+    names = {"w_up": (f, d), "w_down": (d, f), "b_up": (f,), "b_down": (d,)}
+    names |= {"w_gate": (f, d), "b_gate": (f,)} if gated else {}
+    return {name: torch.nn.Parameter(torch.randn(s, generator=g).to(dtype) / 4) for name, s in names.items()}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_recomputed_pre_activations_change_no_bit_and_are_not_kept(gated, backend):
+    tokens, d, f = 130, 24, 70
+    for dtype in (torch.float32, torch.float16 if backend == "triton" else torch.bfloat16):
+        p = block(d, f, dtype, gated)
+        x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        found = []
+        for recompute in (False, True):
+            torch.manual_seed(3)
+            options = {"activation": "silu", "dropout_p": 0.2, "recompute": recompute}
+            with llmengine.backend(backend), poison():
+                output, kept = saved_bytes(lambda options=options, x=x, p=p: functional.ffn(x, **p, **options))
+                gradients = torch.autograd.grad(output.sum(), [x, *p.values()])
+            assert kept == dtype.itemsize * tokens * (d + (0 if recompute else (1 + gated) * f)) + 8  # and the seed
+            found.append([output, *gradients])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), dtype
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_graphs_do_not_keep_what_is_to_be_recomputed(compiler):
+    """Neither of the two ways in which a graph of forward and backward together is cut in two."""
+    p = block(24, 70, torch.float32, gated=True)
+    x = torch.randn(50, 24, requires_grad=True)
+    kept = {}
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        block_of = functools.partial(functional.ffn, **p, recompute=recompute)
+        call = torch.compile(block_of, fullgraph=True, backend=compiler)
+        output, kept[recompute] = saved_bytes(lambda call=call: call(x))
+        output.sum().backward()
+    assert kept == {True: 4 * 50 * 24, False: 4 * 50 * (24 + 2 * 70)}
+
+
+def test_opcheck_of_a_backward_that_recomputes_into_buffers():
+    """With buffers for some of the weights, which are changed, and the others' gradients returned."""
+    p = {name: t.detach() for name, t in block(8, 12, torch.float32, gated=True).items()}
+    given = (p["w_up"], p["b_up"], p["w_gate"], p["b_gate"], p["w_down"])
+    mains = (torch.ones(12, 8), None, torch.ones(8, 12))
+    args = (torch.randn(5, 8), torch.randn(5, 8), *given, None, None, None, "gelu", 0.0, *mains, [True] * 7)
+    torch.library.opcheck(torch.ops.llmengine.ffn_backward.default, args)

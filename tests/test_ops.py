@@ -71,7 +71,7 @@ def test_reference_is_plain_pytorch_in_float64(op: Operator, sample: Sample):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("op, sample", DIFFERENTIABLE)
+@pytest.mark.parametrize("op, sample", [c for c in DIFFERENTIABLE if not c.values[0].rounds])
 def test_gradcheck_of_the_reference(op: Operator, sample: Sample):
     keys = sample.differentiable()
 

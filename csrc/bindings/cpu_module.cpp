@@ -73,6 +73,10 @@ PYBIND11_MODULE(_cpu, module) {
   bind_cpu<ops::LinearCrossEntropyForward>(module, "linear_cross_entropy_forward");
   bind_cpu<ops::LinearCrossEntropyBackward>(module, "linear_cross_entropy_backward");
   bind_cpu<ops::LinearCrossEntropyWithGradients>(module, "linear_cross_entropy_with_gradients");
+  bind_cpu<ops::LinearCrossEntropyShardForward<ops::LinearCrossEntropyForward>>(module,
+                                                                                "linear_cross_entropy_shard_forward");
+  bind_cpu<ops::LinearCrossEntropyShardBackward<ops::LinearCrossEntropyBackward>>(
+      module, "linear_cross_entropy_shard_backward");
   bind_cpu<ops::MultiplyAddPeak>(module, "multiply_add_peak");
   bind_cpu<ops::NormForward>(module, "norm_forward");
   bind_cpu<ops::NormBackward>(module, "norm_backward");

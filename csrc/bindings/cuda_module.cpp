@@ -5,6 +5,7 @@ namespace llmengine {
 
 PYBIND11_MODULE(_cuda, module) {
   module.def("device_problem", &cuda::device_problem);
+  module.def("sources", &cuda::sources);
   bind_cuda_operators(module, dlpack::kCUDA, [](const auto& params, const auto& launch) { launch(params); });
 }
 

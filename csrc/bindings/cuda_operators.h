@@ -3,16 +3,21 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "bindings/bind.h"
 #include "cuda/adamw.h"
 #include "cuda/attention.h"
 #include "cuda/attention_sm90a.h"
+#include "cuda/compiled.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/decode_attention.h"
 #include "cuda/embedding.h"
 #include "cuda/ffn.h"
+#include "cuda/fp8.h"
 #include "cuda/gemm.h"
 #include "cuda/gemm_cores.h"
 #include "cuda/gradient_norm.h"
@@ -33,6 +38,17 @@ struct OnStream : Params {
     return std::tuple_cat(Params::fields(), std::tuple{ops::field("stream", &OnStream::stream)});
   }
 };
+
+// compile(source, kernel, capability) -> (name, image) or None; kept for ever, as the module is.
+inline void set_compiler(pybind11::function compile) {
+  cuda::set_compiler([kept = compile.release()](const cuda::Instance& instance, int capability) {
+    const pybind11::gil_scoped_acquire locked;
+    const pybind11::object code = kept(instance.source, instance.kernel, capability);
+    if (code.is_none()) return std::optional<cuda::MachineCode>();
+    auto [name, image] = code.cast<std::pair<std::string, std::string>>();
+    return std::optional(cuda::MachineCode{std::move(name), std::move(image)});
+  });
+}
 
 // `around(params, launch)` calls launch(params), with whatever the module's device needs before and after.
 template <class Around>
@@ -60,16 +76,22 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("ffn_forward", cuda::FeedForwardForward{});
   operation("ffn_hidden_forward", cuda::HiddenForward{});
   operation("ffn_hidden_backward", cuda::HiddenBackward{});
+  operation("fp8_product", cuda::Fp8Product{});
+  operation("fp8_quantise", cuda::Fp8Quantise{});
   operation("gemm", cuda::Gemm{});
   operation("gradient_norm", cuda::GradientNorm{});
   operation("linear_cross_entropy_forward", cuda::LinearCrossEntropyForward{});
   operation("linear_cross_entropy_backward", cuda::LinearCrossEntropyBackward{});
+  operation("linear_cross_entropy_shard_forward", cuda::LinearCrossEntropyShardForward{});
+  operation("linear_cross_entropy_shard_backward", cuda::LinearCrossEntropyShardBackward{});
   operation("norm_forward", cuda::NormForward{});
   operation("norm_backward", cuda::NormBackward{});
   operation("rotary_forward", cuda::RotaryForward{});
   operation("rotary_backward", cuda::RotaryBackward{});
   operation("softmax_forward", cuda::SoftmaxForward{});
   operation("softmax_backward", cuda::SoftmaxBackward{});
+  module.def("set_compiler", &set_compiler, pybind11::arg("compile"));
+  module.def("take_launched", &cuda::take_launched);
   module.def(
       "sm90a_refuses",
       [=](TensorObject matrix) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/half.h"
+
 namespace llmengine {
 
 enum class DType : uint8_t { f32, bf16, f16, f64, i32, i64, boolean };
@@ -34,14 +36,6 @@ inline int64_t size_of(DType dtype) {
   }
   return 0;
 }
-
-// Storage of the 16-bit floats: kernels widen to float on load and round to nearest even on store.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
 
 inline constexpr int kMaxDims = 8;
 

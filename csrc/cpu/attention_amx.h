@@ -1,5 +1,5 @@
-// Attention of bf16 on AMX's tiles where nothing but a band stands between products and logits: the forward
-// (cpu/attention_rows.h does everything else; formulas: ops/attention.h).
+// Attention of bf16 on AMX's tiles: the forward (formulas: ops/attention.h; masks, biases, dropout:
+// cpu/attention_amx_logits.h).
 //
 //   A unit is 16 rows of one head, which a lane each have in every vector below. It meets chunks of 32 keys:
 //
@@ -17,20 +17,22 @@
 //
 //   Keys and values lie packed, a tile after another, in a block of chunks that the second-level cache holds while all
 //   units of a task meet it: sums that leave their registers less often are worth more than operands in the first.
+//   Chunks in which a unit sees nothing are left out.
+//
+//   Where logits are more than products times a factor, they are made of S before its exponentials, and m, now a logit
+//   itself and no multiple of one, is told in advance when they have grown beyond it by 1.5. Dropout takes weights from
+//   P after they were summed.
 //
 //   Limit: the port that multiplies, 8.5 instructions a vector of scores, while the tiles take 4 of those cycles at
 //   head_dim 64.
 #pragma once
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_amx_logits.h"
+#include "cpu/attention_amx_pack.h"
 
 #if defined(LLMENGINE_AMX)
 
 namespace llmengine::cpu::LLMENGINE_ISA {
-
-inline constexpr int kUnitRows = kAmxRows, kChunkKeys = 32, kTileHalves = 512, kTileFloats = 256;
-
-#define LLMENGINE_INLINE __attribute__((always_inline)) inline
 
 // x - floor(x), 0 of an infinity, and 2^floor(x) p; of a NaN they are NaN
 LLMENGINE_INLINE F fraction(F x) {
@@ -102,15 +104,19 @@ struct AmxChunk {
   float* scores;
   bf16* weights;
 };
-// How a unit's products become weights: 2^(factor product - shift) for keys [begin, end) of the chunk.
+// What a unit's scores are, and how they become weights:
+//   all      products, 2^(factor product - shift)
+//   some     the same, but only those are seen that have a bit
+//   logits   2^(factor (logit - shift)); of those that have no bit the sum knows, and the values do not
+enum class AmxSees { all, some, logits };
 struct AmxWeights {
   F factor, shift;
-  I begin, end;
+  U bits;
 };
 
 // Makes the scores of `next`, the weights of `now`, whose sums it returns, and adds the values of `last` to tiles 0 to
 // kResident - 1.
-template <int kSteps, int kResident, bool banded, bool has_next, bool has_last>
+template <int kSteps, int kResident, AmxSees sees, bool has_next, bool has_last>
 __attribute__((noinline)) F amx_step(const AmxChunk& next, const AmxChunk& now, const AmxWeights& weights,
                                      const AmxChunk& last) {
   constexpr int kScores = 2 * kSteps, kActions = kScores + kResident, kGroups = 8, kKeys = kChunkKeys / kGroups;
@@ -131,6 +137,7 @@ __attribute__((noinline)) F amx_step(const AmxChunk& next, const AmxChunk& now, 
     }
   };
   const F factor = weights.factor, shift = weights.shift;
+  const U bits = weights.bits;
   F sums[kKeys] = {};
   const auto group = [&]<int g>(std::integral_constant<int, g>) __attribute__((always_inline)) {
     [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
@@ -140,9 +147,11 @@ __attribute__((noinline)) F amx_step(const AmxChunk& next, const AmxChunk& now, 
 #pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) {
       const int key = g * kKeys + i;
-      p[i] = power_of_2(load(now.scores + key * kLanes) * factor - shift);
-      if constexpr (banded) p[i] = select((weights.begin <= key) & (weights.end > key), p[i], F{});
+      const F score = load(now.scores + key * kLanes);
+      p[i] = power_of_2(sees == AmxSees::logits ? (score - shift) * factor : score * factor - shift);
+      if constexpr (sees == AmxSees::some) p[i] = select(has_bit(bits, key), p[i], F{});
       sums[i] += p[i];
+      if constexpr (sees == AmxSees::logits) p[i] = select(has_bit(bits, key), p[i], F{});
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kKeys; i += 2) {
@@ -159,82 +168,13 @@ __attribute__((noinline)) F amx_step(const AmxChunk& next, const AmxChunk& now, 
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// ---- packing --------------------------------------------------------------------------------------------------------
-
-// 16 rows as a right operand: pairs of columns, a row in each lane.
-inline void pack_unit(const Rows<const bf16>& x, int64_t rows, bf16* to) {
-  for (int64_t k = 0; k < x.columns; k += 2 * kLanes, to += kTileHalves) {
-    U block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? consecutive(x.row(i) + k, x.columns - k) : U{};
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store_pairs(to + 2 * i * kLanes, block[i]);
-  }
-}
-
-// Rows come into the second-level cache while others are worked on.
-inline void fetch_rows(const Rows<const bf16>& x, int64_t first, int64_t end) {
-  for (int64_t r = first; r < end; ++r) {
-    for (int64_t c = 0; c < x.columns; c += 32) __builtin_prefetch(x.row(r) + c, 0, 2);
-  }
-}
-
-// A chunk of keys as a left operand, in tiles of 16 keys and 32 columns, `steps` side by side; zeros beyond.
-inline void pack_keys(const Rows<const bf16>& x, int64_t first, int64_t count, int64_t steps, bf16* to) {
-  for (int64_t key = 0; key < kChunkKeys; ++key) {
-    bf16* line = to + (key / kAmxRows * steps * kAmxRows + key % kAmxRows) * 2 * kLanes;
-    for (int64_t k = 0; k < steps * 2 * kLanes; k += 2 * kLanes, line += kTileHalves) {
-      store_pairs(line, key < count && k < x.columns ? consecutive(x.row(first + key) + k, x.columns - k) : U{});
-    }
-  }
-}
-
-// A chunk of values as a left operand, transposed, in tiles of 16 columns and 32 keys.
-inline void pack_values(const Rows<const bf16>& x, int64_t first, int64_t count, bf16* to) {
-  for (int64_t c = 0; c < x.columns; c += kAmxRows, to += kTileHalves) {
-    const bf16* from = x.row(first) + c;
-    if (count < kChunkKeys || x.columns - c < kAmxRows) {
-      pack_lines_transposed(from, x.stride, std::min<int64_t>(kAmxRows, x.columns - c), count, to, kChunkKeys);
-      continue;
-    }
-    U block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      block[i] = halves(from + 2 * i * x.stride) | halves(from + (2 * i + 1) * x.stride) << 16;
-    }
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store_pairs(to + 2 * i * kLanes, block[i]);
-  }
-}
-
-// The keys [begin, end) that each of 16 rows sees, counted from `key` on, which lies near to them or else beyond.
-struct AmxBand {
-  I begin, end;
-  AmxBand(const ops::Band& band, int64_t row, int64_t key) {
-    const auto near = [](int64_t x) { return static_cast<int32_t>(ops::clamp_index(x, -64, 64)); };
-    const int64_t position = row + band.shift - key;
-    const I lanes = __builtin_bit_cast(I, lane_numbers()), keys = I{} + near(band.keys - key);
-    const int64_t left = std::min(band.left, band.rows + band.keys),
-                  right = std::min(band.right, band.rows + band.keys);
-    const I first = lanes + near(position - left), last = lanes + near(position + right + 1);
-    begin = band.left < 0 ? I{} : first;
-    end = band.right < 0 ? keys : (last < keys ? last : keys);
-  }
-};
-
 // ---- the forward ----------------------------------------------------------------------------------------------------
 
-// What it takes: no more than a band between products and logits, and a head that tiles hold.
 inline bool amx_takes(const ops::AttentionOptions& p) {
-  const bool plain = !p.mask.defined() && !p.alibi_slopes.defined() && !p.distance_bias.defined();
-  const float factor = static_cast<float>(p.scale * 1.4426950408889634);
-  return plain && p.softcap == 0 && p.dropout_p == 0 && factor > 0 && factor < INFINITY &&
-         std::max(p.query.size(3), p.value.size(3)) <= 4 * 2 * kLanes;
+  return p.query.dtype == DType::bf16 && std::max(p.query.size(3), p.value.size(3)) <= 8 * 2 * kLanes;
 }
 
-// Calls body with the number of products that head_dim and value_dim take.
+// Calls body with the number of products that head_dim and value_dim take, or with a little more.
 template <class Body>
 void amx_steps(const ops::AttentionOptions& p, const Body& body) {
   switch (count_of(std::max(p.query.size(3), p.value.size(3)), 2 * kLanes)) {
@@ -242,7 +182,10 @@ void amx_steps(const ops::AttentionOptions& p, const Body& body) {
     case 1: return body(std::integral_constant<int, 1>());
     case 2: return body(std::integral_constant<int, 2>());
     case 3: return body(std::integral_constant<int, 3>());
-    default: return body(std::integral_constant<int, 4>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 5:
+    case 6: return body(std::integral_constant<int, 6>());
+    default: return body(std::integral_constant<int, 8>());
   }
 }
 
@@ -263,7 +206,8 @@ class AmxForward {
       : p_(p),
         s_(s),
         band_(p.band(s)),
-        factor_(static_cast<float>(p.scale * 1.4426950408889634)),
+        plain_(AmxLogits::plain(p)),
+        factor_(plain_ ? static_cast<float>(p.scale * 1.4426950408889634) : 1.44269504f),
         key_(p.key, s.batch, key_head, s.key0),
         value_(p.value, s.batch, key_head, s.key0) {
     thread_local Scratch scratch;
@@ -289,7 +233,6 @@ class AmxForward {
         const Span mine = common(unit.seen, keys);
         if (mine.count() <= 0) continue;
         if (!unit.ready) begin(unit);
-        parity_ ^= 1;
         for (int64_t c = (mine.begin - first) / kChunkKeys; c * kChunkKeys < mine.end - first; ++c) {
           push(unit, first, c);
         }
@@ -307,24 +250,29 @@ class AmxForward {
 
   struct Unit {
     int64_t head, row, rows;
-    Span seen, full;   // the keys that some row sees, and those that all see
-    bool ready, open;  // query is packed; some row has no reference yet
-    float *sums, *reference, *total;
-    bf16* query;
+    AmxLogits logits;
+    Span seen{}, full{};               // from the first to the last key that some row may see, and those that all see
+    bool ready = false, open = false;  // query is packed; some row has no reference yet
+    float *sums = nullptr, *reference = nullptr, *total = nullptr;
+    bf16* query = nullptr;
+
+    AmxPiece piece(int64_t key) const { return {row, rows, key}; }
   };
   struct Place {  // a chunk for a unit
     Unit* unit = nullptr;
     int64_t key = 0, chunk = 0;
-    bool banded = false;
+    bool hides = false;
+    U seen{};  // where it hides some
     AmxChunk at{};
   };
 
   void add_unit(int64_t n, int64_t key_head, float* memory) {
     const int64_t group = p_.group(), row = (count_of(s_.rows, kUnitRows) - 1 - n / group) * kUnitRows;
-    Unit unit{};
-    unit.head = key_head * group + n % group, unit.row = row, unit.rows = std::min<int64_t>(kUnitRows, s_.rows - row);
+    const int64_t head = key_head * group + n % group;
+    Unit unit{head, row, std::min<int64_t>(kUnitRows, s_.rows - row), AmxLogits(p_, s_, head)};
     const auto keys = band_.keys_of(row, row + unit.rows);
-    unit.seen = {keys.begin, keys.end}, unit.full = {keys.full, keys.full_end};
+    unit.seen = common({keys.begin, keys.end}, unit.logits.keys());
+    if (!unit.logits.masked()) unit.full = {keys.full, keys.full_end};
     unit.sums = memory;
     unit.query = reinterpret_cast<bf16*>(memory + kTiles * kTileFloats);
     unit.reference = memory + kTiles * kTileFloats + kSteps * kTileHalves / 2;
@@ -337,10 +285,9 @@ class AmxForward {
     std::fill_n(unit.sums, kTiles * kTileFloats, 0.0f);
     if (p_.query.size(3) < kSteps * 2 * kLanes) std::fill_n(unit.query, kSteps * kTileHalves, bf16{});
     pack_unit(Rows<const bf16>(p_.query, s_.batch, unit.head, s_.row0 + unit.row), unit.rows, unit.query);
-    const float sink = p_.sink(s_, unit.head);  // a logit that comes before all others, or -inf
-    unit.open = sink == -INFINITY;
-    store(unit.reference, broadcast(sink * 1.44269504f));
-    store(unit.total, broadcast(unit.open ? 0.0f : 1.0f));
+    unit.open = true;
+    store(unit.reference, broadcast(-INFINITY));
+    store(unit.total, F{});
   }
 
   // What is read after unit n comes nearer meanwhile: the next unit's query, and its part of the next block.
@@ -369,10 +316,17 @@ class AmxForward {
   // Places stay where they are made, in one of three that take turns: copies of what was just written would wait.
   void push(Unit& unit, int64_t first, int64_t chunk) {
     Place& next = places_[turn_];
+    const AmxPiece piece = unit.piece(first + chunk * kChunkKeys);
+    next.hides = piece.key < unit.full.begin || piece.key + kChunkKeys > unit.full.end;
+    if (next.hides) {
+      next.seen = unit.logits.seen(piece);
+      if (all(next.seen == 0)) return;
+      next.hides = !all(next.seen == ~U{});
+    }
     turn_ = turn_ == 2 ? 0 : turn_ + 1, even_ ^= 1;
+    if (!now_ || now_->unit != &unit) parity_ ^= 1;
     const bf16* keys = block_ + chunk * kChunkHalves;
-    next.unit = &unit, next.key = first + chunk * kChunkKeys, next.chunk = chunk;
-    next.banded = next.key < unit.full.begin || next.key + kChunkKeys > unit.full.end;
+    next.unit = &unit, next.key = piece.key, next.chunk = chunk;
     next.at.query = unit.query, next.at.keys = keys, next.at.values = keys + 2 * kSteps * kTileHalves;
     next.at.scores = scores_ + even_ * 2 * kTileFloats;
     next.at.weights = weights_ + (kTiles > kResident ? parity_ * kChunks + chunk : turn_) * kTileHalves;
@@ -396,89 +350,108 @@ class AmxForward {
   template <bool has_next>
   void advance(const Place& next) {
     Unit& unit = *now_->unit;
-    AmxWeights weights{broadcast(factor_), {}, {}, {}};
-    if (now_->banded) {
-      const AmxBand seen(band_, unit.row, now_->key);
-      weights.begin = seen.begin, weights.end = seen.end;
+    AmxWeights weights{broadcast(factor_), {}, now_->seen};
+    if (!plain_) {
+      weights.bits = make_logits();
+    } else if (unit.open) {
+      refer();
     }
-    if (unit.open) refer(weights);
     const F reference = load(unit.reference);
-    weights.shift = unit.open ? select(reference == -INFINITY, F{}, reference) : reference;
-    F sums;
-    if (last_) {
-      make_resident(*last_);
-      sums = now_->banded ? amx_step<kSteps, kResident, true, has_next, true>(next.at, now_->at, weights, last_->at)
-                          : amx_step<kSteps, kResident, false, has_next, true>(next.at, now_->at, weights, last_->at);
-    } else {
-      sums = now_->banded ? amx_step<kSteps, kResident, true, has_next, false>(next.at, now_->at, weights, now_->at)
-                          : amx_step<kSteps, kResident, false, has_next, false>(next.at, now_->at, weights, now_->at);
-    }
-    if (all(sums < kMost)) {
+    weights.shift = select(reference == -INFINITY, F{}, reference);
+    const F sums = !plain_       ? step<AmxSees::logits, has_next>(next, weights)
+                   : now_->hides ? step<AmxSees::some, has_next>(next, weights)
+                                 : step<AmxSees::all, has_next>(next, weights);
+    if (!plain_ || all(sums < kMost)) {
       store(unit.total, load(unit.total) + sums);
     } else {
-      redo(weights, sums < kMost);
+      redo(sums < kMost);
     }
     last_ = now_;
   }
+  template <AmxSees sees, bool has_next>
+  F step(const Place& next, const AmxWeights& weights) {
+    if (!last_) return amx_step<kSteps, kResident, sees, has_next, false>(next.at, now_->at, weights, now_->at);
+    make_resident(*last_);
+    return amx_step<kSteps, kResident, sees, has_next, true>(next.at, now_->at, weights, last_->at);
+  }
+
+  // ---- logits that are more than products ----
+
+  // Makes them of the present products, and returns what dropout keeps of their weights. Rows whose logits have grown
+  // far beyond their reference refer to the greatest.
+  U make_logits() {
+    Unit& unit = *now_->unit;
+    const AmxPiece piece = unit.piece(now_->key);
+    unit.logits.make(piece, now_->hides ? now_->seen : ~U{}, now_->at.scores, kTileFloats);
+    const F before = load(unit.reference),
+            most = largest([&](int key) { return load(now_->at.scores + key * kLanes); });
+    const I outgrown = most > before + 1.5f;
+    if (!all(~outgrown)) {
+      if (last_) make_resident(*last_), add_values(last_->at);  // by what they were weighed with
+      if (resident_ == &unit) evict();
+      last_ = nullptr;
+      rescale(unit, select(outgrown, most, before),
+              select(outgrown, power_of_2((before - most) * factor_), broadcast(1.0f)));
+    }
+    return unit.logits.drops() ? unit.logits.kept(piece) : ~U{};
+  }
+
+  // Of sums that are not resident.
+  void rescale(Unit& unit, F reference, F scale) const {
+    store(unit.reference, reference);
+    store(unit.total, load(unit.total) * scale);
+    for (int64_t i = 0; i < kTiles * kTileFloats; i += kLanes) store(unit.sums + i, load(unit.sums + i) * scale);
+  }
+
+  // ---- products alone ----
 
   // Weights beyond it make their row choose another reference.
   static constexpr float kMost = 1099511627776.0f;
 
-  static bool all(I condition) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask(__builtin_bit_cast(__m512i, condition), __builtin_bit_cast(__m512i, condition)) ==
-           0xffff;
-#else
-    for (int i = 0; i < kLanes; ++i) {
-      if (!condition[i]) return false;
-    }
-    return true;
-#endif
-  }
-
   // Rows that see their first keys refer to the greatest of their logits.
-  void refer(const AmxWeights& weights) const {
+  void refer() const {
     Unit& unit = *now_->unit;
-    const F before = load(unit.reference), most = largest(weights) * factor_;
-    store(unit.reference, select(before == -INFINITY, most, before));
+    const F before = load(unit.reference);
+    store(unit.reference, select(before == -INFINITY, largest_product() * factor_, before));
     unit.open = !all(load(unit.reference) > -INFINITY);
   }
 
-  F product(const AmxWeights& weights, int key) const {
+  F product(int key) const {
     const F x = load(now_->at.scores + key * kLanes);
-    if (!now_->banded) return x;
-    return select((weights.begin <= key) & (weights.end > key), x, broadcast(-INFINITY));
+    return now_->hides ? select(has_bit(now_->seen, key), x, broadcast(-INFINITY)) : x;
   }
-  F largest(const AmxWeights& weights) const {
+  F largest_product() const {
+    return largest([&](int key) { return product(key); });
+  }
+  template <class Score>
+  static F largest(const Score& score) {
     F most[4];
     for (F& m : most) m = broadcast(-INFINITY);
     for (int key = 0; key < kChunkKeys; key += 4) {
-      for (int i = 0; i < 4; ++i) most[i] = max(most[i], product(weights, key + i));
+      for (int i = 0; i < 4; ++i) most[i] = max(most[i], score(key + i));
     }
     return max(max(most[0], most[1]), max(most[2], most[3]));
   }
 
   // The present weights once more, and what is infinite or no number as such. Rows that are not calm refer to their
   // greatest logit so far; the others get what they had, bit by bit.
-  void redo(const AmxWeights& weights, I calm) {
+  void redo(I calm) {
     Unit& unit = *now_->unit;
     if (resident_ == &unit) evict();
-    const F before = load(unit.reference), most = select(calm, before, max(before, largest(weights) * factor_));
+    const F before = load(unit.reference), most = select(calm, before, max(before, largest_product() * factor_));
     const F shift = select(most == -INFINITY, F{}, most);
     F sums[4] = {};
     for (int key = 0; key < kChunkKeys; key += 2) {
       F p[2];
       for (int i = 0; i < 2; ++i) {
-        p[i] = product(weights, key + i) * factor_ - shift;
+        p[i] = product(key + i) * factor_ - shift;
         p[i] = select(p[i] == -INFINITY, F{}, power_of_2(p[i]));
         sums[(key + i) % 4] += p[i];
       }
       store_pairs(now_->at.weights + key * kLanes, interleaved(p[0], p[1]));
     }
-    const F scale = select(before == -INFINITY, F{}, power_of_2(before - shift));
-    store(unit.reference, most);
-    store(unit.total, load(unit.total) * scale + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
-    for (int64_t i = 0; i < kTiles * kTileFloats; i += kLanes) store(unit.sums + i, load(unit.sums + i) * scale);
+    rescale(unit, most, select(before == -INFINITY, F{}, power_of_2(before - shift)));
+    store(unit.total, load(unit.total) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
 
   // ---- tiles ----
@@ -510,9 +483,10 @@ class AmxForward {
     });
   }
 
-  // The sums of a chunk's unit come into registers; those of another one leave.
+  // The sums of a chunk's unit come into registers; those of another one leave, and so do those whose chunks end here:
+  // columns that wait for their values take chunks that follow each other.
   void make_resident(const Place& chunk) {
-    if (resident_ != chunk.unit) {
+    if (resident_ != chunk.unit || resident_chunks_.end != chunk.chunk) {
       evict();
       resident_ = chunk.unit, resident_chunks_.begin = chunk.chunk;
       resident_values_ = chunk.at.values, resident_weights_ = chunk.at.weights;
@@ -527,37 +501,51 @@ class AmxForward {
     for_resident([&]<int tile>(std::integral_constant<int, tile>) {
       amx_store<tile>(resident_->sums + tile * kTileFloats, kAmxRowBytes);
     });
-    if constexpr (kTiles > kResident) add_other_columns();
+    add_other_columns();
     resident_ = nullptr;
   }
-  // Columns that found no registers take the values of all chunks at once.
+  // Columns that found no registers take the values of all chunks at once, as many tiles as there are registers.
+  template <int first = kResident>
   void add_other_columns() const {
-    float* sums = resident_->sums + kResident * kTileFloats;
-    const auto for_others = [&](const auto& body) {
-      for_resident([&]<int tile>(std::integral_constant<int, tile> i) {
-        if constexpr (tile < kTiles - kResident) body(i);
+    if constexpr (first < kTiles) {
+      float* sums = resident_->sums + first * kTileFloats;
+      const auto for_some = [](const auto& body) {
+        for_resident([&]<int tile>(std::integral_constant<int, tile> i) {
+          if constexpr (first + tile < kTiles) body(i);
+        });
+      };
+      for_some([&]<int tile>(std::integral_constant<int, tile>) {
+        amx_load<tile>(sums + tile * kTileFloats, kAmxRowBytes);
       });
-    };
-    for_others(
-        [&]<int tile>(std::integral_constant<int, tile>) { amx_load<tile>(sums + tile * kTileFloats, kAmxRowBytes); });
-    for (int64_t n = 0; n < resident_chunks_.count(); ++n) {
-      const bf16* values = resident_values_ + n * kChunkHalves + kResident * kTileHalves;
-      amx_load<7>(resident_weights_ + n * kTileHalves, kAmxRowBytes);
-      for_others([&]<int tile>(std::integral_constant<int, tile>) {
-        amx_load<6>(values + tile * kTileHalves, kAmxRowBytes);
-        amx_multiply_tiles<tile, 6, 7>();
+      for (int64_t n = 0; n < resident_chunks_.count(); ++n) {
+        const bf16* values = resident_values_ + n * kChunkHalves + first * kTileHalves;
+        amx_load<7>(resident_weights_ + n * kTileHalves, kAmxRowBytes);
+        for_some([&]<int tile>(std::integral_constant<int, tile>) {
+          amx_load<6>(values + tile * kTileHalves, kAmxRowBytes);
+          amx_multiply_tiles<tile, 6, 7>();
+        });
+      }
+      for_some([&]<int tile>(std::integral_constant<int, tile>) {
+        amx_store<tile>(sums + tile * kTileFloats, kAmxRowBytes);
       });
+      add_other_columns<first + kResident>();
     }
-    for_others(
-        [&]<int tile>(std::integral_constant<int, tile>) { amx_store<tile>(sums + tile * kTileFloats, kAmxRowBytes); });
   }
 
   void write(const Unit& unit) const {
-    const F total = load(unit.total), reference = load(unit.reference);
+    // lse = reference + log(total), the first in two floats (a product's is a logit over ln 2) and the sum's rounding
+    // error beside it
+    const F reference = load(unit.reference);
+    F first = plain_ ? reference * 0.693147182f : reference, total = load(unit.total), scale = broadcast(1.0f);
+    F rest = plain_ ? fused(reference, 0.693147182f, first) + reference * -1.90465421e-9f : F{};
+    if (const float sink = p_.sink(s_, unit.head); sink != -INFINITY) {  // the last logit
+      const F beyond = (sink - first) - rest;
+      const I highest = sink > first;
+      scale = select(highest, exp_of_nonpositive(-beyond), scale);
+      total = total * scale + select(highest, broadcast(1.0f), exp_of_nonpositive(beyond));
+      first = select(highest, broadcast(sink), first), rest = select(highest, F{}, rest);
+    }
     const I none = total == F{}, infinite = total == INFINITY;
-    // lse = reference ln 2 + log(total), the first in two floats and the sum's rounding error beside it
-    const F first = reference * 0.693147182f;
-    const F rest = fused(reference, 0.693147182f, first) + reference * -1.90465421e-9f;
     const F log = log_of_normal(select(none | infinite, broadcast(1.0f), total)), lse = first + log;
     const F error = (first - (lse - (lse - first))) + (log - (lse - first));
     alignas(64) float high[kUnitRows], low[kUnitRows];
@@ -566,7 +554,7 @@ class AmxForward {
     const int64_t statistic = (s_.batch * p_.heads() + unit.head) * p_.query.size(2) + s_.row0 + unit.row;
     std::copy_n(high, unit.rows, p_.lse.as<float>() + statistic);
     std::copy_n(low, unit.rows, p_.lse_low.as<float>() + statistic);
-    const F factor = select(none, F{}, 1.0f / total);
+    const F factor = select(none, F{}, scale * unit.logits.keep_scale() / total);
     const Rows<bf16> to(p_.output, s_.batch, unit.head, s_.row0 + unit.row);
     for_lanes(to.columns, [&](int64_t c, auto n) {
       F block[kLanes];
@@ -579,6 +567,7 @@ class AmxForward {
   const ops::AttentionForward& p_;
   const ops::Sequence& s_;
   ops::Band band_;
+  bool plain_;  // see AmxLogits
   float factor_;
   Rows<const bf16> key_, value_;
   std::vector<Unit> units_;

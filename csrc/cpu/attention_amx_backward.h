@@ -1,5 +1,5 @@
-// Attention's backward of bf16 on AMX's tiles, where nothing but a band stands between products and logits
-// (kernels/attention_backward.cpp does everything else; formulas: ops/attention.h).
+// Attention's backward of bf16 on AMX's tiles (formulas: ops/attention.h; masks, biases, dropout:
+// cpu/attention_amx_logits.h; tables of biases by distance get their gradients from cpu/attention_rows.h alone).
 //
 //   A cell is 32 keys and 32 rows, two by two tiles of each product, whose lanes are rows:
 //
@@ -15,7 +15,13 @@
 //     grad_query^T += key^T G                                sums over the keys, which go on from block to block
 //
 //   Keys and values are packed once a task, rows once a block of theirs.
+//
+//   Where logits are more than products times a factor, S and D are made into S - lse and (D keep / (1 - dropout_p) -
+//   delta) cap' before, so that a cell is one exponential and one product a score for all of them. What dropout takes
+//   from P it takes afterwards; the scale is grad_value's.
 #pragma once
+
+#include <optional>
 
 #include "cpu/attention_amx.h"
 
@@ -33,12 +39,12 @@ struct AmxCell {
   // Of each row, a half after the other: log2 of what its weights add up to, what rounding took from that, and delta.
   const float *total, *total_low, *delta;
 };
-struct AmxSight {  // the keys [begin, end) of a cell that each row sees
-  I begin[2], end[2];
+struct AmxSight {  // of each row, in a bit for each key: who sees whom or, of logits, what dropout keeps
+  U bits[2];
 };
 
 // Makes S and D of `next`, and of those of `now` all that it becomes.
-template <int kSteps, bool banded, bool has_next>
+template <int kSteps, AmxSees sees, bool has_next>
 __attribute__((noinline)) void amx_cell(const AmxCell& next, const AmxCell& now, const AmxSight& sight, float scale) {
   constexpr int kProducts = kCellTiles * kSteps, kActions = 2 * (kProducts + kCellTiles), kGroups = kChunkKeys / 2,
                 kBusy = kGroups - 3;     // the last products have then come when the next cell wants them
@@ -80,14 +86,17 @@ __attribute__((noinline)) void amx_cell(const AmxCell& next, const AmxCell& now,
 #pragma GCC unroll 2
       for (int row = 0; row < 2; ++row) {
         const int64_t at = (2 * tile + row) * kTileFloats + (line + key) * kLanes;
-        p[row] = near_power_of_2(load(cell.scores + at) * scale - total[row] - total_low[row]);
-        d[row] = p[row] * (load(cell.grad_weights + at) - delta[row]);
-        if constexpr (banded) {
-          const int32_t k = 2 * g + key;
-          const I seen = (sight.begin[row] <= k) & (sight.end[row] > k);
-          p[row] = select(seen, p[row], F{});
-          d[row] = select(seen, d[row], F{});
+        const F score = load(cell.scores + at), grad = load(cell.grad_weights + at);
+        const I bit = has_bit(sight.bits[row], 2 * g + key);
+        if constexpr (sees == AmxSees::logits) {
+          p[row] = near_power_of_2(score);
+          d[row] = p[row] * grad;
+          p[row] = select(bit, p[row], F{});
+        } else {
+          p[row] = near_power_of_2(score * scale - total[row] - total_low[row]);
+          d[row] = p[row] * (grad - delta[row]);
         }
+        if constexpr (sees == AmxSees::some) p[row] = select(bit, p[row], F{}), d[row] = select(bit, d[row], F{});
       }
       store_pairs(cell.weights + (2 * g + key) * 2 * kLanes, interleaved(p[0], p[1]));
       lines[key] = interleaved(d[0], d[1]);
@@ -162,14 +171,6 @@ class AmxSums {
   int turn_ = 0;
 };
 
-// Rows j and 16 + j side by side, as right operands of sums over 32 rows: tiles of 16 columns.
-inline void pack_row_pairs(const Rows<const bf16>& x, int64_t rows, bf16* to) {
-  for (int64_t c = 0; c < x.columns; c += kLanes, to += kTileHalves) {
-    const auto half = [&](int64_t r) { return r < rows ? halves(x.row(r) + c, x.columns - c) : U{}; };
-    for (int j = 0; j < kLanes; ++j) store_pairs(to + 2 * j * kLanes, half(j) | half(kLanes + j) << 16);
-  }
-}
-
 // One key head of one sequence.
 template <int kSteps>
 class AmxBackward {
@@ -180,6 +181,7 @@ class AmxBackward {
       : p_(p),
         s_(s),
         band_(p.band(s)),
+        plain_(AmxLogits::plain(p)),
         scale_(static_cast<float>(p.scale * 1.4426950408889634)),
         depth_(p.query.size(3)),
         width_(p.value.size(3)) {
@@ -205,13 +207,16 @@ class AmxBackward {
     }
   }
 
-  // Rows [row, row + kBlockRows) of a head: their grad_query, and what they give to their keys'.
+  // Rows [row, row + kBlockRows) of a head: their grad_query, and what they give to their keys'. In grad_value weights
+  // are not yet scaled for dropout.
   void add_rows(int64_t head, int64_t row, float* grad_key, float* grad_value) {
     head_ = head, row_ = row, rows_ = std::min(kBlockRows, s_.rows - row);
+    logits_.emplace(p_, s_, head);
+    shown_ = logits_->keys();
     const int64_t units = count_of(rows_, kUnitRows);
     for (int64_t u = 0; u < units; ++u) read_unit(u);
     std::fill_n(sums_, units * kSums * kTileFloats, 0.0f);
-    const Span seen{band_.begin(row), band_.end(row + rows_ - 1)};
+    const Span seen = common(shown_, {band_.begin(row), band_.end(row + rows_ - 1)});
     constexpr int64_t kBlock = kBlockChunks * kChunkKeys;
     for (int64_t first = seen.begin / kBlock * kBlock; first < seen.end; first += kBlock) {
       const int64_t chunks = count_of(std::min(kBlock, s_.keys - first), kChunkKeys);
@@ -222,6 +227,21 @@ class AmxBackward {
       for (int64_t u = 0; u < units; ++u) add_to_rows(first, u, chunks);
     }
     for (int64_t u = 0; u < units; ++u) write(u);
+  }
+
+  // Of the rows that were added last.
+  int64_t head() const { return head_; }
+  int64_t row() const { return row_; }
+  double grad_sink() const {
+    const float sink = p_.sink(s_, head_);
+    const int64_t statistic = (s_.batch * p_.heads() + head_) * p_.query.size(2) + s_.row0 + row_;
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const float lse = p_.lse.as<float>()[statistic + r], low = p_.lse_low.as<float>()[statistic + r];
+      const float weight = std::exp(sink - (lse == -INFINITY ? 0.0f : lse) - low);
+      sum -= double{weight} * total(r / kUnitRows)[2 * kUnitRows + r % kUnitRows];
+    }
+    return sum;
   }
 
  private:
@@ -268,8 +288,8 @@ class AmxBackward {
       const F rest = fused(lse, 1.44269502f, rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
       // a row that sees nothing, or that there is not: so much that all of its weights are 0
       const I none = lse == -INFINITY;
-      store(high + r, select(none, broadcast(1e30f), rounded));
-      store(low + r, select(none | (rest - rest != F{}), F{}, rest));
+      store(high + r, select(none, broadcast(1e30f), plain_ ? rounded : lse));
+      store(low + r, select(none | (rest - rest != F{}), F{}, plain_ ? rest : lse_low));
       if (p_.grad_lse.defined()) {
         const F less = load(delta + r) - read(p_.grad_lse, 0.0f);
         store(delta + r, select(less == less, less, broadcast(NAN)));  // a NaN that rounds to a NaN: see interleaved
@@ -302,7 +322,7 @@ class AmxBackward {
   Span units_of(int64_t key) const {
     const auto rows = band_.rows_of(key, std::min(key + kChunkKeys, s_.keys));
     const Span mine = common({rows.begin, rows.end}, {row_, row_ + rows_});
-    if (mine.count() <= 0) return {0, 0};
+    if (mine.count() <= 0 || key + kChunkKeys <= shown_.begin || key >= shown_.end) return {0, 0};
     return {(mine.begin - row_) / kUnitRows, count_of(mine.end - row_, kUnitRows)};
   }
 
@@ -318,8 +338,8 @@ class AmxBackward {
       turn_ ^= 1;
       next.key = key, next.row = row;
       next.rows = rows_of(u);
-      next.banded = next.rows < kUnitRows || key + kChunkKeys > s_.keys ||
-                    !band_.covers(row, row + rows_of(u), key, key + kChunkKeys);
+      next.hides =
+          next.rows < kUnitRows || logits_->masked() || !band_.covers(row, row + rows_of(u), key, key + kChunkKeys);
       next.cell = {rows,
                    rows + kOperand,
                    keys,
@@ -347,24 +367,61 @@ class AmxBackward {
 
   struct Place {
     int64_t key, row, rows;
-    bool banded;
+    bool hides;
     AmxCell cell;
   };
 
   template <bool has_next>
   void advance(const Place& next) const {
-    AmxSight sight{};
-    if (now_->banded) {
-      for (int half = 0; half < 2; ++half) {
-        const AmxBand seen(band_, now_->row + half * kAmxRows, now_->key);
-        const I there = __builtin_bit_cast(I, lane_numbers()) + half * kAmxRows < static_cast<int32_t>(now_->rows);
-        sight.begin[half] = seen.begin, sight.end[half] = there ? seen.end : I{};
-      }
-      amx_cell<kSteps, true, has_next>(next.cell, now_->cell, sight, scale_);
+    AmxSight sight{{~U{}, ~U{}}};
+    for (int half = 0; now_->hides && half < 2; ++half) {
+      const I there = __builtin_bit_cast(I, lane_numbers()) < static_cast<int32_t>(now_->rows - half * kAmxRows);
+      sight.bits[half] = now_->rows > half * kAmxRows ? logits_->seen(piece(half)) & __builtin_bit_cast(U, there) : U{};
+    }
+    if (!plain_) {
+      for (int half = 0; half < 2; ++half) sight.bits[half] = make_logits(half, sight.bits[half]);
+      amx_cell<kSteps, AmxSees::logits, has_next>(next.cell, now_->cell, sight, scale_);
+    } else if (now_->hides) {
+      amx_cell<kSteps, AmxSees::some, has_next>(next.cell, now_->cell, sight, scale_);
     } else {
-      amx_cell<kSteps, false, has_next>(next.cell, now_->cell, sight, scale_);
+      amx_cell<kSteps, AmxSees::all, has_next>(next.cell, now_->cell, sight, scale_);
     }
   }
+  AmxPiece piece(int half) const {
+    return {now_->row + half * kAmxRows, std::min<int64_t>(kAmxRows, now_->rows - half * kAmxRows), now_->key};
+  }
+
+  // Makes a half of the present rows' S into what their weights are a power of 2 of, and D into what grad_scores are a
+  // multiple of; returns what dropout keeps.
+  U make_logits(int half, U seen) const {
+    if (now_->rows <= half * kAmxRows) {
+      each(half, [&](int, float* score, float* grad) { store(score, broadcast(-INFINITY)), store(grad, F{}); });
+      return U{};
+    }
+    const AmxCell& cell = now_->cell;
+    alignas(64) float slopes[kChunkKeys * kLanes];
+    logits_->make(piece(half), seen, cell.scores + half * kTileFloats, 2 * kTileFloats, slopes);
+    const U kept = logits_->drops() ? logits_->kept(piece(half)) : ~U{};
+    const F total = load(cell.total + half * kLanes), total_low = load(cell.total_low + half * kLanes),
+            delta = load(cell.delta + half * kLanes), keep_scale = broadcast(logits_->keep_scale());
+    const bool capped = logits_->capped();
+    each(half, [&](int k, float* score, float* grad) {
+      store(score, (load(score) - total - total_low) * 1.44269504f);
+      F d = select(has_bit(kept, k), load(grad) * keep_scale, F{}) - delta;
+      if (capped) d *= load(slopes + k * kLanes);
+      store(grad, select(has_bit(seen, k), d, F{}));
+    });
+    return kept;
+  }
+  // body(key, its vector of S, of D)
+  template <class Body>
+  void each(int half, const Body& body) const {
+    for (int k = 0; k < kChunkKeys; ++k) {
+      const int64_t at = (k / kAmxRows * 2 + half) * kTileFloats + k % kAmxRows * kLanes;
+      body(k, now_->cell.scores + at, now_->cell.grad_weights + at);
+    }
+  }
+
   static void make_products(const AmxCell& cell) {
     const auto make = [](const bf16* keys, const bf16* rows, float* to) {
       constexpr int64_t half = kSteps * kTileHalves;
@@ -394,7 +451,8 @@ class AmxBackward {
 
   void add_to_rows(int64_t block, int64_t u, int64_t chunks) const {
     const int64_t row = row_ + u * kUnitRows;
-    const Span keys{band_.begin(row) - block, band_.end(row + rows_of(u) - 1) - block};
+    const Span keys = common({band_.begin(row) - block, band_.end(row + rows_of(u) - 1) - block},
+                             {shown_.begin - block, shown_.end - block});
     const Span seen = common({keys.begin / kChunkKeys, count_of(keys.end, kChunkKeys)}, {0, chunks});
     if (keys.count() <= 0 || seen.count() <= 0) return;
     const bf16* a = keys_ + (block / kChunkKeys + seen.begin) * kChunkHalves + 2 * kOperand;
@@ -425,6 +483,9 @@ class AmxBackward {
   const ops::AttentionBackward& p_;
   const ops::Sequence& s_;
   ops::Band band_;
+  bool plain_;  // see AmxLogits
+  std::optional<AmxLogits> logits_;
+  Span shown_{};  // from the first to the last key that the mask shows
   float scale_;
   int64_t depth_, width_, head_ = 0, row_ = 0, rows_ = 0;
   bf16 *keys_, *units_, *cells_;

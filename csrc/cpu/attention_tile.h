@@ -158,6 +158,59 @@ class Diagonals {
   int64_t first_, farthest_;
 };
 
+// What a mask adds to a logit.
+inline float bias_of(float x) { return x; }
+inline float bias_of(bf16 x) { return widen(x); }
+inline float bias_of(uint8_t seen) { return seen ? 0.0f : -INFINITY; }
+
+// A key whose bias is -inf is not seen, whatever its score: NaN in padding stays there.
+inline F biased(F score, F bias) { return select(bias == -INFINITY, bias, score + bias); }
+
+// The part of the mask that one head of a sequence meets; of size 1 it stays where it is, at steps of 0.
+class MaskOfHead {
+ public:
+  int64_t row_step = 0, key_step = 0;
+
+  MaskOfHead(const ops::AttentionOptions& p, const ops::Sequence& s, int64_t head) : mask_(p.mask) {
+    if (!defined()) return;
+    row_step = step(2), key_step = step(3);
+    offset_ = step(0) * s.batch + step(1) * head;
+  }
+
+  bool defined() const { return mask_.defined(); }
+  bool boolean() const { return defined() && mask_.dtype == DType::boolean; }
+
+  // body(its elements from (row, key) on)
+  template <class Body>
+  auto visit(int64_t row, int64_t key, const Body& body) const {
+    const int64_t offset = offset_ + row * row_step + key * key_step;
+    switch (mask_.dtype) {
+      case DType::f32: return body(mask_.as<float>() + offset);
+      case DType::bf16: return body(mask_.as<bf16>() + offset);
+      default: return body(mask_.as<uint8_t>() + offset);
+    }
+  }
+
+  // From the first to the last of so many keys that it lets some row see, where it is the same for all rows: padding
+  // takes no time.
+  Span seen(int64_t keys) const {
+    Span some{0, keys};
+    if (!defined() || row_step) return some;
+    return visit(0, 0, [&](const auto* mask) {
+      const auto hidden = [&](int64_t key) { return bias_of(mask[key * key_step]) == -INFINITY; };
+      while (some.begin < some.end && hidden(some.begin)) ++some.begin;
+      while (some.begin < some.end && hidden(some.end - 1)) --some.end;
+      return some;
+    });
+  }
+
+ private:
+  int64_t step(int dim) const { return mask_.size(dim) == 1 ? 0 : mask_.stride(dim); }
+
+  const TensorView& mask_;
+  int64_t offset_ = 0;
+};
+
 // One head of one sequence.
 class Scores {
  public:
@@ -166,12 +219,13 @@ class Scores {
         band_(p.band(s)),
         index_(s.index),
         head_(head),
-        mask_offset_(p.mask.defined() ? step(0) * s.batch + step(1) * head : 0),
+        mask_(p, s, head),
+        seen_(mask_.seen(s.keys)),
         stream_(static_cast<uint32_t>(s.index * p.heads() + head)),
         dropout_(p.dropout_p, p.seed) {}
 
-  // The keys that rows [row, row_end) see.
-  Span keys(int64_t row, int64_t row_end) const { return {band_.begin(row), band_.end(row_end - 1)}; }
+  // From the first to the last key that rows [row, row_end) may see.
+  Span keys(int64_t row, int64_t row_end) const { return common(seen_, {band_.begin(row), band_.end(row_end - 1)}); }
   TilePlace place(int64_t row, int64_t rows, int64_t key, int64_t keys, int64_t stripe) const {
     return {row, rows, key, keys, stripe, band_.covers(row, row + rows, key, key + keys) ? nullptr : &band_};
   }
@@ -184,7 +238,7 @@ class Scores {
     if (capped()) cap(at, tile, slope);
     if (p_.alibi_slopes.defined()) add_alibi(at, tile);
     if (p_.distance_bias.defined()) add_distance_bias(at, tile);
-    if (p_.mask.defined()) add_mask(at, tile);
+    if (mask_.defined()) add_mask(at, tile);
     if (at.band) apply_band(at, tile);
   }
 
@@ -198,8 +252,6 @@ class Scores {
   }
 
  private:
-  int64_t step(int dim) const { return p_.mask.size(dim) == 1 ? 0 : p_.mask.stride(dim); }
-
   void cap(const TilePlace& at, float* tile, float* slope) const {
     const float cap = static_cast<float>(p_.softcap), inverse = static_cast<float>(1.0 / p_.softcap);
     for_scores(at, tile, [&](int64_t, int64_t, float* x) {
@@ -248,21 +300,13 @@ class Scores {
     });
   }
 
-  // A key whose bias is -inf is not seen, whatever its score: NaN in padding stays there.
-  static F biased(F score, F bias) { return select(bias == -INFINITY, bias, score + bias); }
-
   void add_mask(const TilePlace& at, float* tile) const {
-    switch (p_.mask.dtype) {
-      case DType::f32: return add_mask_of<float>(at, tile);
-      case DType::bf16: return add_mask_of<bf16>(at, tile);
-      default: return add_mask_of<uint8_t>(at, tile);
-    }
+    mask_.visit(at.row, at.key, [&](const auto* mask) { add_mask(at, mask, tile); });
   }
 
   template <class T>
-  void add_mask_of(const TilePlace& at, float* tile) const {
-    const int64_t row_step = step(2), key_step = step(3);
-    const T* mask = p_.mask.as<T>() + mask_offset_ + at.row * row_step + at.key * key_step;
+  void add_mask(const TilePlace& at, const T* mask, float* tile) const {
+    const int64_t row_step = mask_.row_step, key_step = mask_.key_step;
     float line[kLanes][kKeys] = {};
     if (row_step == 0) {
       read_mask(mask, key_step, at.keys, line[0]);
@@ -285,10 +329,6 @@ class Scores {
     }
   }
 
-  static float bias_of(float x) { return x; }
-  static float bias_of(bf16 x) { return widen(x); }
-  static float bias_of(uint8_t seen) { return seen ? 0.0f : -INFINITY; }
-
   template <class T>
   static void read_mask(const T* mask, int64_t step, int64_t keys, float* line) {
     if (step == 0) {
@@ -300,7 +340,9 @@ class Scores {
 
   const ops::AttentionOptions& p_;
   ops::Band band_;
-  int64_t index_, head_, mask_offset_;
+  int64_t index_, head_;
+  MaskOfHead mask_;
+  Span seen_;
   uint32_t stream_;
   Dropout dropout_;
 };

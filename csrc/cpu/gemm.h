@@ -79,6 +79,15 @@ inline void store_tile(const Tile& tile, const TensorView& out, const float* bia
   });
 }
 
+// The tile's first accumulator, added to what `out`, float32, holds there.
+inline void add_tile(const Tile& tile, const TensorView& out) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    float* to = out.as<float>() + (tile.row + r) * out.stride(0) + tile.column;
+    const float* c = tile.c[0] + r * tile.stride;
+    for_lanes(tile.columns, [&](int64_t i, auto n) { store_n(to + i, load_n(to + i, n) + load_n(c + i, n), n); });
+  }
+}
+
 // Called once for every tile of C, from any thread, on no two tiles that overlap.
 struct Epilogue {
   void (*call)(const void* context, const Tile&);

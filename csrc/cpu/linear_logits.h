@@ -31,9 +31,11 @@ struct Logits {
   const std::vector<float> bias = as_floats(p.linear_bias, p.linear_bias.defined() ? classes : 0, 0.0f);
   std::vector<int64_t> labelled;
 
-  Logits(const Params& params, const char* op) : p(params) {
+  // shard: any target is a class, if only another shard's
+  Logits(const Params& params, const char* op, bool shard = false) : p(params) {
     for (int64_t row = 0; row < p.input.size(0); ++row) {
-      if (token.labelled(op, target(row), row, p.ignore_index)) labelled.push_back(row);
+      const bool any = shard ? target(row) != p.ignore_index : token.labelled(op, target(row), row, p.ignore_index);
+      if (any) labelled.push_back(row);
     }
   }
 

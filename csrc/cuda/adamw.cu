@@ -190,17 +190,18 @@ struct Step {
 };
 
 // What is read and written of n elements.
-template <class W, class M, int n>
+template <class W, class G, class M, int n>
 struct Elements {
-  Group<W, n> parameter, gradient;
+  Group<W, n> parameter;
+  Group<G, n> gradient;
   Group<M, n> exp_avg, exp_avg_sq, peak;
   Group<float, n> master;
 };
 
 // Elements [4 q, 4 q + 4); `place`: of the first of them in its parameter.
-template <class W, class M, int n>
+template <class W, class G, class M, int n>
 __device__ __forceinline__ void update_quad(const Step& p, const Factors& f, bool has_peak, bool has_master,
-                                            int64_t place, int q, Elements<W, M, n>& e) {
+                                            int64_t place, int q, Elements<W, G, M, n>& e) {
   float w[4], g[4], m[4], v[4];
   quad_of(e.gradient, q, g);
   quad_of(e.exp_avg, q, m);
@@ -244,15 +245,15 @@ __device__ __forceinline__ void update_quad(const Step& p, const Factors& f, boo
 }
 
 // Elements [at, at + count), count <= n.
-template <class W, class M, int n>
+template <class W, class G, class M, int n>
 __device__ __forceinline__ void update_group(const Step& p, const Tensors& t, const Factors& f, int64_t at, int count,
                                              bool whole) {
   W* parameter = static_cast<W*>(t.parameter) + at;
   M *exp_avg = static_cast<M*>(t.exp_avg) + at, *exp_avg_sq = static_cast<M*>(t.exp_avg_sq) + at;
   M* peak = t.peak ? static_cast<M*>(t.peak) + at : nullptr;
   float* master = t.master ? t.master + at : nullptr;
-  Elements<W, M, n> e;
-  e.gradient = load_group<W, n>(static_cast<const W*>(t.gradient) + at, count, whole);
+  Elements<W, G, M, n> e;
+  e.gradient = load_group<G, n>(static_cast<const G*>(t.gradient) + at, count, whole);
   e.exp_avg = load_group<M, n>(exp_avg, count, whole);
   e.exp_avg_sq = load_group<M, n>(exp_avg_sq, count, whole);
   if (peak) e.peak = load_group<M, n>(peak, count, whole);
@@ -270,8 +271,8 @@ __device__ __forceinline__ void update_group(const Step& p, const Tensors& t, co
   if (master) store_group(master, e.master, count, whole);
 }
 
-// W: of parameter and gradient, M: of the moments.
-template <class W, class M>
+// W: of the parameter, G: of the gradient, M: of the moments.
+template <class W, class G, class M>
 __global__ void __launch_bounds__(kThreads, kBlocks) adamw_update(const Step p) {
   constexpr int n = 16 / (sizeof(W) > sizeof(M) ? sizeof(W) : sizeof(M));
   if (p.found_inf && *p.found_inf != 0.0f) return;
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adamw_update(const Step p) 
   const int64_t end = begin + kChunk < t.size ? begin + kChunk : t.size;
   for (int64_t at = begin + static_cast<int64_t>(threadIdx.x) * n; at < end; at += kThreads * n) {
     const int count = end - at < n ? static_cast<int>(end - at) : n;
-    update_group<W, M, n>(p, t, f, at, count, aligned && count == n);
+    update_group<W, G, M, n>(p, t, f, at, count, aligned && count == n);
   }
 }
 
@@ -312,7 +313,7 @@ void launch_factors(const AdamW& p, Stream stream) {
   }
 }
 
-template <class W, class M>
+template <class W, class G, class M>
 void launch_update(const AdamW& p, Stream stream) {
   Step given{{},
              {},
@@ -327,7 +328,7 @@ void launch_update(const AdamW& p, Stream stream) {
              p.stochastic};
   static_assert(sizeof given <= kParameterBytes);
   const auto flush = [&] {
-    launch({"adamw_update", given.table.blocks, kThreads, cuda_stream(stream), p.parameters[0]}, adamw_update<W, M>,
+    launch({"adamw_update", given.table.blocks, kThreads, cuda_stream(stream), p.parameters[0]}, adamw_update<W, G, M>,
            given);
     given.table = {};
   };
@@ -369,7 +370,9 @@ void run(const AdamW& p, Stream stream) {
   launch_factors(p, stream);
   visit_float(p.parameters[0].dtype, [&]<class W>(W) {
     visit_float(p.exp_avgs[0].dtype, [&]<class M>(M) {
-      if constexpr (!std::is_same_v<M, f16> || std::is_same_v<W, f16>) launch_update<W, M>(p, stream);
+      if constexpr (!std::is_same_v<M, f16> || std::is_same_v<W, f16>) {
+        p.gradients[0].dtype == DType::f32 ? launch_update<W, float, M>(p, stream) : launch_update<W, W, M>(p, stream);
+      }
     });
   });
 }

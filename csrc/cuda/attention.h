@@ -8,18 +8,27 @@
 
 namespace llmengine::cuda {
 
-struct AttentionForward : ops::AttentionForward {};
+struct AttentionForward : ops::AttentionForward {
+  bool exact = false;  // kernels for the very head dim, up to a multiple of 16, where they can be had
+
+  static constexpr auto fields() {
+    using P = AttentionForward;
+    return std::tuple_cat(ops::AttentionForward::fields(), std::tuple{ops::field("exact", &P::exact)});
+  }
+};
 
 struct AttentionBackward : ops::AttentionBackward {
   TensorView base, delta;        // room, like lse: what the kernels read of each row beside its operands
   TensorView partial_distances;  // float32 (sequences, heads, tiles of kDistanceRows, 2 M + 1): what is yet to be
                                  // added up along the third for grad_distance_bias, which is not looked at; or none
+  bool exact = false;
 
   static constexpr auto fields() {
     using P = AttentionBackward;
-    return std::tuple_cat(ops::AttentionBackward::fields(),
-                          std::tuple{ops::field("base", &P::base), ops::field("delta", &P::delta),
-                                     ops::field("partial_distances", &P::partial_distances)});
+    return std::tuple_cat(
+        ops::AttentionBackward::fields(),
+        std::tuple{ops::field("base", &P::base), ops::field("delta", &P::delta),
+                   ops::field("partial_distances", &P::partial_distances), ops::field("exact", &P::exact)});
   }
 };
 

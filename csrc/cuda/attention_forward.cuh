@@ -9,7 +9,9 @@
 #include <cstdint>
 
 #include "cuda/attention_sm80.cuh"
+#ifndef __CUDACC_RTC__
 #include "cuda/attention_sm80_call.h"
+#endif
 
 namespace llmengine::cuda::attention {
 
@@ -20,10 +22,12 @@ struct Results {
   float *lse, *lse_low;
 };
 
+#ifndef __CUDACC_RTC__
 template <class T>
 Results<T> results_of(const ops::AttentionForward& p) {
   return {operand_of<T>(p.output), p.lse.as<float>(), p.lse_low.as<float>()};
 }
+#endif
 
 // The softmax of a warp's rows so far; `sum` is over this thread's columns.
 template <int blocks>

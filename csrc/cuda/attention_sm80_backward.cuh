@@ -13,7 +13,9 @@
 #pragma once
 
 #include "cuda/attention_sm80.cuh"
+#ifndef __CUDACC_RTC__
 #include "cuda/attention_sm80_call.h"
+#endif
 
 namespace llmengine::cuda::attention {
 
@@ -26,6 +28,7 @@ struct Backward {
   Sizes sizes;
 };
 
+#ifndef __CUDACC_RTC__
 template <class T>
 Backward<T> backward_of(const AttentionBackward& p, const Sizes& sizes) {
   return {operand_of<const T>(p.query),
@@ -40,6 +43,7 @@ Backward<T> backward_of(const AttentionBackward& p, const Sizes& sizes) {
           options_of(p),
           sizes};
 }
+#endif
 
 // ---- of rows --------------------------------------------------------------------------------------------------------
 
@@ -121,6 +125,7 @@ __device__ __forceinline__ void through_softmax(float (&grad)[blocks][n][4], con
       }
 }
 
+#ifndef __CUDACC_RTC__
 // Launched by run() in turn; `stream` is where the call runs. `squares`: null, or room for |dO|^2 of each row and then
 // |query|^2.
 void run_statistics(const AttentionBackward& p, Stream stream, float* squares = nullptr);
@@ -128,5 +133,6 @@ void run_rows(const AttentionBackward& p, Stream stream);
 void run_keys(const AttentionBackward& p, Stream stream);
 void run_mask(const AttentionBackward& p, Stream stream);
 void run_distances(const AttentionBackward& p, Stream stream);
+#endif
 
 }  // namespace llmengine::cuda::attention

@@ -21,7 +21,10 @@
 #include <cstdint>
 
 #include "cuda/attention_sm80_backward.cuh"
+#ifndef __CUDACC_RTC__
+#include "cuda/compiled.cuh"
 #include "cuda/launch.cuh"
+#endif
 
 namespace llmengine::cuda::attention {
 namespace {
@@ -101,7 +104,8 @@ __device__ __forceinline__ float sum_over_rows(const Sums<1, keys>& x, float (&s
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) attention_mask_sm80(const Backward<T> p, const MaskSums m) {
+__global__ void __launch_bounds__(kThreads, D > 128 ? 3 : 0)
+    attention_mask_sm80(const Backward<T> p, const MaskSums m) {
   constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
   __shared__ float slots[kWarps][kKeys];
   const Tiles<T, D> tiles(ptx::dynamic_shared());
@@ -198,7 +202,7 @@ struct Diagonals {
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Backward<T> p, float* partial) {
   constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
-  static_assert(kRows == kDistanceRows && Diagonals<D>::kCount <= kThreads);
+  static_assert(Diagonals<D>::kCount <= kThreads);
   const Tiles<T, D> tiles(ptx::dynamic_shared());
   const Diagonals<D> diagonals(ptx::dynamic_shared(), Tiles<T, D>::bytes);
   const Place place = place_of(p.sizes.tiles, p.sizes.heads);
@@ -229,20 +233,13 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// body(T{}, the class of the head dim)
-template <class Body>
-void visit_busy(const AttentionBackward& p, const Body& body) {
-  const auto of_type = [&]<class T>(T) {
-    visit_at_least<64, 128, 256>(static_cast<int>(std::max(p.query.size(3), p.value.size(3))),
-                                 [&](auto dim) { body(T{}, dim); });
-  };
-  p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
-}
-
 }  // namespace
+#ifndef __CUDACC_RTC__
+
+inline constexpr const char* kSource = "cuda/attention_sm80_bias.cu";
 
 void run_mask(const AttentionBackward& p, Stream stream) {
-  visit_busy(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
+  visit_classes(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
     const TensorView& grad = p.grad_mask;
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, kRows));
@@ -256,12 +253,18 @@ void run_mask(const AttentionBackward& p, Stream stream) {
     check(blocks <= std::numeric_limits<int>::max(), "attention: more than 2^31 tiles are not supported on CUDA");
     const LaunchSite at{"attention_mask_sm80", dim3(static_cast<unsigned>(blocks)), kThreads, cuda_stream(stream), grad,
                         Tiles<T, D>::bytes};
-    launch(at, attention_mask_sm80<T, D>, given, sums);
+    if constexpr (kBuiltAhead<D>) {
+      launch(at, attention_mask_sm80<T, D>, given, sums);
+      return true;
+    } else {
+      return launch_compiled(at, {kSource, instance("attention::attention_mask_sm80", T{}, D)}, given, sums);
+    }
   });
 }
 
 void run_distances(const AttentionBackward& p, Stream stream) {
-  visit_busy(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
+  static_assert(Shape<64>::rows == kDistanceRows);
+  visit_classes(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, kDistanceRows));
     const TensorView& partial = p.partial_distances;
     Checker{"attention backward"}.shape(partial, "partial_distances",
@@ -273,8 +276,15 @@ void run_distances(const AttentionBackward& p, Stream stream) {
                         cuda_stream(stream),
                         partial,
                         Tiles<T, D>::bytes + Diagonals<D>::bytes_without_table + table};
-    launch(at, attention_distances_sm80<T, D>, given, partial.as<float>());
+    if constexpr (kBuiltAhead<D>) {
+      launch(at, attention_distances_sm80<T, D>, given, partial.as<float>());
+      return true;
+    } else {
+      return launch_compiled(at, {kSource, instance("attention::attention_distances_sm80", T{}, D)}, given,
+                             partial.as<float>());
+    }
   });
 }
 
+#endif
 }  // namespace llmengine::cuda::attention

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/attention.h"
 #include "cuda/attention_sm80.cuh"
@@ -108,11 +109,32 @@ void visit_dims(const ops::AttentionOptions& p, const Body& body) {
   p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
-// body(T{}, the class of the head dim, whether logits are plain)
-template <class Body>
-void visit(const ops::AttentionOptions& p, const Body& body) {
-  visit_dims<64, 128, 256>(p, [&](auto type, auto dim) {
-    is_plain(p) ? body(type, dim, std::true_type{}) : body(type, dim, std::false_type{});
+// Classes of head dims whose kernels are built ahead. Those between, in steps of 16 columns, that being what mma goes
+// by, are compiled when a call that asks for exact ones needs them (cuda/compiled.h).
+#ifndef LLMENGINE_HEAD_DIMS  // the simulator is built with more
+#define LLMENGINE_HEAD_DIMS 64, 128, 256
+#endif
+template <int D, int... dims>
+constexpr bool is_one_of(std::integer_sequence<int, dims...>) {
+  return ((D == dims) || ...);
+}
+template <int D>
+inline constexpr bool kBuiltAhead = is_one_of<D>(std::integer_sequence<int, LLMENGINE_HEAD_DIMS>{});
+
+// body(T{}, the class of the head dim), which tells whether its kernel can be had: 64, 128 and 256 always can.
+template <class Params, class Body>
+void visit_classes(const Params& p, const Body& body) {
+  bool served = false;
+  const auto try_class = [&](auto type, auto dim) { served = body(type, dim); };
+  if (p.exact) visit_dims<32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(p, try_class);
+  if (!served) visit_dims<64, 128, 256>(p, try_class);
+}
+
+// The same of body(T{}, the class of the head dim, whether logits are plain).
+template <class Params, class Body>
+void visit(const Params& p, const Body& body) {
+  visit_classes(p, [&](auto type, auto dim) {
+    return is_plain(p) ? body(type, dim, std::true_type{}) : body(type, dim, std::false_type{});
   });
 }
 

@@ -22,8 +22,10 @@
 #include <cstdint>
 
 #include "cuda/attention_forward.cuh"
-#include "cuda/attention_sm80_call.h"
+#ifndef __CUDACC_RTC__
+#include "cuda/compiled.cuh"
 #include "cuda/launch.cuh"
+#endif
 
 namespace llmengine::cuda {
 namespace attention {
@@ -33,7 +35,7 @@ namespace {
 template <int D, bool plain>
 struct Shape {
   static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps;
-  static constexpr int most_keys = D > 64 && D <= 128 ? 48 : 64;  // that registers leave room for
+  static constexpr int most_keys = (D > 64 && D <= 128) || D == 240 ? 48 : 64;  // that registers leave room for
   static constexpr int keys = plain || D <= 64 ? most_keys : 32;
 };
 
@@ -60,7 +62,7 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) attention_forward_sm80(const Forward<T> p) {
   using S = Shape<D, plain>;
   const Place place = place_of(p.sizes.tiles, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
@@ -128,11 +130,13 @@ __global__ void __launch_bounds__(kThreads) attention_forward_sm80(const Forward
 
 }  // namespace
 }  // namespace attention
+#ifndef __CUDACC_RTC__
 
 void validate(const AttentionForward& p) { ops::validate(p, attention::kTypes); }
 
 void run(const AttentionForward& p, Stream stream) {
   using namespace attention;
+  constexpr const char* kSource = "cuda/attention_sm80_forward.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
     constexpr int rows = Shape<D, plain>::rows;
     const Forward<T> given{operand_of<const T>(p.query),
@@ -147,8 +151,14 @@ void run(const AttentionForward& p, Stream stream) {
                         cuda_stream(stream),
                         p.query,
                         Tiles<T, D, plain>::bytes};
-    launch(at, attention_forward_sm80<T, D, plain>, given);
+    if constexpr (kBuiltAhead<D>) {
+      launch(at, attention_forward_sm80<T, D, plain>, given);
+      return true;
+    } else {
+      return launch_compiled(at, {kSource, instance("attention::attention_forward_sm80", T{}, D, plain)}, given);
+    }
   });
 }
 
+#endif
 }  // namespace llmengine::cuda

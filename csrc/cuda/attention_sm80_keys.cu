@@ -18,20 +18,24 @@
 #include <cstdint>
 
 #include "cuda/attention_sm80_backward.cuh"
+#ifndef __CUDACC_RTC__
+#include "cuda/compiled.cuh"
 #include "cuda/launch.cuh"
+#endif
 
 namespace llmengine::cuda::attention {
 namespace {
 
-enum Wanted : int { kValue = 1, kKey = 2, kBoth = 3 };
+inline constexpr int kValue = 1, kKey = 2, kBoth = 3;  // which gradients are wanted
 
 template <int D, bool plain>
 struct Shape {
   static constexpr int blocks = D <= 64 ? 2 : 1, keys = 16 * blocks * kWarps;
   static constexpr int rows = plain && D > 64 && D <= 128 ? 32 : 16;
+  static constexpr bool at_once = D <= 144;  // both gradients' sums fit into registers
 };
 
-template <class T, int D, bool plain, Wanted wanted>
+template <class T, int D, bool plain, int wanted>
 struct Tiles {
   using S = Shape<D, plain>;
   Tile<T, S::keys, D> key, value;  // value: where dK is wanted
@@ -51,7 +55,7 @@ struct Tiles {
   __device__ float* delta(int stage) const { return base(stage) + S::rows; }
 };
 
-template <class T, int D, bool plain, Wanted wanted>
+template <class T, int D, bool plain, int wanted>
 __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T> p) {
   using S = Shape<D, plain>;
   constexpr bool of_keys = wanted != kValue, of_values = wanted != kKey;
@@ -154,8 +158,13 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
   }
 }
 
-template <class T, int D, bool plain, Wanted wanted>
-void run_pass(const AttentionBackward& p, Stream stream) {
+}  // namespace
+#ifndef __CUDACC_RTC__
+namespace {
+
+// Whether its kernel can be had.
+template <class T, int D, bool plain, int wanted>
+bool run_pass(const AttentionBackward& p, Stream stream) {
   const Backward<T> given = backward_of<T>(p, sizes_of_keys(p, Shape<D, plain>::keys));
   const LaunchSite at{"attention_keys_sm80",
                       grid_of(p, given.sizes.tiles, p.key_heads()),
@@ -163,20 +172,26 @@ void run_pass(const AttentionBackward& p, Stream stream) {
                       cuda_stream(stream),
                       p.key,
                       Tiles<T, D, plain, wanted>::bytes};
-  launch(at, attention_keys_sm80<T, D, plain, wanted>, given);
+  if constexpr (kBuiltAhead<D>) {
+    launch(at, attention_keys_sm80<T, D, plain, wanted>, given);
+    return true;
+  } else {
+    constexpr const char* kSource = "cuda/attention_sm80_keys.cu";
+    return launch_compiled(at, {kSource, instance("attention::attention_keys_sm80", T{}, D, plain, wanted)}, given);
+  }
 }
 
 }  // namespace
 
 void run_keys(const AttentionBackward& p, Stream stream) {
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
-    if constexpr (D <= 128) {
-      run_pass<T, D, plain, kBoth>(p, stream);
+    if constexpr (Shape<D, plain>::at_once) {
+      return run_pass<T, D, plain, kBoth>(p, stream);
     } else {
-      run_pass<T, D, plain, kValue>(p, stream);
-      run_pass<T, D, plain, kKey>(p, stream);
+      return run_pass<T, D, plain, kValue>(p, stream) && run_pass<T, D, plain, kKey>(p, stream);
     }
   });
 }
 
+#endif
 }  // namespace llmengine::cuda::attention

@@ -19,7 +19,10 @@
 #include <cstdint>
 
 #include "cuda/attention_sm80_backward.cuh"
+#ifndef __CUDACC_RTC__
+#include "cuda/compiled.cuh"
 #include "cuda/launch.cuh"
+#endif
 
 namespace llmengine::cuda {
 namespace attention {
@@ -192,6 +195,9 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
 }
 
 }  // namespace
+}  // namespace attention
+#ifndef __CUDACC_RTC__
+namespace attention {
 
 void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
   const auto of_type = [&]<class T>(T) {
@@ -216,12 +222,18 @@ void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
 }
 
 void run_rows(const AttentionBackward& p, Stream stream) {
+  constexpr const char* kSource = "cuda/attention_sm80_rows.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, Shape<D, plain>::rows));
     const LaunchSite at{
         "attention_rows_sm80",    grid_of(p, given.sizes.tiles, p.heads()), kThreads, cuda_stream(stream), p.query,
         Tiles<T, D, plain>::bytes};
-    launch(at, attention_rows_sm80<T, D, plain>, given);
+    if constexpr (kBuiltAhead<D>) {
+      launch(at, attention_rows_sm80<T, D, plain>, given);
+      return true;
+    } else {
+      return launch_compiled(at, {kSource, instance("attention::attention_rows_sm80", T{}, D, plain)}, given);
+    }
   });
 }
 
@@ -244,4 +256,5 @@ void run(const AttentionBackward& p, Stream stream) {
   if (p.partial_distances.defined()) attention::run_distances(p, stream);
 }
 
+#endif
 }  // namespace llmengine::cuda

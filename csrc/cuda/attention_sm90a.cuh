@@ -7,9 +7,11 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/attention_schedule.h"
 #include "cuda/attention_sm80.cuh"
+#include "cuda/attention_sm80_call.h"
 #include "cuda/device.h"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/wgmma_tile.cuh"
@@ -50,6 +52,20 @@ __device__ __forceinline__ int draw_turn(int* turns, bool elected) {
 
 inline ptx::TensorMap map_of_tokens(const char* name, const TensorView& t, int tokens) {
   return ptx::encode_tensor_map(tensor_map_fields(name, t, {1, 1, tokens, kPanel}, Swizzle::bytes_128));
+}
+
+// body(T{}, the classes of the head dim and of values'), both the same but where values are much narrower: 192 and 128
+// are a class of their own (DeepSeek-AI 2024, of which 64 columns are positions).
+template <int... dims, class Body>
+void visit_pairs_of_dims(const ops::AttentionOptions& p, const Body& body) {
+  constexpr bool has_split = ((dims == 192) || ...);
+  const int64_t dim = p.query.size(3), value_dim = p.value.size(3);
+  visit_dims<dims...>(p, [&](auto type, auto same) {
+    if constexpr (has_split && same == 192) {
+      if (dim > 128 && value_dim <= 128) return body(type, same, std::integral_constant<int, 128>{});
+    }
+    body(type, same, same);
+  });
 }
 
 inline void check_is_hopper(const std::string& kernel) {

@@ -1,7 +1,6 @@
 // Attention (ops/attention.h) on Hopper, by TMA and wgmma (attention_sm90a_*.cu), of what tensor maps can tell:
 // operands that are not empty, begin at multiples of 16 bytes and have strides that are positive multiples of them.
-// Backward, head dims go up to 128, and the statistics of rows and the gradients of biases are those of every GPU's
-// kernels.
+// Backward, the statistics of rows and the gradients of biases are those of every GPU's kernels.
 #pragma once
 
 #include <tuple>

@@ -28,13 +28,17 @@ namespace llmengine::cuda::attention {
 
 enum class Owner : uint8_t { rows, keys };
 
-// Of a head dim up to D, with `passing` lines in a tile that passes.
-template <Owner owner_, int D, int passing_>
+// Of head dims up to D, values' up to DV, with `passing` lines in a tile that passes. Of a pair the first tile is D
+// wide, the second, values or gradients of outputs, DV.
+template <Owner owner_, int D, int passing_, int DV = D>
 struct Walk {
+  static_assert(DV <= D);  // both tiles have the first one's room
   static constexpr Owner owner = owner_;
-  static constexpr int groups = 2, own = groups * kGroupRows, threads = 128 * (1 + groups);
-  static constexpr int passing = passing_, panels = D / kPanel;
-  static constexpr int owned = 2, stages = D <= 64 ? 4 : 2;  // pairs of tiles
+  static constexpr bool wide = D > 128;
+  static constexpr int groups = 2, boxes = wide && owner == Owner::keys ? 1 : groups;  // boxes of 64 lines
+  static constexpr int own = boxes * kGroupRows, threads = 128 * (1 + groups);
+  static constexpr int passing = passing_, panels = D / kPanel, value_panels = DV / kPanel;
+  static constexpr int owned = wide && own * D > 64 * 192 ? 1 : 2, stages = D <= 64 ? 4 : 2;  // pairs of tiles
   static constexpr int own_bytes = own * panels * 128, stage_bytes = passing * panels * 128;
   // Fetching statistics takes some more than boxes alone; either way all that 384 threads have is shared out.
   static constexpr int few_registers = owner == Owner::keys ? 56 : kFewRegisters;
@@ -55,7 +59,7 @@ struct Shared {
 
   // A warpgroup's 64 lines.
   __device__ __forceinline__ uint16_t* lines(int pair, int tile, int group) {
-    return own[pair][tile] + group * (S::own_bytes / 2 / S::groups);
+    return own[pair][tile] + (S::boxes == 1 ? 0 : group) * (S::own_bytes / 2 / S::boxes);
   }
 };
 
@@ -106,21 +110,25 @@ __device__ __forceinline__ Work work_of(const Walked<T>& p, int turn) {
 // ---- the warp that fetches ------------------------------------------------------------------------------------------
 
 // One tile of a pair, `left` lines before its sequence ends; what lies behind them is a neighbour's where it is packed.
-template <class S>
-__device__ __forceinline__ void fetch_passing(Shared<S>& shared, uint16_t* to, ptx::Mbarrier* full,
-                                              const ptx::TensorMap* map, int row, int head, int batch, int left,
-                                              bool packed, bool elected, int& landed) {
+template <int tile, class S>
+__device__ __forceinline__ void fetch_passing(Shared<S>& shared, const Turn<S::stages>& turn, const Maps& maps, int row,
+                                              int head, int batch, int left, bool packed, bool elected, int& landed) {
+  constexpr int panels = tile == 0 ? S::panels : S::value_panels;
+  const int stage = turn.stage();
+  uint16_t* to = shared.passing[stage][tile];
+  ptx::Mbarrier* full = &shared.full[stage][tile];
   const bool neighbours = packed && left < S::passing;
+  ptx::mbarrier_wait(&shared.free[stage][tile], turn.parity() ^ 1);
   if (elected) {
     ptx::Mbarrier* told = neighbours ? &shared.landed : full;
-    ptx::mbarrier_arrive_expect_tx(told, S::stage_bytes);
-    fetch<S::panels>(to, S::passing * 128, map, told, row, head, batch);
+    ptx::mbarrier_arrive_expect_tx(told, S::passing * panels * 128);
+    fetch<panels>(to, S::passing * 128, maps.passing[tile], told, row, head, batch);
   }
   if (!neighbours) return;
   __syncwarp();
   ptx::mbarrier_wait(&shared.landed, landed);
   landed ^= 1;
-  clear_rows<S::panels, S::passing>(to, left);
+  clear_rows<panels, S::passing>(to, left);
   ptx::fence_async_shared();
   __syncwarp();
   if (elected) ptx::mbarrier_arrive(full);
@@ -136,6 +144,16 @@ __device__ __forceinline__ void fetch_statistics(Shared<S>& shared, const Backwa
     ptx::copy_async_4(shared.delta[stage] + line, p.delta + from + line, bytes);
   }
   ptx::mbarrier_arrive_for_copies(&shared.full[stage][0]);
+}
+
+// What a block owns of one of a pair's tensors.
+template <int panels, class S>
+__device__ __forceinline__ void fetch_own(Shared<S>& shared, int place, int tile, const Maps& maps, int row, int head,
+                                          int64_t batch) {
+#pragma unroll 1
+  for (int g = 0; g < S::boxes; ++g)
+    fetch<panels>(shared.lines(place, tile, g), kGroupRows * 128, maps.own[tile], &shared.own_full[place],
+                  row + g * kGroupRows, head, batch);
 }
 
 template <class S, class T>
@@ -154,14 +172,10 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
     if (number >= schedule_of(p).count()) break;
     const Work w = work_of<S>(p, number);
     if (elected && w.some()) {
-      ptx::mbarrier_arrive_expect_tx(own_full, 2 * S::own_bytes);
+      ptx::mbarrier_arrive_expect_tx(own_full, S::own * (S::panels + S::value_panels) * 128);
       const int row = (keys ? w.s.key0 : w.s.row0) + w.first;
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
-#pragma unroll 1
-        for (int g = 0; g < S::groups; ++g)
-          fetch<S::panels>(shared.lines(pair.stage(), tile, g), kGroupRows * 128, maps.own[tile], own_full,
-                           row + g * kGroupRows, w.head, w.s.batch);
+      fetch_own<S::panels>(shared, pair.stage(), 0, maps, row, w.head, w.s.batch);
+      fetch_own<S::value_panels>(shared, pair.stage(), 1, maps, row, w.head, w.s.batch);
     } else if (elected) {
       ptx::mbarrier_arrive(own_full);
     }
@@ -171,17 +185,14 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
     for (int head = w.from; head < w.to; ++head)
 #pragma unroll 1
       for (int line = w.begin; line < w.end; line += S::passing, ++turn.number) {
-        const int stage = turn.stage(), left = count - line;
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          ptx::mbarrier_wait(&shared.free[stage][tile], turn.parity() ^ 1);
-          if (keys && tile == 0) {
-            const int64_t at = (static_cast<int64_t>(batch) * sizes.heads + head) * sizes.rows + first + line;
-            fetch_statistics(shared, p.backward, stage, at, left);
-          }
-          fetch_passing(shared, shared.passing[stage][tile], &shared.full[stage][tile], maps.passing[tile],
-                        first + line, head, batch, left, sizes.cu_seqlens_k != nullptr, elected, landed);
+        const int row = first + line, left = count - line;
+        const bool packed = sizes.cu_seqlens_k != nullptr;
+        fetch_passing<0>(shared, turn, maps, row, head, batch, left, packed, elected, landed);
+        if (keys) {
+          const int64_t at = (static_cast<int64_t>(batch) * sizes.heads + head) * sizes.rows + row;
+          fetch_statistics(shared, p.backward, turn.stage(), at, left);
         }
+        fetch_passing<1>(shared, turn, maps, row, head, batch, left, packed, elected, landed);
       }
     number = draw_turn(p.turns, elected);
   }
@@ -205,6 +216,28 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Walked<T>&
     multiply(work_of<S>(p, shared.turn[place]), place, group, ptx::made_here(warp_of() % 4 * 16), turn);
     ptx::fence_async_shared();
     give_back_by_warps(&shared.own_free[place]);
+  }
+}
+
+// ---- the soft cap ---------------------------------------------------------------------------------------------------
+
+// Its slopes at products x lie in shared memory until they are wanted, a thread's 16 bytes `step` of them apart:
+// registers hold logits meanwhile.
+template <int step, int n>
+__device__ __forceinline__ void keep_slopes(const float (&x)[1][n][4], float4* slopes, const Options& o) {
+#pragma unroll
+  for (int j = 0; j < n; ++j)
+    slopes[j * step] = make_float4(slope_of_cap(o, x[0][j][0]), slope_of_cap(o, x[0][j][1]),
+                                   slope_of_cap(o, x[0][j][2]), slope_of_cap(o, x[0][j][3]));
+}
+
+// x times its slopes.
+template <int step, int n>
+__device__ __forceinline__ void take_slopes(float (&x)[1][n][4], const float4* slopes) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    const float4 by = slopes[j * step];
+    x[0][j][0] *= by.x, x[0][j][1] *= by.y, x[0][j][2] *= by.z, x[0][j][3] *= by.w;
   }
 }
 
@@ -256,14 +289,25 @@ __device__ __forceinline__ void leave_empty(const Operand<T>& to, const Sequence
     }
 }
 
+template <class S, class T>
+__device__ __forceinline__ void clear_rest_of_keys(const Walked<T>& p) {
+  const Sizes& sizes = p.backward.sizes;
+  if (!sizes.cu_seqlens_k) return;
+  const Sequence rest = sequence_of(sizes, sizes.sequences);
+  for (const Operand<T>* to : {&p.backward.grad_key, &p.backward.grad_value})
+    leave_empty<S::threads>(*to, rest, sizes.heads / sizes.group, rest.key0, rest.keys, S::own);
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// body(T{}, the class of the head dim, whether a scale and a band are all that lies between products and exponentials)
-template <class Body>
+// body(T{}, the classes of the head dim and of values', whether a scale and a band are all that lies between products
+// and exponentials)
+template <int... dims, class Body>
 void visit_hopper(const AttentionBackwardSm90a& p, const Body& body) {
   const bool simple = is_plain(p) && p.dropout_p == 0;
-  visit_dims<64, 128>(
-      p, [&](auto type, auto dim) { simple ? body(type, dim, std::true_type{}) : body(type, dim, std::false_type{}); });
+  visit_pairs_of_dims<dims...>(p, [&](auto type, auto dim, auto value_dim) {
+    simple ? body(type, dim, value_dim, std::true_type{}) : body(type, dim, value_dim, std::false_type{});
+  });
 }
 
 // What passes, `bytes` in all for each owner, is shared by `group` owners.
@@ -277,17 +321,31 @@ Walked<T> walked_of(const AttentionBackwardSm90a& p, int64_t bytes, int group, b
           p.turns.as<int>() + (keys ? 1 : 0), nullptr};
 }
 
-template <class S, class T>
+template <class S, class Memory = Shared<S>, class T>
 LaunchSite launch_site(const char* name, const AttentionBackwardSm90a& p, const Walked<T>& walked, Stream stream) {
   constexpr bool keys = S::owner == Owner::keys;
+  static_assert(sizeof(Memory) <= 227 << 10);
   // packed tokens that belong to no sequence want blocks even where there are no sequences
   const int64_t tiles = grid_of(p, walked.backward.sizes.tiles, keys ? p.key_heads() : p.heads(), multiprocessors()).x;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
-  return {name, dim3(blocks), S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Shared<S>)};
+  return {name, dim3(blocks), S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Memory)};
+}
+
+// attention_keys_sm90a and attention_wide_keys_sm90a
+template <class S, class Memory, class T, class Kernel>
+void launch_keys(const char* name, const Kernel& kernel, const AttentionBackwardSm90a& p, Stream stream) {
+  const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
+  const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3)) * 2 * p.group();
+  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+  const auto walked = walked_of<S, T>(p, bytes, 1, begins && !ends);
+  launch(launch_site<S, Memory>(name, p, walked, stream), kernel, map_of_tokens("key", p.key, kGroupRows),
+         map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
+         map_of_tokens("grad_output", p.grad_output, S::passing), walked);
 }
 
 // Launched by run() in turn.
 void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade = nullptr);
 void run_keys(const AttentionBackwardSm90a& p, Stream stream);
+void run_wide_keys(const AttentionBackwardSm90a& p, Stream stream);  // of head dims above 128
 
 }  // namespace llmengine::cuda::attention

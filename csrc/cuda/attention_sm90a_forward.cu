@@ -45,23 +45,24 @@ namespace llmengine::cuda {
 namespace attention {
 namespace {
 
-// Of a head dim up to D. `simple`: nothing but a scale and a band lies between products and exponentials; what else may
-// takes registers, and leaves room for fewer keys.
-template <int D, bool simple>
+// Of a head dim up to D, values' up to DV. `simple`: nothing but a scale and a band lies between products and
+// exponentials; what else may takes registers, and leaves room for fewer keys.
+template <int D, int DV, bool simple>
 struct Shape {
   static constexpr int groups = 2, rows = groups * kGroupRows, threads = 128 * (1 + groups);
-  static constexpr int panels = (D + kPanel - 1) / kPanel;
-  static constexpr int most_keys = D <= 128 ? 128 : D <= 192 ? 96 : 64;
+  static constexpr int panels = (D + kPanel - 1) / kPanel, value_panels = (DV + kPanel - 1) / kPanel;
+  static constexpr int most_keys = DV <= 128 ? 128 : DV <= 192 ? 96 : 64;
   static constexpr int keys = simple || D <= 96 ? most_keys : most_keys - 16;
   static constexpr int stages = 2, queries = D <= 128 ? 2 : 1;
-  static constexpr bool by_turns = D <= 128;
-  static constexpr int query_bytes = rows * panels * 128, stage_bytes = keys * panels * 128;
+  static constexpr bool by_turns = DV <= 128;
+  static constexpr int query_bytes = rows * panels * 128;
+  static constexpr int key_bytes = keys * panels * 128, value_bytes = keys * value_panels * 128;  // of a stage
 };
 
 template <class S>
 struct Shared {
   uint16_t query[S::queries][S::query_bytes / 2];  // a warpgroup's rows lie together, in panels
-  uint16_t key[S::stages][S::stage_bytes / 2], value[S::stages][S::stage_bytes / 2];
+  uint16_t key[S::stages][S::key_bytes / 2], value[S::stages][S::value_bytes / 2];
   ptx::Mbarrier query_full[S::queries], query_free[S::queries];
   ptx::Mbarrier key_full[S::stages], key_free[S::stages];
   ptx::Mbarrier value_full[S::stages], value_free[S::stages];
@@ -138,18 +139,18 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
       const bool neighbours = packed && w.s.keys - key < S::keys;
       if (elected) {
         ptx::mbarrier_wait(&shared.key_free[stage], turn.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&shared.key_full[stage], S::stage_bytes);
+        ptx::mbarrier_arrive_expect_tx(&shared.key_full[stage], S::key_bytes);
         fetch<S::panels>(shared.key[stage], S::keys * 128, maps.key, &shared.key_full[stage], row, key_head, w.s.batch);
         ptx::Mbarrier* full = neighbours ? &shared.landed : &shared.value_full[stage];
         ptx::mbarrier_wait(&shared.value_free[stage], turn.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, S::stage_bytes);
-        fetch<S::panels>(shared.value[stage], S::keys * 128, maps.value, full, row, key_head, w.s.batch);
+        ptx::mbarrier_arrive_expect_tx(full, S::value_bytes);
+        fetch<S::value_panels>(shared.value[stage], S::keys * 128, maps.value, full, row, key_head, w.s.batch);
       }
       if (neighbours) {
         __syncwarp();
         ptx::mbarrier_wait(&shared.landed, landed);
         landed ^= 1;
-        clear_rows<S::panels, S::keys>(shared.value[stage], w.s.keys - key);
+        clear_rows<S::value_panels, S::keys>(shared.value[stage], w.s.keys - key);
         ptx::fence_async_shared();
         __syncwarp();
         if (elected) ptx::mbarrier_arrive(&shared.value_full[stage]);
@@ -196,10 +197,10 @@ __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1]
   }
 }
 
-template <class S, class T, int D, bool simple>
+template <class S, class T, int D, int DV, bool simple>
 __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const Work& w, const uint16_t* query,
                                        int row, const Order<S>& order, Turn<S::stages>& turn, Softmax<1>& softmax,
-                                       Sums<1, D>& output) {
+                                       Sums<1, DV>& output) {
   const Span reach = keys_of_rows(w.s.band(p.options), row, 16);
   Sums<1, S::keys> x;
   uint32_t probabilities[1][S::keys / 16][4];
@@ -226,7 +227,7 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
     begin_product_of_rows<T, D>(x, query, shared.key[turn.stage()]);
     ptx::mbarrier_wait(&shared.value_full[values.stage()], values.parity());
     ptx::wgmma_fence();  // of the scores' fence the assembler knows no more behind the wait
-    begin_adding_product<T, D>(output, probabilities, shared.value[values.stage()]);
+    begin_adding_product<T, DV>(output, probabilities, shared.value[values.stage()]);
     order.pass();
     ptx::wgmma_wait<1>(flat(x));
     give_back(&shared.key_free[turn.stage()]);
@@ -239,13 +240,13 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
 
   ptx::mbarrier_wait(&shared.value_full[turn.stage()], turn.parity());
   ptx::wgmma_fence(flat(output));
-  begin_adding_product<T, D>(output, probabilities, shared.value[turn.stage()]);
+  begin_adding_product<T, DV>(output, probabilities, shared.value[turn.stage()]);
   ptx::wgmma_wait<0>(flat(output));
   give_back(&shared.value_free[turn.stage()]);
   ++turn.number;
 }
 
-template <class S, class T, int D, bool simple>
+template <class S, class T, int D, int DV, bool simple>
 __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>& p) {
   const int group = warp_of() / 4 - 1;
   const Order<S> order{group};
@@ -261,16 +262,16 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
     uint16_t* tile = shared.query[stage] + group * (S::query_bytes / 2 / S::groups);
     Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
-    Sums<1, D> output;
+    Sums<1, DV> output;
     clear(output);
     if (w.some())
-      attend<S, T, D, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
+      attend<S, T, D, DV, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
     ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
     const Work again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
-                    Tile<T, kGroupRows, D>::at(tile, 0), own);
+                    Tile<T, kGroupRows, DV>::at(tile, 0), own);
     }
     ptx::fence_async_shared();
     give_back_by_warps(&shared.query_free[stage]);
@@ -280,11 +281,11 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <class T, int D, bool simple>
-__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
+template <class T, int D, int DV, bool simple>
+__global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
     attention_forward_sm90a(const __grid_constant__ ptx::TensorMap query, const __grid_constant__ ptx::TensorMap key,
                             const __grid_constant__ ptx::TensorMap value, const __grid_constant__ Forward<T> p) {
-  using S = Shape<D, simple>;
+  using S = Shape<D, DV, simple>;
   auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
   if (threadIdx.x == 0) {
     for (int q = 0; q < S::queries; ++q) {
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
   __syncthreads();
   if (warp_of() >= 4) {
     ptx::increase_registers<kManyRegisters>();
-    multiply_all<S, T, D, simple>(shared, p);
+    multiply_all<S, T, D, DV, simple>(shared, p);
     return;
   }
   ptx::decrease_registers<kFewRegisters>();
@@ -320,9 +321,10 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
   }
 }
 
-template <class T, int D, bool simple>
+template <class T, int D, int DV, bool simple>
 void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
-  using S = Shape<D, simple>;
+  using S = Shape<D, DV, simple>;
+  static_assert(sizeof(Shared<S>) <= 227 << 10);
   const Sizes sizes = sizes_of_rows(p, S::rows);
   const int owners = sizes.heads * sizes.sequences;
   const int64_t bytes =
@@ -339,7 +341,7 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
   const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
                       cuda_stream(stream),       p.query,      sizeof(Shared<S>)};
-  launch(at, attention_forward_sm90a<T, D, simple>, map_of_tokens("query", p.query, kGroupRows),
+  launch(at, attention_forward_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
          map_of_tokens("key", p.key, S::keys), map_of_tokens("value", p.value, S::keys), given);
 }
 
@@ -359,9 +361,10 @@ void run(const AttentionForwardSm90a& p, Stream stream) {
   if (p.query.numel() == 0) return;
   check_is_hopper("attention_forward_sm90a");
   const bool simple = is_plain(p) && p.dropout_p == 0;
-  visit_dims<64, 96, 128, 192, 256>(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
-    simple ? launch_forward<T, D, true>(p, stream) : launch_forward<T, D, false>(p, stream);
-  });
+  visit_pairs_of_dims<64, 96, 128, 192, 256>(
+      p, [&]<class T, int D, int DV>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>) {
+        simple ? launch_forward<T, D, DV, true>(p, stream) : launch_forward<T, D, DV, false>(p, stream);
+      });
 }
 
 }  // namespace llmengine::cuda

@@ -277,12 +277,13 @@ void run(const AttentionBackwardOnePass& p, Stream stream) {
   check_is_hopper("attention_backward_one_pass");
   run_statistics(p, stream, p.squares.as<float>());
   run_largest(p, stream);
-  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
-    constexpr int passing = kGridPassing<D, simple>;
-    run_of_rows(p, stream, passing);
-    run_one_pass(p, stream);
-    run_from_grid<T, D, passing>(p, stream);
-  });
+  visit_hopper<64, 128>(
+      p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
+        constexpr int passing = kGridPassing<D, simple>;
+        run_of_rows(p, stream, passing);
+        run_one_pass(p, stream);
+        run_from_grid<T, D, passing>(p, stream);
+      });
   run_rows(p, stream, p.remade.as<int>());
   if (p.grad_mask.defined()) run_mask(p, stream);
   if (p.partial_distances.defined()) run_distances(p, stream);

@@ -106,12 +106,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
                          const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ Walked<T> p) {
   using S = Shape<D, simple>;
   auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
-  const Sizes& sizes = p.backward.sizes;
-  if (sizes.cu_seqlens_k) {
-    const Sequence rest = sequence_of(sizes, sizes.sequences);
-    for (const Operand<T>* to : {&p.backward.grad_key, &p.backward.grad_value})
-      leave_empty<S::threads>(*to, rest, sizes.heads / sizes.group, rest.key0, rest.keys, S::own);
-  }
+  clear_rest_of_keys<S>(p);
   walk(shared, {{&key, &value}, {&query, &grad_output}}, p,
        [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
          multiply<S, T, D, simple>(shared, p, w, place, group, own, turn);
@@ -121,17 +116,11 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 }  // namespace
 
 void run_keys(const AttentionBackwardSm90a& p, Stream stream) {
-  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
-    using S = Shape<D, simple>;
-    const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-    const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3)) * 2 * p.group();
-    const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-    const auto walked = walked_of<S, T>(p, bytes, 1, begins && !ends);
-    launch(launch_site<S>("attention_keys_sm90a", p, walked, stream), attention_keys_sm90a<T, D, simple>,
-           map_of_tokens("key", p.key, kGroupRows), map_of_tokens("value", p.value, kGroupRows),
-           map_of_tokens("query", p.query, S::passing), map_of_tokens("grad_output", p.grad_output, S::passing),
-           walked);
-  });
+  visit_hopper<64, 128>(
+      p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
+        using S = Shape<D, simple>;
+        launch_keys<S, Shared<S>, T>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, stream);
+      });
 }
 
 }  // namespace llmengine::cuda::attention

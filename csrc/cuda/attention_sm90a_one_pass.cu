@@ -19,7 +19,7 @@
 //   barriers        1 + group: of a warpgroup; 3 + group: what it needs of G^T is there; 5: all have read the keys
 //   flops           10 rows keys head_dim; integers: 4 rows head_dim bytes a tile of 128 keys, 320 flops a byte
 //   limit           shared memory and the tensor cores alike: at head dim 128, 64 rows, all products read for 2048
-//                   clocks and multiply for 2560, and what goes by way of shared memory takes 640 more
+//                   clocks and multiply for 2560; boxes, G and dQ on their ways through it take 896 more
 #include <cstdint>
 
 #include "cuda/attention_sm90a_grid.cuh"
@@ -368,12 +368,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
                              const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ OnePass<T> p) {
   using S = Shape<D, simple>;
   auto& room = *static_cast<Room<S>*>(ptx::dynamic_shared_1024());
-  const Sizes& sizes = p.walked.backward.sizes;
-  if (sizes.cu_seqlens_k) {
-    const Sequence rest = sequence_of(sizes, sizes.sequences);
-    for (const Operand<T>* to : {&p.walked.backward.grad_key, &p.walked.backward.grad_value})
-      leave_empty<S::threads>(*to, rest, sizes.heads / sizes.group, rest.key0, rest.keys, S::own);
-  }
+  clear_rest_of_keys<S>(p.walked);
   begin_barriers(room);
   if (warp_of() >= 4) {
     ptx::increase_registers<S::many_registers>();
@@ -390,19 +385,19 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 }  // namespace
 
 void run_one_pass(const AttentionBackwardOnePass& p, Stream stream) {
-  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
-    using S = Shape<D, simple>;
-    const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-    const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3) + 2 * D) * 2 * p.group();
-    const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-    const OnePass<T> given{walked_of<S, T>(p, bytes, 1, begins && !ends),
-                           grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles)};
-    LaunchSite at = launch_site<S>("attention_one_pass_sm90a", p, given.walked, stream);
-    at.shared_bytes = sizeof(Room<S>);
-    launch(at, attention_one_pass_sm90a<T, D, simple>, map_of_tokens("key", p.key, kGroupRows),
-           map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
-           map_of_tokens("grad_output", p.grad_output, S::passing), given);
-  });
+  visit_hopper<64, 128>(
+      p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
+        using S = Shape<D, simple>;
+        const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
+        const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3) + 2 * D) * 2 * p.group();
+        const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+        const OnePass<T> given{walked_of<S, T>(p, bytes, 1, begins && !ends),
+                               grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles)};
+        launch(launch_site<S, Room<S>>("attention_one_pass_sm90a", p, given.walked, stream),
+               attention_one_pass_sm90a<T, D, simple>, map_of_tokens("key", p.key, kGroupRows),
+               map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
+               map_of_tokens("grad_output", p.grad_output, S::passing), given);
+      });
 }
 
 }  // namespace llmengine::cuda::attention

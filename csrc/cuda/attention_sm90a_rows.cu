@@ -10,6 +10,7 @@
 //   flops   6 rows keys head_dim a tile
 //   bytes   Q, dO and dQ once; keys and values once a block, from the second-level cache: 128 rows do 192 flops a byte
 //   limit   the tensor cores, where shared memory feeds them: 80 keys a product of 64 rows read 36 of its 40 clocks
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -20,17 +21,28 @@ namespace attention {
 namespace {
 
 template <int D, bool simple>
-inline constexpr int kPassing = D <= 64 ? (simple ? 112 : 64) : (simple ? 80 : 48);
-template <int D, bool simple>
-using Shape = Walk<Owner::rows, D, kPassing<D, simple>>;
+inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
+                                : D <= 128 ? (simple ? 80 : 48)
+                                : D <= 192 ? 64
+                                           : (simple ? 48 : 32);
+template <int D, int DV, bool simple>
+using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV>;
+
+// Where the slopes of the soft cap wait, a thread's own, while the registers hold logits.
+template <class S, bool simple>
+struct RowsShared : Shared<S> {
+  float4 slopes[simple ? 1 : S::passing / 8 * S::groups * 128];
+
+  __device__ __forceinline__ float4* own_slopes() { return slopes + threadIdx.x - 128; }
+};
 
 // P of a warp's 16 rows.
 template <bool simple, class S, class T>
-__device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
+__device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsShared<S, simple>& shared,
                                                  const Walked<T>& p, const Work& w, const Span& reach, int row, int key,
                                                  const RowStatistics<1>& statistics) {
   const Options& o = p.backward.options;
-  if (!simple) copy(x, products);
+  if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
 #pragma unroll
@@ -41,31 +53,31 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1,
 
 // dO V^T of them to G.
 template <bool simple, class S, class T>
-__device__ __forceinline__ void to_gradient(Sums<1, S::passing>& grad, const Sums<1, S::passing>& x,
-                                            const Sums<1, S::passing>& products, const Walked<T>& p, const Work& w,
-                                            int row, int key, const RowStatistics<1>& statistics) {
+__device__ __forceinline__ void to_gradient(Sums<1, S::passing>& grad, Sums<1, S::passing>& x,
+                                            RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w, int row,
+                                            int key, const RowStatistics<1>& statistics) {
   const Options& o = p.backward.options;
   if (!simple && o.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + w.head);
     drop(grad, draw<false, 1, S::passing / 8, 1>(o.dropout, stream, row, key), o.dropout.keep_scale);
   }
+  if (!simple && o.softcap > 0.0f) take_slopes<S::groups * 128>(x, shared.own_slopes());
 #pragma unroll
   for (int j = 0; j < S::passing / 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) grad[0][j][i] -= statistics.delta[0][i / 2];
-  through_softmax<simple>(grad, x, products, o);
+    for (int i = 0; i < 4; ++i) grad[0][j][i] = (grad[0][j][i] - statistics.delta[0][i / 2]) * x[0][j][i];
 }
 
 // dQ of a warpgroup's rows, but for scale. The products of a tile are begun together with dQ of the tile before it.
-template <class S, class T, int D, bool simple>
-__device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, const Work& w, const uint16_t* query,
-                                       const uint16_t* grad_output, int row, Turn<S::stages>& turn,
-                                       Sums<1, D>& grad_query) {
+template <class S, class T, int D, int DV, bool simple>
+__device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w,
+                                       const uint16_t* query, const uint16_t* grad_output, int row,
+                                       Turn<S::stages>& turn, Sums<1, D>& grad_query) {
   const Backward<T>& b = p.backward;
   const Span reach = keys_of_rows(w.s.band(b.options), row, 16);
   const int64_t lines = (w.s.batch * b.sizes.heads + w.head) * b.sizes.rows + w.s.row0 + row;
   const RowStatistics<1> statistics(b.base + lines, b.delta + lines, least(16, w.s.rows - row));
-  Sums<1, S::passing> x, grad, products;
+  Sums<1, S::passing> x, grad;
   uint32_t rounded[1][S::passing / 16][4];
 
   ptx::mbarrier_wait(&shared.full[turn.stage()][0], turn.parity());
@@ -73,12 +85,12 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
   ptx::settle_registers(flat(grad));
   ptx::wgmma_fence(flat(x));
   begin_product_of_rows<T, D>(x, query, shared.passing[turn.stage()][0]);
-  begin_product_of_rows<T, D>(grad, grad_output, shared.passing[turn.stage()][1]);
+  begin_product_of_rows<T, DV>(grad, grad_output, shared.passing[turn.stage()][1]);
   ptx::wgmma_wait<1>(flat(x));
-  to_probabilities<simple, S>(x, products, p, w, reach, row, w.begin, statistics);
+  to_probabilities<simple>(x, shared, p, w, reach, row, w.begin, statistics);
   ptx::wgmma_wait<0>(flat(grad));
   give_back_by_warps(&shared.free[turn.stage()][1]);
-  to_gradient<simple, S>(grad, x, products, p, w, row, w.begin, statistics);
+  to_gradient<simple>(grad, x, shared, p, w, row, w.begin, statistics);
   round_to_operands<T>(grad, rounded);
 
 #pragma unroll 1
@@ -92,14 +104,14 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
     ptx::wgmma_fence(flat(x));
     begin_product_of_rows<T, D>(x, query, shared.passing[turn.stage()][0]);
     begin_adding_product<T, D>(grad_query, rounded, shared.passing[before.stage()][0]);
-    begin_product_of_rows<T, D>(grad, grad_output, shared.passing[turn.stage()][1]);
+    begin_product_of_rows<T, DV>(grad, grad_output, shared.passing[turn.stage()][1]);
     ptx::wgmma_wait<2>(flat(x));
-    to_probabilities<simple, S>(x, products, p, w, reach, row, key, statistics);
+    to_probabilities<simple>(x, shared, p, w, reach, row, key, statistics);
     ptx::wgmma_wait<1>(flat(grad_query));
     give_back_by_warps(&shared.free[before.stage()][0]);
     ptx::wgmma_wait<0>(flat(grad));
     give_back_by_warps(&shared.free[turn.stage()][1]);
-    to_gradient<simple, S>(grad, x, products, p, w, row, key, statistics);
+    to_gradient<simple>(grad, x, shared, p, w, row, key, statistics);
     round_to_operands<T>(grad, rounded);
   }
 
@@ -110,15 +122,15 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
   ++turn.number;
 }
 
-template <class S, class T, int D, bool simple>
-__device__ __forceinline__ void multiply(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
-                                         int own, Turn<S::stages>& turn) {
+template <class S, class T, int D, int DV, bool simple>
+__device__ __forceinline__ void multiply(RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w, int place,
+                                         int group, int own, Turn<S::stages>& turn) {
   const int row = w.first + group * kGroupRows + own;
   Sums<1, D> grad_query;
   clear(grad_query);
   if (w.some()) {
-    add_up<S, T, D, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
-                            grad_query);
+    add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
+                                grad_query);
   }
   ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
   const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
@@ -129,39 +141,42 @@ __device__ __forceinline__ void multiply(Shared<S>& shared, const Walked<T>& p, 
              p.backward.grad_query.lines(again.s.batch, again.head, again.s.row0 + row), count);
 }
 
-template <class T, int D, bool simple>
-__global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
+template <class T, int D, int DV, bool simple>
+__global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
     attention_rows_sm90a(const __grid_constant__ ptx::TensorMap query,
                          const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ ptx::TensorMap key,
                          const __grid_constant__ ptx::TensorMap value, const __grid_constant__ Walked<T> p) {
-  using S = Shape<D, simple>;
-  auto& shared = *static_cast<Shared<S>*>(ptx::dynamic_shared_1024());
+  using S = Shape<D, DV, simple>;
+  auto& shared = *static_cast<RowsShared<S, simple>*>(ptx::dynamic_shared_1024());
   const Sizes& sizes = p.backward.sizes;
   if (sizes.cu_seqlens_q) {
     const Sequence rest = sequence_of(sizes, sizes.sequences);
     leave_empty<S::threads>(p.backward.grad_query, rest, sizes.heads, rest.row0, rest.rows, S::own);
   }
   if (p.remade && *p.remade == 0) return;
-  walk(shared, {{&query, &grad_output}, {&key, &value}}, p,
+  walk(static_cast<Shared<S>&>(shared), {{&query, &grad_output}, {&key, &value}}, p,
        [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
-         multiply<S, T, D, simple>(shared, p, w, place, group, own, turn);
+         multiply<S, T, D, DV, simple>(shared, p, w, place, group, own, turn);
        });
 }
 
 }  // namespace
 
 void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
-  visit_hopper(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, std::bool_constant<simple>) {
-    using S = Shape<D, simple>;
-    const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-    const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
-    const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-    auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
-    walked.remade = remade;
-    launch(launch_site<S>("attention_rows_sm90a", p, walked, stream), attention_rows_sm90a<T, D, simple>,
-           map_of_tokens("query", p.query, kGroupRows), map_of_tokens("grad_output", p.grad_output, kGroupRows),
-           map_of_tokens("key", p.key, S::passing), map_of_tokens("value", p.value, S::passing), walked);
-  });
+  visit_hopper<64, 128, 192, 256>(
+      p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
+                                                  std::bool_constant<simple>) {
+        using S = Shape<D, DV, simple>;
+        const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
+        const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
+        const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
+        auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        walked.remade = remade;
+        launch(launch_site<S, RowsShared<S, simple>>("attention_rows_sm90a", p, walked, stream),
+               attention_rows_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
+               map_of_tokens("grad_output", p.grad_output, kGroupRows), map_of_tokens("key", p.key, S::passing),
+               map_of_tokens("value", p.value, S::passing), walked);
+      });
 }
 
 }  // namespace attention
@@ -178,7 +193,7 @@ void run(const AttentionBackwardSm90a& p, Stream stream) {
   using namespace attention;
   check_is_hopper("attention_backward_sm90a");
   run_statistics(p, stream);
-  run_keys(p, stream);
+  std::max(p.query.size(3), p.value.size(3)) <= 128 ? run_keys(p, stream) : run_wide_keys(p, stream);
   run_rows(p, stream);
   if (p.grad_mask.defined()) run_mask(p, stream);
   if (p.partial_distances.defined()) run_distances(p, stream);

@@ -3,8 +3,10 @@
 
 #include <cuda_runtime.h>
 
-#include "common/tensor.h"
 #include "ops/philox.h"
+#ifndef __CUDACC_RTC__
+#include "common/tensor.h"
+#endif
 
 namespace llmengine::cuda {
 
@@ -14,10 +16,12 @@ struct Dropout {
   float keep_scale = 1.0f;
 };
 
+#ifndef __CUDACC_RTC__
 inline Dropout dropout_of(double p, const TensorView& seed) {
   if (p <= 0) return {};
   return {seed.as<int64_t>(), ops::drop_threshold(p), static_cast<float>(1.0 / (1.0 - p))};
 }
+#endif
 
 // Multiplies n elements of a row from `column` on, a multiple of 4.
 template <int n>

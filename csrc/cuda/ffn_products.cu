@@ -3,6 +3,7 @@
 //   forward    hidden_product   x w_up^T, and of a gated block x w_gate^T beside it, so that a thread has both sums
 //                               of a unit -> bias, activation, gate, dropout
 //              gemm             hidden w_down^T + b_down
+//                               (without an output, the pre-activations alone, for a backward that was not left them)
 //   backward   hidden_gradient  grad_output w_down -> times dropout, slope, gate: grad_up, grad_gate, hidden once more,
 //                               and their sums over 64 tokens each for the biases, which column_sums adds up
 //              gemm             grad_up w_up + grad_gate w_gate in one accumulator; grad_up^T x, grad_gate^T x,
@@ -61,10 +62,11 @@ void validate(const FeedForwardBackward& p) {
 
 void run(const FeedForwardForward& p, Stream stream) {
   gemm::check_sizes("ffn", {p.input.size(0), p.input.size(1), (p.w_gate.defined() ? 2 : 1) * p.w_up.size(0)});
-  if (p.hidden.numel() > 0) {
+  if (p.input.size(0) > 0 && p.w_up.size(0) > 0) {
     const NamedTensors operands = {{&p.input, "input"}, {&p.w_up, "w_up"}, {&p.w_gate, "w_gate"}};
     hopper_refuses(p.core, operands).empty() ? hidden_product_sm90a(p, stream) : hidden_product_sm80(p, stream);
   }
+  if (!p.output.defined()) return;
   Gemm down = product_of(p, p.hidden, transposed(p.w_down), p.output);
   down.bias = p.b_down;
   run(down, stream);
@@ -72,8 +74,11 @@ void run(const FeedForwardForward& p, Stream stream) {
 
 void run(const FeedForwardBackward& p, Stream stream) {
   gemm::check_sizes("ffn backward", {p.input.size(0), p.input.size(1), (p.w_gate.defined() ? 2 : 1) * p.w_up.size(0)});
-  const auto multiply = [&](const TensorView& a, const TensorView& b, const TensorView& out) {
-    if (out.defined()) run(product_of(p, a, b, out), stream);
+  const auto multiply = [&](const TensorView& a, const TensorView& b, const TensorView& out, bool add) {
+    if (!out.defined()) return;
+    Gemm product = product_of(p, transposed(a), b, out);
+    if (add) product.added = out;
+    run(product, stream);
   };
   if (any_but_b_down(p) && p.w_up.size(0) > 0) {
     const NamedTensors operands = {{&p.grad_output, "grad_output"}, {&p.w_down, "w_down"}};
@@ -84,9 +89,9 @@ void run(const FeedForwardBackward& p, Stream stream) {
     if (p.w_gate.defined()) product.a2 = p.grad_gate, product.b2 = p.w_gate;
     run(product, stream);
   }
-  multiply(transposed(p.grad_up), p.input, p.grad_w_up);
-  if (p.w_gate.defined()) multiply(transposed(p.grad_gate), p.input, p.grad_w_gate);
-  multiply(transposed(p.grad_output), p.hidden, p.grad_w_down);
+  multiply(p.grad_up, p.input, p.grad_w_up, p.add_w_up);
+  if (p.w_gate.defined()) multiply(p.grad_gate, p.input, p.grad_w_gate, p.add_w_gate);
+  multiply(p.grad_output, p.hidden, p.grad_w_down, p.add_w_down);
   if (p.grad_b_up.defined()) run(ColumnSums{p.partial_up, {}, p.grad_b_up}, stream);
   if (p.grad_b_gate.defined()) run(ColumnSums{p.partial_gate, {}, p.grad_b_gate}, stream);
   if (p.grad_b_down.defined()) run(ColumnSums{p.grad_output, p.partial_down, p.grad_b_down}, stream);

@@ -62,6 +62,7 @@ __device__ __forceinline__ void finish_hidden(const Hidden<T>& p, uint64_t seed,
     add_line<T>(p.b_gate, column, p.columns, x[1]);
     if (p.gate.data) store_vector(p.gate[row], column, p.columns, p.gate.aligned, pack<T>(x[1]));
   }
+  if (!p.hidden.data) return;
   visit_activation(p.activation, [&](auto activation) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

@@ -136,7 +136,8 @@ __device__ __forceinline__ void fetch(uint16_t* to, const ptx::TensorMap& map, p
   }
 }
 
-template <int columns, bool a_across, bool b_across, bool pair>
+// `depth`: of k, in the 128 bytes of a stage's lines.
+template <int columns, bool a_across, bool b_across, bool pair, int depth = kDepth>
 __device__ __forceinline__ void fetch_all(Shared<columns>& shared, const Operands& operands, const Tiles& tiles) {
   constexpr int kShare = columns / kCluster;  // of b's lines, that this block fetches for all
   constexpr uint16_t kAll = (1 << kCluster) - 1;
@@ -148,7 +149,7 @@ __device__ __forceinline__ void fetch_all(Shared<columns>& shared, const Operand
     for (int column = item.column; column < item.end; ++column)
       for (int step = item.from; step < item.to; ++step, turn.next()) {
         const int product = step >= tiles.steps_of_product, s = turn.stage;
-        const int k = (step - product * tiles.steps_of_product) * kDepth;
+        const int k = (step - product * tiles.steps_of_product) * depth;
         const int line = pair ? column * kShare : column * columns + block * kShare;
         ptx::mbarrier_wait_cluster(&shared.empty[s], turn.parity ^ 1);
         ptx::mbarrier_arrive_expect_tx(&shared.full[s], Shared<columns>::kStageBytes);
@@ -230,10 +231,10 @@ __device__ __forceinline__ void multiply_all(Shared<columns>& shared, const Tile
   if (threadIdx.x % 128 == 0) ptx::wait_store_reads<0>();
 }
 
-// The whole of a kernel.
-template <class T, int columns, bool a_across, bool b_across, bool pair, class Epilogue>
-__device__ __forceinline__ void multiply(Shared<columns>& shared, const Operands& operands, const Tiles& tiles,
-                                         const Epilogue& epilogue) {
+// The whole of a kernel: one thread does what `fetching` is, the warpgroups that multiply what `multiplying` is.
+template <int columns, class Fetching, class Multiplying>
+__device__ __forceinline__ void share_work(Shared<columns>& shared, const Fetching& fetching,
+                                           const Multiplying& multiplying) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -245,12 +246,20 @@ __device__ __forceinline__ void multiply(Shared<columns>& shared, const Operands
   ptx::cluster_sync();
   if (warp < 4) {
     ptx::decrease_registers<kFewRegisters>();
-    if (warp == 0 && ptx::elect_one()) fetch_all<columns, a_across, b_across, pair>(shared, operands, tiles);
+    if (warp == 0 && ptx::elect_one()) fetching();
   } else {
     ptx::increase_registers<kManyRegisters>();
-    multiply_all<T, columns, a_across, b_across>(shared, tiles, epilogue);
+    multiplying();
   }
   ptx::cluster_sync();  // no block ends while the other arrives at its mbarriers
+}
+
+template <class T, int columns, bool a_across, bool b_across, bool pair, class Epilogue>
+__device__ __forceinline__ void multiply(Shared<columns>& shared, const Operands& operands, const Tiles& tiles,
+                                         const Epilogue& epilogue) {
+  share_work(
+      shared, [&] { fetch_all<columns, a_across, b_across, pair>(shared, operands, tiles); },
+      [&] { multiply_all<T, columns, a_across, b_across>(shared, tiles, epilogue); });
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@
 
 namespace llmengine::cuda {
 
+inline constexpr size_t kSharedWithoutOptIn = 48 << 10;
+
 struct LaunchSite {
   const char* kernel;
   dim3 grid, block;
@@ -37,8 +39,7 @@ struct LaunchSite {
 template <class... Parameters>
 void launch(const LaunchSite& at, void (*kernel)(Parameters...), const std::type_identity_t<Parameters>&... given) {
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
-  constexpr size_t kWithoutOptIn = 48 << 10;
-  if (at.shared_bytes > kWithoutOptIn) {
+  if (at.shared_bytes > kSharedWithoutOptIn) {
     const auto error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes));
     if (error != cudaSuccess) fail(at, error);

@@ -16,6 +16,8 @@
 //              64 tokens for the bias; then grad_input += dz weight, in float32 between blocks, and grad_linear_weight
 //              = dz^T input of these classes, each by gemm.cu
 //
+//   Of a shard of the classes the merge ends in `statistics`, and `factors` are given.
+//
 //   No atomics: every sum has its order.
 //
 //   flops      2 tokens d classes forward, 6 backward
@@ -48,13 +50,20 @@ struct Merge {
   LossOptions options;
   int tokens, spans;
   float *losses, *lse;
+  float* statistics;  // of a shard, (4, tokens): instead of these two
 };
 
 __global__ void __launch_bounds__(kMergeThreads) linear_cross_entropy_merge(const Merge p) {
   const int token = static_cast<int>(blockIdx.x * kMergeThreads + threadIdx.x);
   if (token >= p.tokens) return;
   const int64_t label = p.options.target[token];
+  const auto tell = [&](float largest, float total, float of_target, float weighted) {
+    float* to = p.statistics + token;
+    const int64_t next = p.tokens;
+    to[0] = largest, to[next] = total, to[2 * next] = of_target, to[3 * next] = weighted;
+  };
   if (label == p.options.ignore_index) {
+    if (p.statistics) return tell(-INFINITY, 0.0f, 0.0f, 0.0f);
     p.losses[token] = p.lse[token] = 0.0f;
     return;
   }
@@ -66,6 +75,7 @@ __global__ void __launch_bounds__(kMergeThreads) linear_cross_entropy_merge(cons
     weighted += part[2 * static_cast<int64_t>(p.tokens)];
     largest = higher;
   }
+  if (p.statistics) return tell(largest, total, p.target_logits[token], weighted);
   const float of_target = p.options.is_class(label) ? p.target_logits[token] : NAN, log_total = logf(total);
   p.losses[token] = loss_of(p.options, label, largest, log_total, of_target, weighted);
   p.lse[token] = largest + log_total;
@@ -98,6 +108,7 @@ void multiply_block(const LinearCrossEntropyBackward& p, int64_t first, int64_t 
     product.room = p.room, product.core = p.core;
     product.a = transposed(grad), product.b = p.input;
     product.out = rows_from(p.grad_linear_weight, first, count);
+    if (p.add_linear_weight) product.added = product.out;
     run(product, stream);
   }
   if (!p.grad_linear_bias.defined()) return;
@@ -106,11 +117,7 @@ void multiply_block(const LinearCrossEntropyBackward& p, int64_t first, int64_t 
   run(ColumnSums{columns_up_to(p.partial_bias, count), {}, sums}, stream);
 }
 
-}  // namespace
-
-void validate(const LinearCrossEntropyForward& p) {
-  ops::validate(p, kTypes);
-  const Checker at{"linear_cross_entropy"};
+void check_rooms(const Checker& at, const LinearCrossEntropyForward& p) {
   check_core(at, p.core, {});
   check_weight_sum(at, p, p.weight_sum);
   const int64_t tokens = p.input.size(0);
@@ -124,11 +131,7 @@ void validate(const LinearCrossEntropyForward& p) {
   ops::check_statistic(at, p.target_logits, "target_logits", {tokens});
 }
 
-void validate(const LinearCrossEntropyBackward& p) {
-  const Checker at{"linear_cross_entropy backward"};
-  ops::check_linear_cross_entropy(at, p, kTypes);
-  ops::check_grad_loss(at, p.grad_loss, p);
-  ops::check_linear_gradients(at, p, {p.grad_input, p.grad_linear_weight, p.grad_linear_bias}, kTypes);
+void check_rooms(const Checker& at, const LinearCrossEntropyBackward& p) {
   check_weight_sum(at, p, p.weight_sum);
   check_core(at, p.core, p.room);
   const int64_t tokens = p.input.size(0);
@@ -146,6 +149,32 @@ void validate(const LinearCrossEntropyBackward& p) {
   }
 }
 
+}  // namespace
+
+void validate(const LinearCrossEntropyForward& p) {
+  ops::validate(p, kTypes);
+  check_rooms({"linear_cross_entropy"}, p);
+}
+
+void validate(const LinearCrossEntropyShardForward& p) {
+  ops::validate(p, kTypes);
+  check_rooms({"linear_cross_entropy of a shard"}, p);
+}
+
+void validate(const LinearCrossEntropyBackward& p) {
+  const Checker at{"linear_cross_entropy backward"};
+  ops::check_linear_backward(at, p, kTypes);
+  ops::check_loss_of_whole(at, p);
+  check_rooms(at, p);
+}
+
+void validate(const LinearCrossEntropyShardBackward& p) {
+  const Checker at{"linear_cross_entropy of a shard backward"};
+  ops::check_linear_backward(at, p, kTypes);
+  ops::check_loss_of_shard(at, p);
+  check_rooms(at, p);
+}
+
 void run(const LinearCrossEntropyForward& p, Stream stream) {
   const int64_t tokens = p.input.size(0), classes = p.linear_weight.size(0);
   gemm::check_sizes("linear_cross_entropy", {tokens, classes, p.input.size(1)});
@@ -161,11 +190,12 @@ void run(const LinearCrossEntropyForward& p, Stream stream) {
                     static_cast<int>(tokens),
                     spans,
                     p.losses.as<float>(),
-                    p.lse.as<float>()};
+                    p.lse.as<float>(),
+                    p.statistics.as<float>()};
   const LaunchSite at{"linear_cross_entropy_merge", dim3(grid_of(tokens, kMergeThreads)), dim3(kMergeThreads),
                       cuda_stream(stream), p.input};
   launch(at, linear_cross_entropy_merge, merge);
-  add_losses(p, p.losses, p.loss, static_cast<int>(classes), stream);
+  if (!p.statistics.defined()) add_losses(p, p.losses, p.loss, static_cast<int>(classes), stream);
 }
 
 void run(const LinearCrossEntropyBackward& p, Stream stream) {

@@ -13,14 +13,17 @@ namespace llmengine::cuda {
 struct LinearCrossEntropyForward : ops::LinearCrossEntropyForward {
   TensorView weight_sum;  // float32 (): of weight; needed with label smoothing
   TensorView partial;  // float32 (spans, 3, tokens): room for what is known of a token's logits in each span of classes
-  TensorView target_logits;  // float32 (tokens,): room
+  TensorView target_logits;  // float32 (tokens,): room; of a shard, zeros
   std::string core;          // of the products: Gemm's
 
-  static constexpr auto fields() {
+  static constexpr auto own_fields() {
     using P = LinearCrossEntropyForward;
-    return std::tuple_cat(ops::LinearCrossEntropyForward::fields(),
-                          std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("partial", &P::partial),
-                                     ops::field("target_logits", &P::target_logits), ops::field("core", &P::core)});
+    return std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("partial", &P::partial),
+                      ops::field("target_logits", &P::target_logits), ops::field("core", &P::core)};
+  }
+  static constexpr auto fields() { return std::tuple_cat(ops::LinearCrossEntropyForward::fields(), own_fields()); }
+  static constexpr auto shard_fields() {
+    return std::tuple_cat(ops::LinearCrossEntropyForward::shard_fields(), own_fields());
   }
 };
 
@@ -32,17 +35,26 @@ struct LinearCrossEntropyBackward : ops::LinearCrossEntropyBackward {
   TensorView room;          // of the products, as `core`: Gemm's
   std::string core;
 
-  static constexpr auto fields() {
+  static constexpr auto own_fields() {
     using P = LinearCrossEntropyBackward;
-    return std::tuple_cat(ops::LinearCrossEntropyBackward::fields(),
-                          std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("block", &P::block),
-                                     ops::field("partial_bias", &P::partial_bias), ops::field("room", &P::room),
-                                     ops::field("core", &P::core)});
+    return std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("block", &P::block),
+                      ops::field("partial_bias", &P::partial_bias), ops::field("room", &P::room),
+                      ops::field("core", &P::core)};
+  }
+  static constexpr auto fields() { return std::tuple_cat(ops::LinearCrossEntropyBackward::fields(), own_fields()); }
+  static constexpr auto shard_fields() {
+    return std::tuple_cat(ops::LinearCrossEntropyBackward::shard_fields(), own_fields());
   }
 };
 
+// The same of a shard of the classes.
+using LinearCrossEntropyShardForward = ops::LinearCrossEntropyShardForward<LinearCrossEntropyForward>;
+using LinearCrossEntropyShardBackward = ops::LinearCrossEntropyShardBackward<LinearCrossEntropyBackward>;
+
 void validate(const LinearCrossEntropyForward& p);
 void validate(const LinearCrossEntropyBackward& p);
+void validate(const LinearCrossEntropyShardForward& p);
+void validate(const LinearCrossEntropyShardBackward& p);
 void run(const LinearCrossEntropyForward& p, Stream stream);
 void run(const LinearCrossEntropyBackward& p, Stream stream);
 

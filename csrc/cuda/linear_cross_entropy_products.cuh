@@ -66,6 +66,7 @@ struct LogitsGradient {
   Line bias;
   LossOptions options;
   const float *grad_loss, *lse, *normaliser;
+  const float* factors;  // of a shard, (3, tokens): in the place of those that the loss gives
   int64_t grad_loss_stride;
   Rows<T> grad;              // (tokens, classes of the block)
   Rows<float> partial_bias;  // sums over 64 tokens each, so many of them:
@@ -80,7 +81,7 @@ LogitsGradient<T> logits_gradient_of(const LinearCrossEntropyBackward& p, int64_
   to.bias = line_of(p.linear_bias);
   to.options = options_of(p, p.weight_sum, static_cast<int>(p.linear_weight.size(0)));
   to.grad_loss = p.grad_loss.as<float>(), to.lse = p.lse.as<float>();
-  to.normaliser = p.normaliser.as<float>();
+  to.normaliser = p.normaliser.as<float>(), to.factors = p.factors.as<float>();
   to.grad_loss_stride = p.grad_loss.ndim ? p.grad_loss.stride(0) : 0;
   to.grad = rows_of<T>(p.block);
   if (p.grad_linear_bias.defined()) to.partial_bias = rows_of<float>(p.partial_bias);
@@ -101,8 +102,14 @@ __device__ __forceinline__ void begin_token(const LogitsGradient<T>& p, Tokens<c
   const int label = label_of(p.options, token, p.tokens);
   tokens.label[line] = label;
   if (label == kIgnored) return;
-  const float lse = p.lse[token], upstream = p.grad_loss[token * p.grad_loss_stride];
-  const Factors factors = factors_of(p.options, upstream, *p.normaliser, label, lse);
+  const float lse = p.lse[token];
+  Factors factors;
+  if (p.factors) {
+    const float* of_token = p.factors + token;
+    factors = {of_token[0], of_token[p.tokens], of_token[2 * static_cast<int64_t>(p.tokens)]};
+  } else {
+    factors = factors_of(p.options, p.grad_loss[token * p.grad_loss_stride], *p.normaliser, label, lse);
+  }
   tokens.lse[line] = lse;
   tokens.probability[line] = factors.probability;
   tokens.smoothing[line] = factors.smoothing;

@@ -3,10 +3,10 @@
 //   A tile's rows are chunks of 16 bytes. Chunk c of row r lies in place c ^ (r mod 8), so that neither the eight rows
 //   that ldmatrix takes of one column of chunks, nor the chunks of one row, meet in a bank:
 //
-//        columns a multiple of 64             else a multiple of 32: rows begin in every other half of the banks,
+//        columns a multiple of 64             else of 32: rows begin in every other half of the banks,
 //        row 0   0 1 2 3 4 5 6 7              c ^ (r / 2 mod 4)
-//        row 1   1 0 3 2 5 4 7 6
-//        row 2   2 3 0 1 6 7 4 5
+//        row 1   1 0 3 2 5 4 7 6              else of 16: in each quarter of them by turns,
+//        row 2   2 3 0 1 6 7 4 5              c ^ (r / 4 mod 2)
 //
 //   Accumulators are 16 x 8 blocks: of block (m, j), a thread holds rows 16 m + lane / 4 (elements 0 and 1) and 8 more
 //   (2 and 3), columns 8 j + lane mod 4 x 2 and the next. Two such blocks side by side, rounded to 16 bits, are the
@@ -32,7 +32,7 @@ __device__ __forceinline__ int warp_of() { return static_cast<int>(threadIdx.x) 
 
 template <class T, int rows_, int columns_>
 struct Tile {
-  static_assert(sizeof(T) == 2 && rows_ % 16 == 0 && columns_ % 32 == 0);
+  static_assert(sizeof(T) == 2 && rows_ % 16 == 0 && columns_ % 16 == 0);
   static constexpr int rows = rows_, columns = columns_, chunks = columns / 8, bytes = rows * columns * 2;
 
   T* data;
@@ -45,8 +45,8 @@ struct Tile {
   // Chunk `even` + c, where the first is known at compile time and even, c is 0 or 1 past a multiple of 8 (of 4): what
   // differs between the chunks that a lane takes of its row is then a constant, and one register holds them all.
   __device__ __forceinline__ T* chunk(int row, int even, int c) const {
-    constexpr int kSwizzled = columns % 64 == 0 ? 8 : 4;  // chunks that change places
-    const int turn = columns % 64 == 0 ? row & 7 : row >> 1 & 3, low = c % kSwizzled;
+    constexpr int kShift = columns % 64 == 0 ? 0 : columns % 32 == 0 ? 1 : 2, kSwizzled = 8 >> kShift;
+    const int turn = row >> kShift & (kSwizzled - 1), low = c % kSwizzled;  // kSwizzled chunks change places
     const int from = row * columns * 2 + (turn ^ low) * 16;
     const int offset = (from ^ even % kSwizzled * 16) + (even / kSwizzled + c / kSwizzled) * kSwizzled * 16;
     return reinterpret_cast<T*>(reinterpret_cast<char*>(data) + offset);

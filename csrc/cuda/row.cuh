@@ -6,9 +6,12 @@
 
 #include <cstdint>
 
-#include "common/tensor.h"
+#include "common/half.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/memory.cuh"
+#ifndef __CUDACC_RTC__  // NVRTC (cuda/compiled.h) sees what is the device's
+#include "common/tensor.h"
+#endif
 
 namespace llmengine::cuda {
 
@@ -81,12 +84,14 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<T>]) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
+#ifndef __CUDACC_RTC__
 // Whether every row begins at a multiple of 16 bytes. A tensor that was not given has no rows.
 inline bool has_aligned_rows(const TensorView& t) {
   const auto address = reinterpret_cast<uintptr_t>(t.data);
   const bool one_row = t.ndim < 2 || t.sizes[0] <= 1;
   return address % 16 == 0 && (one_row || t.strides[0] * size_of(t.dtype) % 16 == 0);
 }
+#endif
 
 template <class T>
 struct Rows {
@@ -97,11 +102,13 @@ struct Rows {
   __device__ T* operator[](int64_t row) const { return data + row * stride; }
 };
 
+#ifndef __CUDACC_RTC__
 template <class T>
 Rows<T> rows_of(const TensorView& t) {
   if (!t.defined()) return {};
   return {t.as<T>(), t.ndim > 1 ? t.stride(0) : 0, has_aligned_rows(t)};
 }
+#endif
 
 // The vector of columns [column, columns) of a row, zeros where the row has ended. `once`: no other row reads it.
 template <class T>
@@ -183,10 +190,12 @@ struct Line {
   bool is_float = false, aligned = false;
 };
 
+#ifndef __CUDACC_RTC__
 inline Line line_of(const TensorView& t) {
   if (!t.defined()) return {};
   return {t.data, t.dtype == DType::f32, has_aligned_rows(t)};
 }
+#endif
 
 // n floats from `column` on, zeros where the line has ended.
 template <class S, int n>

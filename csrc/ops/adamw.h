@@ -26,7 +26,7 @@ namespace llmengine::ops {
 
 struct AdamW {
   TensorList parameters;             // contiguous, all of one dtype, of any shapes
-  TensorList gradients;              // like parameters
+  TensorList gradients;              // like parameters, or all float32
   TensorList exp_avgs, exp_avg_sqs;  // m and v: like parameters; float32 or all bfloat16
   TensorList max_exp_avg_sqs;        // peak: like v; empty without amsgrad
   TensorList masters;                // float32, or empty
@@ -68,7 +68,7 @@ inline void validate_lists(const AdamW& p, std::initializer_list<DType> floats) 
   validate_list(at, p.parameters, "parameters", p.parameters, floats);
   if (p.parameters.empty()) return;
   const DType dtype = p.parameters[0].dtype;
-  validate_list(at, p.gradients, "gradients", p.parameters, {dtype});
+  validate_list(at, p.gradients, "gradients", p.parameters, {dtype, DType::f32});
   validate_list(at, p.exp_avgs, "exp_avgs", p.parameters, floats);
   const DType moments = p.exp_avgs[0].dtype;
   validate_list(at, p.exp_avg_sqs, "exp_avg_sqs", p.parameters, {moments});

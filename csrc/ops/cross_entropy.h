@@ -141,6 +141,10 @@ inline void check_cross_entropy_options(const Checker& at, const CrossEntropyOpt
   if (!(p.label_smoothing >= 0 && p.label_smoothing <= 1)) at.fail_at("label_smoothing", "must lie in [0, 1]");
   if (!(p.z_loss >= 0)) at.fail_at("z_loss", "must be at least 0");
   if (!(p.softcap >= 0)) at.fail_at("softcap", "must be at least 0");
+}
+
+// What a forward leaves for the backward.
+inline void check_known(const Checker& at, const CrossEntropyOptions& p, int64_t rows) {
   check_statistic(at, p.lse, "lse", {rows});
   check_statistic(at, p.normaliser, "normaliser", {});
 }
@@ -168,6 +172,7 @@ inline void validate(const CrossEntropyForward& p, std::initializer_list<DType> 
   check_logits(at, p.input, dtypes);
   const int64_t rows = p.input.size(0);
   check_cross_entropy_options(at, p, rows, p.input.size(1));
+  check_known(at, p, rows);
   check_statistic(at, p.losses, "losses", {rows});
   if (p.reduction != "none") check_statistic(at, p.loss, "loss", {});
 }
@@ -177,6 +182,7 @@ inline void validate(const CrossEntropyBackward& p, std::initializer_list<DType>
   check_logits(at, p.input, dtypes);
   const int64_t rows = p.input.size(0), classes = p.input.size(1);
   check_cross_entropy_options(at, p, rows, classes);
+  check_known(at, p, rows);
   check_grad_loss(at, p.grad_loss, p);
   at.defined(p.grad_input, "grad_input");
   at.dtype(p.grad_input, "grad_input", {p.input.dtype});

@@ -1,7 +1,8 @@
 // Feed-forward block of a transformer layer, plain (Vaswani et al. 2017) or gated (Shazeer 2020, "GLU variants improve
 // transformer"), on tokens: x is (tokens, d), the hidden layer (tokens, f), weights are (out, in).
 //
-//   up = x w_up^T + b_up,  gate = x w_gate^T + b_gate              the pre-activations, kept for the backward
+//   up = x w_up^T + b_up,  gate = x w_gate^T + b_gate              the pre-activations, kept for the backward or there
+//                                                                  made once more
 //   hidden = act(up) keep / (1 - p)          or, gated,  act(gate) up keep / (1 - p)
 //   output = hidden w_down^T + b_down
 //   act: gelu x Phi(x); gelu_tanh x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); relu max(x, 0);
@@ -43,8 +44,8 @@ struct FeedForwardForward {
   TensorView seed;            // int64 (1,), where dropout_p > 0
   std::string activation;
   double dropout_p = 0.0;
-  TensorView output;    // (tokens, d)
-  TensorView hidden;    // (tokens, f): workspace
+  TensorView output;    // (tokens, d); none: up and gate alone are wanted, from the first product
+  TensorView hidden;    // (tokens, f): workspace, with output
   TensorView up, gate;  // (tokens, f), or none: not kept
 
   static constexpr auto fields() {
@@ -76,6 +77,8 @@ struct FeedForwardBackward {
   TensorView hidden, grad_up, grad_gate;  // (tokens, f): workspaces; grad_gate only with w_gate
   // like their tensors, those of biases float32; none: not wanted
   TensorView grad_input, grad_w_up, grad_b_up, grad_w_gate, grad_b_gate, grad_w_down, grad_b_down;
+  // the gradient of that weight is float32, and what it holds grows
+  bool add_w_up = false, add_w_gate = false, add_w_down = false;
 
   static constexpr auto fields() {
     using P = FeedForwardBackward;
@@ -98,7 +101,10 @@ struct FeedForwardBackward {
                       field("grad_w_gate", &P::grad_w_gate),
                       field("grad_b_gate", &P::grad_b_gate),
                       field("grad_w_down", &P::grad_w_down),
-                      field("grad_b_down", &P::grad_b_down)};
+                      field("grad_b_down", &P::grad_b_down),
+                      field("add_w_up", &P::add_w_up),
+                      field("add_w_gate", &P::add_w_gate),
+                      field("add_w_down", &P::add_w_down)};
   }
 };
 
@@ -138,9 +144,10 @@ struct FeedForwardChecker {
   void parameters(NamedTensors tensors, int64_t rows, int64_t columns) const {
     matrices(tensors, {dtype, types.rounded ? dtype : DType::f32}, rows, columns);
   }
-  void gradient(NamedTensor grad, const TensorView& weight) const {
+  void gradient(NamedTensor grad, const TensorView& weight, bool add) const {
     if (!weight.defined()) return;
-    matrices({grad}, {weight.dtype, types.rounded ? DType::f32 : weight.dtype}, weight.size(0), weight.size(1));
+    const DType wide = types.rounded ? DType::f32 : weight.dtype;
+    matrices({grad}, {add ? DType::f32 : weight.dtype, add ? DType::f32 : wide}, weight.size(0), weight.size(1));
   }
   void activations(NamedTensors tensors, int64_t columns) const { matrices(tensors, {dtype}, tokens, columns); }
 
@@ -171,8 +178,12 @@ struct FeedForwardChecker {
 inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
   const FeedForwardChecker c{"ffn", p.input, p.w_up, types};
   c.at.defined(p.w_down, "w_down");
-  c.at.defined(p.output, "output");
-  c.at.defined(p.hidden, "hidden");
+  if (p.output.defined()) {
+    c.at.defined(p.hidden, "hidden");
+  } else {
+    c.at.defined(p.up, "up");
+    if (p.w_gate.defined()) c.at.defined(p.gate, "gate");
+  }
   c.parameters({{&p.w_up, "w_up"}, {&p.w_gate, "w_gate"}}, c.f, c.d);
   c.parameters({{&p.w_down, "w_down"}}, c.d, c.f);
   c.biases({{&p.b_up, "b_up"}, {&p.b_gate, "b_gate"}}, {c.dtype, DType::f32}, c.f);
@@ -205,9 +216,9 @@ inline void validate(const FeedForwardBackward& p, const FeedForwardTypes& types
                           {&p.grad_w_gate, "grad_w_gate"},
                           {&p.grad_b_gate, "grad_b_gate"}});
   c.activations({{&p.gate, "gate"}, {&p.grad_gate, "grad_gate"}}, c.f);
-  c.gradient({&p.grad_w_up, "grad_w_up"}, p.w_up);
-  c.gradient({&p.grad_w_down, "grad_w_down"}, p.w_down);
-  c.gradient({&p.grad_w_gate, "grad_w_gate"}, p.w_gate);
+  c.gradient({&p.grad_w_up, "grad_w_up"}, p.w_up, p.add_w_up);
+  c.gradient({&p.grad_w_down, "grad_w_down"}, p.w_down, p.add_w_down);
+  c.gradient({&p.grad_w_gate, "grad_w_gate"}, p.w_gate, p.add_w_gate);
   c.biases({{&p.grad_b_up, "grad_b_up"}, {&p.grad_b_gate, "grad_b_gate"}}, {DType::f32}, c.f);
   c.biases({{&p.grad_b_down, "grad_b_down"}}, {DType::f32}, c.d);
   c.options(p.activation, p.dropout_p, p.seed);

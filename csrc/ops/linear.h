@@ -28,12 +28,14 @@ struct LinearBackward {
   TensorView input, weight;  // as in the forward
   // like their tensors, grad_bias (out,) float32; none: not wanted
   TensorView grad_input, grad_weight, grad_bias;
+  bool add_weight = false;  // grad_weight is float32, and what it holds grows by the gradient
 
   static constexpr auto fields() {
     using P = LinearBackward;
     return std::tuple{field("grad_output", &P::grad_output), field("input", &P::input),
                       field("weight", &P::weight),           field("grad_input", &P::grad_input),
-                      field("grad_weight", &P::grad_weight), field("grad_bias", &P::grad_bias)};
+                      field("grad_weight", &P::grad_weight), field("grad_bias", &P::grad_bias),
+                      field("add_weight", &P::add_weight)};
   }
 };
 
@@ -78,7 +80,7 @@ inline void validate(const LinearBackward& p) {
   const int64_t tokens = p.input.size(0), in = p.input.size(1), out = p.weight.size(0);
   check_matrix(at, p.grad_output, "grad_output", p.input.dtype, tokens, out);
   check_matrix(at, p.grad_input, "grad_input", p.input.dtype, tokens, in);
-  check_matrix(at, p.grad_weight, "grad_weight", p.weight.dtype, out, in);
+  check_matrix(at, p.grad_weight, "grad_weight", p.add_weight ? DType::f32 : p.weight.dtype, out, in);
   check_line(at, p.grad_bias, "grad_bias", {DType::f32}, out);
 }
 

@@ -121,7 +121,9 @@ void Machine::load_tensor(uintptr_t shared, const TensorMapFields& map, const Bo
   std::vector<BulkCopy> copies;
   for (int block = 0; block < block_count_; ++block) {
     if (!(blocks >> block & 1)) continue;
-    const auto place = [&](uintptr_t address) { return block_count_ == 1 ? address : memory.in_block(address, block); };
+    const auto place = [&](uintptr_t address) {
+      return block_count_ == 1 ? address : memory.blocks.in_block(address, block);
+    };
     Mbarrier& b = mbarrier_at(place(mbarrier), "copy_tensor", site, By::bulk);
     need_fenced(b, "copy_tensor", site);
     check_remote(place(shared), b.carrier, "copies to", site);
@@ -271,8 +273,9 @@ void Machine::finish_bulk_copy(size_t i) {
 void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address) {
   const Unwatched simulator;
   const auto size = static_cast<uint32_t>(bytes);
-  Machine::the().copy_bulk({static_cast<char*>(shared), static_cast<const char*>(global), size, size}, number(mbarrier),
-                           number(return_address));
+  Machine& machine = Machine::the();
+  char* const to = reinterpret_cast<char*>(machine.own(shared));
+  machine.copy_bulk({to, static_cast<const char*>(global), size, size}, machine.own(mbarrier), number(return_address));
 }
 
 void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, void* mbarrier, uint32_t blocks,
@@ -280,18 +283,20 @@ void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, v
   const Unwatched simulator;
   Machine& machine = Machine::the();
   if (blocks == 0) blocks = 1u << machine.block();
-  machine.load_tensor(number(shared), map, at, number(mbarrier), blocks, number(return_address));
+  machine.load_tensor(machine.own(shared), map, at, machine.own(mbarrier), blocks, number(return_address));
 }
 
 void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, Adds adds,
                   const void* return_address) {
   const Unwatched simulator;
-  Machine::the().store_tensor(map, at, number(shared), adds, number(return_address));
+  Machine& machine = Machine::the();
+  machine.store_tensor(map, at, machine.own(shared), adds, number(return_address));
 }
 
 void store_bulk(void* global, const void* shared, int bytes, Adds adds, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().store_bulk(number(global), number(shared), bytes, adds, number(return_address));
+  Machine& machine = Machine::the();
+  machine.store_bulk(number(global), machine.own(shared), bytes, adds, number(return_address));
 }
 
 void commit_stores() {

@@ -117,17 +117,15 @@ uintptr_t Machine::map_to_block(uintptr_t shared, int block, uintptr_t site) {
     fail("maps an address to block " + std::to_string(block) + " of a cluster that has " +
          std::to_string(block_count_) + " (" + source_line(site) + ")");
   }
+  if (!memory.blocks.covers(shared)) fail("maps an address that is not in shared memory (" + source_line(site) + ")");
   if (block == this->block()) return shared;
-  if (!memory.is_dynamic(shared)) {
-    fail("maps an address that is not in dynamic shared memory (" + source_line(site) + ")");
-  }
-  return memory.in_block(shared, block);
+  return memory.blocks.in_block(shared, block);
 }
 
 // An access of `agent` to shared memory that may be another block's: that block must have begun, and not ended.
 void Machine::check_remote(uintptr_t address, int agent, const char* what, uintptr_t site) {
-  if (block_count_ == 1 || !memory.is_dynamic(address)) return;
-  const int block = memory.block_of(address), self = current_->number;
+  if (block_count_ == 1 || !memory.blocks.holds(address)) return;
+  const int block = memory.blocks.block_of(address), self = current_->number;
   if (block == this->block()) return;
   const Clocks& clocks = memory.clocks;
   const auto complain = [&](const std::string& problem) {
@@ -143,10 +141,11 @@ void Machine::check_remote(uintptr_t address, int agent, const char* what, uintp
   *known = {agent, clocks.now(agent), site};
 }
 
-void Machine::touch_remote(const Access& access) {
+uintptr_t Machine::touch_remote(const Access& access) {
   if (preempts()) yield();
   check_remote(access.address, current_->number, verb(access.kind), access.site);
   check(access, current_->number);
+  return memory.blocks.real(access.address);
 }
 
 // ---- registers ------------------------------------------------------------------------------------------------------
@@ -201,15 +200,16 @@ void cluster_wait(Site site) {
 
 uintptr_t map_to_block(const void* shared, int block, const void* return_address) {
   const Unwatched simulator;
-  return Machine::the().map_to_block(number(shared), block, number(return_address));
+  Machine& machine = Machine::the();
+  return machine.map_to_block(machine.own(shared), block, number(return_address));
 }
 
-void touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address) {
+uintptr_t touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address) {
   const Unwatched simulator;
   const Kind as = kind == Touch::read ? Kind::read : kind == Touch::write ? Kind::write : Kind::atomic;
   Access access{address, size, as, number(return_address)};
   access.remote = true;
-  Machine::the().touch_remote(access);
+  return Machine::the().touch_remote(access);
 }
 
 void set_registers(const char* operation, int count, bool increase, Site site) {

@@ -3,19 +3,29 @@
 #include <algorithm>
 #include <cstring>
 
+#include "sim/machine.h"
+
 namespace llmengine::sim {
 
+namespace {
+char* real(const char* address) {
+  return reinterpret_cast<char*>(Machine::the().memory.blocks.real(reinterpret_cast<uintptr_t>(address)));
+}
+}  // namespace
+
 void Transfer::take_effect() const {
-  if (bytes > 0) std::memcpy(to, from, bytes);
-  std::memset(to + bytes, 0, size - bytes);
+  char* const there = real(to);
+  if (bytes > 0) std::memcpy(there, real(from), bytes);
+  std::memset(there + bytes, 0, size - bytes);
 }
 
 template <class Number>
 void Transfer::add() const {
+  const char* const summands = real(from);
   for (uint32_t at = 0; at < bytes; at += sizeof(Number)) {
     Number sum, more;
     std::memcpy(&sum, to + at, sizeof(Number));
-    std::memcpy(&more, from + at, sizeof(Number));
+    std::memcpy(&more, summands + at, sizeof(Number));
     sum += more;
     std::memcpy(to + at, &sum, sizeof(Number));
   }

@@ -92,7 +92,7 @@ int blocks_of_cluster();
 void cluster_arrive(bool orders, Site site);
 void cluster_wait(Site site);
 uintptr_t map_to_block(const void* shared, int block, const void* return_address);
-void touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address);
+uintptr_t touch_remote(uintptr_t address, size_t size, Touch kind, const void* return_address);  // where the bytes are
 
 // Of whole warps: the registers of each thread, and one lane of them.
 void set_registers(const char* operation, int count, bool increase, Site site);

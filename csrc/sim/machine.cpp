@@ -113,6 +113,7 @@ void Machine::run_cluster() {
     if (t < 0) break;
     last_ = t;
     current_ = &threads_[t];
+    memory.blocks.enter(current_->block);
     fibres_[t].resume();
     stopped(t);
   }
@@ -415,7 +416,8 @@ void Machine::touch(const Access& access) {
 
 void Machine::touch_for_warp(const Access& access, int lane) { check(access, current_->number / 32 * 32 + lane); }
 
-void Machine::check(const Access& access, int thread) {
+void Machine::check(Access access, int thread) {
+  access.address = memory.blocks.own(access.address, thread / count_);
   std::optional<Conflict> conflict;
   const auto problem = memory.check(access, thread, conflict);
   if (!problem) return;
@@ -548,7 +550,7 @@ Index3 block_index() { return Machine::the().block_index(); }
 Index3 block_shape() { return Machine::the().launch().block; }
 Index3 grid_shape() { return Machine::the().launch().grid; }
 int lane() { return Machine::the().lane(); }
-void* dynamic_shared() { return Machine::the().memory.dynamic_shared(Machine::the().block()); }
+void* dynamic_shared() { return Machine::the().memory.blocks.dynamic(Machine::the().block()); }
 
 void block_barrier(Site site) {
   const Unwatched simulator;
@@ -586,7 +588,8 @@ void touch(const void* address, size_t size, Touch kind, const void* return_addr
 
 void copy_async(void* shared, const void* global, int size, int bytes, const void* return_address) {
   const Unwatched simulator;
-  const Transfer transfer{static_cast<char*>(shared), static_cast<const char*>(global), static_cast<uint32_t>(size),
+  char* const to = reinterpret_cast<char*>(Machine::the().own(shared));
+  const Transfer transfer{to, static_cast<const char*>(global), static_cast<uint32_t>(size),
                           static_cast<uint32_t>(bytes)};
   Machine::the().copy_async({transfer}, reinterpret_cast<uintptr_t>(return_address));
 }

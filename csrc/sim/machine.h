@@ -83,7 +83,7 @@ class Machine {
   void cluster_arrive(bool orders, Site site);
   void cluster_wait(Site site);
   uintptr_t map_to_block(uintptr_t shared, int block, uintptr_t site);
-  void touch_remote(const Access& access);
+  uintptr_t touch_remote(const Access& access);  // where the bytes are
   void set_registers(int count, bool increase, Site site);
 
   // Products of warpgroups (wgmma.cpp).
@@ -92,6 +92,10 @@ class Machine {
   void wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane& lane, Site site);
   void wgmma_commit();
   void wgmma_wait(int pending);
+
+  // The running thread's block's shared memory that its code calls so (block_memory.h).
+  uintptr_t own(uintptr_t shared) { return memory.blocks.own(shared, block()); }
+  uintptr_t own(const void* shared) { return own(number(shared)); }
 
   Memory memory;
   Schedule schedule;
@@ -193,7 +197,7 @@ class Machine {
   void products_may_finish();
   void finish_product(size_t warp);
 
-  void check(const Access& access, int thread);
+  void check(Access access, int thread);
   void check_copy(const Transfer& transfer, uint32_t alignment, By by, int agent, uintptr_t site);
   [[noreturn]] void fail(int thread, const std::string& what);
   Index3 index_of(int number) const;

@@ -151,6 +151,8 @@ double number_of(Element element, uint32_t bits) {
     case Element::bf16: return number<Element::bf16>(bits, 0);
     case Element::f16: return number<Element::f16>(bits, 0);
     case Element::tf32: return number<Element::tf32>(bits, 0);
+    case Element::e4m3: return ptx::twin::from_e4m3(bits);
+    case Element::e5m2: return ptx::twin::from_e5m2(bits);
   }
   return 0.0;
 }

@@ -119,7 +119,7 @@ void Machine::copies_have_come() {
 // A first look at a phase that has not ended says so, which a kernel must stand; a second one waits. Only a wait of the
 // cluster's scope orders what threads of other blocks did before they arrived.
 bool Machine::mbarrier_try_wait(uintptr_t address, int parity, bool cluster, uintptr_t return_address, Site site) {
-  if (block_count_ > 1 && memory.is_dynamic(address) && memory.block_of(address) != block()) {
+  if (block_count_ > 1 && memory.blocks.holds(address) && memory.blocks.block_of(address) != block()) {
     fail("waits for another block's mbarrier (" + source_line(return_address) + ")");
   }
   Mbarrier& b = mbarrier_at(address, "mbarrier_try_wait", return_address);
@@ -172,14 +172,16 @@ std::string Machine::missing_of_mbarriers() const {
 
 void mbarrier_init(void* mbarrier, int arrivals, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().mbarrier_init(number(mbarrier), arrivals, number(return_address));
+  Machine& machine = Machine::the();
+  machine.mbarrier_init(machine.own(mbarrier), arrivals, number(return_address));
 }
 
 void mbarrier_init_fence() { Machine::the().mbarrier_init_fence(); }
 
 void mbarrier_arrive(const char* operation, uintptr_t mbarrier, bool arrives, int bytes, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().mbarrier_arrive(operation, mbarrier, arrives, bytes, false, number(return_address));
+  Machine& machine = Machine::the();
+  machine.mbarrier_arrive(operation, machine.own(mbarrier), arrives, bytes, false, number(return_address));
 }
 
 void mbarrier_arrive_cluster(const char* operation, uintptr_t mbarrier, bool publishes, const void* return_address) {
@@ -189,12 +191,14 @@ void mbarrier_arrive_cluster(const char* operation, uintptr_t mbarrier, bool pub
 
 void mbarrier_arrive_for_copies(void* mbarrier, bool counted, const void* return_address) {
   const Unwatched simulator;
-  Machine::the().mbarrier_arrive_for_copies(number(mbarrier), counted, number(return_address));
+  Machine& machine = Machine::the();
+  machine.mbarrier_arrive_for_copies(machine.own(mbarrier), counted, number(return_address));
 }
 
 bool mbarrier_try_wait(void* mbarrier, int parity, bool cluster, const void* return_address, Site site) {
   const Unwatched simulator;
-  return Machine::the().mbarrier_try_wait(number(mbarrier), parity, cluster, number(return_address), site);
+  Machine& machine = Machine::the();
+  return machine.mbarrier_try_wait(machine.own(mbarrier), parity, cluster, number(return_address), site);
 }
 
 }  // namespace llmengine::sim

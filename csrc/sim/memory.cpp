@@ -55,30 +55,25 @@ void Memory::begin_launch(const Launch& launch) {
   sites_.clear();
   site_numbers_.clear();
   clocks.begin_launch();
-  dynamic_bytes_ = launch.shared_bytes;
+  blocks.begin_launch(launch.shared_bytes);
   parameters_ = address_of(launch.parameters);
   parameters_end_ = parameters_ + launch.parameter_bytes;
 }
 
-void Memory::begin_cluster(int threads_of_block, int blocks) {
-  threads_ = threads_of_block, blocks_ = blocks;
+void Memory::begin_cluster(int threads_of_block, int block_count) {
+  threads_ = threads_of_block, block_count_ = block_count;
   known_to_all_ = {};
-  clocks.begin_cluster(threads_ * blocks_);
-  if (blocks_ > dynamic_blocks_) {
-    dynamic_ = std::make_unique<Dynamic[]>(static_cast<size_t>(blocks_));
-    dynamic_blocks_ = blocks_;
+  clocks.begin_cluster(threads_ * block_count);
+  if (blocks.reserve(block_count)) {
     pages_.clear();
     last_ = nullptr;
   }
-  for (int b = 0; b < blocks_; ++b) std::memset(dynamic_[b].bytes, 0xff, dynamic_bytes_);
-  for (const SharedVariable& v : Image::own().shared_variables()) {
-    std::memset(reinterpret_cast<void*>(v.begin), 0xff, v.end - v.begin);
-  }
+  blocks.begin_cluster(block_count);
 }
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
   const bool shared = is_shared(access.address);
-  if (blocks_ > 1) {
+  if (block_count_ > 1) {
     if (auto problem = foreign(access, thread)) return problem;
   }
   if (shared || !region_at(access.address, access.size)) {
@@ -122,52 +117,18 @@ bool Memory::is_constant(const Access& access) const {
   return Image::own().is_constant(access.address);
 }
 
-// The whole buffers, whatever the launch asked for: what lies beyond its size is an overrun of shared memory.
-bool Memory::is_dynamic(uintptr_t address) const {
-  return address - address_of(dynamic_.get()) < static_cast<size_t>(blocks_) * sizeof(Dynamic);
-}
-
-int Memory::block_of(uintptr_t address) const {
-  return static_cast<int>((address - address_of(dynamic_.get())) / sizeof(Dynamic));
-}
-
-uintptr_t Memory::in_block(uintptr_t address, int block) const {
-  return address + (static_cast<uintptr_t>(block) - static_cast<uintptr_t>(block_of(address))) * sizeof(Dynamic);
-}
-
 // What a block of a cluster may not touch.
 std::optional<std::string> Memory::foreign(const Access& access, int thread) const {
-  if (is_dynamic(access.address)) {
-    if (access.remote || block_of(access.address) == thread / threads_) return {};
-    return std::string(verb(access.kind)) + " another block's shared memory, but not by its cluster address";
-  }
-  if (!Image::own().shared_variable_at(access.address)) return {};
-  return std::string(verb(access.kind)) +
-         " a __shared__ variable in a cluster of blocks, for which the simulator has "
-         "dynamic shared memory only";
-}
-
-bool Memory::is_shared(uintptr_t address) const {
-  if (is_dynamic(address)) return true;
-  const SharedVariable* variable = Image::own().shared_variable_at(address);
-  return variable && address < variable->end;
+  if (!blocks.holds(access.address) || access.remote || blocks.block_of(access.address) == thread / threads_) return {};
+  return std::string(verb(access.kind)) + " another block's shared memory, but not by its cluster address";
 }
 
 std::optional<std::string> Memory::outside(const Access& access) const {
-  const auto beyond = [&](uint64_t offset, const std::string& name, uint64_t size) {
-    return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(offset) + " of " +
-           name + ", which has " + std::to_string(size);
-  };
-  if (is_dynamic(access.address)) {
-    const uint64_t offset = (access.address - address_of(dynamic_.get())) % sizeof(Dynamic);
-    if (offset + access.size <= dynamic_bytes_) return {};
-    return beyond(offset, "dynamic shared memory", dynamic_bytes_);
-  }
-  if (const SharedVariable* variable = Image::own().shared_variable_at(access.address)) {
-    if (access.address + access.size <= variable->end) return {};
-    return beyond(access.address - variable->begin, "shared " + variable->name, variable->end - variable->begin);
-  }
-  return outside_tensors(access);
+  const auto place = blocks.place(access.address);
+  if (!place) return outside_tensors(access);
+  if (place->offset + access.size <= place->size) return {};
+  return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(place->offset) +
+         " of " + place->name + ", which has " + std::to_string(place->size);
 }
 
 void Memory::set_tensors(const std::vector<NamedView>& tensors) {
@@ -247,18 +208,11 @@ std::string Memory::outside_tensors(const Access& access) const {
 }
 
 std::string Memory::name_of(uintptr_t address) const {
-  const auto at = [&](uintptr_t begin, const std::string& name) {
-    return "byte " + std::to_string(address - begin) + " of " + name;
+  const auto at = [](uint64_t offset, const std::string& name) {
+    return "byte " + std::to_string(offset) + " of " + name;
   };
-  if (const SharedVariable* variable = Image::own().shared_variable_at(address)) {
-    return at(variable->begin, "shared " + variable->name);
-  }
-  if (is_dynamic(address)) {
-    const int block = block_of(address);
-    const std::string whose = blocks_ == 1 ? "" : " of the cluster's block " + std::to_string(block);
-    return at(address_of(&dynamic_[block]), "dynamic shared memory" + whose);
-  }
-  if (const Region* r = region_at(address, 1)) return at(r->begin, r->name);
+  if (const auto place = blocks.place(address)) return at(place->offset, place->name);
+  if (const Region* r = region_at(address, 1)) return at(address - r->begin, r->name);
   return "memory";
 }
 
@@ -291,7 +245,7 @@ bool Memory::comes_after(const Access& access, int agent, uint32_t stamp, int th
 Reach Memory::reach_of(int writer, uintptr_t address) const {
   if (is_global(address)) return Reach::global;
   const int thread = clocks.thread_of(writer);
-  const bool own = thread < 0 || !is_dynamic(address) || block_of(address) == thread / threads_;
+  const bool own = thread < 0 || !blocks.holds(address) || blocks.block_of(address) == thread / threads_;
   return own ? Reach::block : Reach::cluster;
 }
 

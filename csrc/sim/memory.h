@@ -1,10 +1,8 @@
 // The memory that a launch may touch, and for every byte of it who wrote and read it last.
 //
 //   global   the tensors of the call: an access must hit elements, not the padding between rows
-//   shared   every __shared__ variable lies alone on pages of its own (include/cuda_runtime.h), its size stands in the
-//            symbol table; dynamic shared memory is one array of the launch's size for each block of a cluster. Both
-//            are filled with NaN before each cluster. There is one of every variable, so that blocks which run
-//            together, those of a cluster, have dynamic memory only.
+//   shared   every __shared__ variable, whose size stands in the symbol table, and an array of the launch's size of
+//            dynamic memory, for each block of a cluster (block_memory.h); filled with NaN before each cluster
 //   constant the kernel's parameters, and what the image never writes
 //
 // An asynchronous copy is checked and remembered when it is issued, as a write and a read of the agent that copies
@@ -19,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "sim/block_memory.h"
 #include "sim/clocks.h"
 #include "sim/simulator.h"
 
@@ -57,21 +56,17 @@ std::pair<uintptr_t, uintptr_t> extent(const TensorView& tensor);
 class Memory {
  public:
   void begin_launch(const Launch& launch);
-  void begin_cluster(int threads_of_block, int blocks);
+  void begin_cluster(int threads_of_block, int block_count);
 
   // What is wrong with an access of `thread`, or nothing: then it is remembered. `conflict` tells the other side of a
   // race.
   std::optional<std::string> check(const Access& access, int thread, std::optional<Conflict>& conflict);
 
   bool is_global(uintptr_t address) const { return region_at(address, 1); }
-  bool is_shared(uintptr_t address) const;
+  bool is_shared(uintptr_t address) const { return blocks.covers(address); }
   std::string name_of(uintptr_t address) const;  // "byte 12 of shared slots", of an address that check() let pass
 
-  // Dynamic shared memory: of a block of the cluster, and where an address lies in it.
-  char* dynamic_shared(int block) { return dynamic_[block].bytes; }
-  bool is_dynamic(uintptr_t address) const;
-  int block_of(uintptr_t address) const;
-  uintptr_t in_block(uintptr_t address, int block) const;  // the same place in another block's
+  BlockMemory blocks;
 
   int first_of_warpgroup(int thread) const { return thread - thread % threads_ % 128; }
 
@@ -119,15 +114,7 @@ class Memory {
   void remember(Cell& cell, const Access& access, int thread, uint32_t site);
   uint32_t site_number(uintptr_t site);
 
-  struct alignas(4096) Dynamic {  // pages of its own, like the static variables
-    char bytes[228 << 10];
-  };
-  static_assert(sizeof(Dynamic) >= kDevice.shared_bytes_per_block);
-
-  std::unique_ptr<Dynamic[]> dynamic_ = std::make_unique<Dynamic[]>(1);
-  int dynamic_blocks_ = 1;
-  size_t dynamic_bytes_ = 0;
-  int threads_ = 0, blocks_ = 1;  // of a block, of the cluster
+  int threads_ = 0, block_count_ = 1;  // of a block, of the cluster
   std::vector<Region> regions_;
   mutable const Region* last_region_ = nullptr;
   uintptr_t parameters_ = 0, parameters_end_ = 0;

@@ -18,10 +18,11 @@ uint32_t field(uint64_t descriptor, int shift) { return static_cast<uint32_t>(de
 // Chunks of 16 bytes in a row of the swizzle's pattern.
 uintptr_t span_of(uint32_t swizzle) { return swizzle == 0 ? 1 : 16u >> swizzle; }
 
-int depth(Element element) { return element == Element::tf32 ? 8 : 16; }
-int size_of(Element element) { return element == Element::tf32 ? 4 : 2; }
+int size_of(Element element) { return element == Element::tf32 ? 4 : element >= Element::e4m3 ? 1 : 2; }
+int depth(Element element) { return 32 / size_of(element); }
 
 uint32_t element_at(uintptr_t address, int bytes) {
+  if (bytes == 1) return *reinterpret_cast<const uint8_t*>(address);
   return bytes == 4 ? *reinterpret_cast<const uint32_t*>(address) : *reinterpret_cast<const uint16_t*>(address);
 }
 
@@ -42,8 +43,8 @@ Place place_in_a(int lane, int i, Element element) {
 
 uint32_t window_address(const void* shared) {
   Machine& machine = Machine::the();
-  const uintptr_t begin = number(machine.memory.dynamic_shared(machine.block()));
-  if (!machine.memory.is_dynamic(number(shared))) {
+  const uintptr_t begin = number(machine.memory.blocks.dynamic(machine.block()));
+  if (!machine.memory.blocks.holds_dynamic(number(shared))) {
     const Unwatched simulator;
     machine.fail("describes an operand that is not in dynamic shared memory, where the simulator wants it");
   }
@@ -65,30 +66,29 @@ uintptr_t MatrixView::address(int row, int column) const {
 // ---- the product ----------------------------------------------------------------------------------------------------
 
 void Product::take_effect() const {
-  const int n = shape.n, k = depth(shape.element), bytes = size_of(shape.element), per_register = 4 / bytes;
+  const int n = shape.n, k = depth(shape.left), bytes = size_of(shape.left), per_register = 4 / bytes;
   std::vector<double> left(static_cast<size_t>(kRows * k)), right(static_cast<size_t>(k * n));
   std::vector<float> sums(static_cast<size_t>(kRows * n));
-  const auto value = [&](uint32_t bits) { return number_of(shape.element, bits); };
   for (int i = 0; i < kRows * k && !a_registers[0]; ++i) {
     const int row = i / k, column = i % k;
-    left[i] = value(element_at(a.mn_major ? a.address(column, row) : a.address(row, column), bytes));
+    left[i] = number_of(shape.left, element_at(a.mn_major ? a.address(column, row) : a.address(row, column), bytes));
   }
   for (int i = 0; i < k * n; ++i) {
     const int row = i / n, column = i % n;
-    right[i] = value(element_at(b.mn_major ? b.address(row, column) : b.address(column, row), bytes));
+    right[i] = number_of(shape.right, element_at(b.mn_major ? b.address(row, column) : b.address(column, row), bytes));
   }
   for (int l = 0; l < 128; ++l) {
     for (int i = 0; i < 4 * per_register && a_registers[l]; ++i) {
-      const Place p = place_in_a(l, i, shape.element);
+      const Place p = place_in_a(l, i, shape.left);
       const uint32_t word = a_registers[l][i / per_register];
-      left[p.row * k + p.column] = value(per_register == 1 ? word : word >> 16 * (i % 2) & 0xffff);
+      left[p.row * k + p.column] = number_of(shape.left, per_register == 1 ? word : word >> 16 * (i % 2) & 0xffff);
     }
     for (int i = 0; i < n / 2; ++i) {
       const Place p = place_in_d(l, i);
       sums[p.row * n + p.column] = add ? d[l][i] : 0.0f;
     }
   }
-  add_product(shape.element, kRows, n, k, left.data(), right.data(), sums.data());
+  add_product(shape.left, kRows, n, k, left.data(), right.data(), sums.data());
   for (int l = 0; l < 128; ++l) {
     for (int i = 0; i < n / 2; ++i) {
       const Place p = place_in_d(l, i);
@@ -164,7 +164,7 @@ void Machine::touch_operand(const MatrixView& view, const char* operation, int a
   for (int row = 0; row < view.rows; ++row) {
     for (int column = 0; column < view.columns; column += in_chunk) {
       const uintptr_t address = view.address(row, column);
-      if (!memory.is_dynamic(address)) complain("with a descriptor that points out of shared memory");
+      if (!memory.blocks.holds_dynamic(address)) complain("with a descriptor that points out of shared memory");
       check({address, 16, Kind::read, site, By::product, agent}, current_->number);
     }
   }
@@ -194,9 +194,9 @@ void Machine::wgmma(const char* operation, const WgmmaShape& shape, WgmmaLane& l
     }
     product.d[l] = theirs.d, product.a_registers[l] = theirs.a_registers;
   }
-  const int k = depth(shape.element), bytes = size_of(shape.element);
+  const int k = depth(shape.left), bytes = size_of(shape.left);
   const auto view = [&](uint64_t descriptor, bool mn_major, int extent) {
-    return MatrixView{number(memory.dynamic_shared(block())),
+    return MatrixView{number(memory.blocks.dynamic(block())),
                       descriptor,
                       mn_major,
                       mn_major ? k : extent,

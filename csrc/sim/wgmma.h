@@ -30,7 +30,7 @@ namespace llmengine::sim {
 uint32_t window_address(const void* shared);
 
 struct WgmmaShape {
-  Element element;
+  Element left, right;  // elements of a and of b, of one size
   int n;
   bool a_mn_major, b_mn_major;
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,34 @@ def empty_rows_first(like: Tensor, head_dim: int, dtype: torch.dtype | None = No
     """Uninitialised (batch, heads, rows, head_dim), stored as (batch, rows, heads, head_dim)."""
     batch, heads, rows, _ = like.shape
     return like.new_empty((batch, rows, heads, head_dim), dtype=dtype or like.dtype).transpose(1, 2)
+
+
+Mains = Mapping[int, Tensor | None]
+"""Of the gradients, by number, those of weights: the float32 buffer that each is added to, or None."""
+
+
+def empty_gradients(
+    like: Tensor, gradients: Sequence[tuple[Sequence[int], torch.dtype]], wanted: Sequence[bool], mains: Mains
+) -> tuple[Tensor, ...]:
+    """Of that (shape, dtype) each, where it is wanted and no buffer takes it; otherwise of no element."""
+    return tuple(
+        like.new_empty(shape if want and mains.get(i) is None else (0,), dtype=dtype)
+        for i, ((shape, dtype), want) in enumerate(zip(gradients, wanted, strict=True))
+    )
+
+
+def destinations(gradients: Sequence[Tensor], wanted: Sequence[bool], mains: Mains) -> list[Tensor | None]:
+    """Where a kernel puts each gradient: there, or into its buffer; None where it is not wanted."""
+    found = [gradient if mains.get(i) is None else mains[i] for i, gradient in enumerate(gradients)]
+    return [place if want else None for place, want in zip(found, wanted, strict=True)]
+
+
+def added(gradient: Tensor, main: Tensor | None) -> Tensor:
+    """The gradient or, once it has been added to its buffer, nothing."""
+    if main is None:
+        return gradient
+    main.add_(gradient)
+    return gradient.new_empty(0)
 
 
 class Packed:

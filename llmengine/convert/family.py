@@ -37,7 +37,7 @@ ACTIVATIONS = {
 # Fields of ours that no checkpoint of theirs holds: they belong to a training run, or follow from the tensors.
 OF_A_RUN = frozenset(
     "objectives pooler n_labels labels problem loss_weights init classifier_dropout layer_dropout label_smoothing "
-    "smoothing".split()
+    "smoothing fp8".split()
 )
 OF_CLASSIFIERS = frozenset("classifier classifier_bias summary".split())
 STACKS = ("encoder.", "decoder.")  # ours: what no choice of heads leaves out

@@ -8,8 +8,10 @@ from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.decode_attention import decode_attention
 from llmengine.functional.embedding import TiedEmbedding, embedding
 from llmengine.functional.ffn import ffn
+from llmengine.functional.fp8_linear import fp8_linear
 from llmengine.functional.linear import linear
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
+from llmengine.functional.linear_cross_entropy_shard import VocabularyShard
 from llmengine.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmengine.functional.relative_attention import relative_attention
 from llmengine.functional.rotary import rotary_embedding
@@ -17,6 +19,7 @@ from llmengine.functional.softmax import softmax
 
 __all__ = [
     "TiedEmbedding",
+    "VocabularyShard",
     "add_layer_norm",
     "add_rms_norm",
     "chain_field_decode",
@@ -25,6 +28,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "ffn",
+    "fp8_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -74,6 +74,26 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def main_grad(op: str, argument: str, weight: Tensor | None) -> Tensor | None:
+    """The buffer that whoever makes the gradient of `weight` is to add it to: its `main_grad` (optim/main_grad.py).
+
+    None where there is none, or the gradient goes by autograd: of a weight that is no leaf or takes no gradient, and
+    under torch.compile.
+    """
+    main = None if weight is None else getattr(weight, "main_grad", None)
+    if weight is None or main is None or torch.compiler.is_compiling() or not (weight.requires_grad and weight.is_leaf):
+        return None
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    fits = main.shape == weight.shape and main.dtype == wide and main.device == weight.device and main.is_contiguous()
+    if not fits or main.requires_grad:
+        raise ValueError(
+            f"{op}: {argument}.main_grad is {short(main.dtype)} {tuple(main.shape)} on {main.device}, strides "
+            f"{main.stride()}; expected a contiguous {short(wide)} {tuple(weight.shape)} on {weight.device} that takes "
+            "no gradient"
+        )
+    return main
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed, int64 (1,), from PyTorch's generator of that device: torch.manual_seed governs it."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -10,6 +10,7 @@ from llmengine.functional.arguments import (
     check_probability,
     check_same_device,
     draw_seed,
+    main_grad,
     needs_grad,
     parameter_like,
 )
@@ -27,6 +28,7 @@ def ffn(
     b_gate: Tensor | None = None,
     activation: str = "gelu",
     dropout_p: float = 0.0,
+    recompute: bool = False,
 ) -> Tensor:
     """down(dropout(act(up(x)))), or with w_gate down(dropout(act(gate(x)) up(x))) (Vaswani et al. 2017; Shazeer 2020).
 
@@ -36,8 +38,12 @@ def ffn(
     Shapes: input (*, d); w_up and w_gate (f, d), w_down (d, f), as nn.Linear holds them; b_up and b_gate (f,), b_down
     (d,). The result is like input. Parameters are in input's dtype, or float32 beside a 16-bit input (as under
     autocast, which casts input alone): products are then taken in input's precision, and gradients come back in each
-    parameter's dtype. For the backward it keeps input and the pre-activations (tokens x f, twice that with a gate); the
-    hidden layer after activation and dropout is formed again rather than kept.
+    parameter's dtype.
+
+    recompute: memory or speed. For the backward are kept input and the pre-activations (tokens x f, twice that with a
+    gate), or with recompute input alone: the backward then makes the pre-activations once more, by the first product,
+    for the time of one product beside six (two beside nine with a gate), and holds them while it runs. Same bits. The
+    hidden layer after activation and dropout is always formed again rather than kept.
 
     Raises ValueError on shapes, dtypes, devices or options that do not fit.
     """
@@ -62,7 +68,9 @@ def ffn(
     tensors = (x.reshape(x.shape[:-1].numel(), d), w_up, b_up, w_gate, b_gate, w_down, b_down)
     options = (seed, activation, float(dropout_p))
     if needs_grad(*tensors):
-        output = ops.FeedForward.apply(*tensors, *options)
+        weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
+        mains = (main_grad(op, argument, weight) for argument, weight in weights.items())
+        output = ops.FeedForward.apply(*tensors, *options, recompute, *mains)
     else:
         output = ops.ffn_forward(*tensors, *options, False)[0]
     return output.view(x.shape)

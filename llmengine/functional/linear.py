@@ -7,7 +7,14 @@ from torch import Tensor
 
 from llmengine.backends.cpu.linear import pays
 from llmengine.backends.cuda.linear import asked_for
-from llmengine.functional.arguments import autocast, check_float, check_same_device, needs_grad, parameter_like
+from llmengine.functional.arguments import (
+    autocast,
+    check_float,
+    check_same_device,
+    main_grad,
+    needs_grad,
+    parameter_like,
+)
 from llmengine.ops import linear as ops
 from llmengine.ops.registry import demanded
 
@@ -21,15 +28,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Our products run where they were measured to be quicker than PyTorch's: bfloat16 on a CPU with AMX, of 1024 rows and
     more, or on an Intel CPU whose AMX is hidden, of 64 and more; elsewhere PyTorch's, unless a backend is demanded or,
-    on a GPU, ours (LLMENGINE_CUDA_PRODUCTS), which no GPU has timed yet. torch.compile settles this when it traces: set
-    the variable before.
+    on a GPU, ours (LLMENGINE_CUDA_PRODUCTS), which no GPU has timed yet, or the weight has a `main_grad`
+    (llmengine.optim.MainGradients), which PyTorch's do not add to. torch.compile settles this when it traces: set the
+    variable before.
 
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     x, weight, bias = _checked(input, weight, bias)
     quicker = x.device.type == "cpu" and pays(x.dtype, x.shape[:-1].numel())
-    if quicker or demanded() is not None or asked_for(x):
-        return _products(x, weight, bias)
+    main = main_grad("linear", "weight", weight)
+    if quicker or demanded() is not None or asked_for(x) or main is not None:
+        return _products(x, weight, bias, main)
     if torch.is_autocast_enabled(x.device.type):  # which casts, and remembers what it has cast
         return torch.nn.functional.linear(input, weight, bias)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -37,7 +46,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def products(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same by the operator alone."""
-    return _products(*_checked(input, weight, bias))
+    x, weight, bias = _checked(input, weight, bias)
+    return _products(x, weight, bias, main_grad("linear", "weight", weight))
 
 
 def _checked(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,7 +65,7 @@ def _checked(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return x, weight, bias
 
 
-def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None, main: Tensor | None) -> Tensor:
     tensors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
-    output = ops.Linear.apply(*tensors) if needs_grad(*tensors) else ops.linear_forward(*tensors)
+    output = ops.Linear.apply(*tensors, main) if needs_grad(*tensors) else ops.linear_forward(*tensors)
     return output.view(*x.shape[:-1], weight.shape[0])

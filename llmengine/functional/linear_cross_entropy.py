@@ -9,11 +9,14 @@ from llmengine.functional.arguments import (
     check_float,
     check_probability,
     check_same_device,
+    main_grad,
     needs_grad,
     parameter_like,
 )
 from llmengine.functional.cross_entropy import check_options, check_targets, check_weight
+from llmengine.functional.linear_cross_entropy_shard import VocabularyShard
 from llmengine.ops import linear_cross_entropy as ops
+from llmengine.ops.linear_cross_entropy_shard import LinearCrossEntropyShard, sharded_loss
 
 
 def linear_cross_entropy(
@@ -29,6 +32,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     gradient_filter: float = 0.0,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), the memory of whose logits is never spent.
 
@@ -44,6 +48,11 @@ def linear_cross_entropy(
     most classes are improbable, most tiles are such, and two of the backward's three products pass over them: in
     Triton; other backends leave out nothing. With 2**-12 a gradient of bfloat16 logits loses what it mostly rounds
     away; rare classes learn less from many small terms, so train from scratch without.
+
+    shard: this process holds some of the classes, other processes the others (`VocabularyShard`): linear_weight and
+    linear_bias are of its own, but target, weight and ignore_index of all. Every process gives the same input, target,
+    weight and options, and gets the same loss; of input it gets the whole gradient, summed over the processes, unless
+    the shard says otherwise. gradient_filter then leaves out nothing.
 
     Shapes: input (*, d), linear_weight (C, d), linear_bias and weight (C,), target (*) of class indices; the result is
     () or, for reduction "none", like target. linear_weight and linear_bias are in input's dtype, or float32 beside a
@@ -65,27 +74,39 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: linear_weight has shape {tuple(linear_weight.shape)}; expected (classes, {input.shape[-1]})"
         )
-    classes, d = linear_weight.shape
+    (rows, d), classes = linear_weight.shape, linear_weight.shape[0] if shard is None else shard.classes
+    if shard is not None and not 0 <= shard.first <= shard.first + rows <= classes:
+        raise ValueError(
+            f"{op}: shard has classes {shard.first} to {shard.first + rows}, by linear_weight's {rows} rows; expected "
+            f"them among 0 to {classes}"
+        )
     expected = input.shape[:-1]
     target = check_targets(op, target, expected, -100 if ignore_index is None else ignore_index)
     (x,) = autocast(input)
     check_weight(op, weight, classes, x)
-    linear_weight = parameter_like(op, "linear_weight", linear_weight, (classes, d), x)
-    linear_bias = parameter_like(op, "linear_bias", linear_bias, (classes,), x)
+    linear_weight = parameter_like(op, "linear_weight", linear_weight, (rows, d), x)
+    linear_bias = parameter_like(op, "linear_bias", linear_bias, (rows,), x)
     check_same_device(
         op, input=input, linear_weight=linear_weight, linear_bias=linear_bias, target=target, weight=weight
     )
     if classes == 0 and target.numel():
         raise ValueError(f"{op}: linear_weight of shape {(classes, d)} has no classes")
-    args = (
+    tensors = (
         x.reshape(expected.numel(), d), linear_weight, linear_bias, target.reshape(-1),
-        None if weight is None else weight.detach(), reduction, -100 if ignore_index is None else int(ignore_index),
-        float(label_smoothing), float(z_loss), float(softcap),
+        None if weight is None else weight.detach(),
     )  # fmt: skip
-    if not needs_grad(*args[:3]):
-        loss = ops.linear_cross_entropy_forward(*args)[0]
-    elif ops.at_once(*args[:2], reduction, softcap):
-        loss = ops.LinearCrossEntropyAtOnce.apply(*args)
+    options = (
+        reduction, -100 if ignore_index is None else int(ignore_index), float(label_smoothing), float(z_loss),
+        float(softcap),
+    )  # fmt: skip
+    gradients, main = needs_grad(*tensors[:3]), main_grad(op, "linear_weight", linear_weight)
+    if shard is not None:
+        args = (*tensors, shard, *options)
+        loss = LinearCrossEntropyShard.apply(*args, main) if gradients else sharded_loss(*args)[0]
+    elif not gradients:
+        loss = ops.linear_cross_entropy_forward(*tensors, *options)[0]
+    elif main is None and ops.at_once(*tensors[:2], reduction, softcap):
+        loss = ops.LinearCrossEntropyAtOnce.apply(*tensors, *options)
     else:
-        loss = ops.LinearCrossEntropy.apply(*args, float(gradient_filter))
+        loss = ops.LinearCrossEntropy.apply(*tensors, *options, float(gradient_filter), main)
     return loss.view(expected) if reduction == "none" else loss

@@ -218,6 +218,8 @@ class TransformerConfig(BaseModel):
     """Over which classes label_smoothing is spread: all; all but the label; those but padding, less the entropy. The
     formulas are in models/smoothing.py."""
 
+    fp8: Literal["tensor", "block"] | None = None
+    """In which scaling layers' projections multiply in 8-bit floats (functional.fp8_linear); None: they do not."""
     init: Literal["normal", "neighbours"] = "normal"
     """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
     away, so that a small encoder learns from context at once instead of after thousands of steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from llmengine.models.dtypes import into
 from llmengine.models.layout import Attending, Scores
 from llmengine.models.positions import sinusoid
 from llmengine.nn.feed_forward import FeedForward
+from llmengine.nn.fp8_linear import Fp8Linear
 from llmengine.nn.fusing import add_norm, linear, touched, watched
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
@@ -38,6 +40,11 @@ def make_norm(config: TransformerConfig, features: int) -> Module:
     if config.norm == "layer":
         return LayerNorm(features, config.norm_eps, bias=config.norm_bias)
     return (RMSNorm if config.norm == "rms" else OffsetRMSNorm)(features, config.norm_eps)
+
+
+def projection(config: TransformerConfig) -> Callable[..., Linear]:
+    """What makes the linear leaves of layers."""
+    return Linear if config.fp8 is None else partial(Fp8Linear, scaling=config.fp8)
 
 
 Words = Embedding | functional.TiedEmbedding
@@ -117,8 +124,9 @@ class Attention(Module):
         super().__init__()
         self.heads = (config.n_heads, config.kv_heads, config.kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.d_model, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
-        self.out = Linear(config.n_heads * self.head_dim, config.d_model, bias=config.attention_bias)
+        make = projection(config)
+        self.qkv = make(config.d_model, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
+        self.out = make(config.n_heads * self.head_dim, config.d_model, bias=config.attention_bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.windowed = config.windowed(layer)
@@ -149,9 +157,10 @@ class CrossAttention(Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.kv_heads = config.head_dim, config.kv_heads
-        self.q = Linear(config.d_model, config.n_heads * self.head_dim, bias=config.qkv_bias)
-        self.kv = Linear(config.d_model, 2 * config.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.out = Linear(config.n_heads * self.head_dim, config.d_model, bias=config.attention_bias)
+        make = projection(config)
+        self.q = make(config.d_model, config.n_heads * self.head_dim, bias=config.qkv_bias)
+        self.kv = make(config.d_model, 2 * config.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.out = make(config.n_heads * self.head_dim, config.d_model, bias=config.attention_bias)
         self.scale = config.score_scale(layer)
         self.dropout = config.attention_dropout
         self.layer = layer
@@ -189,7 +198,7 @@ class Layer(Module):
         self.feed_forward_norm = make_norm(config, d)
         self.feed_forward = FeedForward(
             d, config.d_ff, activation=config.activation, gated=config.gated, dropout=config.activation_dropout,
-            bias=config.feed_forward_bias,
+            bias=config.feed_forward_bias, linear=projection(config),
         )  # fmt: skip
         sandwich = config.norm_place == "sandwich"
         self.attention_post_norm = make_norm(config, d) if sandwich else None

@@ -23,7 +23,7 @@ from torch.utils import checkpoint as checkpointing
 from llmengine import functional
 from llmengine.models.config import TransformerConfig
 from llmengine.models.dtypes import into
-from llmengine.models.layers import make_norm
+from llmengine.models.layers import make_norm, projection
 from llmengine.models.layout import Packed
 from llmengine.models.memory import Memory, Recall
 from llmengine.models.orders import Order
@@ -85,10 +85,11 @@ class RelativeAttention(Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width, heads, head_dim = config.n_heads * config.head_dim, config.n_heads, config.head_dim
-        self.q = Linear(config.d_model, width, bias=False)
-        self.kv = Linear(config.d_model, 2 * width, bias=False)
+        make = projection(config)
+        self.q = make(config.d_model, width, bias=False)
+        self.kv = make(config.d_model, 2 * width, bias=False)
         self.r = Linear(config.d_model, width, bias=False)
-        self.out = Linear(width, config.d_model, bias=False)
+        self.out = make(width, config.d_model, bias=False)
         self.content_bias = Parameter(torch.empty(heads, head_dim))
         self.position_bias = Parameter(torch.empty(heads, head_dim))
         self.segment_bias = Parameter(torch.empty(heads, head_dim))
@@ -142,8 +143,9 @@ class RelativeLayer(Module):
         self.attention = RelativeAttention(config)
         self.feed_forward_norm = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(
-            config.d_model, config.d_ff, activation=config.activation, dropout=config.activation_dropout
-        )
+            config.d_model, config.d_ff, activation=config.activation, dropout=config.activation_dropout,
+            linear=projection(config),
+        )  # fmt: skip
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, keys: Tensor, context: RelativeContext) -> Tensor:

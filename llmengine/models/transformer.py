@@ -36,15 +36,10 @@ from llmengine.models.orders import order_of
 from llmengine.models.output import TransformerOutput, in_this_mode
 from llmengine.models.relative import RelativeStack
 from llmengine.models.stack import Stack
+from llmengine.nn.feed_forward import FeedForward
 from llmengine.nn.fusing import touched
 
-COUNTED = {
-    "nsp": "sequences",
-    "sop": "sequences",
-    "classification": "sequences",
-    "choice": "sequences",
-    "qa": "sequences",
-}
+COUNTED = dict.fromkeys(("nsp", "sop", "classification", "choice", "qa"), "sequences")
 
 
 class Transformer(Generation):
@@ -92,6 +87,13 @@ class Transformer(Generation):
         word = stack.embeddings.word
         assert word is not None
         return word
+
+    def recompute_feed_forward(self, on: bool = True) -> None:
+        """Memory or speed: whether feed-forward blocks make their pre-activations again in the backward, by one product
+        (`functional.ffn`), instead of keeping them. `gradient_checkpointing` keeps nothing of a layer, for its time."""
+        for block in self.modules():
+            if isinstance(block, FeedForward):
+                block.recompute = on
 
     # ---- what Hugging Face's Trainer asks ----------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(Module):
     """down(dropout(act(up(x)))), or down(dropout(act(gate(x)) * up(x))) when gated (Shazeer 2020).
 
-    Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up. activation is "gelu",
-    "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape. One fused operator
-    while the leaves are plain; `unfused_because()` says why not, if not.
+    Leaves: `up` (dim_feedforward, d_model), `down` (d_model, dim_feedforward), `gate` like up; `linear` makes them.
+    activation is "gelu", "gelu_tanh", "relu", "relu_squared" or "silu". Input (*, d_model); the result has its shape.
+    One fused operator while the leaves are plain; `unfused_because()` says why not, if not. recompute, which may be set
+    at any time: the fused operator keeps no pre-activations for the backward (`functional.ffn`).
     """
 
     def __init__(
@@ -39,19 +40,22 @@ class FeedForward(Module):
         gated: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        recompute: bool = False,
         device=None,
         dtype=None,
+        linear: Callable[..., torch.nn.Linear] = torch.nn.Linear,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"FeedForward: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         check_probability("FeedForward", "dropout", dropout)
         options = {"bias": bias, "device": device, "dtype": dtype}
-        self.up = torch.nn.Linear(d_model, dim_feedforward, **options)
-        self.gate = torch.nn.Linear(d_model, dim_feedforward, **options) if gated else None
-        self.down = torch.nn.Linear(dim_feedforward, d_model, **options)
+        self.up = linear(d_model, dim_feedforward, **options)
+        self.gate = linear(d_model, dim_feedforward, **options) if gated else None
+        self.down = linear(dim_feedforward, d_model, **options)
         self.activation = activation
         self.dropout = dropout
+        self.recompute = recompute
 
     def unfused_because(self) -> str | None:
         gate = {} if self.gate is None else {"gate": self.gate}
@@ -73,6 +77,7 @@ class FeedForward(Module):
             b_gate=None if self.gate is None else self.gate.bias,
             activation=self.activation,
             dropout_p=dropout_p,
+            recompute=self.recompute,
         )
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.cpu.linear import TILES
 from llmengine.ops.norm import statistics_dtype
 from llmengine.ops.registry import define
@@ -21,20 +22,17 @@ def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, 
     return lse.new_empty(lse.shape if reduction == "none" else ()), lse, lse.new_empty(())
 
 
-def _gradients_fake(input, linear_weight, wanted):
+def _gradients_fake(input, linear_weight, wanted, main=None):
     gradients = (
         (input.shape, input.dtype),
         (linear_weight.shape, linear_weight.dtype),
         (linear_weight.shape[:1], statistics_dtype(input)),
     )
-    return tuple(
-        input.new_empty(shape if want else (0,), dtype=dtype)
-        for (shape, dtype), want in zip(gradients, wanted, strict=True)
-    )
+    return empty_gradients(input, gradients, wanted, {1: main})
 
 
 def _backward_fake(grad_loss, input, linear_weight, *others):
-    return _gradients_fake(input, linear_weight, others[-1])
+    return _gradients_fake(input, linear_weight, others[-1], others[-2])
 
 
 def _with_gradients_fake(input, linear_weight, *others):
@@ -49,13 +47,14 @@ linear_cross_entropy_forward = define(
     " -> (Tensor loss, Tensor lse, Tensor normaliser)",
     _forward_fake,
 )
-# grad_loss: (tokens,) for "none", otherwise (). wanted: a flag for each gradient; the others come back empty.
+# grad_loss: (tokens,) for "none", otherwise (). wanted: a flag for each gradient; the others come back empty, and so
+# does linear_weight's where there is a buffer for it, `main` (optim/main_grad.py).
 # gradient_filter: logits' gradients that are nowhere beyond it, before the loss was reduced, may be left out, a tile of
 # tokens and classes at a time: a backend that leaves out none keeps the contract.
 linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor lse, Tensor normaliser, str reduction, int ignore_index,"
-    " float label_smoothing, float z_loss, float softcap, float gradient_filter, bool[] wanted)"
+    " float label_smoothing, float z_loss, float softcap, float gradient_filter, Tensor(a!)? main, bool[] wanted)"
     " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     _backward_fake,
 )
@@ -101,13 +100,13 @@ def at_once(input, linear_weight, reduction, softcap) -> bool:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """linear_cross_entropy(input): -> loss. Class weights are constants, as in PyTorch. The last option is the
-    gradient filter, of which the forward knows nothing."""
+    """linear_cross_entropy(input): -> loss. Class weights are constants, as in PyTorch. The last options are the
+    gradient filter and the buffer for linear_weight's gradient, of which the forward knows nothing."""
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
         loss, lse, normaliser = linear_cross_entropy_forward(
-            input, linear_weight, linear_bias, target, weight, *options[:-1]
+            input, linear_weight, linear_bias, target, weight, *options[:-2]
         )
         ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, lse, normaliser)
         ctx.options = options
@@ -122,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
         return (
             grad_input if wanted[0] else None,
-            grad_weight if wanted[1] else None,
+            grad_weight if wanted[1] and ctx.options[-1] is None else None,
             grad_bias.to(ctx.saved_tensors[2].dtype) if wanted[2] else None,
             *(None,) * (2 + len(ctx.options)),
         )

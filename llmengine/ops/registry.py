@@ -238,6 +238,13 @@ def _record(op: str, answers: list[tuple[str, str | None]]) -> None:
         log.append((op, answers))
 
 
+def tell(detail: str) -> None:
+    """From within a kernel: what `explain` says beside its backend."""
+    if log := getattr(_choice, "log", None):
+        answers = log[-1][1]
+        answers[-1] = (answers[-1][0], detail)
+
+
 def explain(function: str | Callable, *args, **kwargs) -> str:
     """Runs a public operator once and tells, for each kernel it used, which backend ran it and why the others did not.
 
@@ -260,7 +267,9 @@ def explain(function: str | Callable, *args, **kwargs) -> str:
         _choice.log = None
     lines = []
     for op, answers in log:
-        line = f"{op}: {answers[-1][0]}" + "".join(f"\n  not {name}: {why}" for name, why in answers[:-1])
+        ran, detail = answers[-1]
+        line = f"{op}: {ran}" + (f" ({detail})" if detail else "")
+        line += "".join(f"\n  not {name}: {why}" for name, why in answers[:-1])
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmengine.ops import adamw as ops
+from llmengine.optim.main_grad import gradient_of
 
 # Of how state is kept: beside torch.optim.AdamW's, in every param_group.
 OPTIONS = ("master_weights", "stochastic_rounding", "state_dtype", "seed")
@@ -28,6 +29,9 @@ class AdamW(torch.optim.AdamW):
         Reproducible: a function of `seed`, the step and the element's place. float16 parameters are a ValueError.
     state_dtype: of the moments, torch.float32 or torch.bfloat16. None: the parameter's, as in PyTorch, or float32 with
         master_weights. In bfloat16 without stochastic_rounding the second moment hardly ever falls, here as in PyTorch.
+
+    Of a parameter with a `main_grad` (`MainGradients`) that is the gradient: the step reads float32, whatever the
+    parameter is, and zero_grad fills the buffer with zeros.
 
     float32 and bfloat16 parameters have kernels; float16 ones on a GPU; others run, slowly, on the reference. Strided
     parameters are copied in and out.
@@ -128,16 +132,22 @@ class AdamW(torch.optim.AdamW):
             first += len(group["params"])
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        mains = [getattr(p, "main_grad", None) for group in self.param_groups for p in group["params"]]
+        if filled := [main for main in mains if main is not None]:
+            torch._foreach_zero_(filled)
+
     def _calls(self, group: dict[str, Any], first: int) -> list[_Call]:
-        """The group's parameters that have gradients, by device and dtype. first: the number of the group's first."""
-        calls: dict[tuple[torch.device, torch.dtype], _Call] = {}
+        """The group's parameters that have gradients, by device and dtypes. first: the number of the group's first."""
+        calls: dict[tuple[torch.device, torch.dtype, torch.dtype], _Call] = {}
         for number, parameter in enumerate(group["params"], first):
-            gradient = parameter.grad
+            gradient = gradient_of(parameter)
             if gradient is None:
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam for them")
-            key = (parameter.device, parameter.dtype)
+            key = (parameter.device, parameter.dtype, gradient.dtype)
             call = calls.get(key)
             if call is None:
                 call = calls[key] = _Call(parameter.device, _state_dtypes(group, parameter.dtype))

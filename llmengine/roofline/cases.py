@@ -13,11 +13,19 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.backends.cuda.native import HOPPER, attention_backward_by, attention_by, products_by
+from llmengine.backends.cuda.native import (
+    BUILT_AHEAD,
+    HOPPER,
+    attention_backward_by,
+    attention_by,
+    exact_kernels,
+    products_by,
+)
+from llmengine.backends.fp8 import SCALINGS
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
-from llmengine.roofline.peers import flex, liger
+from llmengine.roofline.peers import flex, liger, scaled_linear
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -26,7 +34,13 @@ BOTH = "forward + backward"
 # Rows do not fit a processor's last cache where they stand for memory's speed ("cpu": 64 MiB of float32 and more).
 SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cuda": {
-        "attention": [(4, 16, 2048, 128), (2, 16, 8192, 128), (4, 32, 2048, 64)],  # batch, heads, tokens, head_dim
+        "attention": [  # batch, heads, tokens, head_dim
+            (4, 16, 2048, 128),
+            (2, 16, 8192, 128),
+            (4, 32, 2048, 64),
+            (4, 16, 2048, 96),
+            (4, 8, 2048, 192),
+        ],
         "sinks": [(4, 16, 2048, 128)],  # as attention's
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
         "linear": [(8192, 768, 2304), (8192, 4096, 4096)],  # tokens, in, out
@@ -186,9 +200,9 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
     if q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) == HOPPER:
         run["llmengine cuda sm90a"] = Within(ours, _on_cuda(lambda: attention_by("sm90a")))  # not yet the default
-        run["llmengine cuda sm90a one pass"] = Within(
-            ours, _on_cuda(_in_one_pass)
-        )  # backward; which is to be told here
+        run["llmengine cuda one pass"] = Within(ours, _on_cuda(_in_one_pass))  # sm90a's, backward
+    if q.is_cuda and q.dtype != torch.float32 and head_dim not in BUILT_AHEAD:
+        run["llmengine cuda exact"] = Within(ours, _on_cuda(exact_kernels))  # nor are these, which are compiled here
     run |= peers
     name = _name(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
@@ -243,11 +257,21 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
 
 
+def _in_8_bits(x: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Of the linear layer, rounding among what is timed; PyTorch's has no gradient, and is timed forward alone."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) != HOPPER:
+        return {}
+    on_cuda = _on_cuda(contextlib.nullcontext)
+    ours = {f"llmengine fp8 {s}": Within(partial(functional.fp8_linear, scaling=s), on_cuda) for s in SCALINGS}
+    return {**ours, "torch fp8": scaled_linear}
+
+
 def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
     tokens, width, out = shape
     x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
     flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
     run = {"llmengine": products, "torch": torch_functional.linear, **_by_own_products(products, x)}
+    run |= _in_8_bits(x)
     yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
 
 

@@ -1,4 +1,5 @@
-"""Peers that are not one call of PyTorch's: FlexAttention, compiled, and Liger-Kernel where it is installed."""
+"""Peers that are not one call of PyTorch's: FlexAttention, compiled, its products of 8-bit floats, and Liger-Kernel
+where it is installed."""
 
 from __future__ import annotations
 
@@ -34,3 +35,14 @@ def liger(x: Tensor) -> Any:
     if not x.is_cuda or importlib.util.find_spec("liger_kernel") is None:
         return None
     return importlib.import_module("liger_kernel.transformers.functional")
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's linear layer in 8-bit floats, with a scale for each matrix that is found on the way."""
+
+    def rounded(t: Tensor) -> tuple[Tensor, Tensor]:
+        scale = t.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
+        return (t.float() / scale).to(torch.float8_e4m3fn), scale
+
+    (x8, x_scale), (weight8, weight_scale) = rounded(x), rounded(weight)
+    return torch._scaled_mm(x8, weight8.t(), x_scale, weight_scale, bias=bias, out_dtype=x.dtype)

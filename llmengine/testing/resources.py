@@ -100,6 +100,14 @@ def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int
     return {names[mangled]: count for mangled, count in counts.items()}
 
 
+def usage_of_cubin(cubin: Path) -> dict[str, dict[str, int]]:
+    """The same of machine code alone, for each kernel by its name there; spills lie on the stack."""
+    command = [cuobjdump() or "cuobjdump", "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return {k: dict(zip(("registers", "stack", "local"), map(int, n), strict=True)) for k, *n in kernels}
+
+
 def cuobjdump() -> str | None:
     """NVIDIA's, from the toolkit or from Triton's wheel."""
     triton = importlib.util.find_spec("triton")

@@ -63,6 +63,7 @@ class Operator:
 
     `samples()` makes its cases from a seeded generator; `plain` is the same function in plain PyTorch, the peer in
     precision (None: the reference backend in that dtype, where PyTorch has no such operator or other random numbers).
+    `rounds`: it is piecewise constant, and its gradient that of what it rounds: no difference of values shows it.
     It runs the nodes <node>_forward and <node>_backward, or, where it has no gradient (`inference`, and `of_optim`:
     llmengine.optim), the node <node> alone; a backend that has them has the operator.
     """
@@ -74,6 +75,7 @@ class Operator:
     node: str = ""
     of_optim: bool = False
     inference: bool = False
+    rounds: bool = False
 
     def __post_init__(self) -> None:
         self.node = self.node or self.name

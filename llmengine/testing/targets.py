@@ -14,7 +14,9 @@ from llmengine.testing.law import GRADIENT
 from llmengine.testing.sample import Operator
 
 # Nodes that CUDA takes in bfloat16 and float16 alone.
-HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy")
+HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy", "linear_cross_entropy_shard")
+# Nodes that CUDA takes on a Hopper alone.
+HOPPER_ONLY = ("fp8_linear",)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Target:
     slow: bool = False  # an interpreter: a few hundred times slower than a processor
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
-    # Nodes that it takes in some dtypes only, float32 not among them: tests of their own try those
+    # Nodes that it does not take, or in some dtypes only, float32 not among them: tests of their own try those
     # (tests/sim/test_attention.py, test_decode_attention.py, test_linear_cross_entropy.py).
     partial: tuple[str, ...] = ()
 
@@ -59,11 +61,12 @@ def targets() -> list[Target]:
     computes bfloat16 wrongly)."""
     gpu = (torch.float32, torch.bfloat16, torch.float16)
     on_gpu = torch.cuda.is_available()
+    hopper = on_gpu and torch.cuda.get_device_capability() == (9, 0)
     interpreted = Target("triton", "cpu", (torch.float32, torch.float16), slow=True)
     found = [
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Target("triton", "cuda", gpu) if on_gpu else interpreted,
-        Target("cuda", "cuda", gpu, partial=HALVES_ONLY),
+        Target("cuda", "cuda", gpu, partial=HALVES_ONLY if hopper else HALVES_ONLY + HOPPER_ONLY),
         Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare, partial=HALVES_ONLY),
     ]
     return [t for t in found if t.prepare or registry.load(t.backend).unavailable is None]

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Module
 
+from llmengine.optim.main_grad import gradient_of
+
 
 def step_items(
     items: Mapping[str, int], *, averaged: bool = True, group: distributed.ProcessGroup | None = None
@@ -54,7 +56,8 @@ def step_items(
 
 
 def sum_gradients(model: Module, *, group: distributed.ProcessGroup | None = None) -> None:
-    """Adds up every parameter's gradient over the ranks of `group` (None: all), in place.
+    """Adds up every parameter's gradient over the ranks of `group` (None: all), in place: its `main_grad` where it has
+    one (llmengine.optim.MainGradients).
 
     A parameter that has none on this rank counts as zeros; one that has none on any rank has zeros afterwards.
     """
@@ -62,9 +65,9 @@ def sum_gradients(model: Module, *, group: distributed.ProcessGroup | None = Non
         return
     for parameter in model.parameters():
         if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad, group=group)
+            if (gradient := gradient_of(parameter)) is None:
+                gradient = parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(gradient, group=group)
 
 
 def _several_ranks() -> bool:

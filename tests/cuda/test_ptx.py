@@ -54,13 +54,15 @@ WGMMA = [  # of sm_90a alone
     "setmaxnreg.inc.sync.aligned.u32", "setmaxnreg.dec.sync.aligned.u32", "wgmma.fence.sync.aligned",
     "wgmma.commit_group.sync.aligned", "wgmma.wait_group.sync.aligned",
     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16",
-    "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32",
+    "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32", "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3",
+    "wgmma.mma_async.sync.aligned.m64n64k32.f32.e5m2.e4m3",
 ]  # fmt: skip
 # In the machine code of sm_90a: the instruction and how many of them there must be at least.
 MACHINE = {
     r"UTMALDG\.2D\.MULTICAST": 1, r"UTMALDG\.[1-5]D ": 5, r"UTMASTG\.[1-5]D ": 5, r"UTMACCTL\.PF": 1,
     r"UTMAREDG\.[1-5]D\.ADD": 5, r"UBLKRED": 1,
     r"SYNCS\.": 10, r"HGMMA\.64x64x16\.F32 ": 6, r"HGMMA\.64x64x16\.F32\.BF16": 6, r"HGMMA\.64x64x8\.F32\.TF32": 2,
+    r"QGMMA\.64x64x32\.F32\.E4M3\.E4M3": 1, r"QGMMA\.64x64x32\.F32\.E5M2\.E4M3": 1,
     r"HGMMA\.64x256x16": 2, r"HGMMA.*gdesc\[\w+\]\.tnspA\.tnspB": 2, r"USETMAXREG": 2, r"UCGABAR_ARV": 2,
     r"\bELECT\b": 2, r"ARRIVES\.LDGSTSBAR": 2,
 }  # fmt: skip

@@ -53,9 +53,11 @@ NEEDS_CUOBJDUMP = pytest.mark.skipif(
 # Files and kernels over gemm_sm80.cuh and gemm_sm90a.cuh.
 PRODUCTS = ("gemm_sm80", "ffn_sm80", "linear_cross_entropy_sm80")
 HOPPER_PRODUCTS = ("gemm_sm90a", "ffn_sm90a", "linear_cross_entropy_sm90a")
-PRODUCT_KERNELS = ("gemm_sm80", "gemm_sm90a", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient")
+PRODUCT_KERNELS = (
+    "fp8_product", "gemm_sm80", "gemm_sm90a", "hidden_product", "hidden_gradient", "logits_of_span", "logits_gradient",
+)  # fmt: skip
 # What they write is a number a row, a column or a block.
-FEW_STORES = ("norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
+FEW_STORES = ("fp8_maxima", "norm_backward_sum", "cross_entropy_forward", "cross_entropy_sum", "gradient_norm_squares")
 # What they read is a number a tensor, or a block of one.
 NO_ROWS = ("adamw_factors", "gradient_norm_root", "linear_cross_entropy_merge")
 
@@ -114,6 +116,24 @@ def test_products_of_warpgroups_come_from_boxes_that_both_blocks_of_a_cluster_sh
 
 
 @NEEDS_CUOBJDUMP
+def test_8_bit_floats_are_multiplied_by_warpgroups_and_added_to_sums_of_their_own():
+    """Four products of 32 a stage of 128, and then a multiply-add for each of the 64 sums of a thread."""
+    source = resources.ROOT / "csrc/cuda/fp8_product_sm90a.cu"
+    formats = {"E4m3": r"E4M3\.E4M3", "E5m2": r"E5M2\.E4M3"}
+    own, shared = (resources.instructions(source, "90a", rf"\bUTMALDG\.2D{kind} ") for kind in ("", r"\.MULTICAST"))
+    sums = resources.instructions(source, "90a", r"\bFFMA ")
+    for format, types in formats.items():
+        for name, products in resources.instructions(source, "90a", rf"\bQGMMA\.64x128x32\.F32\.{types} ").items():
+            assert products == 4 * (format in name), name
+            assert own[name] >= 1 and shared[name] >= 1 and sums[name] >= 64, name
+            assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+    source = resources.ROOT / "csrc/cuda/fp8_quantise_sm90a.cu"
+    for format in formats:
+        for name, conversions in resources.instructions(source, "90a", rf"\bF2FP\.SATFINITE\.{format.upper()}").items():
+            assert (conversions > 0) == (format in name), name
+
+
+@NEEDS_CUOBJDUMP
 def test_hoppers_attention_multiplies_boxes_by_warpgroups():
     """Scores once before the loop over keys and once in it, 16 of head_dim a product; outputs in it and behind it, 16
     keys a product. Queries, keys and values come by boxes of four dimensions, of 64 columns each."""
@@ -123,38 +143,48 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups():
     boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
     assert products
     for name in products:
-        dim, simple = (word.strip(" >") for word in name.split(",")[1:])
-        most = 128 if int(dim) <= 128 else 96 if dim == "192" else 64
-        keys = most if simple == "true" or int(dim) <= 96 else most - 16
+        dim, value_dim, simple = classes_of(name)
+        most = 128 if value_dim <= 128 else 96 if value_dim == 192 else 64
+        keys = most if simple or dim <= 96 else most - 16
         assert of_values[name] == 2 * keys // 16, name
-        assert products[name] - of_values[name] == 2 * int(dim) // 16, name
-        assert boxes[name] == 4 * -(-int(dim) // 64), name
+        assert products[name] - of_values[name] == 2 * dim // 16, name
+        assert boxes[name] == 3 * -(-dim // 64) + -(-value_dim // 64), name
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
 
 
+PASSING = {  # lines of a tile that passes, by the class of the head dim: of simple kernels and of others
+    "rows": {64: (112, 64), 128: (80, 48), 192: (64, 64), 256: (48, 32)},
+    "keys": {64: (96, 48), 128: (48, 32)},
+    "wide_keys": {192: (64, 64), 256: (64, 64)},
+}
+
+
 @NEEDS_CUOBJDUMP
-@pytest.mark.parametrize("side", ["rows", "keys"])
-def test_hoppers_attention_multiplies_boxes_by_warpgroups_backward(side: str):
-    """Scores and dO V^T, 16 of head_dim a product: for dQ before the loop and in it. Sums, 16 of the lines that pass a
-    product: dQ in the loop and behind it; dK and dV. Pairs of tiles come by boxes, what is owned and what passes; the
-    statistics of rows that pass by asynchronous copies."""
-    source = resources.ROOT / f"csrc/cuda/attention_sm90a_{side}.cu"
-    passing = {
-        "rows": {("64", "true"): 112, ("64", "false"): 64, ("128", "true"): 80, ("128", "false"): 48},
-        "keys": {("64", "true"): 96, ("64", "false"): 48, ("128", "true"): 48, ("128", "false"): 32},
-    }[side]
+@pytest.mark.parametrize("owner", PASSING)
+def test_hoppers_attention_multiplies_boxes_by_warpgroups_backward(owner: str):
+    """Scores and dO V^T, 16 of head_dim a product: for dQ, and where warpgroups own sums of a kind, before the loop and
+    in it. Sums, 16 of the lines that pass a product: in the loop and behind it; dK and dV together in the loop. Pairs
+    of tiles come by boxes, what is owned and what passes; the statistics of rows that pass by asynchronous copies."""
+    source = resources.ROOT / f"csrc/cuda/attention_sm90a_{owner}.cu"
     products = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32")
     of_sums = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32.*tnspB")
     boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
     copies = resources.instructions(source, "90a", r"\bLDGSTS\.E")
-    assert len(products) == 8
+    assert len(products) == {"rows": 20, "keys": 8, "wide_keys": 12}[owner]
     for name in products:
-        dim, simple = (word.strip(" >") for word in name.split(",")[1:])
-        assert of_sums[name] == 2 * passing[dim, simple] // 16, name
-        assert products[name] - of_sums[name] == (4 if side == "rows" else 2) * int(dim) // 16, name
-        assert boxes[name] == 4 * int(dim) // 64, name
-        assert (copies[name] > 0) == (side == "keys"), name
+        dim, value_dim, simple = classes_of(name)
+        passing = PASSING[owner][dim][0 if simple else 1]
+        assert of_sums[name] == (4 if owner == "wide_keys" else 2) * passing // 16, name
+        assert products[name] - of_sums[name] == (1 if owner == "keys" else 2) * (dim + value_dim) // 16, name
+        assert boxes[name] == 2 * (dim + value_dim) // 64, name
+        assert (copies[name] > 0) == (owner != "rows"), name
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
+def classes_of(name: str) -> tuple[int, int, bool]:
+    """Of head dim and values' dim that a kernel is made for, one where they are the same; whether it is simple."""
+    *dims, simple = (word.strip(" >") for word in name.split(",")[1:])
+    return int(dims[0]), int(dims[-1]), simple == "true"
 
 
 def test_a_report_depends_on_what_its_file_includes_and_on_nothing_else():

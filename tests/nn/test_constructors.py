@@ -32,7 +32,7 @@ def arguments(function) -> list[tuple]:
 
 
 def test_every_public_module_is_compared():
-    assert set(SIZES) | {"FeedForward"} == set(nn.__all__)
+    assert set(SIZES) | {"FeedForward", "Fp8Linear"} == set(nn.__all__)
     assert set(SIZES) - set(PEERS) <= {"LinearCrossEntropyLoss"}
 
 
@@ -84,6 +84,7 @@ def test_modules_are_ours_all_the_way_down(name):
     ("make", "message"),
     [
         (lambda: nn.FeedForward(8, 16, activation="tanh"), "FeedForward: activation 'tanh' is not one of gelu"),
+        (lambda: nn.Fp8Linear(8, 16, scaling="row"), "Fp8Linear: scaling 'row' is not one of tensor, block"),
         (lambda: nn.FeedForward(8, 16, dropout=1.0), r"FeedForward: dropout must lie in \[0, 1\), got 1.0"),
         (lambda: nn.TransformerEncoderLayer(8, 2, activation="tanh"), "TransformerEncoderLayer: activation 'tanh'"),
         (lambda: nn.TransformerDecoderLayer(8, 2, activation="tanh"), "TransformerDecoderLayer: activation 'tanh'"),

@@ -15,7 +15,7 @@ from llmengine import roofline
 from llmengine.ops import registry
 from llmengine.ops.registry import load
 from llmengine.roofline.cases import SHAPES
-from llmengine.roofline.peers import flex
+from llmengine.roofline.peers import flex, scaled_linear
 
 CLOCK = roofline.Clock("cpu", 0.0)
 CEILINGS = roofline.Ceilings(10.0, {torch.float32: 0.1, torch.bfloat16: 0.2})
@@ -48,6 +48,13 @@ def test_flex_attention_computes_the_same(operator):
         sinks = operator.endswith("sinks")
         call = flex(case.tensors[0].shape[2], case.name.endswith("causal"), sinks, "cpu", compiled=False)
         torch.testing.assert_close(call(*case.tensors), case.run["llmengine"](*case.tensors), rtol=1e-5, atol=1e-5)
+
+
+def test_pytorchs_8_bit_linear_computes_what_ours_does():
+    g = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(shape, generator=g).bfloat16() for shape in ((20, 48), (32, 48), (32,)))
+    ours = llmengine.functional.fp8_linear(x, weight, bias)
+    torch.testing.assert_close(scaled_linear(x, weight, bias), ours, rtol=2**-7, atol=2**-4)
 
 
 LIGER = {

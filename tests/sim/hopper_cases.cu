@@ -289,7 +289,7 @@ __global__ void product_of_three_warps(const float* in, float* out) {
 
 // ---- clusters -------------------------------------------------------------------------------------------------------
 
-enum class Cluster : uint8_t { none, begin, order, relaxed, end, twice, alone, beyond, static_memory, warp };
+enum class Cluster : uint8_t { none, begin, order, relaxed, end, twice, alone, beyond, warp };
 
 // Two blocks write into each other's first tile, and read each other's second.
 template <bool broken, Cluster name>
@@ -317,12 +317,40 @@ __global__ void neighbours(const float* in, float* out) {
   const float read = __uint_as_float(ptx::load_cluster_4(theirs + 4 * (kTile + thread())));
   out[place] = s.tiles[0][kTile - 1 - thread()] + 2.0f * read;
   if constexpr (mistake != Cluster::end) ptx::cluster_sync();
-  if constexpr (mistake == Cluster::static_memory) {
-    __shared__ float tile[kTile];
-    tile[thread()] = read;
-    __syncthreads();
-    out[place] += tile[kTile - 1 - thread()];
+}
+
+enum class Variables : uint8_t { none, begin, order, barrier, bounds };
+
+// The same with __shared__ variables, of which each block has its own: two blocks turn round what is theirs, and write
+// into each other's; a box goes to both.
+template <bool broken, Variables name>
+__global__ void variables(const __grid_constant__ TensorMap map, const float* in, float* out) {
+  constexpr Variables mistake = broken ? name : Variables::none;
+  __shared__ float own[kTile], given[kTile];
+  alignas(128) __shared__ float box[2][kTile];
+  __shared__ ptx::Mbarrier full;
+  const int block = ptx::block_in_cluster(), place = block * kTile + thread();
+  if (thread() == 0) {
+    ptx::mbarrier_init(&full, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect_tx(&full, 1024);
   }
+  own[thread() + (mistake == Variables::bounds && thread() == 127 ? 1 : 0)] = in[place];
+  if constexpr (mistake == Variables::begin) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+  if (thread() == 0) ptx::copy_tensor_multicast(box[block], &map, &full, 3, 0, block * 4);
+  ptx::store_cluster_4(ptx::map_to_block(given, 1 - block) + 4 * thread(), __float_as_uint(in[place]));
+  if constexpr (mistake == Variables::order) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+  if (mistake != Variables::barrier || block == 0) ptx::mbarrier_wait(&full, 0);
+  const int turned = kTile - 1 - thread();
+  out[place] = own[turned] + 2.0f * given[turned] + 3.0f * box[0][turned] + 4.0f * box[1][turned];
 }
 
 enum class Message : uint8_t { none, wait, arrival };
@@ -440,6 +468,9 @@ Cases all_cases() {
   const auto to_map = [](auto kernel) {
     return Case{[=](const float* in, float* out) { start(kernel, 1, 128, 1, map_of(out), in, out); }};
   };
+  const auto with_map = [](auto kernel) {
+    return Case{[=](const float* in, float* out) { start(kernel, 2, 128, 2, map_of(in), in, out); }};
+  };
   const auto plain = [](auto kernel, unsigned threads = 128, unsigned blocks = 1) {
     return Case{[=](const float* in, float* out) { start(kernel, blocks, threads, blocks, in, out); }};
   };
@@ -486,8 +517,11 @@ Cases all_cases() {
       {"neighbours_twice", plain(neighbours<broken, Cluster::twice>, 128, 2)},
       {"neighbours_alone", plain(neighbours<broken, Cluster::alone>, 128, 2)},
       {"neighbours_beyond", plain(neighbours<broken, Cluster::beyond>, 128, 2)},
-      {"neighbours_static_memory", plain(neighbours<broken, Cluster::static_memory>, 128, 2)},
       {"neighbours_warp", plain(neighbours<broken, Cluster::warp>, 128, 2)},
+      {"variables_begin", with_map(variables<broken, Variables::begin>)},
+      {"variables_order", with_map(variables<broken, Variables::order>)},
+      {"variables_barrier", with_map(variables<broken, Variables::barrier>)},
+      {"variables_bounds", with_map(variables<broken, Variables::bounds>)},
       {"message", plain(message<broken, Message::wait>, 128, 2)},
       {"message_arrival", plain(message<broken, Message::arrival>, 128, 2)},
       {"fence_for_a_neighbour", plain(fence_for_a_neighbour<broken>, 128, 2)},

@@ -335,8 +335,10 @@ template <Multiplicand element>
 void add_products(std::map<std::string, Run>& runs, const std::string& type) {
   constexpr Major k = Major::k, mn = Major::mn;
   runs[type + "_64_k_k"] = start_product<element, 64, false, k, k>;
-  runs[type + "_64_registers_k"] = start_product<element, 64, true, k, k>;
-  if constexpr (element != Multiplicand::tf32) {
+  if constexpr (element <= Multiplicand::tf32) {
+    runs[type + "_64_registers_k"] = start_product<element, 64, true, k, k>;
+  }
+  if constexpr (element < Multiplicand::tf32) {
     runs[type + "_64_k_mn"] = start_product<element, 64, false, k, mn>;
     runs[type + "_64_mn_k"] = start_product<element, 64, false, mn, k>;
     runs[type + "_64_mn_mn"] = start_product<element, 64, false, mn, mn>;
@@ -389,6 +391,8 @@ const std::map<std::string, Run>& all_runs() {
     add_products<Multiplicand::bf16>(all, "bf16");
     add_products<Multiplicand::f16>(all, "f16");
     add_products<Multiplicand::tf32>(all, "tf32");
+    add_products<Multiplicand::e4m3>(all, "e4m3");
+    add_products<Multiplicand::e5m2_e4m3>(all, "e5m2_e4m3");
     add_width<8>(all);
     add_width<16>(all);
     add_width<32>(all);

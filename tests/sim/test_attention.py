@@ -15,6 +15,7 @@ from torch import Tensor
 import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
+from llmengine.backends.cuda.native import exact_kernels
 from llmengine.testing import Operator, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import attention
@@ -122,6 +123,38 @@ def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str):
         heads, key_heads = ((1, 1), (4, 2))[i // 2] if rows * keys < 3000 else (1, 1)
         sample = sample_of(f"{options}", rows, keys, dim, heads, key_heads, return_lse=True, **options)
         assert_right(SDPA, sample, HALVES[(i + dim) % 2], backend=backend)
+
+
+# Classes that devices compile when they are first used, of which the simulator is built with these: every swizzle, one
+# and two blocks of rows, dK and dV in one pass and in two; whole and not, and of odd rows.
+EXACT = [(48, 65, 70), (43, 20, 33), (96, 129, 97), (88, 33, 49), (144, 65, 66), (132, 17, 70), (192, 63, 65)]
+
+
+@pytest.mark.parametrize("dim, rows, keys", EXACT)
+@pytest.mark.parametrize("backend", places(), ids=BY_SM80)
+def test_edges_of_tiles_of_exact_head_dims(dim: int, rows: int, keys: int, backend: str):
+    g = torch.Generator().manual_seed(dim)
+    mask, table = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((rows, keys), (1, 21)))
+    with exact_kernels():
+        for i, options in enumerate((MASKS[1] | {"return_lse": True}, {"attn_mask": mask, "distance_bias": table})):
+            sample = sample_of(f"{options.keys()}", rows, keys, dim, **options)
+            assert_right(SDPA, sample, HALVES[(i + dim) % 2], backend=backend)
+
+
+@pytest.mark.skipif("cuda" not in places(), reason="machine code runs on a GPU")
+@pytest.mark.parametrize("dim", [96, 128, 192])
+@pytest.mark.parametrize("backend", [pytest.param("cuda", id="cuda-sm80")])
+def test_exact_kernels_are_compiled_and_launched(dim: int, backend: str):
+    q, k, v = (torch.randn(1, 2, 65, dim, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+
+    def call():
+        y = functional.scaled_dot_product_attention(q, k, v)
+        torch.autograd.grad(y.sum(), [q, k, v])
+
+    with llmengine.backend(backend), exact_kernels():
+        told = llmengine.explain(call)
+    for part in ("forward", "rows", "keys"):
+        assert (f"attention_{part}_sm80<bf16, {dim}, true" in told) == (dim != 128), told
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

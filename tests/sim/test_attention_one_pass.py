@@ -71,7 +71,8 @@ def test_samples_of_all_options(op: Operator, sample: Sample, dtype: torch.dtype
     assert_right(op, sample, dtype, lined_up, backend)
     told = all(t.numel() > 0 for t in sample.args[:3]) and "broadcast" not in sample.name  # whose strides are 0
     narrow = max(t.shape[-1] for t in sample.args[:3]) <= 128
-    assert ran[-1] == (ONE_PASS if told and narrow else "attention_backward")
+    by_hopper = ONE_PASS if narrow else "attention_backward_sm90a"
+    assert ran[-1] == (by_hopper if told else "attention_backward")
 
 
 @pytest.mark.parametrize(
@@ -267,13 +268,20 @@ def test_it_runs_where_it_is_asked_for_and_nowhere_else(ran: Ran, monkeypatch):
     good, wide = (torch.randn(1, 2, 10, dim, generator=g).half() for dim in (16, 136))
     for asked, x, kernel in (
         ("one_pass", good, ONE_PASS),
-        ("one_pass", wide, "attention_backward"),
+        ("one_pass", wide, "attention_backward_sm90a"),
         ("two_pass", good, "attention_backward_sm90a"),
         ("", good, "attention_backward_sm90a"),
     ):
         monkeypatch.setenv(ATTENTION_BACKWARD, asked)
         gradients(functional.scaled_dot_product_attention, (x, x, x), x)
         assert ran[-1] == kernel
+    monkeypatch.setenv(ATTENTION_BACKWARD, "one_pass")
+    for x, said in (
+        (good, "in one pass over the scores"),
+        (wide, "in two passes: one takes head dims up to 128, got 136"),
+    ):
+        told = llmengine.explain(lambda: gradients(functional.scaled_dot_product_attention, (x, x, x), x))  # noqa: B023
+        assert said in told
     monkeypatch.setenv(ATTENTION_BACKWARD, "three")
     with pytest.raises(ValueError, match="LLMENGINE_CUDA_ATTENTION_BACKWARD: 'three' is not one of two_pass, one_pass"):
         gradients(functional.scaled_dot_product_attention, (good, good, good), good)
@@ -329,7 +337,7 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
         PASS, "room.steps[number % room.kept] +", "room.steps[(number + 1) % room.kept] +", "exceeds|no thread|with no",
     ),
     "steps in stages": (PASS, "kept = 2 * S::stages;", "kept = S::stages;", "its copy writes|with no|races"),
-    "the first tile alone": (PASS, "if (row == start) ++head;", "++head;", "exceeds|deadlock|no thread"),
+    "the first tile alone": (PASS, "if (row == start(w)) ++head;", "++head;", "exceeds|deadlock|no thread"),
     "what is no number passes as 0": (
         PASS, "if (!(strange == 0.0f)) atomicExch", "if (false) atomicExch", "no number",
     ),
@@ -357,7 +365,7 @@ def test_whole_kernels_pass_what_broken_ones_must_fail():
 @pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 8 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
     kernel, line, becomes, said = BREAKS[name]
-    module = broken(kernel, (line, becomes), ("visit_dims<64, 128>", "visit_dims<64>"), tmp_path)
+    module = broken(kernel, (line, becomes), ("visit_hopper<64, 128>", "visit_hopper<64>"), tmp_path)
     monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
     with pytest.raises((AssertionError, RuntimeError), match=said):
         try_one_pass()

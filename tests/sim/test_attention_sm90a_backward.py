@@ -1,6 +1,6 @@
-"""Hopper's attention, backward (csrc/cuda/attention_sm90a_{rows,keys}.cu), in the simulator: the edges of its tiles,
-neighbours that are not numbers, equal bits under every schedule, who takes a call, and lines broken. The samples of all
-options go through it in test_attention_sm90a.py.
+"""Hopper's attention, backward (csrc/cuda/attention_sm90a_{rows,keys,wide_keys}.cu), in the simulator: the edges of its
+tiles, neighbours that are not numbers, equal bits under every schedule, who takes a call, and lines broken. The samples
+of all options go through it in test_attention_sm90a.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
-from llmengine.backends.cuda.attention import hopper_backward_refuses
+from llmengine.backends.cuda.attention import hopper_refuses
 from llmengine.testing import Sample, evaluate, poison
 from llmengine.testing.samples import attention
 from llmengine.testing.simulator import SCHEDULES
@@ -38,6 +38,13 @@ MASKS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+# The same above head dims of 128 (keys: 64, 48, 32; rows: 64), of values as wide, narrower and wider; MASKS by turns.
+WIDE_EDGES = [
+    (192, 192, 63, 65), (256, 256, 65, 49), (192, 128, 129, 64), (136, 72, 64, 129), (256, 40, 1, 1), (72, 200, 127, 63),
+    (248, 248, 66, 97), (192, 128, 33, 193),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dim, rows, keys", EDGES)
 @PLACES
 def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: list[str]):  # noqa: F811
@@ -49,11 +56,22 @@ def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: list[
     assert ran.count(BACKWARD) == 2
 
 
-def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(ran: list[str]):  # noqa: F811
-    """Three multiprocessors draw eight tiles of rows and four of keys."""
+@pytest.mark.parametrize("dim, value_dim, rows, keys", WIDE_EDGES)
+@PLACES
+def test_edges_of_wide_tiles(dim: int, value_dim: int, rows: int, keys: int, backend: str, ran: list[str]):  # noqa: F811
+    number = WIDE_EDGES.index((dim, value_dim, rows, keys))
+    options = MASKS[(number + 4) % 6]
+    sample = sample_of(f"{options}", rows, keys, dim, 2, 1, value_dim=value_dim, return_lse=True, **options)
+    assert_right(SDPA, sample, HALVES[number % 2], backend=backend)
+    assert ran == ["attention_forward_sm90a", BACKWARD]
+
+
+@pytest.mark.parametrize("dim", [72, pytest.param(192, marks=HEAVY)])
+def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(dim: int, ran: list[str]):  # noqa: F811
+    """Three multiprocessors draw eight tiles of rows, and of keys four, or six."""
     from llmengine import _cuda_sim
 
-    sample = sample_of("schedules", 140, 140, 72, 4, 2, is_causal=True, dropout_p=0.3)
+    sample = sample_of("schedules", 140, 140, dim, 4, 2, value_dim=min(dim, 128), is_causal=True, dropout_p=0.3)
     given = sample.rounded(torch.bfloat16)
     results = []
     for order in SCHEDULES:
@@ -70,7 +88,7 @@ def gradients(function, tensors, upstream, *options, **named):
         return torch.autograd.grad(function(*given, *options, **named), given, upstream)
 
 
-@pytest.mark.parametrize("dim", [32, 104])
+@pytest.mark.parametrize("dim", [32, 104, pytest.param(136, marks=HEAVY)])
 def test_neighbours_that_are_not_numbers_change_nothing_in_a_packed_sequence(dim: int, ran: list[str]):  # noqa: F811
     """Boxes bring the next sequence's keys, rows and gradients along; tokens that belong to none get zeros."""
     lengths = [5, 0, 130, 33]
@@ -110,26 +128,20 @@ def test_keys_that_no_row_sees_and_rows_that_see_no_key_get_zeros(ran: list[str]
     assert ran.count(BACKWARD) == 2
 
 
-def test_what_it_does_not_take_goes_to_every_gpus_kernels(ran: list[str]):  # noqa: F811
+def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernels(ran: list[str]):  # noqa: F811
     g = torch.Generator().manual_seed(6)
-    good, wide = (torch.randn(1, 2, 10, dim, generator=g).half() for dim in (16, 136))
+    good = torch.randn(1, 2, 10, 16, generator=g).half()
     odd = torch.randn(1, 2, 10, 17, generator=g).half()[..., :16]
-    strange = {
-        "grad_output: dimension 2 has a stride of 34 bytes": (good, odd),
-        "head dims go up to 128, got 136": (wide, wide),
-    }
-    for reason, (x, upstream) in strange.items():
-        named = {"query": x, "key": x, "value": x, "grad_output": upstream}
-        assert str(hopper_backward_refuses(cuda_sim.NATIVE, **named)).startswith(reason)
-        found = gradients(functional.scaled_dot_product_attention, (x, x, x), upstream)
-        assert all(grad.isfinite().all() for grad in found) and ran[-1] == "attention_backward"
-    gradients(functional.scaled_dot_product_attention, (good, good, good), good)
-    assert ran[-1] == BACKWARD
+    reason = hopper_refuses(cuda_sim.NATIVE, query=good, key=good, value=good, grad_output=odd)
+    assert str(reason).startswith("grad_output: dimension 2 has a stride of 34 bytes")
+    for upstream, kernel in ((odd, "attention_backward"), (good, BACKWARD)):
+        found = gradients(functional.scaled_dot_product_attention, (good, good, good), upstream)
+        assert all(grad.isfinite().all() for grad in found) and ran[-1] == kernel
 
 
 # ---- one line broken -------------------------------------------------------------------------------------------------
 
-ROWS, KEYS = "attention_sm90a_rows", "attention_sm90a_keys"
+ROWS, KEYS, WIDE = (f"attention_sm90a_{owner}" for owner in ("rows", "keys", "wide_keys"))
 LATE = "with no mbarrier_wait between|reads shared memory that no thread|what a product of|deadlock"
 # kernel, line, what it becomes, what must be said: a wrong result, or what the simulator found
 BREAKS = {
@@ -142,7 +154,7 @@ BREAKS = {
         KEYS, "    ptx::mbarrier_wait(&shared.own_full[place], pair.parity());\n", "", LATE,
     ),
     "fetched over what passes": (
-        ROWS, "          ptx::mbarrier_wait(&shared.free[stage][tile], turn.parity() ^ 1);\n", "",
+        ROWS, "  ptx::mbarrier_wait(&shared.free[stage][tile], turn.parity() ^ 1);\n", "",
         "its copy writes|phase",
     ),
     "statistics not waited for": (
@@ -155,8 +167,8 @@ BREAKS = {
         "its copy writes .* what a product of|deadlock",
     ),
     "no fence before products": (KEYS, "    ptx::wgmma_fence(flat(grad_key));\n", "", "since its last wgmma_fence"),
-    "neighbours stay": (ROWS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
-    "neighbours' rows stay": (KEYS, "clear_rows<S::panels, S::passing>(to, left);", "", "exceeds|NaN"),
+    "neighbours stay": (ROWS, "clear_rows<panels, S::passing>(to, left);", "", "exceeds|NaN"),
+    "neighbours' rows stay": (KEYS, "clear_rows<panels, S::passing>(to, left);", "", "exceeds|NaN"),
     "cleared rows not shown to the unit": (
         KEYS, "  ptx::fence_async_shared();\n  __syncwarp();\n  if (elected)", "  if (elected)",
         "with no fence_async between|races",
@@ -164,11 +176,45 @@ BREAKS = {
     "one head of a group": (KEYS, "keys ? from + group : from + 1", "from + 1", "exceeds"),
     "keys of another head": (ROWS, "keys ? head * group : head / group", "keys ? head * group : 0", "exceeds"),
     "delta of another tile": (KEYS, "shared.delta[stage];", "shared.delta[stage ^ 1];", "exceeds|no thread|between"),
-    "delta is forgotten": (ROWS, "grad[0][j][i] -= statistics.delta[0][i / 2];", ";", "exceeds"),
+    "delta is forgotten": (ROWS, "(grad[0][j][i] - statistics.delta[0][i / 2])", "grad[0][j][i]", "exceeds"),
     "dropped scores pass": (KEYS, "if (drops) drop(kept, dropped, 1.0f);", "", "exceeds"),
     "the rest is not cleared": (KEYS, "rest.key0, rest.keys,", "rest.key0, 0,", "exceeds|NaN"),
     "sums not shown to the unit": (
         ROWS, "    ptx::fence_async_shared();\n    give_back_by_warps(", "    give_back_by_warps(", "no fence_async",
+    ),
+    "slopes of the cap are forgotten": (ROWS, "    x[0][j][0] *= by.x, x[0][j][1] *= by.y,", "    ", "exceeds"),
+    "probabilities not waited for": (
+        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", LATE,
+    ),
+    "probabilities of another parity": (
+        WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", LATE,
+    ),
+    "one warp's probabilities waited for": (WIDE, "ptx::mbarrier_init(&full, 4)", "ptx::mbarrier_init(&full, 1)", LATE),
+    "told before they are there": (
+        WIDE, "  if (capped) keep_slopes", "  give_back_by_warps(&shared.handed_full[stage]);\n  if (capped) keep_slopes",
+        LATE,
+    ),
+    "probabilities over those not yet taken": (
+        WIDE, "shared.handed[stage] + threadIdx.x", "shared.handed[0] + threadIdx.x", "exceeds|no thread|with no",
+    ),
+    "statistics not waited for, in a wide head": (
+        WIDE, "  ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());  // with which the statistics come\n", "",
+        LATE,
+    ),
+    "what is added not waited for": (
+        WIDE, "    ptx::mbarrier_wait(&shared.full[before.stage()][other], before.parity());\n", "", LATE,
+    ),
+    "wide sums read while under way": (WIDE, "    ptx::wgmma_wait<1>(flat(x));\n", "", "accumulators of a product"),
+    "given back while added": (
+        WIDE, "    ptx::wgmma_wait<0>(flat(sum));\n    give_back_by_warps(&shared.free[before.stage()][other]);",
+        "    give_back_by_warps(&shared.free[before.stage()][other]);\n    ptx::wgmma_wait<0>(flat(sum));",
+        "its copy writes .* what a product of|deadlock",
+    ),
+    "dropped scores pass, in a wide head": (WIDE, "std::signbit(p[i]) ? 0.0f : g", "std::signbit(p[i]) ? g : g", "exceeds"),
+    "the cap's slopes are not handed over": (WIDE, "if (capped) slope = handed[j * 128];", "", "exceeds"),
+    "sums of the other kind": (
+        WIDE, "kind == values ? p.backward.grad_value : p.backward.grad_key",
+        "kind == values ? p.backward.grad_key : p.backward.grad_value", "exceeds|NaN",
     ),
 }  # fmt: skip
 
@@ -188,21 +234,40 @@ def assert_near(function, sample: Sample) -> None:
 def try_attention() -> None:
     assert_near(SDPA.function, sample_of("heads", 130, 200, 24, 4, 2, causal="bottom_right", dropout_p=0.2))
     assert_near(SDPA.function, sample_of("more tiles than blocks", 150, 130, 40, 8, 8, window_size=(100, 10)))
+    assert_near(SDPA.function, sample_of("capped", 20, 130, 16, softcap=1.0, scale=2.0))
+    assert_near(VARLEN.function, packed(24))
+
+
+def try_wide_attention() -> None:
+    options = {"causal": "bottom_right", "softcap": 1.0, "scale": 1.0, "dropout_p": 0.2}
+    assert_near(SDPA.function, sample_of("capped", 200, 210, 136, 2, 1, value_dim=104, **options))
+    assert_near(VARLEN.function, packed(136))
+
+
+def packed(dim: int) -> Sample:
     m = attention._Maker(1)
-    m.packed("packed", [40, 9], [33, 150], 2, 2, 24, spare=3)
+    m.packed("packed", [40, 9], [33, 150], 2, 2, dim, spare=3)
     for x in m.samples[0].args[:3]:
         x[-3:] = torch.nan  # tokens of no sequence
-    assert_near(VARLEN.function, m.samples[0])
+    return m.samples[0]
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail():
     try_attention()
+    try_wide_attention()
+
+
+CLASSES = {  # one compiles in a fraction of the time
+    ROWS: ("visit_hopper<64, 128, 192, 256>", "visit_hopper<64>"),
+    KEYS: ("visit_hopper<64, 128>", "visit_hopper<64>"),
+    WIDE: ("visit_hopper<192, 256>", "visit_hopper<192>"),
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 5 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
     kernel, line, becomes, said = BREAKS[name]
-    module = broken(kernel, (line, becomes), ("visit_dims<64, 128>", "visit_dims<64>"), tmp_path)
+    module = broken(kernel, (line, becomes), CLASSES[kernel], tmp_path)
     monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
     with pytest.raises((AssertionError, RuntimeError), match=said):
-        try_attention()
+        try_wide_attention() if kernel == WIDE else try_attention()

@@ -215,7 +215,7 @@ BREAKS: dict[str, Break] = {
     "bias of other columns": (*CORE, "place.column + lane % 4 * 2);", "lane % 4 * 2);", "exceeds"),
     "bias past the last column": (*CORE, "if (column >= columns) continue;", "", "past the end of bias"),
     "the second product's k": (
-        *CORE, "(step - product * tiles.steps_of_product) * kDepth", "step * kDepth", "exceeds|differ",
+        *CORE, "(step - product * tiles.steps_of_product) * depth", "step * depth", "exceeds|differ",
     ),
     "panels are read too soon": (
         *CORE, "    __syncwarp();\n#pragma unroll 1\n    for (int row", "#pragma unroll 1\n    for (int row",

@@ -213,7 +213,7 @@ class Operand:
     """One operand of a warpgroup's product in shared memory: `extent` of m or n, `depth` of k."""
 
     def __init__(self, kind: str, major: str, extent: int, depth: int, swizzle: int):
-        self.bytes = 4 if kind == "tf32" else 2
+        self.bytes = {"tf32": 4, "bf16": 2, "f16": 2}.get(kind, 1)
         self.swizzle, span = swizzle, SPANS[swizzle] or 16
         index, k = np.meshgrid(np.arange(extent), np.arange(depth), indexing="ij")
         row, column = (index, k) if major == "k" else (k, index)
@@ -240,9 +240,14 @@ class Operand:
         return data.view(np.uint32)
 
 
+BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
 def bits_of(matrix: np.ndarray, kind: str) -> np.ndarray:
     if kind == "tf32":
         return np.asarray(matrix, np.float32).view(np.uint32)
+    if kind in BYTES:
+        return torch.tensor(np.asarray(matrix)).to(BYTES[kind]).view(torch.uint8).numpy().astype(np.uint32)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
     return torch.tensor(np.asarray(matrix)).to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
 
@@ -274,15 +279,19 @@ def multiply(
     """d (64 x n) after `products` steps of k; a is 64 x k, b k x n; both lie so many bytes beyond where swizzles
     repeat."""
     depth = a.shape[1]
-    left = Operand(kind, "k" if a_form == "registers" else a_form, 64, depth, swizzle)
-    right = Operand(kind, b_form, n, depth, swizzle)
+    left_kind, right_kind = kind.split("_") if "_" in kind else (kind, kind)
+    left = Operand(left_kind, "k" if a_form == "registers" else a_form, 64, depth, swizzle)
+    right = Operand(right_kind, b_form, n, depth, swizzle)
     each = depth // products
     advance = [32 if swizzle else left.advance, 32 if swizzle else right.advance] if products > 1 else [0, 0]
-    fragments = np.stack([a_registers(a[:, i * each : (i + 1) * each], kind) for i in range(products)])
+    fragments = np.zeros((products, 128, 4), np.uint32)
+    if a_form == "registers":
+        fragments = np.stack([a_registers(a[:, i * each : (i + 1) * each], kind) for i in range(products)])
     rows, columns = d_places(n)
     before = np.full(behind // 4, 0xFFFFFFFF, np.uint32)
     a_words, b_words = (
-        np.concatenate([before, operand.words(bits_of(matrix, kind))]) for operand, matrix in ((left, a), (right, b.T))
+        np.concatenate([before, operand.words(bits_of(matrix, of))])
+        for operand, matrix, of in ((left, a, left_kind), (right, b.T, right_kind))
     )
     room = -len(a_words) % 256
     given = [a_words, np.zeros(room, np.uint32), b_words, fragments.ravel(),
@@ -341,6 +350,37 @@ def test_a_product_with_values_of_every_class_of_head_dims(run, n):
     rng = np.random.default_rng(n)
     a, b, d = exact("bf16", rng, 64, 16), exact("bf16", rng, 16, n), exact("bf16", rng, 64, n)
     np.testing.assert_array_equal(multiply(run, "bf16", n, "registers", "mn", 3, a, b, d, True), a @ b + d)
+
+
+EIGHT_BITS = pytest.mark.parametrize("kind", ["e4m3", "e5m2_e4m3"])
+
+
+@SWIZZLES
+@EIGHT_BITS
+def test_products_of_8_bits_are_plain_products(run, kind, swizzle):
+    """Of small numbers, one step of 32 of k, and as many as a swizzle's row has; with and without what was there."""
+    rng = np.random.default_rng(8)
+    for products in {1, SPANS[swizzle] // 32 or 4}:
+        a, b, d = exact(kind, rng, 64, 32 * products), exact(kind, rng, 32 * products, 64), exact(kind, rng, 64, 64)
+        for add in (False, True):
+            found = multiply(run, kind, 64, "k", "k", swizzle, a, b, d, add, products)
+            np.testing.assert_array_equal(found, a @ b + d * add)
+
+
+@EIGHT_BITS
+def test_every_number_of_8_bits_is_the_one_that_it_stands_for(run, kind):
+    """Each of both formats once, by products with 1: those of a, in 4 columns of k, and those of b."""
+    left, right = (BYTES[of] for of in (kind.split("_") if "_" in kind else (kind, kind)))
+    numbers = torch.arange(256, dtype=torch.uint8)
+    for dtype, of_a in ((left, True), (right, False)):
+        every = numbers.view(dtype).double().view(64, 4)
+        for column in range(4):
+            many, one = np.zeros((64, 32)), np.zeros((32, 64))
+            many[:, 5], one[5] = every[:, column].nan_to_num(0, posinf=0, neginf=0).numpy(), 1
+            a, b = (many, one) if of_a else (one.T, many.T)
+            found = multiply(run, kind, 64, "k", "k", 1, a, b, np.zeros((64, 64)), False)
+            expected = many[:, 5:6] * np.ones((1, 64))
+            np.testing.assert_array_equal(found, expected if of_a else expected.T)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])

@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmengine.testing import simulator
@@ -17,7 +18,7 @@ from llmengine.testing.simulator import SCHEDULES
 BLOCK = r"block \(\d, 0, 0\)"
 PLACE = rf"thread \(\d+, 0, 0\) of {BLOCK}"
 LINE = r"\(hopper_cases\.cu:\d+\)"
-WHERE = r"byte \d+ of dynamic shared memory(?: of the cluster's block \d)?"
+WHERE = r"byte \d+ of (?:dynamic shared memory|shared \w+)(?: of the cluster's block \d)?"
 
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
 UNWRITTEN = rf"{PLACE} reads shared memory that no thread of the block wrote {LINE}"
@@ -89,10 +90,15 @@ FINDINGS = {
     "neighbours_twice": rf"{PLACE} calls cluster_arrive {LINE} twice with no cluster_wait between",
     "neighbours_alone": rf"{PLACE} calls cluster_wait {LINE} with no cluster_arrive before",
     "neighbours_beyond": rf"{PLACE} maps an address to block 2 of a cluster that has 2 {LINE}",
-    "neighbours_static_memory": rf"{PLACE} writes a __shared__ variable in a cluster of blocks, for which the "
-    rf"simulator has dynamic shared memory only {LINE}",
     "neighbours_warp": rf"deadlock in {BLOCK}: (?:{BLOCK}, threads 0-31 at __syncthreads {LINE}; {BLOCK}, threads "
     rf"32-127 at cluster_wait {LINE}(?:; )?){{2}}",
+    "variables_begin": rf"({PLACE} uses {LINE} shared memory of {BLOCK}, which may not have begun: there is no "
+    rf"cluster_wait before|{PLACE} calls copy_tensor {LINE} on what no thread has initialised as an mbarrier|{PLACE} "
+    rf"writes {LINE} shared memory of {BLOCK}, which may not have begun: there is no cluster_wait before)",
+    "variables_order": rf"({RACE}|{UNWRITTEN})",
+    "variables_barrier": rf"({UNTOLD}|{UNWRITTEN}|{BLOCK} ends with no mbarrier_wait for a bulk copy to it {LINE})",
+    "variables_bounds": rf"{PLACE} writes 4 bytes at byte 512 of shared own of the cluster's block \d, which has 512 "
+    rf"{LINE}",
     "message": MESSAGE,
     "message_arrival": MESSAGE,
     "fence_for_a_neighbour": unfenced("its copy reads"),
@@ -131,3 +137,11 @@ def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
 def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
     results = set(findings(case, "fixed"))
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
+
+
+def test_shared_variables_are_each_block_s_own():
+    given = np.arange(256).reshape(2, 128) % 7
+    boxes = np.concatenate([(np.arange(4)[:, None] + 4 * b) * 32 + np.arange(32) for b in range(2)]).reshape(2, 128) % 7
+    turned = (given + 2 * given[::-1] + 3 * boxes[0] + 4 * boxes[1])[:, ::-1].reshape(-1)
+    expected = float(np.sum(turned * np.arange(1, 257)))
+    assert {float(found.split()[1]) for found in findings("variables_order", "fixed")} == {expected}

@@ -79,14 +79,14 @@ struct Rule {
   }
 };
 
-// W: of parameter and gradient, M: of the moments.
-template <class W, class M, bool stochastic>
+// W: of the parameter, G: of the gradient, M: of the moments.
+template <class W, class G, class M, bool stochastic>
 struct Update {
   const ops::AdamW& p;
   const Rule& rule;
   size_t i;
   W* parameter = p.parameters[i].as<W>();
-  const W* gradient = p.gradients[i].as<W>();
+  const G* gradient = p.gradients[i].as<G>();
   M *exp_avg = p.exp_avgs[i].as<M>(), *exp_avg_sq = p.exp_avg_sqs[i].as<M>();
   M* peak = p.max_exp_avg_sqs.empty() ? nullptr : p.max_exp_avg_sqs[i].as<M>();
   float* master = p.masters.empty() ? nullptr : p.masters[i].as<float>();
@@ -142,7 +142,7 @@ struct Update {
   }
 };
 
-template <class W, class M, bool stochastic>
+template <class W, class G, class M, bool stochastic>
 void step(const ops::AdamW& p) {
   const size_t count = p.parameters.size();
   std::vector<Rule> rules;
@@ -158,8 +158,8 @@ void step(const ops::AdamW& p) {
       const auto next = std::upper_bound(blocks.begin(), blocks.end(), block);  // the first that begins later
       const size_t i = static_cast<size_t>(next - blocks.begin()) - 1;
       const int64_t stop = std::min(last, *next);
-      Update<W, M, stochastic>{p, rules[i], i}((block - blocks[i]) * kBlock,
-                                               std::min((stop - blocks[i]) * kBlock, p.parameters[i].numel()));
+      Update<W, G, M, stochastic>{p, rules[i], i}((block - blocks[i]) * kBlock,
+                                                  std::min((stop - blocks[i]) * kBlock, p.parameters[i].numel()));
       block = stop;
     }
   });
@@ -170,8 +170,11 @@ void adamw(const ops::AdamW& p) {
   if (p.parameters.empty() || (p.found_inf.defined() && *p.found_inf.as<float>() != 0.0f)) return;
   visit_float(p.parameters[0].dtype, [&]<class W>(W) {
     visit_float(p.exp_avgs[0].dtype, [&]<class M>(M) {
-      if (std::is_same_v<W, float> && std::is_same_v<M, float>) return step<W, M, false>(p);
-      p.stochastic ? step<W, M, true>(p) : step<W, M, false>(p);
+      const auto of_gradients = [&]<class G>(G) {
+        if (std::is_same_v<W, float> && std::is_same_v<M, float>) return step<W, G, M, false>(p);
+        p.stochastic ? step<W, G, M, true>(p) : step<W, G, M, false>(p);
+      };
+      p.gradients[0].dtype == DType::f32 ? of_gradients(float{}) : of_gradients(W{});
     });
   });
 }

@@ -137,6 +137,7 @@ class Backward {
         depth_(padded(p.query.size(3))),
         width_(padded(p.value.size(3))),
         tiled_(tiles(p)),
+        value_factor_(tiled_ ? Dropout(p.dropout_p, p.seed).keep_scale : 1.0f),
         sequences_(ops::sequences_of(p)),
         shares_(shares()),
         distances_(p, sequences_, shares_),
@@ -245,9 +246,7 @@ class Backward {
   }
 
 #if defined(LLMENGINE_AMX)
-  static bool tiles(const ops::AttentionBackward& p) {
-    return p.query.dtype == DType::bf16 && amx_takes(p) && !p.sinks.defined();
-  }
+  static bool tiles(const ops::AttentionBackward& p) { return amx_takes(p) && !p.grad_distance_bias.defined(); }
   int64_t row_tiles(const ops::Sequence& s) const {
     return tiled_ ? p_.group() * count_of(s.rows, AmxBackward<1>::kBlockRows) : RowTiles(p_, s).count();
   }
@@ -258,6 +257,7 @@ class Backward {
       const int64_t group = p_.group(), blocks = row_tiles(at.sequence) / group;
       for (int64_t n = share; n < blocks * group; n += shares_[at.which]) {
         all.add_rows(key_head * group + n % group, (blocks - 1 - n / group) * all.kBlockRows, grad_key, grad_value);
+        if (sinks_.wanted()) sinks_.set(at, all);
       }
     };
     amx_steps(p_, tile);
@@ -274,7 +274,7 @@ class Backward {
              int64_t count, T) const {
     const int64_t key = s.key0 + first;
     store_rows(grad_key, depth_, count, static_cast<float>(p_.scale), Rows<T>(p_.grad_key, s.batch, key_head, key));
-    store_rows(grad_value, width_, count, 1.0f, Rows<T>(p_.grad_value, s.batch, key_head, key));
+    store_rows(grad_value, width_, count, value_factor_, Rows<T>(p_.grad_value, s.batch, key_head, key));
   }
 
   template <class T>
@@ -298,6 +298,7 @@ class Backward {
   const ops::AttentionBackward& p_;
   int64_t depth_, width_;
   bool tiled_;  // by cpu/attention_amx_backward.h
+  float value_factor_;
   std::vector<ops::Sequence> sequences_;
   std::vector<int64_t> shares_;
   DistanceSums distances_;

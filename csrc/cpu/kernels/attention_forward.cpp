@@ -24,7 +24,7 @@ namespace {
 
 void attention_forward(const ops::AttentionForward& p) {
 #if defined(LLMENGINE_AMX)
-  if (p.query.dtype == DType::bf16 && amx_takes(p)) return amx_forward(p);
+  if (amx_takes(p)) return amx_forward(p);
 #endif
   visit_float(p.query.dtype, [&]<class T>(T) {
     forward_all<T>(p, ops::sequences_of(p),

@@ -114,15 +114,14 @@ void write_hidden(const ops::FeedForwardForward& p, const Dropout& dropout, cons
     for_lanes(tile.columns, [&](int64_t i, auto n) {
       const F u = load_n(up_sums + i, n) + load_n(b_up + column + i, n);
       if (up) store_n(up + i, u, n);
-      F h;
+      F g = u;
       if (gate_sums) {
-        const F g = load_n(gate_sums + i, n) + load_n(b_gate + column + i, n);
+        g = load_n(gate_sums + i, n) + load_n(b_gate + column + i, n);
         if (gate) store_n(gate + i, g, n);
-        h = Activation::of(g).value * u;
-      } else {
-        h = Activation::of(u).value;
       }
-      store_n(hidden + i, h * load_n(kept + i, n), n);
+      if (!hidden) return;
+      const F h = Activation::of(g).value;
+      store_n(hidden + i, (gate_sums ? h * u : h) * load_n(kept + i, n), n);
     });
   }
 }
@@ -183,15 +182,16 @@ void ffn_forward(const ops::FeedForwardForward& p) {
            [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); });
     });
   });
+  if (!p.output.defined()) return;
   gemm(tokens, d, {{Matrix(p.hidden), Matrix(p.w_down).t(), f}},
        [&](const Tile& tile) { store_tile(tile, p.output, b_down.data()); });
 }
 
 // grad^T x, for a parameter (out, in) that x (tokens, in) went through to where `grad` (tokens, out) comes from
-void weight_gradient(const TensorView& grad, const TensorView& x, const TensorView& out) {
+void weight_gradient(const TensorView& grad, const TensorView& x, const TensorView& out, bool add) {
   if (!out.defined()) return;
   gemm(out.size(0), out.size(1), {{Matrix(grad).t(), Matrix(x), x.size(0)}},
-       [&](const Tile& tile) { store_tile(tile, out); });
+       [&](const Tile& tile) { add ? add_tile(tile, out) : store_tile(tile, out); });
 }
 
 void ffn_backward(const ops::FeedForwardBackward& p) {
@@ -208,9 +208,9 @@ void ffn_backward(const ops::FeedForwardBackward& p) {
       });
     });
   }
-  weight_gradient(p.grad_output, p.hidden, p.grad_w_down);
-  weight_gradient(p.grad_up, p.input, p.grad_w_up);
-  weight_gradient(p.grad_gate, p.input, p.grad_w_gate);
+  weight_gradient(p.grad_output, p.hidden, p.grad_w_down, p.add_w_down);
+  weight_gradient(p.grad_up, p.input, p.grad_w_up, p.add_w_up);
+  weight_gradient(p.grad_gate, p.input, p.grad_w_gate, p.add_w_gate);
   b_up.reduce(p.grad_b_up);
   b_gate.reduce(p.grad_b_gate);
   if (p.grad_b_down.defined()) {

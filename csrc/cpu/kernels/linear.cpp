@@ -22,7 +22,7 @@ void linear_backward(const ops::LinearBackward& p) {
   }
   if (p.grad_weight.defined()) {
     gemm(out, in, {{Matrix(p.grad_output).t(), Matrix(p.input), tokens}},
-         [&](const Tile& tile) { store_tile(tile, p.grad_weight); });
+         [&](const Tile& tile) { p.add_weight ? add_tile(tile, p.grad_weight) : store_tile(tile, p.grad_weight); });
   }
   if (p.grad_bias.defined()) {
     visit_float(p.grad_output.dtype, [&]<class T>(T) {

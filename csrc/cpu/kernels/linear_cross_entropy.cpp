@@ -12,6 +12,9 @@
 //     dx = the block's logits once more, turned into their gradient in the epilogue       (6 MiB)
 //     grad_input[tokens] += dx weight[classes],  grad_weight[classes] += dx^T input[tokens],  grad_bias += sums of dx
 //
+//   Of a shard of the classes the same, but that the forward ends in what it knows of each token, and that the backward
+//   is given the factors of a token's gradient instead of making them from its loss.
+//
 //   Memory beside inputs and outputs: blocks of fixed size, about 150 bytes a labelled token, and for bf16 one float32
 //   copy of grad_input. Multiply-adds: labelled tokens x classes x d forward, three times that backward; an exponential
 //   costs some 15 instructions a vector, against d / 2 for its logits. Limit: the multiply-add units, or with few
@@ -36,7 +39,7 @@ struct Forward : Logits<ops::LinearCrossEntropyForward> {
   std::vector<float> of_target;     // (labelled,): the target's logit
 
   explicit Forward(const ops::LinearCrossEntropyForward& params)
-      : Logits(params, "linear_cross_entropy"),
+      : Logits(params, "linear_cross_entropy", params.statistics.defined()),
         parts(labelled.size() * kStripTiles),
         totals(labelled.size()),
         of_target(labelled.size()) {}
@@ -56,7 +59,7 @@ struct Forward : Logits<ops::LinearCrossEntropyForward> {
         }
       }
     }
-    finish();
+    p.statistics.defined() ? tell() : finish();
   }
 
  private:
@@ -85,6 +88,20 @@ struct Forward : Logits<ops::LinearCrossEntropyForward> {
     }
     reduce_losses(p, token);
   }
+
+  void tell() const {
+    const int64_t tokens = p.input.size(0);
+    float* to = p.statistics.as<float>();
+    std::fill_n(to, tokens, -INFINITY);
+    std::fill_n(to + tokens, 3 * tokens, 0.0f);
+    for (size_t i = 0; i < labelled.size(); ++i) {
+      const int64_t row = labelled[i];
+      to[row] = totals[i].lse.largest;
+      to[tokens + row] = totals[i].lse.total;
+      to[2 * tokens + row] = of_target[i];
+      to[3 * tokens + row] = static_cast<float>(totals[i].weighted);
+    }
+  }
 };
 
 struct Backward : Logits<ops::LinearCrossEntropyBackward> {
@@ -99,7 +116,8 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
   // what is not float32
   float *dx = nullptr, *weight_sums = nullptr;
 
-  explicit Backward(const ops::LinearCrossEntropyBackward& params) : Logits(params, "linear_cross_entropy backward") {}
+  explicit Backward(const ops::LinearCrossEntropyBackward& params)
+      : Logits(params, "linear_cross_entropy backward", params.factors.defined()) {}
 
   void run() {
     const bool several = static_cast<int64_t>(labelled.size()) > block_tokens;
@@ -126,7 +144,7 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
     });
     const TensorView weight = rows_of(p.linear_weight, first, n);
     const int64_t* index = labelled.data() + row;
-    const bool later = row > 0;
+    const bool later = row > 0, add = later || p.add_linear_weight;
     if (p.grad_input.defined()) {
       gemm(rows, d, {{dx_matrix(), Matrix(weight), n}}, [&](const Tile& tile) {
         gather_tile(tile, first > 0, p.sums.as<float>(), d, [&](int64_t r) { return index[r]; });
@@ -137,7 +155,7 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
       float* to = weight_sums ? weight_sums : out.dtype == DType::f32 ? out.as<float>() : nullptr;
       gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, [&](const Tile& tile) {
         if (!to) return store_tile(tile, out);
-        gather_tile(tile, later, to, weight_sums ? d : out.stride(0), [](int64_t r) { return r; });
+        gather_tile(tile, add, to, weight_sums ? d : out.stride(0), [](int64_t r) { return r; });
       });
     }
     if (p.grad_linear_bias.defined()) {
@@ -147,13 +165,22 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
 
   void write_dx(const Tile& tile, int64_t r, int64_t first_row, int64_t first) const {
     const int64_t row = labelled[first_row + tile.row + r];
-    const int64_t upstream = p.grad_loss.ndim ? row * p.grad_loss.stride(0) : 0;
     const float lse = p.lse.as<float>()[row];
-    const auto factors = token.gradient(target(row), lse, p.grad_loss.as<float>()[upstream] * scale);
+    const auto factors = p.factors.defined() ? given_factors(row) : factors_of_loss(row, lse);
     visit_dx([&](auto* at) {
       gradient(tile.c[0] + r * tile.stride, at + (tile.row + r) * kClasses + tile.column, first, tile.columns,
                target(row), lse, factors);
     });
+  }
+
+  ops::TokenLoss::Gradient factors_of_loss(int64_t row, float lse) const {
+    const int64_t upstream = p.grad_loss.ndim ? row * p.grad_loss.stride(0) : 0;
+    return token.gradient(target(row), lse, p.grad_loss.as<float>()[upstream] * scale);
+  }
+  ops::TokenLoss::Gradient given_factors(int64_t row) const {
+    const int64_t tokens = p.input.size(0);
+    const float* of_row = p.factors.as<float>() + row;
+    return {of_row[0], of_row[tokens], of_row[2 * tokens]};
   }
 
   Matrix dx_matrix() const {
@@ -172,6 +199,10 @@ void linear_cross_entropy_backward(const ops::LinearCrossEntropyBackward& p) { B
 
 const Registrar<ops::LinearCrossEntropyForward> forward{linear_cross_entropy_forward};
 const Registrar<ops::LinearCrossEntropyBackward> backward{linear_cross_entropy_backward};
+const Registrar<ops::LinearCrossEntropyShardForward<ops::LinearCrossEntropyForward>> shard_forward{
+    [](const auto& p) { Forward(p).run(); }};
+const Registrar<ops::LinearCrossEntropyShardBackward<ops::LinearCrossEntropyBackward>> shard_backward{
+    [](const auto& p) { Backward(p).run(); }};
 
 }  // namespace
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -1,4 +1,5 @@
-// Conversions between float and the 16-bit floats, and to integers (PTX ISA, "cvt"): to nearest, ties to even.
+// Conversions between float and narrower floats, and integers (PTX ISA, "cvt"): to nearest, ties to even. To 8 bits, what is beyond
+// the largest number becomes it, infinities too; NaN stays NaN (sm_89 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,6 +32,27 @@ __device__ __forceinline__ uint32_t f16x2_of(float low, float high) {
   uint32_t word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// `low` into the lower byte.
+__device__ __forceinline__ uint16_t e4m3x2_of(float low, float high) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  uint16_t word;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ uint16_t e5m2x2_of(float low, float high) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+  uint16_t word;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  __trap();
+#endif
 }
 
 }  // namespace llmengine::ptx

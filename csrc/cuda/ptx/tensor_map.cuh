@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/driver.h"
 #include "cuda/tensor_map.h"
 
 namespace llmengine::ptx {
@@ -16,30 +17,14 @@ struct TensorMap {
   CUtensorMap words;
 };
 
-// The driver's function, found at run time: the module loads where there is no driver.
 inline TensorMap encode_tensor_map(const TensorMapFields& fields) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult state{};
-#if CUDART_VERSION >= 12050
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
-#else
-    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
-#endif
-    if (error != cudaSuccess || state != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
-    }
-    return reinterpret_cast<Encode>(found);
-  }();
+  static const auto encode = cuda::driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   const auto type = [](DType dtype) {
     switch (dtype) {
       case DType::f32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
       case DType::bf16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
       case DType::f16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+      case DType::boolean: return CU_TENSOR_MAP_DATA_TYPE_UINT8;  // bytes of any kind
       case DType::i32: return CU_TENSOR_MAP_DATA_TYPE_INT32;
       default: throw std::invalid_argument("tensor map of " + std::string(name(dtype)));
     }

@@ -1,9 +1,9 @@
 // Products of warpgroups on tensor cores: four warps, the first of them a multiple of four in its block, compute
 // d += a b asynchronously, with the sums in float32 (PTX ISA, "wgmma.mma_async"; sm_90a).
 //
-//   a is 64 x k, b is k x n, d is 64 x n; k is 16 (bf16, f16) or 8 (tf32), n twice the accumulators of a thread. b lies
-//   in shared memory, a there or in registers. Warp w of the warpgroup has rows 16w to 16w + 15 of d and a, its lanes
-//   as in mma.cuh: with g = lane / 4 and t = lane % 4,
+//   a is 64 x k, b is k x n, d is 64 x n; k is 32 bytes, so 16 (bf16, f16), 8 (tf32) or 32 (e4m3, e5m2), n twice the
+//   accumulators of a thread. b lies in shared memory, a there or (but of 8-bit elements here) in registers. Warp w of
+//   the warpgroup has rows 16w to 16w + 15 of d and a, its lanes as in mma.cuh: with g = lane / 4 and t = lane % 4,
 //
 //     d[4j], d[4j + 1]       (16w + g, 8j + 2t), and the column after it      a[0] .. a[3]   as mma_16x8x16 (tf32:
 //     d[4j + 2], d[4j + 3]   (16w + g + 8, 8j + 2t), ...                                     mma_16x8x8_tf32) has them
@@ -25,6 +25,9 @@
 //     wgmma_commit();                                  a group
 //     wgmma_wait<0>(d);                                until then, hands off d, registers of a, and tiles
 //
+//   The sums of products of 8-bit elements are kept in float32, but on Hopper added with about 14 bits: whoever sums a
+//   deep k takes them over into sums of his own from time to time.
+//
 //   Threads that wrote a tile themselves have called fence_async_shared (tensor_copy.cuh) before a barrier.
 #pragma once
 
@@ -37,7 +40,8 @@
 
 namespace llmengine::ptx {
 
-enum class Multiplicand : uint8_t { bf16, f16, tf32 };
+// Of a and of b, which differ where two are named.
+enum class Multiplicand : uint8_t { bf16, f16, tf32, e4m3, e5m2_e4m3 };
 enum class Major : uint8_t { k, mn };
 
 struct MatrixDescriptor {
@@ -119,6 +123,17 @@ template <>
 struct WgmmaTypes<Multiplicand::tf32> {
   static constexpr const char name[] = "k8.f32.tf32.tf32";
 };
+
+template <>
+struct WgmmaTypes<Multiplicand::e4m3> {
+  static constexpr const char name[] = "k32.f32.e4m3.e4m3";
+};
+template <>
+struct WgmmaTypes<Multiplicand::e5m2_e4m3> {
+  static constexpr const char name[] = "k32.f32.e5m2.e4m3";
+};
+
+constexpr bool has_sixteen_bits(Multiplicand m) { return m == Multiplicand::bf16 || m == Multiplicand::f16; }
 
 template <bool sixteen_bits, Major... majors>
 struct WgmmaMajors {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import destinations, empty_gradients
 from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -39,17 +40,13 @@ def linear_forward(input, weight, bias):
     return output
 
 
-@kernel(KERNELS, "linear_backward", lambda grad_output, input, weight, wanted: refuses_tensors(input, weight))
-def linear_backward(grad_output, input, weight, wanted):
-    shapes = (input.shape, weight.shape, weight.shape[:1])
-    dtypes = (input.dtype, weight.dtype, torch.float32)
-    gradients = [
-        torch.empty(shape if want else (0,), dtype=dtype)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-    ]
-    names = ("grad_input", "grad_weight", "grad_bias")
+@kernel(KERNELS, "linear_backward", lambda grad_output, input, weight, *_: refuses_tensors(input, weight))
+def linear_backward(grad_output, input, weight, main, wanted):
+    kinds = ((input.shape, input.dtype), (weight.shape, weight.dtype), (weight.shape[:1], torch.float32))
+    gradients = empty_gradients(input, kinds, wanted, {1: main})
+    grad_input, grad_weight, grad_bias = destinations(gradients, wanted, {1: main})
     module.linear_backward(
         grad_output=unit_last_stride(grad_output), input=unit_last_stride(input), weight=unit_last_stride(weight),
-        **{name: g if want else None for name, g, want in zip(names, gradients, wanted, strict=True)},
+        grad_input=grad_input, grad_weight=grad_weight, grad_bias=grad_bias, add_weight=main is not None,
     )  # fmt: skip
-    return tuple(gradients)
+    return gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import destinations, empty_gradients
 from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -11,7 +12,7 @@ KERNELS: dict[str, Kernel] = {}
 CLASS_BLOCK = 1536  # csrc/ops/linear_cross_entropy.h
 
 
-def _forward_refuses(input, linear_weight, linear_bias, target, weight, *_):
+def refuses(input, linear_weight, linear_bias, target, weight, *_):
     return refuses_tensors(input, linear_weight, linear_bias, target, weight)
 
 
@@ -19,7 +20,7 @@ def _backward_refuses(grad_loss, input, linear_weight, linear_bias, target, weig
     return refuses_tensors(grad_loss, input, linear_weight, linear_bias, target, weight)
 
 
-def _inputs(input, linear_weight, linear_bias, target, weight):
+def inputs_of(input, linear_weight, linear_bias, target, weight):
     return {
         "input": unit_last_stride(input),
         "linear_weight": unit_last_stride(linear_weight),
@@ -29,18 +30,20 @@ def _inputs(input, linear_weight, linear_bias, target, weight):
     }
 
 
-def _gradients(input, linear_weight, wanted):
+def gradients_of(input, linear_weight, wanted, main=None):
     """As the operator returns them, and as the kernel takes them."""
     shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
     dtypes = (input.dtype, linear_weight.dtype, torch.float32)
-    gradients = [
-        torch.empty(shape if want else (0,), dtype=dtype)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-    ]
-    return gradients, [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+    gradients = empty_gradients(input, tuple(zip(shapes, dtypes, strict=True)), wanted, {1: main})
+    return gradients, destinations(gradients, wanted, {1: main})
 
 
-@kernel(KERNELS, "linear_cross_entropy_forward", _forward_refuses)
+def sums_of(input, grad_input):
+    """Where the input's gradient gathers in float32."""
+    return grad_input if grad_input is None or input.dtype == torch.float32 else torch.empty(input.shape)
+
+
+@kernel(KERNELS, "linear_cross_entropy_forward", refuses)
 def linear_cross_entropy_forward(
     input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap
 ):
@@ -48,7 +51,7 @@ def linear_cross_entropy_forward(
     loss = losses if reduction == "none" else torch.empty(())
     normaliser = torch.empty(())
     module.linear_cross_entropy_forward(
-        **_inputs(input, linear_weight, linear_bias, target, weight), reduction=reduction, ignore_index=ignore_index,
+        **inputs_of(input, linear_weight, linear_bias, target, weight), reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses, lse=lse,
         loss=None if reduction == "none" else loss, normaliser=normaliser,
     )  # fmt: skip
@@ -58,17 +61,16 @@ def linear_cross_entropy_forward(
 @kernel(KERNELS, "linear_cross_entropy_backward", _backward_refuses)
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, _gradient_filter, wanted,
+    label_smoothing, z_loss, softcap, _gradient_filter, main, wanted,
 ):  # fmt: skip
-    gradients, given = _gradients(input, linear_weight, wanted)
-    sums = given[0] if given[0] is None or input.dtype == torch.float32 else torch.empty(input.shape)
+    gradients, given = gradients_of(input, linear_weight, wanted, main)
     module.linear_cross_entropy_backward(
-        grad_loss=grad_loss, **_inputs(input, linear_weight, linear_bias, target, weight), lse=lse,
+        grad_loss=grad_loss, **inputs_of(input, linear_weight, linear_bias, target, weight), lse=lse,
         normaliser=normaliser, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
-        z_loss=z_loss, softcap=softcap, sums=sums, grad_input=given[0], grad_linear_weight=given[1],
-        grad_linear_bias=given[2],
+        z_loss=z_loss, softcap=softcap, sums=sums_of(input, given[0]), grad_input=given[0], grad_linear_weight=given[1],
+        grad_linear_bias=given[2], add_linear_weight=main is not None,
     )  # fmt: skip
-    return tuple(gradients)
+    return gradients
 
 
 def _with_gradients_refuses(input, linear_weight, linear_bias, target, weight, reduction, *others):
@@ -82,11 +84,11 @@ def linear_cross_entropy_with_gradients(
     input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap,
     block_tokens, wanted,
 ):  # fmt: skip
-    gradients, given = _gradients(input, linear_weight, wanted)
+    gradients, given = gradients_of(input, linear_weight, wanted)
     losses, loss = torch.empty(input.shape[0]), torch.empty(())
     columns = -(-linear_weight.shape[0] // CLASS_BLOCK) * CLASS_BLOCK
     module.linear_cross_entropy_with_gradients(
-        **_inputs(input, linear_weight, linear_bias, target, weight), reduction=reduction, ignore_index=ignore_index,
+        **inputs_of(input, linear_weight, linear_bias, target, weight), reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses, lse=torch.empty_like(losses),
         loss=loss, normaliser=torch.empty(()), grad_input=given[0], grad_linear_weight=given[1],
         grad_linear_bias=given[2],

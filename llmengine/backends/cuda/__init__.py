@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmengine.backends.cuda.jit import Compiler
 from llmengine.backends.cuda.native import Native
 from llmengine.backends.cuda.tables import all_kernels
 from llmengine.ops.registry import Kernel
@@ -15,4 +16,7 @@ KERNELS: dict[str, Kernel] = all_kernels(NATIVE)
 
 
 def unavailable() -> str | None:
-    return NATIVE.missing() or NATIVE.module.device_problem() or None
+    if reason := NATIVE.missing() or NATIVE.module.device_problem():
+        return reason
+    NATIVE.module.set_compiler(Compiler(NATIVE.module.sources()))
+    return None

@@ -1,5 +1,6 @@
 """Attention in CUDA: csrc/cuda/attention_sm80_forward.cu, and for the backward _keys.cu, _rows.cu and _bias.cu; on
-Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take."""
+Hopper, where LLMENGINE_CUDA_ATTENTION=sm90a asks for them, csrc/cuda/attention_sm90a_*.cu for what those take. Where
+LLMENGINE_CUDA_JIT=1 asks for them, sm_80's kernels of the very head dim (csrc/cuda/compiled.h)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.backends.cuda.native import Native, unit_last_stride
+from llmengine.ops import registry
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -17,8 +19,8 @@ OPTIONS = (
 )  # fmt: skip
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
+WIDEST_IN_ONE_PASS = 128  # the widest head whose sums for keys stay in registers of blocks that make scores once
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
-WIDEST_HOPPER_BACKWARD = 128  # the widest head whose sums for keys stay in registers
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 GRID_ROWS, REMADE_ROWS = 64, 128  # of tiles, as in csrc/cuda/attention_grid.h
 
@@ -54,7 +56,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             turns = _zeros(query, 1)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
-            native.call("attention_forward", query, **given)
+            native.call("attention_forward", query, **given, exact=native.wants_exact())
+        native.tell_launched()
         return output, lse, lse_low
 
     @kernel(table, "attention_backward", backward_refuses)
@@ -69,16 +72,22 @@ def kernels(native: Native) -> dict[str, Kernel]:
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
         kernel, of_hopper = "attention_backward", {}
-        if native.wants_hopper_attention() and hopper_backward_refuses(native, **arguments) is None:
+        by_boxes = {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
+        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
             kernel, of_hopper = "attention_backward_sm90a", {"turns": _zeros(query, 2)}
             if native.wants_one_pass():
-                kernel, of_hopper = "attention_backward_one_pass", of_hopper | _grid(**arguments)
+                reason = one_pass_refuses(query, value)
+                registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
+                if reason is None:
+                    kernel, of_hopper = "attention_backward_one_pass", of_hopper | _grid(**arguments)
         native.call(
             kernel, query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
             grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
+            exact=native.wants_exact(),
         )  # fmt: skip
+        native.tell_launched()
         # what the sink's probability takes of each row's gradient
         taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
         if want_grad_mask and not by_kernel:
@@ -100,11 +109,10 @@ def hopper_refuses(native: Native, **operands) -> str | None:
     return None
 
 
-def hopper_backward_refuses(native: Native, query, key, value, grad_output, **options) -> str | None:
-    """The same of the backward."""
-    if (widest := max(query.shape[3], value.shape[3])) > WIDEST_HOPPER_BACKWARD:
-        return f"head dims go up to {WIDEST_HOPPER_BACKWARD}, got {widest}"
-    return hopper_refuses(native, query=query, key=key, value=value, grad_output=grad_output)
+def one_pass_refuses(query, value) -> str | None:
+    if (widest := max(query.shape[3], value.shape[3])) > WIDEST_IN_ONE_PASS:
+        return f"one takes head dims up to {WIDEST_IN_ONE_PASS}, got {widest}"
+    return None
 
 
 def _zeros(on, *sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import destinations, empty_gradients
 from llmengine.backends.cuda.native import Native, parameter, parts_of, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -16,13 +17,16 @@ def kernels(native: Native) -> dict[str, Kernel]:
         tensors = (input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed)
         return native.refuses_tensors(*tensors) or native.refuses_products(input)
 
-    def backward_refuses(grad_output, input, w_up, w_gate, w_down, up, gate, seed, *_):
-        tensors = (grad_output, input, w_up, w_gate, w_down, up, gate, seed)
+    def backward_refuses(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed, *_):
+        tensors = (grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed)
         return native.refuses_tensors(*tensors) or native.refuses_products(input)
 
     def linear(x, weight, bias):
         """Products are taken in the precision of x, whatever the parameters have."""
         return native.product(x, weight.to(x.dtype).T, None if bias is None else bias.to(x.dtype))
+
+    def pre_activations(input, w_up, b_up, w_gate, b_gate):
+        return linear(input, w_up, b_up), None if w_gate is None else linear(input, w_gate, b_gate)
 
     @kernel(table, "ffn_forward", forward_refuses)
     def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
@@ -30,8 +34,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return fused_forward(
                 native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save
             )
-        up = linear(input, w_up, b_up)
-        gate = None if w_gate is None else linear(input, w_gate, b_gate)
+        up, gate = pre_activations(input, w_up, b_up, w_gate, b_gate)
         hidden = torch.empty_like(up)
         native.call(
             "ffn_hidden_forward", up, up=up, gate=gate, seed=seed, activation=activation, dropout_p=dropout_p,
@@ -41,12 +44,21 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return linear(hidden, w_down, b_down), *kept
 
     @kernel(table, "ffn_backward", backward_refuses)
-    def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+    def ffn_backward(
+        grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed, activation, dropout_p, main_up,
+        main_gate, main_down, wanted,
+    ):  # fmt: skip
+        mains = {1: main_up, 3: main_gate, 5: main_down}
         if native.own_products(input.dtype):
+            if up is None:
+                up, gate = fused_pre_activations(native, input, w_up, b_up, w_gate, b_gate, w_down)
             return fused_backward(
-                native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted
+                native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
             )
+        if up is None:
+            up, gate = pre_activations(input, w_up, b_up, w_gate, b_gate)
         gated, dtype = w_gate is not None, input.dtype
+        gate_dtype = w_gate.dtype if gated else w_up.dtype
         grad_up = grad_gate = hidden = input.new_empty(0)
         if any(wanted[:6]):
             # until the kernel has turned it, the hidden layer's
@@ -65,16 +77,20 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
         gradients = (
             (grad_input, dtype),
-            (lambda: native.product(grad_up.T, input), w_up.dtype),
+            (lambda: native.weight_gradient(grad_up, input, w_up.dtype, main_up), w_up.dtype),
             (lambda: grad_up.sum(0, dtype=torch.float32), torch.float32),
-            (lambda: native.product(grad_gate.T, input), w_gate.dtype if gated else w_up.dtype),
+            (lambda: native.weight_gradient(grad_gate, input, gate_dtype, main_gate), gate_dtype),
             (lambda: grad_gate.sum(0, dtype=torch.float32), torch.float32),
-            (lambda: native.product(grad_output.T, hidden), w_down.dtype),
+            (lambda: native.weight_gradient(grad_output, hidden, w_down.dtype, main_down), w_down.dtype),
             (lambda: grad_output.sum(0, dtype=torch.float32), torch.float32),
         )
-        return tuple(
-            gradient().to(wide) if want else input.new_empty(0, dtype=wide)
+        made = [
+            gradient() if want else input.new_empty(0, dtype=wide)
             for (gradient, wide), want in zip(gradients, wanted, strict=True)
+        ]
+        return tuple(
+            input.new_empty(0, dtype=wide) if mains.get(i) is not None else gradient
+            for i, (gradient, (_, wide)) in enumerate(zip(made, gradients, strict=True))
         )
 
     return table
@@ -99,16 +115,28 @@ def fused_forward(native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, see
     return output, up, gate
 
 
-def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+def fused_pre_activations(native, input, w_up, b_up, w_gate, b_gate, w_down):
+    """As a forward that keeps them makes them, by its own first product."""
+    up = input.new_empty(input.shape[0], w_up.shape[0])
+    gate = None if w_gate is None else torch.empty_like(up)
+    native.call(
+        "ffn_forward", input, input=unit_last_stride(input), w_up=_operand(w_up, input), b_up=parameter(b_up, input),
+        w_gate=_operand(w_gate, input), b_gate=parameter(b_gate, input), w_down=_operand(w_down, input), b_down=None,
+        seed=None, activation="relu", dropout_p=0.0, output=None, hidden=None, up=up, gate=gate,
+        **native.products(input),
+    )  # fmt: skip
+    return up, gate
+
+
+def fused_backward(
+    native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
+):
     (tokens, d), f, gated = input.shape, w_up.shape[0], w_gate is not None
     hidden, grad_up = input.new_empty(tokens, f), input.new_empty(tokens, f)
     weights = (w_up, w_gate if gated else w_up, w_down)
     shapes = (input.shape, w_up.shape, (f,), w_up.shape, (f,), w_down.shape, (d,))
     dtypes = [t for w in weights for t in (w.dtype, torch.float32)]
-    gradients = [
-        input.new_empty(shape if want else (0,), dtype=dtype)
-        for shape, dtype, want in zip(shapes, (input.dtype, *dtypes), wanted, strict=True)
-    ]
+    gradients = empty_gradients(input, tuple(zip(shapes, (input.dtype, *dtypes), strict=True)), wanted, mains)
     names = ("input", "w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
     lines = 2 * -(-tokens // TILE)
     rooms = {"up": (wanted[2], lines, f), "gate": (wanted[4], lines, f), "down": (wanted[6], parts_of(tokens), d)}
@@ -117,12 +145,13 @@ def fused_backward(native, grad_output, input, w_up, w_gate, w_down, up, gate, s
         w_up=_operand(w_up, input), w_gate=_operand(w_gate, input), w_down=_operand(w_down, input),
         up=unit_last_stride(up), gate=unit_last_stride(gate) if gated else None, seed=seed, activation=activation,
         dropout_p=dropout_p, hidden=hidden, grad_up=grad_up, grad_gate=torch.empty_like(grad_up) if gated else None,
-        **{f"grad_{n}": g if want else None for n, g, want in zip(names, gradients, wanted, strict=True)},
+        **{f"grad_{n}": g for n, g in zip(names, destinations(gradients, wanted, mains), strict=True)},
+        **{f"add_{names[i]}": main is not None for i, main in mains.items()},
         **{f"partial_{n}": input.new_empty(shape, dtype=torch.float32) if want else None
            for n, (want, *shape) in rooms.items()},
         **native.products(input),
     )  # fmt: skip
-    return tuple(gradients)
+    return gradients
 
 
 def _operand(weight, input):

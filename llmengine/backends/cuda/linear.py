@@ -23,10 +23,13 @@ def kernels(native: Native) -> dict[str, Kernel]:
         """In the precision of the products, which are taken in that of `on`."""
         return unit_last_stride(x.to(on.dtype))
 
-    def gemm(on, a, b, dtype, bias=None):
-        out = on.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    def gemm(on, a, b, dtype, bias=None, out=None):
+        """Onto what `out` holds, where it is given."""
+        added = out
+        if out is None:
+            out = on.new_empty(a.shape[0], b.shape[1], dtype=dtype)
         native.call(
-            "gemm", on, a=a, b=b, a2=None, b2=None, bias=parameter(bias, on), added=None, out=out,
+            "gemm", on, a=a, b=b, a2=None, b2=None, bias=parameter(bias, on), added=added, out=out,
             **native.products(on),
         )  # fmt: skip
         return out
@@ -41,29 +44,30 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return gemm(input, operand(input, input), operand(weight, input).T, dtype, bias)
         return native.product(input, weight.to(dtype).T, None if bias is None else bias.to(dtype))
 
-    def backward_refuses(grad_output, input, weight, wanted):
+    def backward_refuses(grad_output, input, weight, *_):
         return native.refuses_tensors(grad_output, input, weight) or native.refuses_products(input)
 
     @kernel(table, "linear_backward", backward_refuses)
-    def linear_backward(grad_output, input, weight, wanted):
+    def linear_backward(grad_output, input, weight, main, wanted):
         dtype, own = input.dtype, native.own_products(input.dtype)
         if own:
             grad_output, input, narrow = (operand(t, input) for t in (grad_output, input, weight))
             gradients = (
                 (lambda: gemm(input, grad_output, narrow, dtype), dtype),
-                (lambda: gemm(input, grad_output.T, input, weight.dtype), weight.dtype),
+                (lambda: gemm(input, grad_output.T, input, weight.dtype, out=main), weight.dtype),
                 (lambda: column_sums(grad_output), torch.float32),
             )
         else:
             gradients = (
                 (lambda: native.product(grad_output, weight.to(dtype)), dtype),
-                (lambda: native.product(grad_output.T, input).to(weight.dtype), weight.dtype),
+                (lambda: native.weight_gradient(grad_output, input, weight.dtype, main), weight.dtype),
                 (lambda: grad_output.sum(0, dtype=torch.float32), torch.float32),
             )
-        return tuple(
+        made = [
             gradient() if want else input.new_empty(0, dtype=wide)
             for (gradient, wide), want in zip(gradients, wanted, strict=True)
-        )
+        ]
+        return (made[0], made[1] if main is None else weight.new_empty(0), made[2])
 
     def column_sums(rows):
         (tokens, columns), wide = rows.shape, torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import destinations, empty_gradients
 from llmengine.backends.cuda.cross_entropy import class_weights
 from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
@@ -42,43 +43,76 @@ def kernels(native: Native) -> dict[str, Kernel]:
         losses, lse, target_logits = (input.new_empty(tokens, dtype=torch.float32) for _ in range(3))
         loss = losses if reduction == "none" else losses.new_empty(())
         normaliser = losses.new_empty(())
-        spans = spans_of(tokens, linear_weight.shape[0], native.multiprocessors(input))
         native.call(
             "linear_cross_entropy_forward", input,
             **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
             lse=lse, loss=None if reduction == "none" else loss, normaliser=normaliser,
-            partial=losses.new_empty(spans, 3, tokens), target_logits=target_logits, core=native.core(input),
+            partial=room_of_spans(input, linear_weight), target_logits=target_logits, core=native.core(input),
         )  # fmt: skip
         return loss, lse, normaliser
+
+    def room_of_spans(input, linear_weight):
+        tokens = input.shape[0]
+        spans = spans_of(tokens, linear_weight.shape[0], native.multiprocessors(input))
+        return input.new_empty(spans, 3, tokens, dtype=torch.float32)
+
+    @kernel(table, "linear_cross_entropy_shard_forward", forward_refuses)
+    def linear_cross_entropy_shard_forward(
+        input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, softcap
+    ):
+        tokens = input.shape[0]
+        statistics = input.new_empty(4, tokens, dtype=torch.float32)
+        native.call(
+            "linear_cross_entropy_shard_forward", input,
+            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, statistics=statistics,
+            partial=room_of_spans(input, linear_weight), target_logits=statistics.new_zeros(tokens),
+            core=native.core(input),
+        )  # fmt: skip
+        return statistics
 
     @kernel(table, "linear_cross_entropy_backward", backward_refuses)
     def linear_cross_entropy_backward(
         grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-        label_smoothing, z_loss, softcap, _gradient_filter, wanted,
+        label_smoothing, z_loss, softcap, _gradient_filter, main, wanted,
     ):  # fmt: skip
-        (tokens, d), classes = input.shape, linear_weight.shape[0]
-        shapes = (input.shape, linear_weight.shape, (classes,))
-        dtypes = (input.dtype, linear_weight.dtype, torch.float32)
-        gradients = [
-            input.new_empty(shape if want else (0,), dtype=dtype)
-            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-        ]
-        if not any(wanted):
-            return tuple(gradients)
-        columns = classes_at_once(tokens, classes)
-        sums = lse.new_empty(tokens, d) if wanted[0] and columns < classes else None
-        given = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-        native.call(
-            "linear_cross_entropy_backward", input, grad_loss=grad_loss,
-            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), lse=lse,
-            normaliser=normaliser, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, sums=sums, grad_input=given[0], grad_linear_weight=given[1],
-            grad_linear_bias=given[2], block=input.new_empty(tokens, columns),
-            partial_bias=lse.new_empty(2 * -(-tokens // TILE), columns) if wanted[2] else None,
-            **native.products(input),
+        return gradients_of(
+            "linear_cross_entropy_backward", input, linear_weight, main, wanted,
+            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), grad_loss=grad_loss,
+            lse=lse, normaliser=normaliser, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
-        return tuple(gradients)
+
+    @kernel(table, "linear_cross_entropy_shard_backward", forward_refuses)
+    def linear_cross_entropy_shard_backward(
+        input, linear_weight, linear_bias, target, weight, lse, factors, ignore_index, label_smoothing, softcap, main,
+        wanted,
+    ):  # fmt: skip
+        return gradients_of(
+            "linear_cross_entropy_shard_backward", input, linear_weight, main, wanted,
+            **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing),
+            lse=lse, factors=factors, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap,
+        )  # fmt: skip
+
+    def gradients_of(name, x, head, main, wanted, **arguments):
+        (tokens, d), classes, wide = x.shape, head.shape[0], torch.float32
+        gradients = empty_gradients(
+            x, ((x.shape, x.dtype), (head.shape, head.dtype), ((classes,), wide)), wanted, {1: main}
+        )
+        if not any(wanted):
+            return gradients
+        columns = classes_at_once(tokens, classes)
+        grad_input, grad_weight, grad_bias = destinations(gradients, wanted, {1: main})
+        native.call(
+            name, x, **arguments,
+            sums=x.new_empty(tokens, d, dtype=wide) if wanted[0] and columns < classes else None,
+            grad_input=grad_input, grad_linear_weight=grad_weight, grad_linear_bias=grad_bias,
+            add_linear_weight=main is not None, block=x.new_empty(tokens, columns),
+            partial_bias=x.new_empty(2 * -(-tokens // TILE), columns, dtype=wide) if wanted[2] else None,
+            **native.products(x),
+        )  # fmt: skip
+        return gradients
 
     @kernel(table, "linear_cross_entropy_with_gradients", forward_refuses)
     def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
@@ -87,7 +121,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         tensors = (input, linear_weight, linear_bias, target, weight)
         loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
         return loss, *linear_cross_entropy_backward(
-            torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, wanted
+            torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, None, wanted
         )
 
     return table

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmengine.ops import registry
+
 HALVES = (torch.bfloat16, torch.float16)  # what our products multiply
 DTYPES = (torch.float32, *HALVES)
 # Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
@@ -23,13 +25,17 @@ DTYPES = (torch.float32, *HALVES)
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own", "sm80", "sm90a")
 # Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's (csrc/cuda/attention_sm90a_*.cu) where a call's layout
-# is one for tensor maps, backward up to head dim 128. No GPU has timed it yet: until then it is asked for.
+# is one for tensor maps. No GPU has timed it yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
 # How Hopper's attention runs backward: "two_pass", a kernel for keys and one for queries, or "one_pass" over the
 # scores, which adds gradients of queries up on a grid of integers (csrc/cuda/attention_grid.h). No GPU has timed them.
 ATTENTION_BACKWARD = "LLMENGINE_CUDA_ATTENTION_BACKWARD"
 ATTENTION_BACKWARDS = ("two_pass", "one_pass")
+# Whether kernels of sm80's attention are those for the very head dim, up to a multiple of 16, compiled when they are
+# first used (jit.py), or "0", of the classes that are built ahead. No GPU has run compiled ones yet.
+JIT = "LLMENGINE_CUDA_JIT"
+BUILT_AHEAD = (64, 128, 256)
 HOPPER = (9, 0)  # compute capability
 
 
@@ -56,6 +62,10 @@ def attention_by(kernels: str) -> contextlib.AbstractContextManager[None]:
 
 def attention_backward_by(passes: str) -> contextlib.AbstractContextManager[None]:
     return setting(ATTENTION_BACKWARD, passes)
+
+
+def exact_kernels(wanted: bool = True) -> contextlib.AbstractContextManager[None]:
+    return setting(JIT, str(int(wanted)))
 
 
 def _chosen(variable: str, choices: tuple[str, ...], default: str) -> str:
@@ -133,6 +143,14 @@ class Native:
     def wants_one_pass(self) -> bool:
         return _chosen(ATTENTION_BACKWARD, ATTENTION_BACKWARDS, ATTENTION_BACKWARDS[0]) == "one_pass"
 
+    def wants_exact(self) -> bool:
+        return _chosen(JIT, ("0", "1"), "0") == "1"
+
+    def tell_launched(self) -> None:
+        """To `explain`: which of this thread's last kernels were compiled when they were first used."""
+        if kernels := self.module.take_launched():
+            registry.tell("compiled at first use: " + ", ".join(k.replace("llmengine::", "") for k in kernels))
+
     def capability(self, on: Tensor) -> tuple[int, int]:
         """Of the device that `on` lies on; the simulator's is a Hopper (csrc/sim/simulator.h)."""
         return torch.cuda.get_device_capability(on.device) if on.is_cuda else HOPPER
@@ -148,6 +166,19 @@ class Native:
             exact = a.double() @ b.double()
             return (exact if bias is None else exact + bias).to(a.dtype)
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, dtype: torch.dtype, main: Tensor | None) -> Tensor:
+        """grad^T x in `dtype` or, where there is a buffer, float32, for it, added to that; by cuBLAS (in the simulator
+        as above)."""
+        if main is None:
+            return self.product(grad.T, x).to(dtype)
+        if not x.is_cuda:
+            main.copy_(main.double() + grad.T.double() @ x.double())
+        elif x.dtype == main.dtype:
+            torch.addmm(main, grad.T, x, out=main)
+        else:
+            torch.ops.aten.addmm.dtype_out(main, grad.T, x, main.dtype, out=main)
+        return main
 
     def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
         """The refusals that all kernels have in common: a device or float dtype that they do not take."""

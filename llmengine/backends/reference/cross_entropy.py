@@ -26,7 +26,7 @@ def check_targets(op: str, target: torch.Tensor, classes: int, ignore_index: int
     return valid
 
 
-def _capped(x, softcap):
+def capped(x, softcap):
     return softcap * (x / softcap).tanh() if softcap > 0 else x
 
 
@@ -41,7 +41,7 @@ def _log_sum_exp(z):
 def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap):
     rows, classes = input.shape
     valid = check_targets("cross_entropy", target, classes, ignore_index)
-    z = _capped(_wide(input), softcap)
+    z = capped(_wide(input), softcap)
     w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
     lse = _log_sum_exp(z) if classes else z.new_full((rows,), -torch.inf)
     index = torch.where(valid, target, 0)
@@ -70,7 +70,7 @@ def cross_entropy_backward(
     if not rows or not classes:
         return torch.zeros_like(input)
     wide = _wide(input)
-    z = _capped(wide, softcap)
+    z = capped(wide, softcap)
     w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
     valid = target != ignore_index
     index = torch.where(valid, target, 0)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from llmengine.backends.buffers import added
 from llmengine.backends.reference.philox import keep_multiplier
 from llmengine.ops.registry import Kernel, kernel
 
@@ -55,11 +56,15 @@ def _keep(h, seed, p):
     return keep_multiplier(seed, p, 0, torch.arange(h.shape[0], device=h.device), h.shape[1], h.dtype)
 
 
+def _pre_activations(input, w_up, b_up, w_gate, b_gate):
+    x = _wide(input)
+    return _linear(x, w_up, b_up), None if w_gate is None else _linear(x, w_gate, b_gate)
+
+
 @kernel(KERNELS, "ffn_forward")
 def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
-    act, x = ACTIVATIONS[activation], _wide(input)
-    up = _linear(x, w_up, b_up)
-    gate = None if w_gate is None else _linear(x, w_gate, b_gate)
+    act = ACTIVATIONS[activation]
+    up, gate = _pre_activations(input, w_up, b_up, w_gate, b_gate)
     hidden = act(up)[0] if gate is None else act(gate)[0] * up
     if dropout_p > 0:
         hidden = hidden * _keep(hidden, seed, dropout_p)
@@ -73,8 +78,13 @@ def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activat
 
 
 @kernel(KERNELS, "ffn_backward")
-def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+def ffn_backward(
+    grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed, activation, dropout_p, main_up, main_gate,
+    main_down, wanted,
+):  # fmt: skip
     act = ACTIVATIONS[activation]
+    if up is None:
+        up, gate = (h if h is None else h.to(input.dtype) for h in _pre_activations(input, w_up, b_up, w_gate, b_gate))
     grad, x, up, gate = _wide(grad_output), _wide(input), _wide(up), _wide(gate)
     keep = _keep(up, seed, dropout_p) if dropout_p > 0 else 1.0
     grad_hidden = grad @ _wide(w_down).to(grad.dtype) * keep
@@ -87,13 +97,13 @@ def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activ
     if w_gate is not None:
         grad_input = grad_input + grad_gate @ _wide(w_gate).to(grad.dtype)
     gradients = (
-        grad_input.to(input.dtype),
-        (grad_up.T @ x).to(w_up.dtype),
-        grad_up.sum(0),
-        None if grad_gate is None else (grad_gate.T @ x).to(w_gate.dtype),
-        None if grad_gate is None else grad_gate.sum(0),
-        (grad.T @ hidden).to(w_down.dtype),
-        grad.sum(0),
+        lambda: grad_input.to(input.dtype),
+        lambda: added(grad_up.T @ x, main_up).to(w_up.dtype),
+        lambda: grad_up.sum(0),
+        lambda: added(grad_gate.T @ x, main_gate).to(w_gate.dtype),  # type: ignore[union-attr]
+        lambda: grad_gate.sum(0),  # type: ignore[union-attr]
+        lambda: added(grad.T @ hidden, main_down).to(w_down.dtype),
+        lambda: grad.sum(0),
     )
     dtypes = (input, w_up, grad, w_up if w_gate is None else w_gate, grad, w_down, grad)
-    return tuple(g if want else like.new_empty(0) for g, like, want in zip(gradients, dtypes, wanted, strict=True))
+    return tuple(g() if want else like.new_empty(0) for g, like, want in zip(gradients, dtypes, wanted, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import added
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
@@ -19,8 +20,12 @@ def linear_forward(input, weight, bias):
 
 
 @kernel(KERNELS, "linear_backward")
-def linear_backward(grad_output, input, weight, wanted):
+def linear_backward(grad_output, input, weight, main, wanted):
     grad, x = _wide(grad_output), _wide(input)
-    gradients = ((grad @ _wide(weight)).to(input.dtype), (grad.T @ x).to(weight.dtype), grad.sum(0))
+    gradients = (
+        lambda: (grad @ _wide(weight)).to(input.dtype),
+        lambda: added(grad.T @ x, main).to(weight.dtype),
+        lambda: grad.sum(0),
+    )
     dtypes = (input, weight, grad)
-    return tuple(g if want else like.new_empty(0) for g, like, want in zip(gradients, dtypes, wanted, strict=True))
+    return tuple(g() if want else like.new_empty(0) for g, like, want in zip(gradients, dtypes, wanted, strict=True))

@@ -26,9 +26,9 @@ KERNELS: dict[str, Kernel] = {}
 @triton.jit(do_not_specialize=["seed"])
 def _step(
     table, count, lr, multiplier, found_inf, log_beta1, log_beta2, beta1_rest, beta2, beta2_rest, eps, weight_decay,
-    sign, seed, BLOCK: tl.constexpr, COUNT: tl.constexpr, WEIGHT: tl.constexpr, MOMENT: tl.constexpr,
-    PEAK: tl.constexpr, MASTER: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    sign, seed, BLOCK: tl.constexpr, COUNT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr,
+    MOMENT: tl.constexpr, PEAK: tl.constexpr, MASTER: tl.constexpr, LR_IN_MEMORY: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = find(table, count, program, COUNT)
@@ -46,7 +46,7 @@ def _step(
     parameters = tensor_at(row + 4 * count, WEIGHT, ALIGNED) + at
     exp_avgs = tensor_at(row + 6 * count, MOMENT, ALIGNED) + at
     exp_avg_sqs = tensor_at(row + 7 * count, MOMENT, ALIGNED) + at
-    g = tl.load(tensor_at(row + 5 * count, WEIGHT, ALIGNED) + at, inside, 0.0).to(tl.float32) * sign
+    g = tl.load(tensor_at(row + 5 * count, GRADIENT, ALIGNED) + at, inside, 0.0).to(tl.float32) * sign
     if multiplier is not None:
         g *= tl.load(multiplier)
     m = tl.load(exp_avgs, inside, 0.0).to(tl.float32)
@@ -127,7 +127,8 @@ def adamw(
                 table_of(chosen, parameters[0].device), len(chosen), float(lr) if lr.is_cpu else lr, multiplier,
                 found_inf, _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
                 -1.0 if maximize else 1.0, seed, BLOCK=BLOCK,
-                COUNT=power_of_2(len(chosen)), WEIGHT=DTYPES[parameters[0].dtype], MOMENT=DTYPES[exp_avgs[0].dtype],
+                COUNT=power_of_2(len(chosen)), WEIGHT=DTYPES[parameters[0].dtype],
+                GRADIENT=DTYPES[gradients[0].dtype], MOMENT=DTYPES[exp_avgs[0].dtype],
                 PEAK=bool(max_exp_avg_sqs), MASTER=bool(masters), LR_IN_MEMORY=not lr.is_cpu, STOCHASTIC=stochastic,
                 ALIGNED=aligned, num_warps=8,
             )  # fmt: skip
@@ -140,13 +141,13 @@ def _log(beta: float) -> float:
 def aot_calls(dtype: torch.dtype):
     """Every way of keeping state."""
 
-    def call(moments, masters, peaks, stochastic):
+    def call(moments, masters, peaks, stochastic, gradients=dtype):
         def tensors(dtype):
             return [torch.empty(shape, dtype=dtype, device="meta") for shape in ((50257, 768), (768,), (3, 5))]
 
         scalar = torch.empty((), device="meta")
         adamw(
-            tensors(dtype), tensors(dtype), tensors(moments), tensors(moments), tensors(moments) if peaks else [],
+            tensors(dtype), tensors(gradients), tensors(moments), tensors(moments), tensors(moments) if peaks else [],
             tensors(torch.float32) if masters else [], [scalar] * 3, [0, 1, 2], torch.tensor(1e-3),
             scalar if masters else None, scalar if masters else None, 0.9, 0.999, 1e-8, 0.1, False, stochastic, 0,
         )  # fmt: skip
@@ -154,6 +155,8 @@ def aot_calls(dtype: torch.dtype):
     half = dtype != torch.float32
     yield "plain", functools.partial(call, dtype, False, False, False)
     yield "masters, amsgrad", functools.partial(call, torch.float32, half, True, False)
+    if half:
+        yield "float32 gradients", functools.partial(call, torch.float32, True, False, False, torch.float32)
     if dtype == torch.bfloat16:
         yield "stochastic", functools.partial(call, dtype, False, True, True)
         yield "stochastic weights", functools.partial(call, torch.float32, False, False, True)

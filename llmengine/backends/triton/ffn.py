@@ -22,7 +22,7 @@ import triton.language as tl
 
 from llmengine.backends.triton.columns import column_sums
 from llmengine.backends.triton.device import dropped_below, refuses_tensors, unit_last_stride
-from llmengine.backends.triton.gemm import accumulate, gemm, tile_place
+from llmengine.backends.triton.gemm import accumulate, gemm, tile_place, weight_gradient
 from llmengine.backends.triton.maths import tanh
 from llmengine.backends.triton.philox import keep_multipliers
 from llmengine.backends.triton.tiles import pick, precision
@@ -78,9 +78,10 @@ def _hidden_forward(
             tl.store(gate + place, g.to(gate.dtype.element_ty), inside)
     if up is not None:
         tl.store(up + place, u.to(up.dtype.element_ty), inside)
-    if seed is not None:
-        h *= keep_multipliers(seed, threshold, keep_scale, 0, m, column // 4 + tl.arange(0, BLOCK_N // 4))
-    tl.store(hidden + place, h.to(hidden.dtype.element_ty), inside)
+    if hidden is not None:
+        if seed is not None:
+            h *= keep_multipliers(seed, threshold, keep_scale, 0, m, column // 4 + tl.arange(0, BLOCK_N // 4))
+        tl.store(hidden + place, h.to(hidden.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -160,31 +161,49 @@ def _forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, *_):
 
 @kernel(KERNELS, "ffn_forward", _forward_refuses)
 def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+    hidden = input.new_empty(input.shape[0], w_up.shape[0])
+    up = torch.empty_like(hidden) if save else None
+    gate = torch.empty_like(hidden) if save and w_gate is not None else None
+    _form_hidden(input, w_up, b_up, w_gate, b_gate, seed, activation, dropout_p, up, gate, hidden)
+    kept = (input.new_empty(0) if h is None else h for h in (up, gate))
+    return gemm(hidden, _in(input.dtype, w_down).T, bias=_line(b_down)), *kept
+
+
+def _form_hidden(input, w_up, b_up, w_gate, b_gate, seed, activation, dropout_p, up, gate, hidden):
+    """The first product, into those of the last three that are given."""
     (tokens, d), f = input.shape, w_up.shape[0]
-    x = unit_last_stride(input)
-    up_weight, down_weight = _in(x.dtype, w_up), _in(x.dtype, w_down)
+    if not tokens * f:
+        return
+    x, up_weight = unit_last_stride(input), _in(input.dtype, w_up)
     gate_weight = None if w_gate is None else _in(x.dtype, w_gate)
-    hidden = x.new_empty(tokens, f)
-    up = torch.empty_like(hidden) if save else x.new_empty(0)
-    gate = torch.empty_like(hidden) if save and w_gate is not None else x.new_empty(0)
-    if hidden.numel():
-        tile = pick("fused" if w_gate is None else "pair", x, up_weight.T)
-        _hidden_forward[(tile.programs(tokens, f),)](
-            x, up_weight, _line(b_up), gate_weight, _line(b_gate), seed if dropout_p > 0 else None,
-            up if save else None, gate if save and w_gate is not None else None, hidden, tokens, f, d, x.stride(0),
-            up_weight.stride(0), 0 if gate_weight is None else gate_weight.stride(0), dropped_below(dropout_p),
-            1.0 / (1.0 - dropout_p), activation, EVEN=d % tile.k == 0, PRECISION=precision(x.dtype),
-            **tile.constants(),
-        )  # fmt: skip
-    return gemm(hidden, down_weight.T, bias=_line(b_down)), up, gate
+    tile = pick("fused" if w_gate is None else "pair", x, up_weight.T)
+    _hidden_forward[(tile.programs(tokens, f),)](
+        x, up_weight, _line(b_up), gate_weight, _line(b_gate), seed if dropout_p > 0 else None, up, gate, hidden,
+        tokens, f, d, x.stride(0), up_weight.stride(0), 0 if gate_weight is None else gate_weight.stride(0),
+        dropped_below(dropout_p), 1.0 / (1.0 - dropout_p), activation, EVEN=d % tile.k == 0,
+        PRECISION=precision(x.dtype), **tile.constants(),
+    )  # fmt: skip
 
 
-def _backward_refuses(grad_output, input, w_up, w_gate, w_down, up, gate, *_):
-    return refuses_tensors(grad_output, input, w_up, w_gate, w_down, up, gate)
+def _pre_activations(input, w_up, b_up, w_gate, b_gate):
+    """As a forward that keeps them makes them, by the same kernel."""
+    up = input.new_empty(input.shape[0], w_up.shape[0])
+    gate = None if w_gate is None else torch.empty_like(up)
+    _form_hidden(input, w_up, b_up, w_gate, b_gate, None, "relu", 0.0, up, gate, None)
+    return up, gate
+
+
+def _backward_refuses(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, *_):
+    return refuses_tensors(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate)
 
 
 @kernel(KERNELS, "ffn_backward", _backward_refuses)
-def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, wanted):
+def ffn_backward(
+    grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed, activation, dropout_p, main_up, main_gate,
+    main_down, wanted,
+):  # fmt: skip
+    if up is None:
+        up, gate = _pre_activations(input, w_up, b_up, w_gate, b_gate)
     (tokens, d), f = input.shape, w_up.shape[0]
     grad, x = unit_last_stride(grad_output), unit_last_stride(input)
     up_weight, down_weight = _in(x.dtype, w_up), _in(x.dtype, w_down)
@@ -204,11 +223,11 @@ def ffn_backward(grad_output, input, w_up, w_gate, w_down, up, gate, seed, activ
     gate_dtype = w_gate.dtype if gated else w_up.dtype
     gradients = (
         lambda: gemm(grad_up, up_weight, second=(grad_gate, gate_weight) if gated else None),
-        lambda: gemm(grad_up.T, x, dtype=w_up.dtype),
+        lambda: weight_gradient(grad_up, x, w_up.dtype, main_up),
         lambda: column_sums(grad_up),
-        lambda: gemm(grad_gate.T, x, dtype=gate_dtype),  # type: ignore[union-attr]
+        lambda: weight_gradient(grad_gate, x, gate_dtype, main_gate),
         lambda: column_sums(grad_gate),
-        lambda: gemm(grad.T, hidden, dtype=w_down.dtype),
+        lambda: weight_gradient(grad, hidden, w_down.dtype, main_down),
         lambda: column_sums(grad),
     )
     nothing = (x.dtype, w_up.dtype, torch.float32, gate_dtype, torch.float32, w_down.dtype, torch.float32)
@@ -230,7 +249,11 @@ def aot_calls(dtype: torch.dtype):
         seed, options = empty(1, dtype=torch.int64), (activation, dropout_p)
         output, up, gate = ffn_forward(x, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, *options, True)
         wanted = [True, True, True, gated, gated, True, True]
-        ffn_backward(output, x, w_up, w_gate, w_down, up, gate, seed, *options, wanted)
+        given, mains = (output, x, w_up, b_up, w_gate, b_gate, w_down), (None, None, None)
+        ffn_backward(*given, up, gate, seed, *options, *mains, wanted)
+        if activation == "silu":  # neither kept pre-activations nor gradients of weights of their own
+            main_up, main_down = empty(f, d, dtype=torch.float32), empty(d, f, dtype=torch.float32)
+            ffn_backward(*given, None, None, seed, *options, main_up, main_up if gated else None, main_down, wanted)
 
     for tokens, d, f, activation, gated, dropout_p in [
         (8192, 768, 3072, "gelu", False, 0.1), (8192, 4096, 14336, "silu", True, 0.0),

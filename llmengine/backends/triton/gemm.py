@@ -108,6 +108,14 @@ def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False):
     return out
 
 
+def weight_gradient(grad, x, dtype, main):
+    """grad^T x in `dtype`; where there is a buffer for it, added to that, and nothing is returned."""
+    if main is None:
+        return gemm(grad.T, x, dtype=dtype)
+    gemm(grad.T, x, out=main, added=True)
+    return x.new_empty(0, dtype=dtype)
+
+
 def _parts(tile: Tile, M: int, N: int, K: int, multiprocessors: int) -> int:
     """Into how many parts K is cut: as many as fill the multiprocessors without becoming short."""
     return max(min(multiprocessors // tile.programs(M, N), K // (tile.k * SHORTEST)), 1)

@@ -10,6 +10,8 @@ input's dtype, in a buffer; two products turn it into the chunk's part of the in
 the weight's gradient. No atomics, equal bits at every run. 6 tokens classes d flops; memory: the buffer (CHUNK
 elements, or LEAST classes where tokens are many) and, with several chunks, a float32 copy of the input's gradient.
 
+Of a shard of the classes PyTorch merges the spans, and a token's factors are given instead of made from its loss.
+
 Tiles of tokens of which none has a label form no logits. With a gradient filter, tiles of the logits' gradient that
 are nowhere beyond it become zeros, which the products leave out (block_sparse.py). The limit aimed at is the matrix
 units' rate.
@@ -23,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.backends.triton.columns import column_sums
 from llmengine.backends.triton.device import multiprocessors, refuses_tensors, unit_last_stride
@@ -143,7 +146,7 @@ def _merge(
 
 @triton.jit
 def _grad_logits(
-    grad_loss, x, linear_weight, linear_bias, target, weight, weight_sum, lse, normaliser, grad, flags, tokens,
+    grad_loss, x, linear_weight, linear_bias, target, weight, weight_sum, lse, normaliser, factors, grad, flags, tokens,
     first_class, chunk_end, classes, d, grad_loss_stride, x_m, weight_n, grad_m, ignore_index, kept, share, z_loss,
     softcap, gradient_filter, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,10 +162,15 @@ def _grad_logits(
         CAPPED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
     )  # fmt: skip
     log_sum = tl.load(lse + m, m < tokens, 0.0)
-    upstream = tl.load(grad_loss + m * grad_loss_stride, m < tokens, 0.0)
-    probability, smoothing, picked = gradient_factors(
-        upstream, normaliser, label, weight, weight_sum, log_sum, classes, kept, share, z_loss, labelled, labelled
-    )
+    if factors is not None:
+        probability = tl.load(factors + m, m < tokens, 0.0)
+        smoothing = tl.load(factors + tokens + m, m < tokens, 0.0)
+        picked = tl.load(factors + 2 * tokens + m, m < tokens, 0.0)
+    else:
+        upstream = tl.load(grad_loss + m * grad_loss_stride, m < tokens, 0.0)
+        probability, smoothing, picked = gradient_factors(
+            upstream, normaliser, label, weight, weight_sum, log_sum, classes, kept, share, z_loss, labelled, labelled
+        )
     dz = logits_gradient(
         z, n, classes, label, log_sum, probability, smoothing, picked, weight, softcap, SMOOTHED, CAPPED
     )
@@ -193,29 +201,53 @@ def _forward_refuses(input, linear_weight, linear_bias, target, weight, *_):
 def linear_cross_entropy_forward(
     input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap
 ):
-    (tokens, d), classes = input.shape, linear_weight.shape[0]
-    x, w, bias, labels = _operands(input, linear_weight, linear_bias, target)
+    tokens, classes = input.shape[0], linear_weight.shape[0]
+    labels = target.contiguous()
     weight, weight_sum = class_weights(weight, label_smoothing)
-    losses = x.new_empty(tokens, dtype=torch.float32)
+    losses = input.new_empty(tokens, dtype=torch.float32)
     lse = torch.empty_like(losses)
     if tokens:
-        tile = pick("fused", x, w.T)
-        rows, columns = -(-tokens // tile.m), -(-classes // tile.n)
-        wanted = min(-(-WAVES * multiprocessors(x.device) // rows), columns)
-        span = -(-columns // wanted) * tile.n
-        spans = -(-classes // span)
-        partial = losses.new_empty(spans, 4, tokens)
-        _forward[(rows * spans,)](
-            x, w, bias, labels, weight, partial, tokens, classes, d, x.stride(0), w.stride(0), span, spans,
-            ignore_index, softcap, label_smoothing > 0, softcap > 0, EVEN=d % tile.k == 0,
-            PRECISION=precision(x.dtype), **tile.constants(),
-        )  # fmt: skip
+        partial = _spans(input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, softcap)
         _merge[(-(-tokens // MERGED),)](
-            partial, labels, weight, weight_sum, losses, lse, tokens, classes, spans, ignore_index,
+            partial, labels, weight, weight_sum, losses, lse, tokens, classes, len(partial), ignore_index,
             *smoothing_shares(label_smoothing, classes), z_loss, label_smoothing > 0, MERGED,
         )  # fmt: skip
     loss, normaliser = reduce_losses(losses, labels, weight, classes, reduction, ignore_index)
     return loss, lse, normaliser
+
+
+def _spans(input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, softcap):
+    """(spans, 4, tokens): the largest logit, the sum of exponentials below it, the target's logit, the weighted sum."""
+    (tokens, d), classes = input.shape, linear_weight.shape[0]
+    x, w, bias, labels = _operands(input, linear_weight, linear_bias, target)
+    tile = pick("fused", x, w.T)
+    rows, columns = -(-tokens // tile.m), -(-classes // tile.n)
+    wanted = min(-(-WAVES * multiprocessors(x.device) // rows), columns)
+    span = -(-columns // wanted) * tile.n
+    spans = -(-classes // span)
+    partial = x.new_empty(spans, 4, tokens, dtype=torch.float32)
+    _forward[(rows * spans,)](
+        x, w, bias, labels, weight, partial, tokens, classes, d, x.stride(0), w.stride(0), span, spans,
+        ignore_index, softcap, label_smoothing > 0, softcap > 0, EVEN=d % tile.k == 0,
+        PRECISION=precision(x.dtype), **tile.constants(),
+    )  # fmt: skip
+    return partial
+
+
+@kernel(KERNELS, "linear_cross_entropy_shard_forward", _forward_refuses)
+def linear_cross_entropy_shard_forward(
+    input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, softcap
+):
+    nothing = input.new_tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float32)[:, None]
+    if not input.shape[0]:
+        return nothing.expand(4, 0).contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    partial = _spans(input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, softcap)
+    largest = partial[:, 0].amax(0)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    total = (partial[:, 1] * (partial[:, 0] - shift).exp()).sum(0)
+    statistics = torch.stack([largest, total, partial[:, 2].sum(0), partial[:, 3].sum(0)])
+    return torch.where(target != ignore_index, statistics, nothing)
 
 
 def _backward_refuses(grad_loss, input, linear_weight, linear_bias, target, weight, *_):
@@ -225,19 +257,37 @@ def _backward_refuses(grad_loss, input, linear_weight, linear_bias, target, weig
 @kernel(KERNELS, "linear_cross_entropy_backward", _backward_refuses)
 def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, linear_bias, target, weight, lse, normaliser, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, gradient_filter, wanted,
+    label_smoothing, z_loss, softcap, gradient_filter, main, wanted,
 ):  # fmt: skip
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    of_loss, options = (grad_loss, normaliser, None), (ignore_index, label_smoothing, z_loss, softcap, gradient_filter)
+    return _gradients(tensors, lse, of_loss, *options, main, wanted)
+
+
+@kernel(KERNELS, "linear_cross_entropy_shard_backward", _forward_refuses)
+def linear_cross_entropy_shard_backward(
+    input, linear_weight, linear_bias, target, weight, lse, factors, ignore_index, label_smoothing, softcap, main,
+    wanted,
+):  # fmt: skip
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    of_loss = (None, None, factors)
+    return _gradients(tensors, lse, of_loss, ignore_index, label_smoothing, 0.0, softcap, 0.0, main, wanted)
+
+
+def _gradients(tensors, lse, of_loss, ignore_index, label_smoothing, z_loss, softcap, gradient_filter, main, wanted):
+    """of_loss: the loss's gradient and normaliser, or each token's factors."""
+    input, linear_weight, linear_bias, target, weight = tensors
+    grad_loss, normaliser, factors = of_loss
     (tokens, d), classes = input.shape, linear_weight.shape[0]
     x, w, bias, labels = _operands(input, linear_weight, linear_bias, target)
     weight, weight_sum = class_weights(weight, label_smoothing)
     chunk = min(max(CHUNK // max(tokens, 1), LEAST), classes + 255) // 256 * 256
     sums_dtype = x.dtype if chunk >= classes else torch.float32
-    grad_input = x.new_empty(input.shape if wanted[0] else (0,), dtype=sums_dtype)
-    shape = linear_weight.shape if wanted[1] else (0,)
-    grad_weight = linear_weight.new_zeros(shape) if not tokens else linear_weight.new_empty(shape)
-    grad_bias = x.new_empty(classes if wanted[2] else 0, dtype=torch.float32)
+    kinds = ((x.shape, sums_dtype), (linear_weight.shape, linear_weight.dtype), ((classes,), torch.float32))
+    grad_input, grad_weight, grad_bias = empty_gradients(x, kinds, wanted, {1: main})
     if not tokens:
-        return grad_input.to(x.dtype), grad_weight, grad_bias.zero_()
+        return grad_input.to(x.dtype), grad_weight.zero_(), grad_bias.zero_()
+    weight_sums = grad_weight if main is None else main
     buffer = x.new_empty(tokens, chunk)
     tile = pick("fused", x, w[:chunk].T)
     for first in range(0, classes, chunk):
@@ -245,16 +295,16 @@ def linear_cross_entropy_backward(
         grad = buffer[:, : last - first]
         kept = _kept(grad, tile) if gradient_filter > 0 else None
         _grad_logits[(tile.programs(tokens, last - first),)](
-            grad_loss, x, w, bias, labels, weight, weight_sum, lse, normaliser, grad, kept and kept.flags, tokens,
-            first, last, classes, d, grad_loss.stride(0) if grad_loss.ndim else 0, x.stride(0), w.stride(0),
-            grad.stride(0), ignore_index, *smoothing_shares(label_smoothing, classes), z_loss, softcap,
-            gradient_filter, label_smoothing > 0, softcap > 0,
+            grad_loss, x, w, bias, labels, weight, weight_sum, lse, normaliser, factors, grad, kept and kept.flags,
+            tokens, first, last, classes, d, grad_loss.stride(0) if grad_loss is not None and grad_loss.ndim else 0,
+            x.stride(0), w.stride(0), grad.stride(0), ignore_index, *smoothing_shares(label_smoothing, classes), z_loss,
+            softcap, gradient_filter, label_smoothing > 0, softcap > 0,
             EVEN=d % tile.k == 0, PRECISION=precision(x.dtype), **tile.constants(),
         )  # fmt: skip
         if wanted[0]:
             _product(grad, kept, w[first:last], grad_input, added=first > 0)
         if wanted[1]:
-            _product(grad.T, kept and kept.T, x, grad_weight[first:last])
+            _product(grad.T, kept and kept.T, x, weight_sums[first:last], added=main is not None)
         if wanted[2]:
             column_sums(grad, grad_bias[first:last])
     return grad_input.to(x.dtype), grad_weight, grad_bias
@@ -276,7 +326,8 @@ def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, targe
     *given, _block_tokens, wanted = options
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
-    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, wanted)
+    rest = (lse, normaliser, *given, 0.0, None, wanted)
+    return loss, *linear_cross_entropy_backward(torch.ones_like(loss), *tensors, *rest)
 
 
 def aot_calls(dtype: torch.dtype):
@@ -293,7 +344,10 @@ def aot_calls(dtype: torch.dtype):
         loss, lse, normaliser = linear_cross_entropy_forward(x, w, bias, target, weight, *options)
         wanted = [True, True, bias is not None]
         given = (x, w, bias, target, weight, lse, normaliser, *options, gradient_filter)
-        linear_cross_entropy_backward(loss, *given, wanted)
+        linear_cross_entropy_backward(loss, *given, None, wanted)
+        main = empty(classes, d, dtype=torch.float32)
+        shard = (-1, options[2], options[4], main, wanted)
+        linear_cross_entropy_shard_backward(x, w, bias, target, weight, lse, lse.new_empty(3, tokens), *shard)
 
     for tokens, d, classes, options in [
         (8192, 4096, 128256, True), (65536, 768, 50304, False), (16, 4096, 128256, False), (300, 250, 5001, True),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -52,19 +53,49 @@ def table_of(entries: tuple[Entry, ...], device: torch.device) -> Tensor:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         # the copy is part of the graph: each replay reads the host's table again, and no one else has the device's
-        host, table = _new_table(entries, device)
-        _captured.append(host)
-        return table
+        host = _page_locked.place(rows_of(entries))
+        return host.to(device, non_blocking=True)
     return _kept_table(entries, device)[1]
 
 
-def _new_table(entries: tuple[Entry, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def rows_of(entries: tuple[Entry, ...]) -> Tensor:
     firsts = itertools.accumulate(map(blocks, entries[:-1]), initial=0)
-    host = torch.tensor([[first, *entry] for first, entry in zip(firsts, entries, strict=True)]).T.contiguous()
+    return torch.tensor([[first, *entry] for first, entry in zip(firsts, entries, strict=True)]).T.contiguous()
+
+
+class PageLocked:
+    """Host memory for what graphs read at each replay, which therefore is never given back.
+
+    It is reserved before any capture, by the first call outside of one: page-locking waits for the device and queries
+    events, which a capture may not.
+    """
+
+    def __init__(self, numbers: int, pin: Callable[[Tensor], Tensor] = Tensor.pin_memory):
+        self.numbers, self.pin = numbers, pin
+        self.room = torch.empty(0, dtype=torch.int64)
+        self.used: list[Tensor] = []
+
+    def reserve(self) -> None:
+        if self.room.numel() < self.numbers // 2:
+            self.room = self.pin(torch.empty(self.numbers, dtype=torch.int64))
+
+    def place(self, table: Tensor) -> Tensor:
+        """The table's copy there, or in memory of its own where there is no more room."""
+        if table.numel() > self.room.numel():
+            self.used.append(self.pin(table))
+            return self.used[-1]
+        host, self.room = self.room[: table.numel()].view(table.shape), self.room[table.numel() :]
+        self.used.append(host.copy_(table))
+        return host
+
+
+def _new_table(entries: tuple[Entry, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    host = rows_of(entries)
     if device.type == "cuda":
+        _page_locked.reserve()
         host = host.pin_memory()
     return host, host.to(device, non_blocking=True)
 
 
 _kept_table = functools.lru_cache(maxsize=TABLES)(_new_table)
-_captured: list[Tensor] = []
+_page_locked = PageLocked(1 << 17)  # 1 MiB: steps of a hundred graphs of a model with 150 tensors

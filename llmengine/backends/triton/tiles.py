@@ -43,12 +43,11 @@ class Tile(NamedTuple):
 # Each was compiled for its architectures without spilling (aot.py); none has been timed: `llmengine tune` does.
 Table = dict[str, tuple[Tile, ...]]
 _FLOAT32: Table = {
-    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 2)),
-    "fused": (Tile(64, 64, 16, 8, 3),),
-    "pair": (Tile(64, 32, 16, 8, 3),),
+    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
+    "fused": (Tile(64, 64, 16, 8, 2),),
+    "pair": (Tile(64, 32, 16, 8, 2),),
     "ragged": (Tile(64, 64, 16, 8, 2),),
 }
-_FLOAT32_BLACKWELL: Table = _FLOAT32 | {"plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3))}
 _AMPERE: Table = {
     "plain": (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
     "fused": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
@@ -93,7 +92,7 @@ def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
     if place == "interpreter":
         table = _INTERPRETER
     elif a.dtype == torch.float32:
-        table = _FLOAT32_BLACKWELL if TABLE.get(place) is _BLACKWELL else _FLOAT32
+        table = _FLOAT32
     else:
         table = TABLE.get(place, _AMPERE)
     if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):

@@ -27,7 +27,7 @@ import triton
 
 import llmengine
 from llmengine.backends.triton.device import architecture, device_name
-from llmengine.files import read_json, replace_text
+from llmengine.files import cache_folder, read_json, replace_text
 
 VARIABLE = "LLMENGINE_TUNED"  # another file; empty: the built-in tables
 FORMAT = 1
@@ -75,9 +75,8 @@ def path_for(device: torch.device) -> Path | None:
     given = os.environ.get(VARIABLE)
     if given is not None:
         return Path(given) if given else None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return cache / "llmengine" / f"tuned-{name}.json"
+    return cache_folder() / f"tuned-{name}.json"
 
 
 def origin(device: torch.device) -> dict[str, Any]:

@@ -20,15 +20,15 @@ namespace twin {
 }
 template <class Word>
 [[gnu::noinline, gnu::no_sanitize("thread")]] Word load_cluster(ClusterAddress from) {
-  sim::touch_remote(from.address, sizeof(Word), sim::Touch::read, __builtin_return_address(0));
+  const auto there = sim::touch_remote(from.address, sizeof(Word), sim::Touch::read, __builtin_return_address(0));
   Word word;
-  std::memcpy(&word, reinterpret_cast<const void*>(from.address), sizeof(Word));
+  std::memcpy(&word, reinterpret_cast<const void*>(there), sizeof(Word));
   return word;
 }
 template <class Word>
 [[gnu::noinline, gnu::no_sanitize("thread")]] void store_cluster(ClusterAddress to, Word word) {
-  sim::touch_remote(to.address, sizeof(Word), sim::Touch::write, __builtin_return_address(0));
-  std::memcpy(reinterpret_cast<void*>(to.address), &word, sizeof(Word));
+  const auto there = sim::touch_remote(to.address, sizeof(Word), sim::Touch::write, __builtin_return_address(0));
+  std::memcpy(reinterpret_cast<void*>(there), &word, sizeof(Word));
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void arrive_cluster(ClusterAddress barrier) {
   sim::mbarrier_arrive_cluster("mbarrier_arrive_cluster", barrier.address, false, __builtin_return_address(0));

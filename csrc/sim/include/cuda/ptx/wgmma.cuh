@@ -8,7 +8,7 @@
 
 namespace llmengine::ptx {
 
-enum class Multiplicand : uint8_t { bf16, f16, tf32 };
+enum class Multiplicand : uint8_t { bf16, f16, tf32, e4m3, e5m2_e4m3 };
 enum class Major : uint8_t { k, mn };
 
 struct MatrixDescriptor {
@@ -18,6 +18,14 @@ struct MatrixDescriptor {
 };
 
 namespace twin {
+
+constexpr bool has_sixteen_bits(Multiplicand m) { return m == Multiplicand::bf16 || m == Multiplicand::f16; }
+constexpr sim::Element left_of(Multiplicand m) {
+  return m == Multiplicand::e5m2_e4m3 ? sim::Element::e5m2 : static_cast<sim::Element>(m);
+}
+constexpr sim::Element right_of(Multiplicand m) {
+  return m == Multiplicand::e5m2_e4m3 ? sim::Element::e4m3 : static_cast<sim::Element>(m);
+}
 
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void multiply(const char* operation, const sim::WgmmaShape& shape,
                                                                    sim::WgmmaLane lane, sim::Site site) {
@@ -66,8 +74,8 @@ template <Multiplicand element, Major a_major = Major::k, Major b_major = Major:
 __forceinline__ void wgmma(float (&d)[count], MatrixDescriptor a, MatrixDescriptor b, bool add,
                            sim::Site site = sim::Site::current()) {
   static_assert(count % 4 == 0 && count >= 4 && count <= 128);
-  static_assert(element != Multiplicand::tf32 || (a_major == Major::k && b_major == Major::k));
-  const sim::WgmmaShape shape{static_cast<sim::Element>(element), 2 * count, a_major == Major::mn,
+  static_assert(twin::has_sixteen_bits(element) || (a_major == Major::k && b_major == Major::k));
+  const sim::WgmmaShape shape{twin::left_of(element), twin::right_of(element), 2 * count, a_major == Major::mn,
                               b_major == Major::mn};
   twin::multiply("wgmma", shape, {d, nullptr, a.bits, b.bits, add, nullptr}, site);
 }
@@ -76,8 +84,8 @@ template <Multiplicand element, Major b_major = Major::k, int count>
 __forceinline__ void wgmma(float (&d)[count], const uint32_t (&a)[4], MatrixDescriptor b, bool add,
                            sim::Site site = sim::Site::current()) {
   static_assert(count % 4 == 0 && count >= 4 && count <= 128);
-  static_assert(element != Multiplicand::tf32 || b_major == Major::k);
-  const sim::WgmmaShape shape{static_cast<sim::Element>(element), 2 * count, false, b_major == Major::mn};
+  static_assert(twin::has_sixteen_bits(element) || (element == Multiplicand::tf32 && b_major == Major::k));
+  const sim::WgmmaShape shape{twin::left_of(element), twin::right_of(element), 2 * count, false, b_major == Major::mn};
   twin::multiply("wgmma", shape, {d, a, 0, b.bits, add, nullptr}, site);
 }
 

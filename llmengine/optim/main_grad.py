@@ -1,0 +1,76 @@
+"""Gradients in float32 whatever the parameters are: many micro-batches to a step, without a rounding for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class MainGradients:
+    """A float32 buffer for the gradient of each parameter, its `main_grad` (Megatron-LM's name), which all gather in.
+
+        mains = MainGradients(model.parameters())
+        for micro_batch in micro_batches:
+            model(**micro_batch).loss.backward()
+        optimizer.step(gradient_scale=limit / gradient_norm(mains.gradients()))       # llmengine.optim.AdamW
+        optimizer.zero_grad()                                                         # fills them with zeros
+
+    `.grad` of a bfloat16 weight is rounded once for each micro-batch, and costs a pass that reads and writes it. With a
+    buffer, `functional.linear`, `ffn` and `linear_cross_entropy`, and so the modules and models that call them, let the
+    product that makes a weight's gradient add its float32 sums to the buffer; the weight gets no `.grad` from it. All
+    other gradients (of biases, norms, embeddings, of layers that PyTorch multiplies) become a `.grad` in the
+    parameter's dtype, as always, which a hook adds to the buffer as soon as it is there. After a backward every
+    parameter's `.grad` is None, and what used to read it reads `main_grad`.
+
+    parameters: those that take no gradient are passed over. Make the buffers when the model is where it will be
+    trained. Every backward adds, so that torch.autograd.grad of such a loss is not for you. Under torch.compile all
+    gradients go by the hook. Across processes `training.distributed.sum_gradients` sums the buffers;
+    DistributedDataParallel, FSDP and torch.amp.GradScaler read `.grad` and know nothing of them. Raises ValueError
+    where a parameter already has a buffer, or is not real.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        for parameter in self._parameters:
+            if getattr(parameter, "main_grad", None) is not None:
+                raise ValueError(f"MainGradients: a parameter of shape {tuple(parameter.shape)} has a main_grad")
+            if not parameter.is_floating_point() or not parameter.is_leaf:
+                raise ValueError(f"MainGradients: takes leaves of real floating dtypes, got {parameter.dtype}")
+        for parameter in self._parameters:
+            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            parameter.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
+                parameter, dtype=wide, memory_format=torch.contiguous_format, requires_grad=False
+            )
+        self._hooks = [p.register_post_accumulate_grad_hook(gather) for p in self._parameters]
+
+    def gradients(self) -> list[Tensor]:
+        return [p.main_grad for p in self._parameters]  # type: ignore[attr-defined]
+
+    def zero(self) -> None:
+        torch._foreach_zero_(self.gradients())
+
+    def remove(self) -> None:
+        """Gradients become `.grad` again."""
+        for hook, parameter in zip(self._hooks, self._parameters, strict=True):
+            hook.remove()
+            del parameter.main_grad  # type: ignore[attr-defined]
+        self._hooks, self._parameters = [], []
+
+
+@torch.no_grad()
+def gather(parameter: Tensor) -> None:
+    """What a parameter has of `.grad` joins its buffer."""
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The whole gradient: in its buffer, where it has one, otherwise `.grad`."""
+    main: Tensor | None = getattr(parameter, "main_grad", None)
+    if main is None:
+        return parameter.grad
+    gather(parameter)
+    return main

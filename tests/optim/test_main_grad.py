@@ -1,0 +1,264 @@
+"""Gradients that gather in float32 buffers: of many micro-batches, beside float64; by every way that they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as plain
+
+import llmengine
+from llmengine import functional
+from llmengine.functional.linear import products
+from llmengine.models import Transformer, TransformerConfig
+from llmengine.optim import AdamW, MainGradients
+from llmengine.training.distributed import sum_gradients
+
+MICRO_BATCHES, TOKENS, D, F, CLASSES = 64, 40, 24, 56, 90
+HALF = {"cpu": torch.bfloat16, "reference": torch.bfloat16, "triton": torch.float16}
+
+
+def weights(**shapes: tuple[int, int]) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(len(shapes))
+    return {name: torch.randn(shape, generator=g) / shape[1] ** 0.5 for name, shape in shapes.items()}
+
+
+def linear(x: Tensor, p: dict[str, Tensor], _target: Tensor) -> Tensor:
+    return products(x, p["w"]).square().sum()
+
+
+def ffn(x: Tensor, p: dict[str, Tensor], _target: Tensor) -> Tensor:
+    return functional.ffn(x, p["up"], p["down"], w_gate=p["gate"], activation="silu", recompute=True).square().sum()
+
+
+def head(x: Tensor, p: dict[str, Tensor], target: Tensor) -> Tensor:
+    return functional.linear_cross_entropy(x, p["head"], target, reduction="sum", label_smoothing=0.1)
+
+
+def shard(x: Tensor, p: dict[str, Tensor], target: Tensor) -> Tensor:
+    whole = functional.VocabularyShard(0, CLASSES)
+    return functional.linear_cross_entropy(x, p["head"], target, reduction="sum", label_smoothing=0.1, shard=whole)
+
+
+def plain_ffn(x: Tensor, p: dict[str, Tensor], _target: Tensor) -> Tensor:
+    hidden = plain.silu(plain.linear(x, p["gate"])) * plain.linear(x, p["up"])
+    return plain.linear(hidden, p["down"]).square().sum()
+
+
+def plain_head(x: Tensor, p: dict[str, Tensor], target: Tensor) -> Tensor:
+    return plain.cross_entropy(plain.linear(x, p["head"]), target, reduction="sum", label_smoothing=0.1)
+
+
+def plain_linear(x: Tensor, p: dict[str, Tensor], _target: Tensor) -> Tensor:
+    return plain.linear(x, p["w"]).square().sum()
+
+
+Loss = Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
+CASES: dict[str, tuple[Loss, Loss, dict[str, Tensor]]] = {
+    "linear": (linear, plain_linear, weights(w=(F, D))),
+    "ffn": (ffn, plain_ffn, weights(up=(F, D), gate=(F, D), down=(D, F))),
+    "head": (head, plain_head, weights(head=(CLASSES, D))),
+    "shard": (shard, plain_head, weights(head=(CLASSES, D))),
+}
+
+
+def micro_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(TOKENS, D, generator=g), torch.randint(CLASSES, (TOKENS,), generator=g)) for _ in range(count)]
+
+
+def accumulated(loss: Loss, given: dict[str, Tensor], dtype: torch.dtype, *, main: bool, count: int, values=None):
+    """The gradients of `count` micro-batches; x and weights are numbers of the dtype `values`."""
+    p = {name: nn.Parameter(w.to(values or dtype).to(dtype)) for name, w in given.items()}
+    if main:
+        MainGradients(p.values())
+    for x, target in micro_batches(count):
+        loss(x.to(values or dtype).to(dtype), p, target).backward()
+        assert not main or all(w.grad is None for w in p.values())
+    return {name: w.main_grad if main else w.grad for name, w in p.items()}
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+# Triton has no linear layer
+PLACES = [(backend, name) for backend in HALF for name in CASES if (backend, name) != ("triton", "linear")]
+
+
+@pytest.mark.parametrize("backend, name", PLACES)
+def test_micro_batches_add_up_in_float32(backend: str, name: str):
+    """Against plain PyTorch in float64 on the same 16-bit numbers: a buffer has the error of one micro-batch's kernel,
+    and of a linear layer, whose operands are exact, float32's; .grad has the roundings of its additions."""
+    loss, oracle, given = CASES[name]
+    half, count = HALF[backend], 8 if backend == "triton" else MICRO_BATCHES
+    exact = accumulated(oracle, given, torch.float64, main=False, count=count, values=half)
+    with llmengine.backend(backend):
+        ours = accumulated(loss, given, half, main=True, count=count)
+        rounded = accumulated(loss, given, half, main=False, count=count)
+    for key in given:
+        assert ours[key].dtype == torch.float32
+        assert error(ours[key], exact[key]) < error(rounded[key], exact[key]) / (1.5 if backend == "triton" else 2), key
+
+
+@pytest.mark.parametrize("backend, name", PLACES)
+def test_additions_to_a_buffer_have_float32s_rounding_alone(backend: str, name: str):
+    """Beside the sum in float64 of what each micro-batch alone puts into a buffer: one rounding an addition."""
+    loss, _, given = CASES[name]
+    half, count = HALF[backend], 4 if backend == "triton" else MICRO_BATCHES
+    p = {key: nn.Parameter(w.to(half)) for key, w in given.items()}
+    MainGradients(p.values())
+    exact = {key: torch.zeros(w.shape, dtype=torch.float64) for key, w in given.items()}
+    largest = dict(exact)
+    with llmengine.backend(backend):
+        for x, target in micro_batches(count):
+            q = {key: nn.Parameter(w.to(half)) for key, w in given.items()}
+            MainGradients(q.values())
+            loss(x.to(half), q, target).backward()
+            loss(x.to(half), p, target).backward()
+            for key in given:
+                exact[key] = exact[key] + q[key].main_grad.double()
+                largest[key] = torch.maximum(largest[key], exact[key].abs())
+    for key in given:
+        bound = count * 2.0**-24 * (largest[key] + 1e-6)
+        assert ((p[key].main_grad.double() - exact[key]).abs() <= bound).all(), key
+        assert exact[key].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float32_weights_have_in_their_buffers_what_is_otherwise_their_grad(backend: str):
+    for name, (loss, oracle, given) in CASES.items():
+        with llmengine.backend(backend):
+            ours = accumulated(loss, given, torch.float32, main=True, count=3)
+        theirs = accumulated(oracle, given, torch.float32, main=False, count=3)
+        for key in given:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def tiny(**fields) -> Transformer:
+    sizes = {"vocab_size": CLASSES, "d_model": D, "n_layers": 2, "n_heads": 2, "d_ff": F, "max_positions": 32}
+    without = dict.fromkeys(("dropout", "attention_dropout", "embed_dropout"), 0.0)
+    config = TransformerConfig.preset("gpt2", **sizes, **without, bos_token_id=1, eos_token_id=2, **fields)
+    torch.manual_seed(0)
+    return Transformer(config).train()
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    tokens = torch.randint(CLASSES, (3, 11), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_models_gradients_all_gather_in_the_buffers(compiled: bool):
+    """Of fused weights, of biases, norms and embeddings (here tied to the head), and, compiled, all by the hook."""
+    model, exact = tiny().bfloat16(), tiny().bfloat16().float()
+    mains = MainGradients(model.parameters())
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    for seed in range(3):
+        call(**batch(seed)).loss.backward()
+        exact(**batch(seed)).loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert p.main_grad.dtype == torch.float32
+        assert error(p.main_grad, q.grad.double()) < 0.03, name
+    mains.zero()
+    assert not any(g.any() for g in mains.gradients())
+    mains.remove()
+    model(**batch(0)).loss.backward()
+    assert all(p.grad is not None and not hasattr(p, "main_grad") for p in model.parameters())
+
+
+def test_recomputing_blocks_change_no_bit_of_a_models_gradients():
+    found = []
+    for recompute in (False, True):
+        model = tiny(activation_dropout=0.2)
+        model.recompute_feed_forward(recompute)
+        torch.manual_seed(4)
+        model(**batch(0)).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_weight_that_is_used_twice_and_a_graph_that_is_walked_twice():
+    loss, oracle, given = CASES["linear"]
+    x, other = (x for x, _ in micro_batches(2))
+    p, q = (nn.Parameter(given["w"].clone()) for _ in range(2))
+    MainGradients([p])
+    total = loss(x, {"w": p}, x) + loss(other, {"w": p}, x)
+    total.backward(retain_graph=True)
+    total.backward()
+    (2 * (oracle(x, {"w": q}, x) + oracle(other, {"w": q}, x))).backward()
+    torch.testing.assert_close(p.main_grad, q.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_weight_and_one_that_is_computed_have_no_buffer_to_add_to():
+    x = torch.randn(5, D, requires_grad=True)
+    frozen = nn.Parameter(torch.randn(F, D), requires_grad=False)
+    MainGradients([frozen])
+    frozen.main_grad = torch.zeros(F, D)
+    products(x, frozen).sum().backward()
+    assert not frozen.main_grad.any()
+    leaf = nn.Parameter(torch.randn(F, D))
+    MainGradients([leaf])
+    products(x, leaf * 2).sum().backward()  # by autograd, and the hook
+    assert leaf.grad is None
+    torch.testing.assert_close(leaf.main_grad, (2 * x.sum(0)).detach().expand(F, D))
+
+
+@pytest.mark.parametrize("backend", HALF)
+@pytest.mark.parametrize("options", [{}, {"master_weights": True}], ids=["", "masters"])
+@pytest.mark.parametrize("half", [True, False], ids=["16 bits", "float32"])
+def test_adamw_reads_the_buffers(half: bool, options: dict, backend: str):
+    """As torch.optim.AdamW on float32 copies, whose .grad the buffers are; rounded to the parameters after the step."""
+    g, dtype = torch.Generator().manual_seed(0), HALF[backend] if half else torch.float32
+    ours = [nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in ((5, 7), (4097,), ())]
+    theirs = [nn.Parameter(p.detach().float()) for p in ours]
+    mains = MainGradients(ours[:2])  # the last has a .grad, beside them
+    optimizer, other = AdamW(ours, 0.1, **options), torch.optim.AdamW(theirs, 0.1)
+    for main, q in zip(mains.gradients(), theirs, strict=False):
+        main.copy_(torch.randn(main.shape, generator=g))
+        q.grad = main.clone()
+    ours[2].grad, theirs[2].grad = torch.ones((), dtype=dtype), torch.ones(())
+    with llmengine.backend(backend):
+        optimizer.step()
+    other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.to(dtype), rtol=2**-7 if half else 1e-5, atol=1e-5)
+    optimizer.zero_grad()
+    assert ours[2].grad is None and not any(main.any() for main in mains.gradients())
+
+
+def test_a_grad_that_came_by_no_backward_counts():
+    p = nn.Parameter(torch.zeros(3))
+    MainGradients([p])
+    p.grad = torch.ones(3)
+    sum_gradients(nn.ParameterList([p]))  # alone: nothing to sum
+    AdamW([p], 1.0, weight_decay=0.0).step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), -1.0))
+
+
+@pytest.mark.parametrize(
+    "main, message",
+    [
+        (torch.zeros(F, D, dtype=torch.bfloat16), r"is bfloat16 \(56, 24\)"),
+        (torch.zeros(D, F), r"is float32 \(24, 56\)"),
+        (torch.zeros(D, F).T, r"strides \(1, 56\)"),
+        (torch.zeros(F, D, requires_grad=True), "takes no gradient"),
+    ],
+)
+def test_errors_name_the_buffer(main: Tensor, message: str):
+    weight = nn.Parameter(torch.zeros(F, D))
+    weight.main_grad = main
+    with pytest.raises(ValueError, match=rf"^linear: weight.main_grad {message}|^linear: weight.main_grad .*{message}"):
+        functional.linear(torch.zeros(3, D), weight)
+
+
+def test_errors_of_buffers_name_the_parameter():
+    p = nn.Parameter(torch.zeros(3, 2))
+    MainGradients([p, p])
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3, 2\) has a main_grad"):
+        MainGradients([p])
+    with pytest.raises(ValueError, match=r"takes leaves of real floating dtypes, got torch\.complex64"):
+        MainGradients([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])

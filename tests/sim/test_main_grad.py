@@ -1,0 +1,121 @@
+"""Weights' gradients that are added to float32 buffers, and pre-activations that are made again, in CUDA's kernels: of
+linear layers, feed-forward blocks and linear cross-entropy, by every maker of products; AdamW that reads the buffers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmengine
+from llmengine import functional
+from llmengine.backends.cuda import linear_cross_entropy as cuda
+from llmengine.backends.cuda.native import products_by
+from llmengine.functional.linear import products
+from llmengine.optim import AdamW, MainGradients
+from llmengine.testing import poison
+
+from .harness import schedule
+
+HALVES = (torch.bfloat16, torch.float16)
+TOKENS, D, F, CLASSES = 140, 24, 72, 264
+
+
+@pytest.fixture(autouse=True)
+def scheduled(request, monkeypatch):
+    schedule(request)
+    monkeypatch.setattr(cuda, "BLOCK", 1)  # blocks of one tile of classes
+    monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+TARGET = torch.arange(TOKENS) % CLASSES
+
+
+def linear(x: Tensor, w: list[Tensor]) -> Tensor:
+    return products(x, w[0]).square().sum()
+
+
+def ffn(x: Tensor, w: list[Tensor], *, recompute: bool = True) -> Tensor:
+    torch.manual_seed(0)
+    blocks = {"w_gate": w[2], "b_up": w[0][:, 0].detach()} if len(w) > 2 else {}
+    return functional.ffn(x, w[0], w[1], **blocks, activation="silu", dropout_p=0.1, recompute=recompute).square().sum()
+
+
+def head(x: Tensor, w: list[Tensor]) -> Tensor:
+    return functional.linear_cross_entropy(x, w[0], TARGET, label_smoothing=0.1, softcap=9.0)
+
+
+def shard(x: Tensor, w: list[Tensor]) -> Tensor:
+    """The classes from 8 on, as if the others were nowhere."""
+    own = functional.VocabularyShard(8, CLASSES + 8)
+    return functional.linear_cross_entropy(x, w[0], TARGET + 7, label_smoothing=0.1, shard=own, ignore_index=7)
+
+
+CASES = {
+    "linear": (linear, [(F, D)]),
+    "ffn": (ffn, [(F, D), (D, F)]),
+    "gated": (ffn, [(F, D), (D, F), (F, D)]),
+    "head": (head, [(CLASSES, D)]),
+    "shard": (shard, [(CLASSES, D)]),
+}
+
+
+def weights(name: str, dtype: torch.dtype) -> list[nn.Parameter]:
+    return [nn.Parameter((randn(*shape) / shape[1] ** 0.5).to(dtype)) for shape in CASES[name][1]]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("maker", ["blas", "sm80", "sm90a"])
+def test_buffers_grow_by_what_a_float32_weight_gets(maker: str, name: str):
+    """Whose gradient is not rounded either: the same bits, added to what was there."""
+    for dtype in HALVES if maker == "sm80" else HALVES[:1]:
+        x, loss = randn(TOKENS, D).to(dtype), CASES[name][0]
+        ours, wide = weights(name, dtype), [nn.Parameter(w.detach().float()) for w in weights(name, dtype)]
+        MainGradients(ours)
+        for w in ours:
+            w.main_grad.fill_(0.25)
+        with llmengine.backend("cuda_sim"), products_by(maker), poison():
+            loss(x, ours).backward()
+            loss(x, wide).backward()
+        for w, exact in zip(ours, wide, strict=True):
+            assert w.grad is None and exact.grad.abs().max() > 1e-4
+            if maker == "blas":  # which rounds the wide weight's to the products' precision
+                torch.testing.assert_close(w.main_grad - 0.25, exact.grad, rtol=2**-8, atol=1e-5)
+            else:
+                assert torch.equal(w.main_grad, exact.grad + 0.25)
+
+
+@pytest.mark.parametrize("name", ["ffn", "gated"])
+@pytest.mark.parametrize("maker", ["blas", "sm80", "sm90a"])
+def test_recomputed_pre_activations_change_no_bit(maker: str, name: str):
+    for dtype in HALVES:
+        x = randn(TOKENS, D).to(dtype).requires_grad_()
+        found = []
+        with llmengine.backend("cuda_sim"), products_by(maker):
+            for recompute in (False, True):
+                leaves = [x, *weights(name, dtype)]
+                with poison():
+                    loss = ffn(x, leaves[1:], recompute=recompute)
+                    found.append([loss, *torch.autograd.grad(loss, leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), dtype
+
+
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_adamw_reads_float32_gradients(dtype: torch.dtype, masters: bool):
+    ours = [nn.Parameter(randn(*shape).to(dtype)) for shape in ((5, 7), (4097,), ())]
+    theirs = [nn.Parameter(p.detach().float()) for p in ours]
+    mains = MainGradients(ours)
+    for main, p in zip(mains.gradients(), theirs, strict=True):
+        p.grad = randn(*p.shape, 1).view(p.shape)
+        main.copy_(p.grad)
+    with llmengine.backend("cuda_sim"):
+        AdamW(ours, 0.1, master_weights=masters).step()
+    torch.optim.AdamW(theirs, 0.1).step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.to(dtype), rtol=2**-7, atol=1e-5)
