@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
     const Sequence rest = sequence_of(sizes, sizes.sequences);
     leave_empty<S::threads>(p.backward.grad_query, rest, sizes.heads, rest.row0, rest.rows, S::own);
   }
+  if (p.remade && *p.remade == 0) return;
   walk(static_cast<Shared<S>&>(shared), {{&query, &grad_output}, {&key, &value}}, p,
        [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
          multiply<S, T, D, DV, simple>(shared, p, w, place, group, own, turn);
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
 
 }  // namespace
 
-void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
+void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
   visit_hopper<64, 128, 192, 256>(
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
@@ -171,7 +172,8 @@ void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
         const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
         const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
         const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-        const auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        walked.remade = remade;
         launch(launch_site<S, RowsShared<S, simple>>("attention_rows_sm90a", p, walked, stream),
                attention_rows_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
                map_of_tokens("grad_output", p.grad_output, kGroupRows), map_of_tokens("key", p.key, S::passing),
