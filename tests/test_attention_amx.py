@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from programs import compiled, flags_of, printed_by
 
 from llmengine import _cpu
 
 
+@pytest.mark.timeout(1800)  # with sanitizers the kernels take minutes to compile
 def test_random_calls_are_within_their_roundings(tmp_path: Path):
     names = ("kernels/attention_forward", "kernels/attention_backward", "parallel", "isa")
     sources = ["tests/csrc/attention_amx_test.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
