@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
-HOPPERS_ATTENTION = ("tests/sim/test_attention_sm90a.py", "tests/sim/test_attention_sm90a_backward.py")
+HOPPERS_ATTENTION = tuple(f"tests/sim/test_attention_{x}.py" for x in ("sm90a", "sm90a_backward", "one_pass"))
 PRODUCTS = ("tests/sim/test_ffn.py", "tests/sim/test_linear.py", "tests/sim/test_linear_cross_entropy.py")
 HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
 

@@ -100,7 +100,14 @@ def test_laws_are_those_of_devices_and_each_runs_once(collected):
 
 def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(collected):
     hopper = {case.split("::")[0] for case in collected["cuda for Hopper"]}
-    names = ("attention_sm90a", "attention_sm90a_backward", "ffn", "linear", "linear_cross_entropy")
+    names = (
+        "attention_sm90a",
+        "attention_sm90a_backward",
+        "attention_one_pass",
+        "ffn",
+        "linear",
+        "linear_cross_entropy",
+    )
     assert hopper == {f"tests/sim/test_{name}.py" for name in names}
     every, by_hopper = (
         {re.split(r"\[cuda-|[\]-]", case.split("::")[1])[1] for case in collected[name]}

@@ -195,7 +195,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     grad_mask = torch.empty(mask.shape if want_grad_mask else (0,), dtype=torch.float32, device=query.device)
     if not want_grad_mask:
         pass
-    elif mask.shape[3] > 1:
+    elif mask.shape[3] != 1:
         sizes = tuple(mask.shape[:3])
         call.run(mask_kernel, MASK, *operands, grad_mask, *statistics, sizes, mask_sizes=sizes)
     else:

@@ -137,6 +137,10 @@ class _Maker:
         return torch.randn(heads, 2 * farthest + 1, generator=self.tables, dtype=torch.float64)
 
     @staticmethod
+    def ones(*shape):
+        return torch.ones(shape, dtype=torch.float64)
+
+    @staticmethod
     def sinks(heads):
         return torch.linspace(0, 1, heads, dtype=torch.float64)
 
@@ -168,6 +172,9 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "bottom right window": {"causal": "bottom_right", "window_size": (12, -1)},
 }  # fmt: skip
 
+
+# (batch, heads, rows, keys)
+EMPTY = [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)]
 
 # (name, M, what goes with a bias of the distances -M ... M). In samples of many heads: an entry of its gradient sums
 # errors over rows, and the law compares mean errors.
@@ -227,7 +234,7 @@ def _sdpa_samples() -> list[Sample]:
         "wide window": {"window_size": (500, 500)}, "window ahead": {"window_size": (0, 20)},
     }.items():  # fmt: skip
         m.padded(name, 2, 3, 40, 75, 16, **options)
-    for batch, heads, rows, keys in [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)]:
+    for batch, heads, rows, keys in EMPTY:
         m.padded(f"empty {(batch, heads, rows, keys)}", batch, heads, rows, keys, 8, return_lse=True)
     m.add("three dimensions", (m.randn(3, 9, 8), m.randn(3, 11, 8), m.randn(3, 11, 4), m.randn(3, 9, 11)))
     m.add("two dimensions", (m.randn(9, 8), m.randn(11, 8), m.randn(11, 8)), is_causal=True)
@@ -247,6 +254,10 @@ def _sdpa_samples() -> list[Sample]:
     never[:, ::3] = -torch.inf
     m.padded("distances never seen", 2, 3, 40, 75, 16, distance_bias=never, return_lse=True)
     _sinks(m)
+    for batch, heads, rows, keys in EMPTY:
+        m.padded(f"bias of {(batch, heads, rows, keys)}", batch, heads, rows, keys, 8, attn_mask=m.ones(rows, keys))
+    bias = m.ones(1, 2, 1, 0)
+    m.padded("bias of no keys, sinks", 1, 2, 5, 0, 16, attn_mask=bias, sinks=m.sinks(2), return_lse=True)
     m.padded("distances of nothing", 2, 2, 0, 4, 8, distance_bias=m.table(2, 2), return_lse=True)
     return m.samples
 
@@ -290,7 +301,7 @@ def _varlen_samples() -> list[Sample]:
     m.packed("no sequences", [], [], 2, 2, 8)
     m.packed("spare tokens", [9, 4], [7, 6], 4, 2, 8, spare=3, return_lse=True)
     m.packed("alibi per sequence", [9, 14], [17, 6], 4, 2, 8, alibi_slopes=m.randn(2, 4).abs(), return_lse=True)
-    m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left")
+    m.packed("top left", [9, 14], [17, 6], 2, 2, 8, causal="top_left", scale=0.5)
     m.packed("dropout", [9, 14], [17, 6], 2, 2, 8, dropout_p=0.4)
     m.packed("softcap", [9, 14], [17, 6], 2, 2, 8, softcap=2.0, scale=1.0)
     m.packed("many", list(range(1, 40)), list(range(1, 40)), 2, 1, 16, is_causal=True)
