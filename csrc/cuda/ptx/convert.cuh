@@ -1,5 +1,5 @@
-// Conversions between float and narrower floats, and integers (PTX ISA, "cvt"): to nearest, ties to even. To 8 bits, what is beyond
-// the largest number becomes it, infinities too; NaN stays NaN (sm_89 and later).
+// Conversions between float and narrower floats, and integers (PTX ISA, "cvt"): to nearest, ties to even. To 8 bits,
+// what is beyond the largest number becomes it, infinities too; NaN stays NaN (sm_89 and later).
 #pragma once
 
 #include <cuda_runtime.h>
