@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "sinks": [(4, 16, 2048, 128)],  # as attention's
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
         "linear": [(8192, 768, 2304), (8192, 4096, 4096)],  # tokens, in, out
-        "linear_cross_entropy": [(8192, 4096, 32768)],  # tokens, d_model, classes
+        "linear_cross_entropy": [(8192, 4096, 32768), (8192, 4096, 128256)],  # tokens, d_model, classes
         "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
         "logits": [(8192, 32768), (8192, 131072)],
         # batch, heads, key heads, tokens, head_dim
