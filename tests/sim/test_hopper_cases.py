@@ -17,7 +17,7 @@ from llmengine.testing.simulator import SCHEDULES
 
 BLOCK = r"block \(\d, 0, 0\)"
 PLACE = rf"thread \(\d+, 0, 0\) of {BLOCK}"
-LINE = r"\(hopper_cases\.cu:\d+\)"
+LINE = r"\((?:hopper_cases\.cu|product_cases\.cuh):\d+\)"
 WHERE = r"byte \d+ of (?:dynamic shared memory|shared \w+)(?: of the cluster's block \d)?"
 
 # What every line of a broken kernel's run must say. Where a mistake shows in one of several ways, all are given.
