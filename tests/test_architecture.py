@@ -140,3 +140,9 @@ def test_every_operator_bears_its_name_in_every_room():
             assert (PACKAGE / other / path.name).exists(), f"{path.stem} is missing in {other}"
         doors = [(PACKAGE / door / path.name).exists() for door in ("functional", "optim")]
         assert sum(doors) == 1, f"{path.stem} is missing in functional, or, where it changes its arguments, in optim"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends/triton").glob("*.py")), ids=relative)
+def test_tritons_kernels_give_equal_bits_and_search_nothing_at_run_time(path: Path):
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert not {name for name in names if name.startswith("atomic") or "autotune" in name.lower()}

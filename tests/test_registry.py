@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import torch
 import llmengine
 from llmengine import functional
 from llmengine.ops import registry
+from llmengine.testing import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 X = torch.randn(4, 8)
@@ -203,6 +205,64 @@ def test_a_backend_that_stands_back_runs_before_the_reference_and_where_it_is_de
     monkeypatch.setitem(registry._loaded, "cuda", fake("cuda", "too narrow"))
     with pytest.warns(UserWarning, match="cuda: too narrow; triton: too wide"):
         assert registry.pick("attention_forward", (X,), "cuda")[0] == "reference"
+
+
+# ---- Triton's refusals -----------------------------------------------------------------------------------------------
+
+HEAD_264 = (torch.zeros(1, 1, 2, 264),) * 3
+REFUSED_BY_TRITON = [
+    ("softmax", (X.double(), -1), "softmax_forward", "takes float32, bfloat16 and float16, got float64"),
+    ("scaled_dot_product_attention", HEAD_264, "attention_forward", "takes head dims up to 256, got 264"),
+]
+
+
+@pytest.mark.parametrize("function, args, op, reason", REFUSED_BY_TRITON, ids=["dtype", "head dim"])
+def test_explain_tells_what_triton_does_not_take_and_a_demand_is_an_error(function, args, op, reason, monkeypatch):
+    (device,) = (target.device for target in targets() if target.backend == "triton")
+    monkeypatch.setitem(registry.PREFERENCE, device, ("triton", "reference"))
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    with pytest.warns(UserWarning, match="slow reference backend"):
+        text = llmengine.explain(function, *args)
+    assert text == f"{op}: reference\n  not triton: the triton backend {reason}"
+    with llmengine.backend("triton"), pytest.raises(RuntimeError) as error:
+        getattr(functional, function)(*args)
+    assert str(error.value) == f"{op}: backend 'triton' was demanded but refuses: the triton backend {reason}"
+
+
+TRITON_CANNOT_RUN = """
+import sys, torch
+{without}
+import llmengine
+from llmengine.ops import registry
+registry.PREFERENCE["cpu"] = ("triton", "cpu", "reference")
+print(llmengine.explain("softmax", torch.ones(2, 3), -1))
+try:
+    with llmengine.backend("triton"):
+        llmengine.functional.softmax(torch.ones(2, 3), -1)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "without, reason",
+    [
+        ("sys.modules['triton'] = None", r"Triton cannot be imported \(.*\); run `pip install triton`"),
+        ("torch.cuda.is_available = lambda: False", "PyTorch sees no GPU"),
+    ],
+    ids=["module", "GPU"],
+)
+def test_without_triton_or_a_gpu_explain_says_so_and_a_demand_is_an_error(without: str, reason: str):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = TRITON_CANNOT_RUN.format(without=without)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": ""}
+    )
+    assert re.fullmatch(
+        f"softmax_forward: cpu\n  not triton: {reason}\n"
+        f"softmax_forward: backend 'triton' was demanded but refuses: {reason}\n",
+        done.stdout,
+    ), done.stdout + done.stderr
 
 
 def test_report():

@@ -73,9 +73,10 @@ struct BoxPlace {
 void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
 void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, void* mbarrier, uint32_t blocks,
                  const void* return_address);
-void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+enum class Adds : uint8_t { nothing, floats, integers };  // to what is there
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, Adds adds,
                   const void* return_address);
-void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address);
+void store_bulk(void* global, const void* shared, int bytes, Adds adds, const void* return_address);
 void commit_stores();
 void wait_stores(int pending, bool reads_only);
 enum class Reach : uint8_t {

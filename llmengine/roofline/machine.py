@@ -17,12 +17,13 @@ ROOT = Path(llmengine.__file__).parent.parent
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Commit (of a checkout; None elsewhere), versions, and the processor or GPU."""
+    """Commit (of a checkout; None elsewhere), versions, and what was timed: "device", the processor or GPU."""
     facts = {
         "commit": _commit(), "llmengine": llmengine.__version__, "torch": torch.__version__,
         "python": platform.python_version(), "processor": processor(), "threads": torch.get_num_threads(),
         "cpu_isa": report()["cpu_isa"], "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
+    facts["device"] = facts["processor"]
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
         facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,

@@ -24,7 +24,9 @@ class Target:
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...]
-    slow: bool = False  # an interpreter: a few hundred times slower than a processor
+    # An interpreter, a few hundred times slower than a processor, or a compiler that takes seconds for every new
+    # combination of options.
+    slow: bool = False
     # Called with a test's name before it runs: builds what the backend needs.
     prepare: Callable[[str], None] | None = None
     # Nodes that it does not take, or in some dtypes only, float32 not among them: tests of their own try those
@@ -34,8 +36,8 @@ class Target:
     def always_tries(self, operator: Operator, sample: int, dtype: torch.dtype) -> bool:
         """Whether the sample of that number is tried in that dtype by every run of the tests, or on demand (heavy).
 
-        A slow target tries each sample in one of its two dtypes, by the parity of the number's bits: where samples are
-        the product of options, that is half of the factorial design in which every two options still meet in each
+        A slow target tries each sample in one of its dtypes, of two by the parity of the number's bits: where samples
+        are the product of options, that is half of the factorial design in which every two options still meet in each
         dtype. Of the samples of attention, a second and more each, it tries every third in dtypes by turns, beginning
         anew every 28: loops of two, three, four and five options are met at another place each time
         (tests/test_triton.py counts what the slice has).
@@ -68,7 +70,7 @@ def targets() -> list[Target]:
     interpreted = Target("triton", "cpu", (torch.float32, torch.float16), slow=True)
     found = [
         Target("cpu", "cpu", (torch.float32, torch.bfloat16)),
-        Target("triton", "cuda", gpu) if on_gpu else interpreted,
+        Target("triton", "cuda", gpu, slow=True) if on_gpu else interpreted,
         Target("cuda", "cuda", gpu, partial=HALVES_ONLY if hopper else HALVES_ONLY + HOPPER_ONLY),
         Target("cuda_sim", "cpu", gpu, prepare=simulator.prepare, partial=HALVES_ONLY),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -183,6 +184,7 @@ def test_ratios_are_the_peers_time_over_ours():
 def test_machine_names_what_a_record_needs():
     facts = roofline.machine()
     assert facts["torch"] == torch.__version__ and facts["llmengine"] == llmengine.__version__
+    assert re.fullmatch(r"[0-9a-f]{7,}", facts["commit"]) and facts["device"] == facts["processor"]
     assert facts["processor"] and facts["threads"] == torch.get_num_threads()
 
 

@@ -28,8 +28,8 @@ namespace sim {
 namespace {
 
 [[gnu::noinline]] const std::string& guarded() {
-  alignas(sim::kSharedRoom) static const std::string ok = "ok";
-  return ok;
+  alignas(sim::kSharedRoom) static const auto ok = std::make_unique<std::string>("ok");
+  return *ok;
 }
 
 constexpr int kElements = 512;
