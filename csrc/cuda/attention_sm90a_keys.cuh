@@ -17,8 +17,9 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1,
   const Options& o = p.backward.options;
   if (!simple) copy(x, products);
   if (!simple && !p.plain) {
-    Sequence s = w.s;
-    s.batch = ptx::made_here(static_cast<int>(s.batch));  // where its mask begins stays in no register between tiles
+    const Sequence& of = w.s;
+    const int batch = ptx::made_here(static_cast<int>(of.batch));  // its mask's place stays in no register
+    const Sequence s{batch, of.index, of.row0, of.rows, of.key0, of.keys};
     make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
   }
   if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
