@@ -180,7 +180,8 @@ STRANGE = [
 @pytest.mark.parametrize("which, strange", STRANGE)
 def test_what_is_no_number_is_none_in_the_rows_that_it_reaches(which: int, strange: float, ran: Ran):
     """One element of queries, keys, values or gradients: where plain PyTorch's float64 has NaN or infinities, so do we,
-    and where it is masked by causality rows of other tiles are as they are without it, and so are other heads."""
+    and other heads are as they are without it. So are tiles of rows above one of a row's; a key or a value that is no
+    number is none for rows that it is hidden from, too, as in plain PyTorch: it multiplies their zeros."""
     g = torch.Generator().manual_seed(5)
     tensors = [torch.randn(1, 2, 280, 40, generator=g).bfloat16() for _ in range(4)]
     tensors[which][0, 0, 150, 3] = strange
@@ -195,8 +196,9 @@ def test_what_is_no_number_is_none_in_the_rows_that_it_reaches(which: int, stran
     rows = oracle[0][0, 0, 150:].isfinite().all(-1)  # what stands above is masked
     assert not rows.all() or which == 3
     assert not found[0][0, 0, 150:].isfinite().all(-1)[~rows].any()
-    above, expected = (grads[0][0, 0, :128].float() for grads in (found, without))  # rows of a tile above
-    assert (above - expected).abs().max() <= 0.02 * expected.abs().max()
+    if which in (0, 3):
+        above, expected = (grads[0][0, 0, :128].float() for grads in (found, without))  # rows of a tile above
+        assert (above - expected).abs().max() <= 0.02 * expected.abs().max()
     assert torch.equal(found[0][0, 1], without[0][0, 1])
     assert ran[-1] == ONE_PASS
 
@@ -236,6 +238,8 @@ def test_neighbours_that_are_not_numbers_change_nothing_in_a_packed_sequence(dim
                 t[first:last] = strange
         packed = gradients(functional.varlen_attention, mixed[:3], mixed[3], ends, ends, 130, 130, is_causal=True)
         for first, last in spans[1 - odd :: 2]:
+            if first == last:
+                continue
             q, k, v, upstream = (t[first:last].transpose(0, 1) for t in clean)
             alone = gradients(functional.scaled_dot_product_attention, (q, k, v), upstream, is_causal=True)
             for found, expected in zip(packed, alone, strict=True):
