@@ -63,7 +63,7 @@ def attention(place: Place) -> Iterator[Problem]:
     slots = [
         (operands, kernel, widest)
         for operands in ("plain", "busy", "float32")
-        for widest in (128, 64, 96, 192, 256)
+        for widest in (128, 64, 96, 112, 192, 256)
         for kernel, served in tables[operands].items()
         if widest in served
     ]
@@ -168,7 +168,8 @@ def _ffn_gradients(x: Tensor, w: Tensor) -> Call:
     gate, down, seed = w.flip(0), w.T.contiguous(), torch.ones(1, dtype=torch.int64, device=x.device)
     output, *saved = ffn_forward(x, w, None, gate, None, down, None, seed, "silu", 0.1, True)
     wanted = [True, True, False, True, False, True, False]
-    return lambda: ffn_backward(output, x, w, gate, down, *saved, seed, "silu", 0.1, wanted)
+    given, mains = (output, x, w, None, gate, None, down), (None, None, None)
+    return lambda: ffn_backward(*given, *saved, seed, "silu", 0.1, *mains, wanted)
 
 
 def _loss(x: Tensor, w: Tensor) -> Call:
@@ -180,7 +181,7 @@ def _loss(x: Tensor, w: Tensor) -> Call:
     def call() -> list[Tensor]:
         loss, lse, normaliser = linear_cross_entropy_forward(x, w, bias, target, weight, *options)
         gradients = linear_cross_entropy_backward(
-            loss, x, w, bias, target, weight, lse, normaliser, *options, 0.0, [True] * 3
+            loss, x, w, bias, target, weight, lse, normaliser, *options, 0.0, None, [True] * 3
         )
         return [loss, lse, *gradients]
 
