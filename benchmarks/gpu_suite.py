@@ -41,7 +41,7 @@ GRACE = 10.0  # in which a command that is cut off may tell how far it came
 
 OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
-HOPPERS_ATTENTION = ("tests/sim/test_attention_sm90a.py", "tests/sim/test_attention_sm90a_backward.py")
+HOPPERS_ATTENTION = tuple(f"tests/sim/test_attention_{x}.py" for x in ("sm90a", "sm90a_backward", "one_pass"))
 PRODUCTS = ("tests/sim/test_ffn.py", "tests/sim/test_linear.py", "tests/sim/test_linear_cross_entropy.py")
 HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
 
@@ -72,6 +72,7 @@ def laws(capability: tuple[int, int], whole: bool = False) -> list[Laws]:
     ]
     return [
         Laws("cuda", OPERATORS, "[cuda-"),
+        Laws("instructions", ("tests/sim/test_layouts.py",), "[gpu"),
         Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80"),
         *(hopper if capability == (9, 0) else []),
         Laws("triton", OPERATORS, "[triton-", options=compilers if whole else ("-m", "not heavy", *compilers)),

@@ -98,6 +98,12 @@ def test_native_rooms(path: Path):
             assert not name.startswith("cpu/"), "cuda/ does not include cpu/"
         if where == "cuda":
             assert not name.startswith("sim/"), "kernels do not know the simulator"
+    if where == "cuda":
+        copies = re.findall(r"\bmem(?:cpy|set|move)\b", code)
+        assert not copies, "the simulator does not see what the C library copies: kernels copy by assignment"
+        launches = set(re.findall(r"\bcudaLaunch(?:Cooperative)?Kernel\w*|<<<", code))
+        assert not launches or path.name == "launch.cuh", "kernels are launched by cuda/launch.cuh alone"
+        assert not re.search(r"\bcuLaunch", code) or path.name == "compiled.cu", "compiled ones by cuda/compiled.cu"
     if "ptx" not in path.parts:
         # an empty template with a clobber emits no instruction: a compiler fence, allowed where it is needed
         for template in re.findall(r'\basm\s*(?:volatile)?\s*\(\s*"([^"]*)"', code):

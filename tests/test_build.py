@@ -11,6 +11,7 @@ import pytest
 
 import build_backend
 from build_backend import TOOLKIT, WHEELS
+from llmengine.testing import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +54,21 @@ def test_only_who_asks_for_the_wheels_gets_them(monkeypatch, hook):
         assert getattr(build_backend, hook)() == ["ninja"]
     monkeypatch.setenv("LLMENGINE_CUDA", "Wheels")
     assert getattr(build_backend, hook)() == ["ninja", *(f"{name}==13.*" for name in WHEELS)]
+
+
+# ---- CMakeLists.txt --------------------------------------------------------------------------------------------------
+
+
+def test_cmake_builds_what_the_budget_reports_and_code_for_what_comes_after():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    (listed,) = re.findall(r'set\(CMAKE_CUDA_ARCHITECTURES "([^"]*)"\)', text)
+    *older, newest = listed.split(";")
+    assert (*(entry.removesuffix("-real") for entry in older), newest) == resources.ARCHITECTURES
+    assert all(entry.endswith("-real") for entry in older), "machine code alone"
+    numbers = [int(re.sub(r"\D", "", entry)) for entry in (*older, newest)]
+    assert newest.isdecimal() and numbers[-1] == max(numbers), "machine code and PTX, which later GPUs compile"
+    (hopper,) = re.findall(r"set_target_properties\(cuda_hopper PROPERTIES CUDA_ARCHITECTURES (\S+)\)", text)
+    assert hopper in older
 
 
 # ---- setup.py --------------------------------------------------------------------------------------------------------

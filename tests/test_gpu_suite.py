@@ -109,7 +109,8 @@ def collected(suite) -> dict[str, list[str]]:
 
 def test_laws_are_those_of_devices_and_each_runs_once(collected):
     """No case of the simulator, which would be built for it, nor of the CPU."""
-    places = {"cuda in 16 bits": "cuda-sm80", "cuda for Hopper": "cuda-sm90a", "instructions of Hopper": "[gpu"}
+    places = {"cuda in 16 bits": "cuda-sm80", "cuda for Hopper": "cuda-sm90a"}
+    places |= {"instructions": "[gpu", "instructions of Hopper": "[gpu"}
     for name, cases in collected.items():
         place = places.get(name, "[triton-" if name == "triton" else "[cuda-")
         assert len(cases) > 20 and all(place in case and "cuda_sim" not in case for case in cases), name
@@ -119,7 +120,14 @@ def test_laws_are_those_of_devices_and_each_runs_once(collected):
 
 def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(collected):
     hopper = {case.split("::")[0] for case in collected["cuda for Hopper"]}
-    names = ("attention_sm90a", "attention_sm90a_backward", "ffn", "linear", "linear_cross_entropy")
+    names = (
+        "attention_sm90a",
+        "attention_sm90a_backward",
+        "attention_one_pass",
+        "ffn",
+        "linear",
+        "linear_cross_entropy",
+    )
     assert hopper == {f"tests/sim/test_{name}.py" for name in names}
     every, by_hopper = (
         {re.split(r"\[cuda-|[\]-]", case.split("::")[1])[1] for case in collected[name]}
@@ -132,7 +140,7 @@ def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(col
 
 
 def test_hoppers_laws_run_on_hopper_alone_and_ask_for_its_kernels(suite):
-    assert [law.name for law in suite.laws((8, 0))] == ["cuda", "cuda in 16 bits", "triton"]
+    assert [law.name for law in suite.laws((8, 0))] == ["cuda", "instructions", "cuda in 16 bits", "triton"]
     asked = {law.name: law.environment for law in suite.laws((9, 0)) if law.environment}
     assert asked == {
         "cuda by Hopper's products": {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}

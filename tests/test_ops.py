@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llmengine
+from llmengine.backends import cuda_sim
 from llmengine.ops import registry
 from llmengine.testing import LAYOUTS, Operator, Sample, Target, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import OUTPUT
@@ -120,13 +121,15 @@ def test_gradients_appear_only_where_asked(target: Target, op: Operator, sample:
 
 
 @pytest.mark.parametrize("target, op, sample", FIRST_ON)
-def test_repeats_and_thread_counts_give_equal_bits(target: Target, op: Operator, sample: Sample):
+def test_repeats_thread_counts_and_schedules_give_equal_bits(target: Target, op: Operator, sample: Sample):
     given = sample.on(target.device).rounded(torch.float32)
     first = evaluate(op.function, given, target.backend)
     threads = torch.get_num_threads()
     try:
-        for n in (1, 2, 2):
+        for n, order in zip((1, 2, 2), ("forward", "reversed", "random"), strict=True):
             torch.set_num_threads(n)
+            if target.backend == "cuda_sim":
+                cuda_sim.NATIVE.module.set_schedule(order, 7)
             again = evaluate(op.function, given, target.backend)
             assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True)), f"{n} threads"
             if n == threads:

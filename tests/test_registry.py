@@ -121,6 +121,18 @@ def test_explain_of_a_model_has_every_kernel_once():
     assert llmengine.explain(model, X) == "norm_forward: cpu"
 
 
+def test_what_a_kernel_tells_stands_beside_its_backend(monkeypatch):
+    kernels = registry.load("cpu").kernels
+
+    def run(*args, whole=kernels["softmax_forward"].run):
+        registry.tell("compiled at first use: f<96>")
+        return whole(*args)
+
+    monkeypatch.setitem(kernels, "softmax_forward", registry.Kernel(run))
+    assert llmengine.explain("softmax", X, -1) == "softmax_forward: cpu (compiled at first use: f<96>)"
+    assert functional.softmax(X, -1).allclose(X.softmax(-1)), "nobody listens"
+
+
 def test_explain_of_an_unknown_operator():
     with pytest.raises(ValueError, match="explain: 'layernorm' is not one of add_layer_norm, "):
         llmengine.explain("layernorm", X)

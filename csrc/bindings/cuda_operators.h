@@ -65,6 +65,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("attention_forward_sm90a", cuda::AttentionForwardSm90a{});
   operation("attention_backward", cuda::AttentionBackward{});
   operation("attention_backward_sm90a", cuda::AttentionBackwardSm90a{});
+  operation("attention_backward_one_pass", cuda::AttentionBackwardOnePass{});
   operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});

@@ -42,6 +42,7 @@ void run_apart(Params params, const Launch& launch) {
 PYBIND11_MODULE(_cuda_sim, module) {
   module.def("set_schedule", &sim::set_schedule, pybind11::arg("order"), pybind11::arg("seed") = 0);
   module.def("set_multiprocessors", [](int count) { sim::multiprocessors = count; }, pybind11::arg("count"));
+  module.def("last_stream", [] { return reinterpret_cast<uintptr_t>(sim::last_stream); });
   bind_cuda_operators(module, dlpack::kCPU, [](const auto& params, const auto& launch) { run_apart(params, launch); });
 }
 

@@ -539,6 +539,7 @@ class AmxForward {
     F first = plain_ ? reference * 0.693147182f : reference, total = load(unit.total), scale = broadcast(1.0f);
     F rest = plain_ ? fused(reference, 0.693147182f, first) + reference * -1.90465421e-9f : F{};
     if (const float sink = p_.sink(s_, unit.head); sink != -INFINITY) {  // the last logit
+      rest = select(first == -INFINITY, F{}, rest);
       const F beyond = (sink - first) - rest;
       const I highest = sink > first;
       scale = select(highest, exp_of_nonpositive(-beyond), scale);

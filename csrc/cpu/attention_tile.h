@@ -197,9 +197,16 @@ class MaskOfHead {
     Span some{0, keys};
     if (!defined() || row_step) return some;
     return visit(0, 0, [&](const auto* mask) {
-      const auto hidden = [&](int64_t key) { return bias_of(mask[key * key_step]) == -INFINITY; };
-      while (some.begin < some.end && hidden(some.begin)) ++some.begin;
-      while (some.begin < some.end && hidden(some.end - 1)) --some.end;
+      const auto hidden = [&](int64_t first, int64_t count) {
+        bool all = true;
+        for (int64_t k = first; k < first + count; ++k) all &= bias_of(mask[k]) == -INFINITY;
+        return all;
+      };
+      if (key_step == 0) return keys && hidden(0, 1) ? Span{0, 0} : some;
+      for (int64_t count : {16, 1}) {
+        while (some.count() >= count && hidden(some.begin, count)) some.begin += count;
+        while (some.count() >= count && hidden(some.end - count, count)) some.end -= count;
+      }
       return some;
     });
   }
@@ -242,11 +249,18 @@ class Scores {
     if (at.band) apply_band(at, tile);
   }
 
-  // keep / (1 - dropout_p)
+  // keep / (1 - dropout_p), of the vectors that are made and of neighbours
   void keep_multipliers(const TilePlace& at, float* keep) const {
-    for (int64_t c = 0; c < at.keys; c += 4) {
-      for (int64_t r = 0; r < at.rows; r += Dropout::kBlock) {
-        dropout_.multipliers_across(stream_, at.row + r, at.key + c, keep + c * kRows + r, kRows);
+    for (int64_t r = 0; r < at.rows; r += Dropout::kBlockRows) {
+      Span keys{at.keys, 0};
+      for (int64_t v = r / kLanes; v < std::min((r + Dropout::kBlockRows) / kLanes, at.vectors()); ++v) {
+        keys = {std::min(keys.begin, at.keys_of(v).begin), std::max(keys.end, at.keys_of(v).end)};
+      }
+      for (int64_t c = keys.begin / Dropout::kBlockColumns * Dropout::kBlockColumns; c < keys.end;
+           c += Dropout::kBlockColumns) {
+        dropout_.draw_across(stream_, at.row + r, at.key + c, [&](int64_t j, int64_t i, I dropped) {
+          store(keep + (c + j) * kRows + r + i, select(dropped, F{}, broadcast(dropout_.keep_scale)));
+        });
       }
     }
   }

@@ -11,7 +11,8 @@ struct Dropout {
   float keep_scale = 1.0f;
   bool active = false;
 
-  static constexpr int kBlock = 16;
+  // Of rows that lie across: so many are drawn together, as registers allow.
+  static constexpr int kBlockRows = 16, kBlockColumns = kLanes == 16 ? 16 : 4;
 
   Dropout(double p, const TensorView& seed_tensor) {
     active = p > 0;
@@ -34,23 +35,27 @@ struct Dropout {
     }
   }
 
-  // The same, rows lying across: out[j stride + i] for the four columns column + j and kBlock rows row + i.
-  void multipliers_across(uint32_t stream, int64_t row, int64_t column, float* out, int64_t stride) const {
-    constexpr int vectors = kBlock / kLanes;
-    PhiloxBlock<vectors> draws;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t first = row + v * kLanes;
+  // body(j, i, dropped): which of the kLanes rows from row + i on drop column + j, for a block of columns and rows.
+  template <class Body>
+  void draw_across(uint32_t stream, int64_t row, int64_t column, const Body& body) const {
+    constexpr int vectors = kBlockRows / kLanes, all = kBlockColumns / 4 * vectors;
+    PhiloxBlock<all> draws;
+#pragma GCC unroll 4
+    for (int n = 0; n < all; ++n) {
+      const int64_t first = row + n % vectors * kLanes;
       for (int i = 0; i < kLanes; ++i) {
-        draws.word[0][v][i] = static_cast<uint32_t>(static_cast<uint64_t>(first + i) >> 32);
+        draws.word[0][n][i] = static_cast<uint32_t>(static_cast<uint64_t>(first + i) >> 32);
       }
-      draws.word[1][v] = U{} + stream;
-      draws.word[2][v] = lane_numbers() + static_cast<uint32_t>(first);
-      draws.word[3][v] = U{} + static_cast<uint32_t>(column / 4);
+      draws.word[1][n] = U{} + stream;
+      draws.word[2][n] = lane_numbers() + static_cast<uint32_t>(first);
+      draws.word[3][n] = U{} + static_cast<uint32_t>(column / 4 + n / vectors);
     }
     draws.draw(seed);
-    for (int word = 0; word < 4; ++word) {
-      for (int v = 0; v < vectors; ++v) {
-        store(out + word * stride + v * kLanes, select(draws.word[word][v] < threshold, F{}, broadcast(keep_scale)));
+#pragma GCC unroll 4
+    for (int n = 0; n < all; ++n) {
+#pragma GCC unroll 4
+      for (int word = 0; word < 4; ++word) {
+        body(n / vectors * 4 + word, n % vectors * kLanes, draws.word[word][n] < threshold);
       }
     }
   }

@@ -32,6 +32,8 @@ namespace {
 template <int D>
 struct Shape {
   static constexpr int rows = 16 * kWarps, keys = D <= 128 ? 32 : 16;
+  // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
+  static constexpr int at_once = D > 128 && D < 256 ? 3 : 0;
 };
 
 template <class T, int D>
@@ -104,7 +106,7 @@ __device__ __forceinline__ float sum_over_rows(const Sums<1, keys>& x, float (&s
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, D > 128 ? 3 : 0)
+__global__ void __launch_bounds__(kThreads, Shape<D>::at_once)
     attention_mask_sm80(const Backward<T> p, const MaskSums m) {
   constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
   __shared__ float slots[kWarps][kKeys];

@@ -37,6 +37,8 @@ struct Shape {
   static constexpr int blocks = D <= 128 ? 2 : 1, rows = 16 * blocks * kWarps;
   static constexpr int most_keys = (D > 64 && D <= 128) || D == 240 ? 48 : 64;  // that registers leave room for
   static constexpr int keys = plain || D <= 64 ? most_keys : 32;
+  // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
+  static constexpr int at_once = D > 128 && D < 256 ? 2 : 0;
 };
 
 template <class T>
@@ -62,7 +64,7 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(kThreads, 2) attention_forward_sm80(const Forward<T> p) {
+__global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_forward_sm80(const Forward<T> p) {
   using S = Shape<D, plain>;
   const Place place = place_of(p.sizes.tiles, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);

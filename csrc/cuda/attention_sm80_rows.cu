@@ -38,6 +38,8 @@ struct Statistics {
   const float *lse, *grad_lse;  // grad_lse: null where there is none
   float *base, *delta;
   int tiles, heads, rows;
+  Operand<const T> query;
+  float *grad_squares, *query_squares;  // null where they are not wanted
 };
 
 // Two elements side by side of a row, zeros past its end.
@@ -47,6 +49,27 @@ __device__ __forceinline__ uint32_t pair_at(const Lines<const T>& from, int line
   const T* at = from.data + line * from.stride + column;
   if (from.aligned && column + 1 < from.columns) return *reinterpret_cast<const uint32_t*>(at);
   return at[0].bits | (column + 1 < from.columns ? static_cast<uint32_t>(at[1].bits) << 16 : 0u);
+}
+
+// A warp's 16 rows, each by the four lanes that hold it.
+template <class T>
+__device__ __forceinline__ void store_squares(const Lines<const T>& from, int count, float* to) {
+  const int line = lane_of() / 4, column = lane_of() % 4 * 2;
+  float sums[2] = {};
+#pragma unroll 1
+  for (int k = 0; k < from.columns; k += 8)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[2];
+      unpack_word(pair_at(from, line + 8 * half, k + column, count), x, T{});
+      sums[half] += x[0] * x[0] + x[1] * x[1];
+    }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sums[half] += __shfl_xor_sync(kWholeWarp, sums[half], 1);
+    sums[half] += __shfl_xor_sync(kWholeWarp, sums[half], 2);
+    if (lane_of() % 4 == 0 && line + 8 * half < count) to[line + 8 * half] = sums[half];
+  }
 }
 
 template <class T>
@@ -68,9 +91,13 @@ __global__ void __launch_bounds__(kThreads) attention_statistics_sm80(const Stat
     }
     multiply_add_two<T>(upper, lower, a, b);
   }
+  const int64_t statistics = (static_cast<int64_t>(place.sequence) * p.heads + place.head) * p.rows + first;
+  if (p.grad_squares) {
+    store_squares(g, count, p.grad_squares + statistics);
+    store_squares(p.query.lines(place.sequence, place.head, first), count, p.query_squares + statistics);
+  }
   // of row g the diagonal lies in lane 4 g + g mod 8 / 2, element g mod 2
   if (lane_of() % 4 != line / 2) return;
-  const int64_t statistics = (static_cast<int64_t>(place.sequence) * p.heads + place.head) * p.rows + first;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = line + 8 * half;
@@ -172,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
 #ifndef __CUDACC_RTC__
 namespace attention {
 
-void run_statistics(const AttentionBackward& p, Stream stream) {
+void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
   const auto of_type = [&]<class T>(T) {
     const int tiles = static_cast<int>((p.query.size(2) + kStatisticsRows - 1) / kStatisticsRows);
     const Statistics<T> given{operand_of<const T>(p.output),
@@ -183,7 +210,10 @@ void run_statistics(const AttentionBackward& p, Stream stream) {
                               p.delta.as<float>(),
                               tiles,
                               static_cast<int>(p.heads()),
-                              static_cast<int>(p.query.size(2))};
+                              static_cast<int>(p.query.size(2)),
+                              operand_of<const T>(p.query),
+                              squares,
+                              squares ? squares + p.heads() * p.query.size(0) * p.query.size(2) : nullptr};
     const dim3 grid(static_cast<unsigned>(tiles * p.heads() * p.query.size(0)));
     launch({"attention_statistics_sm80", grid, kThreads, cuda_stream(stream), p.output}, attention_statistics_sm80<T>,
            given);

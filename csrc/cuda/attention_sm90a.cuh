@@ -35,11 +35,11 @@ __device__ __forceinline__ void fetch(uint16_t* to, int panel_bytes, const ptx::
 // Rows from `row` on of a tile of `rows`, by the warp.
 template <int panels, int rows>
 __device__ __forceinline__ void clear_rows(uint16_t* tile, int row) {
-  const int chunks = (rows - row) * 8;  // of 16 bytes, in a panel
-  for (int i = lane_of(); i < chunks * panels; i += 32) {
-    uint16_t* panel = tile + i / chunks * rows * kPanel;
-    reinterpret_cast<uint4*>(panel + row * kPanel)[i % chunks] = make_uint4(0, 0, 0, 0);
-  }
+#pragma unroll 1
+  for (int p = 0; p < panels; ++p)
+#pragma unroll 1
+    for (int i = row * 8 + lane_of(); i < rows * 8; i += 32)  // chunks of 16 bytes
+      reinterpret_cast<uint4*>(tile + p * rows * kPanel)[i] = make_uint4(0, 0, 0, 0);
 }
 
 // The next turn, by the whole warp, of which one lane draws.

@@ -29,9 +29,30 @@ struct AttentionBackwardSm90a : AttentionBackward {
   }
 };
 
+// The same in one pass (attention_sm90a_one_pass.cu), of head dims up to D, 64 or 128, with tiles of kGridRows rows
+// (attention_grid.h): of each sequence so many as hold its rows, in a batch side by side; of packed ones, tokens /
+// kGridRows + sequences in all. Integers come as zeros.
+struct AttentionBackwardOnePass : AttentionBackwardSm90a {
+  TensorView grid;     // int32 (tiles, heads, kGridRows, D)
+  TensorView remade;   // int32 (1 + sequences * heads * tiles of kRemadeRows of the longest sequence,)
+  TensorView largest;  // int32 (sequences, key heads, 3)
+  TensorView squares;  // float32 (2, batch, heads, rows), room
+  TensorView of_rows;  // float32 (tiles, heads, 3, kGridRows), room
+
+  static constexpr auto fields() {
+    using P = AttentionBackwardOnePass;
+    return std::tuple_cat(
+        AttentionBackwardSm90a::fields(),
+        std::tuple{ops::field("grid", &P::grid), ops::field("remade", &P::remade), ops::field("largest", &P::largest),
+                   ops::field("squares", &P::squares), ops::field("of_rows", &P::of_rows)});
+  }
+};
+
 void validate(const AttentionForwardSm90a& p);
 void validate(const AttentionBackwardSm90a& p);
+void validate(const AttentionBackwardOnePass& p);
 void run(const AttentionForwardSm90a& p, Stream stream);
 void run(const AttentionBackwardSm90a& p, Stream stream);
+void run(const AttentionBackwardOnePass& p, Stream stream);
 
 }  // namespace llmengine::cuda

@@ -5,6 +5,9 @@
 //   attention_rows   Q, dO     | K V | K V |          pair each, through a ring of stages. The sums stay in registers;
 //   attention_keys   K, V      | Q dO| Q dO|          S and dP come from accumulators to operands in registers.
 //
+//   Above head dims of 128 registers hold the sums of 64 keys: both warpgroups then own the same ones
+//   (attention_sm90a_wide_keys.cu).
+//
 //   own_full[o], own_free[o]     a pair has come; every warp has stored what it made of it, by way of its place
 //   full[s][i], free[s][i]       tile i of a stage's pair has come, every warp is done with it
 //
@@ -68,7 +71,8 @@ struct Walked {
   Backward<T> backward;
   bool plain;  // logits are multiples of products
   Schedule schedule;
-  int* turns;  // drawn so far, beside each block's first
+  int* turns;         // drawn so far, beside each block's first
+  const int* remade;  // null: every tile is made; else how many are, and for each tile of each owner whether it is
 };
 
 struct Maps {
@@ -98,7 +102,8 @@ __device__ __forceinline__ Work work_of(const Walked<T>& p, int turn) {
   const Sizes& sizes = p.backward.sizes;
   const int group = ptx::made_here(sizes.group), heads = keys ? sizes.heads / group : sizes.heads;
   const auto [tile, owner] = schedule_of(p).at(turn);
-  const Sequence s = sequence_of(sizes, owner / heads);
+  Sequence s = sequence_of(sizes, owner / heads);
+  if (!keys && p.remade && !p.remade[1 + owner * sizes.tiles + tile]) s.rows = 0;
   const int head = owner % heads, first = tile * S::own, from = keys ? head * group : head / group;
   const Band band = s.band(p.backward.options);
   const Span span = keys ? rows_of_keys(band, first, S::own) : keys_of_rows(band, first, S::own);
@@ -316,7 +321,7 @@ Walked<T> walked_of(const AttentionBackwardSm90a& p, int64_t bytes, int group, b
   const int owners = (keys ? sizes.heads / sizes.group : sizes.heads) * sizes.sequences;
   return {backward_of<T>(p, sizes), is_plain(p),
           Schedule{sizes.tiles, owners, owners_together(bytes, group, owners), last_first},
-          p.turns.as<int>() + (keys ? 1 : 0)};
+          p.turns.as<int>() + (keys ? 1 : 0), nullptr};
 }
 
 template <class S, class Memory = Shared<S>, class T>
@@ -342,7 +347,7 @@ void launch_keys(const char* name, const Kernel& kernel, const AttentionBackward
 }
 
 // Launched by run() in turn.
-void run_rows(const AttentionBackwardSm90a& p, Stream stream);
+void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade = nullptr);
 void run_keys(const AttentionBackwardSm90a& p, Stream stream);
 void run_wide_keys(const AttentionBackwardSm90a& p, Stream stream);  // of head dims above 128
 

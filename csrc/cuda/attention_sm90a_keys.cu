@@ -12,10 +12,9 @@
 //           128 keys do 256 flops a byte
 //   limit   shared memory in half of the products, the tensor cores in the others: at head dim 128, one of 64 keys and
 //           48 rows reads for 28 clocks and multiplies for 24; one that adds to dK or dV, for 32 and for 64
-#include <cmath>
 #include <cstdint>
 
-#include "cuda/attention_sm90a_backward.cuh"
+#include "cuda/attention_sm90a_keys.cuh"
 
 namespace llmengine::cuda::attention {
 namespace {
@@ -24,22 +23,6 @@ template <int D, bool simple>
 inline constexpr int kPassing = D <= 64 ? (simple ? 96 : 48) : (simple ? 48 : 32);
 template <int D, bool simple>
 using Shape = Walk<Owner::keys, D, kPassing<D, simple>>;
-
-// P^T of a warp's 16 keys.
-template <bool simple, class S, class T>
-__device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
-                                                 const Walked<T>& p, const Work& w, const Span& reach, int head,
-                                                 int key, int row, const float* base) {
-  const Options& o = p.backward.options;
-  if (!simple) copy(x, products);
-  if (!simple && !p.plain) {
-    Sequence s = w.s;
-    s.batch = ptx::made_here(static_cast<int>(s.batch));  // where its mask begins stays in no register between tiles
-    make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
-  }
-  if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
-  each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, o.factor, -base[c])); });
-}
 
 // dK, but for scale, and dV, but for what is kept, of a warpgroup's keys, each a sum over the group's heads.
 template <class S, class T, int D, bool simple>

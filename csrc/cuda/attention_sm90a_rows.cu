@@ -5,11 +5,13 @@
 //     S_1 = Q K_1^T, dQ += G_0 K_0, dP_1 = dO V_1^T are begun;  P_1 while the last two are made;  G_1;  ...
 //
 //   While a warpgroup makes G, the other's products fill the tensor cores. Registers: S, dP, dQ in float32 and G in 16
-//   bits, keys (1 + 1/4) + head_dim / 2 a thread; a soft cap keeps the products besides.
+//   bits, keys (1 + 1/4) + head_dim / 2 a thread: 188 with 48 keys at head dim 256. A soft cap's slopes wait in shared
+//   memory, of which 128 rows take 128 KB there, and two stages of 48 keys 96 of the 227.
 //
 //   flops   6 rows keys head_dim a tile
 //   bytes   Q, dO and dQ once; keys and values once a block, from the second-level cache: 128 rows do 192 flops a byte
-//   limit   the tensor cores, where shared memory feeds them: 80 keys a product of 64 rows read 36 of its 40 clocks
+//   limit   the tensor cores, where shared memory feeds them: 80 keys a product of 64 rows read 36 of its 40 clocks; at
+//           head dim 256, a tile of 48 keys is read for 1090 clocks and multiplied for 1150
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -153,6 +155,7 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
     const Sequence rest = sequence_of(sizes, sizes.sequences);
     leave_empty<S::threads>(p.backward.grad_query, rest, sizes.heads, rest.row0, rest.rows, S::own);
   }
+  if (p.remade && *p.remade == 0) return;
   walk(static_cast<Shared<S>&>(shared), {{&query, &grad_output}, {&key, &value}}, p,
        [&](const Work& w, int place, int group, int own, Turn<S::stages>& turn) {
          multiply<S, T, D, DV, simple>(shared, p, w, place, group, own, turn);
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
 
 }  // namespace
 
-void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
+void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
   visit_hopper<64, 128, 192, 256>(
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
@@ -169,7 +172,8 @@ void run_rows(const AttentionBackwardSm90a& p, Stream stream) {
         const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
         const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
         const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-        const auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        walked.remade = remade;
         launch(launch_site<S, RowsShared<S, simple>>("attention_rows_sm90a", p, walked, stream),
                attention_rows_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
                map_of_tokens("grad_output", p.grad_output, kGroupRows), map_of_tokens("key", p.key, S::passing),

@@ -89,8 +89,7 @@ __device__ __forceinline__ void to_gradient(Sums<1, S::passing>& grad, WideShare
                                             const Turn<S::stages>& turn, const Dropout& dropout) {
   const int stage = turn.stage();
   const bool drops = !simple && dropout.seed != nullptr;
-  ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());  // with which the statistics come
-  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());
+  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());  // P^T was made when the statistics had come
   const float* delta = shared.delta[stage] + lane_of() % 4 * 2;
 #pragma unroll
   for (int j = 0; j < S::passing / 8; ++j) {
@@ -182,7 +181,7 @@ __device__ __forceinline__ void multiply(WideShared<S>& shared, const Walked<T>&
   const Operand<T>& to = kind == values ? p.backward.grad_value : p.backward.grad_key;
   store_rows(
       sum, [&](int, int) { return kind == values ? o.dropout.keep_scale : o.scale; },
-      Tile<T, kGroupRows, dim>::at(shared.lines(place, kind, 0), 0), own,
+      Tile<T, kGroupRows, dim>::at(shared.lines(place, kind, 0), 0), key - again.first,
       to.lines(again.s.batch, again.head, again.s.key0 + key), count);
 }
 

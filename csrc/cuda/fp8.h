@@ -23,7 +23,7 @@ struct Fp8Quantise {
   TensorView x;        // (lines, k), any float
   std::string format;  // "e4m3" or "e5m2"
   int64_t block = 0;   // of lines: 1 or 128; 0: the matrix has one scale
-  TensorView maxima;   // float32 (1 to 256,): room, where block is 0
+  TensorView maxima;   // float32 (1 to 512,): room, where block is 0
   TensorView rows;     // bytes (lines, k, rounded up to 16): zeros past k; or none
   TensorView row_scales;
   TensorView columns;  // x^T, likewise: bytes (k, lines rounded up to 16); or none

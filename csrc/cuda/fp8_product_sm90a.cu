@@ -12,8 +12,9 @@
 //
 //   flops   2 m n k, and 2 (by_column: 3) m n k / 128 beside the tensor cores
 //   bytes   a stage: (128 + 64) 128 from the second-level cache, for 2 128 128 128 flops: 171 flops a byte
-//   limit   the tensor cores: 8192 dense flops of 8 bits a clock and multiprocessor, of which the second-level cache
-//           allows, at 26 bytes a clock and multiprocessor, 4400
+//   limit   the tensor cores: 8192 dense flops of 8 bits a clock and multiprocessor; at that rate the second-level
+//   cache
+//           would have to give 48 bytes a clock to each
 #include <algorithm>
 #include <cstdint>
 #include <string>

@@ -30,11 +30,11 @@ namespace llmengine::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTile = 128;           // lines and columns of a block
-constexpr int kSide = 8;             // of a thread's square
-constexpr int kHalves = 2 * kWarps;  // half warps, one below the other
-constexpr float kLeast = 0x1p-110f;  // so that neither m / most nor most / m leaves float32's normal numbers
-constexpr int64_t kMostMaxima = 256;
+constexpr int kTile = 128;            // lines and columns of a block
+constexpr int kSide = 8;              // of a thread's square
+constexpr int kHalves = 2 * kWarps;   // half warps, one below the other
+constexpr float kLeast = 0x1p-110f;   // so that neither m / most nor most / m leaves float32's normal numbers
+constexpr int64_t kMostMaxima = 512;  // blocks that look for them: enough loads under way
 
 struct E4m3 {
   static constexpr float kMost = 448.0f;
@@ -310,7 +310,7 @@ void validate(const Fp8Quantise& p) {
   at.dtype(p.maxima, "maxima", {DType::f32});
   at.contiguous(p.maxima, "maxima");
   if (p.maxima.defined() && (p.maxima.ndim != 1 || p.maxima.size(0) < 1 || p.maxima.size(0) > kMostMaxima)) {
-    at.fail_at("maxima", "must be (1 to 256,), got " + p.maxima.shape());
+    at.fail_at("maxima", "must be (1 to 512,), got " + p.maxima.shape());
   }
 }
 

@@ -15,15 +15,8 @@ char* in_image(const SharedVariable& v) { return reinterpret_cast<char*>(v.begin
 
 }  // namespace
 
-BlockMemory::BlockMemory() : variables_(Image::own().shared_variables()) {
-  size_t at = 0;
-  for (const SharedVariable& v : variables_) {
-    offsets_.push_back(at);
-    at += v.pages_end() - v.begin;
-  }
-  offsets_.push_back(at);
-  stride_ = kDynamic + at;
-}
+BlockMemory::BlockMemory()
+    : variables_(Image::own().shared_variables()), stride_(kDynamic + variables_.size() * kSharedRoom) {}
 
 bool BlockMemory::reserve(int blocks) {
   if (blocks <= blocks_) return false;
@@ -57,7 +50,7 @@ void BlockMemory::enter(int block) {
 }
 
 char* BlockMemory::of_block(const SharedVariable& variable, int block) const {
-  return dynamic(block) + kDynamic + offsets_[static_cast<size_t>(&variable - variables_.data())];
+  return dynamic(block) + kDynamic + static_cast<size_t>(&variable - variables_.data()) * kSharedRoom;
 }
 
 void BlockMemory::touched(const SharedVariable& variable) {
@@ -71,25 +64,29 @@ uintptr_t BlockMemory::own(uintptr_t address, int block) {
   const SharedVariable* variable = Image::own().shared_variable_at(address);
   if (!variable) return address;
   touched(*variable);
-  return reinterpret_cast<uintptr_t>(of_block(*variable, block)) + (address - variable->begin);
+  return (reinterpret_cast<uintptr_t>(of_block(*variable, block)) + (address - variable->begin)) | kMark;
 }
 
 uintptr_t BlockMemory::real(uintptr_t address) const {
-  if (!holds(address) || block_of(address) != running_) return address;
+  if (!is_marked(address)) return address;
+  if (block_of(address) != running_) return address & ~kMark;
   const InVariable at = variable_at(address);
-  return at.variable ? at.variable->begin + at.offset : address;
+  return at.variable->begin + at.offset;
 }
 
 BlockMemory::InVariable BlockMemory::variable_at(uintptr_t address) const {
-  if (!holds(address)) {
+  if (!is_marked(address)) {
     const SharedVariable* v = Image::own().shared_variable_at(address);
     return {v, v ? address - v->begin : 0};
   }
-  const size_t offset = (address - begin()) % stride_;
-  if (offset < kDynamic) return {};
-  const auto after = std::upper_bound(offsets_.begin(), offsets_.end(), offset - kDynamic);
-  const auto i = static_cast<size_t>(after - offsets_.begin()) - 1;
-  return {&variables_[i], offset - kDynamic - offsets_[i]};
+  const size_t offset = in_stride(address) - kDynamic;
+  return {&variables_[offset / kSharedRoom], offset % kSharedRoom};
+}
+
+bool BlockMemory::contains(uintptr_t address, uint64_t size) const {
+  if (holds_dynamic(address)) return in_stride(address) + size <= dynamic_bytes_;
+  const InVariable at = variable_at(address);
+  return at.variable && at.offset + size <= size_of(*at.variable);
 }
 
 bool BlockMemory::covers(uintptr_t address) const {
@@ -100,12 +97,15 @@ bool BlockMemory::covers(uintptr_t address) const {
 
 std::optional<SharedPlace> BlockMemory::place(uintptr_t address) const {
   const InVariable at = variable_at(address);
-  const bool dynamic = holds_dynamic(address);
-  if (!dynamic && !at.variable) return {};
-  const bool names_block = holds(address) && clustered_ > 1;
-  const std::string whose = names_block ? " of the cluster's block " + std::to_string(block_of(address)) : "";
-  if (dynamic) return SharedPlace{"dynamic shared memory" + whose, (address - begin()) % stride_, dynamic_bytes_};
-  return SharedPlace{"shared " + at.variable->name + whose, at.offset, size_of(*at.variable)};
+  const bool in_dynamic = !is_marked(address) && in_region(address) < static_cast<size_t>(blocks_) * stride_;
+  if (!in_dynamic && !at.variable) return {};
+  // What no block has that runs lies past the end of the last one's.
+  const int block = std::min(block_of(address), clustered_ - 1);
+  const bool names_block = clustered_ > 1 && (in_dynamic || is_marked(address));
+  const std::string whose = names_block ? " of the cluster's block " + std::to_string(block) : "";
+  if (at.variable) return SharedPlace{"shared " + at.variable->name + whose, at.offset, size_of(*at.variable)};
+  return SharedPlace{"dynamic shared memory" + whose, in_region(address) - static_cast<size_t>(block) * stride_,
+                     dynamic_bytes_};
 }
 
 }  // namespace llmengine::sim

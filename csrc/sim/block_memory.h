@@ -6,8 +6,9 @@
 //   A __shared__ variable is one static variable of the image (include/cuda_runtime.h), at one address in the code of
 //   all blocks. In a cluster it holds what belongs to the block that runs: when another one goes on, its bytes change
 //   places with those of the region. Checks, copies under way and other blocks know it by its address in the region
-//   (`own`), which `real` takes back where bytes are moved. Only variables that a block of the cluster has touched
-//   change places. A block alone has its variables where they are.
+//   (`own`), marked as no pointer is, so that one that runs past the end of dynamic memory is never taken for it;
+//   `real` takes it back where bytes are moved. Only variables that a block of the cluster has touched change places. A
+//   block alone has its variables where they are.
 #pragma once
 
 #include <cstddef>
@@ -39,9 +40,12 @@ class BlockMemory {
   void enter(int block);           // which runs from here on
 
   char* dynamic(int block) const { return region_.get() + static_cast<size_t>(block) * stride_; }
-  bool holds(uintptr_t address) const { return address - begin() < static_cast<size_t>(blocks_) * stride_; }
-  bool holds_dynamic(uintptr_t address) const { return holds(address) && (address - begin()) % stride_ < kDynamic; }
-  int block_of(uintptr_t address) const { return static_cast<int>((address - begin()) / stride_); }
+  // Whether it is in what the blocks that run have of the region.
+  bool holds(uintptr_t address) const { return in_region(address) < static_cast<size_t>(clustered_) * stride_; }
+  bool holds_dynamic(uintptr_t address) const {
+    return !is_marked(address) && holds(address) && in_stride(address) < kDynamic;
+  }
+  int block_of(uintptr_t address) const { return clustered_ == 1 ? 0 : static_cast<int>(in_region(address) / stride_); }
   uintptr_t in_block(uintptr_t address, int block) const {
     return address + (static_cast<uintptr_t>(block) - static_cast<uintptr_t>(block_of(address))) * stride_;
   }
@@ -49,6 +53,8 @@ class BlockMemory {
   uintptr_t own(uintptr_t address, int block);
   // Where the bytes of an address are now.
   uintptr_t real(uintptr_t address) const;
+  // Whether so many bytes from there on are one variable's, or dynamic memory that the launch asked for.
+  bool contains(uintptr_t address, uint64_t size) const;
   // Dynamic memory as a whole, whatever the launch asked for: what lies beyond its size is an overrun of shared memory.
   bool covers(uintptr_t address) const;
   // What of shared memory lies there, or past the end of what lies there; nothing elsewhere.
@@ -57,6 +63,7 @@ class BlockMemory {
  private:
   static constexpr size_t kDynamic = 228 << 10;  // whole pages
   static_assert(kDynamic >= kDevice.shared_bytes_per_block);
+  static constexpr uintptr_t kMark = uintptr_t{1} << 62;
 
   struct InVariable {
     const SharedVariable* variable;  // or null
@@ -67,13 +74,17 @@ class BlockMemory {
   };
 
   uintptr_t begin() const { return reinterpret_cast<uintptr_t>(region_.get()); }
+  static bool is_marked(uintptr_t address) { return (address & kMark) != 0; }
+  uintptr_t in_region(uintptr_t address) const { return (address & ~kMark) - begin(); }
+  size_t in_stride(uintptr_t address) const {  // of what the region holds
+    return clustered_ == 1 ? in_region(address) : in_region(address) % stride_;
+  }
   char* of_block(const SharedVariable& variable, int block) const;
   InVariable variable_at(uintptr_t address) const;
   void touched(const SharedVariable& variable);
 
   const std::vector<SharedVariable>& variables_;
-  std::vector<size_t> offsets_;  // of each variable among a block's, and the end
-  size_t stride_ = 0;
+  const size_t stride_;
   std::unique_ptr<char, Free> region_;
   int blocks_ = 0;  // that there is room for
   int clustered_ = 1, running_ = 0;

@@ -159,7 +159,7 @@ void Machine::check_box(uintptr_t shared, const TensorMapFields& map, int rank, 
 // ---- to global memory -----------------------------------------------------------------------------------------------
 
 // A copy of this thread's to global memory, as far as the side in shared memory goes.
-BulkCopy Machine::begin_store(uintptr_t shared, uint64_t bytes, bool adds, uintptr_t site) {
+BulkCopy Machine::begin_store(uintptr_t shared, uint64_t bytes, Adds adds, uintptr_t site) {
   const int self = current_->number, reads = memory.clocks.agent(self, Deeds::store_reads);
   check({shared, bytes, Kind::read, site, By::bulk, reads}, self);
   BulkCopy copy;
@@ -172,15 +172,16 @@ BulkCopy Machine::begin_store(uintptr_t shared, uint64_t bytes, bool adds, uintp
 
 void Machine::store_piece(BulkCopy& copy, const char* shared, const char* global, uint32_t bytes, uintptr_t site) {
   const int writes = memory.clocks.agent(copy.thread, Deeds::store_writes);
-  check({number(global), bytes, copy.adds ? Kind::atomic : Kind::write, site, By::bulk, writes}, copy.thread);
+  check({number(global), bytes, copy.adds == Adds::nothing ? Kind::write : Kind::atomic, site, By::bulk, writes},
+        copy.thread);
   copy.pieces.push_back({const_cast<char*>(global), shared, bytes, bytes});
 }
 
-void Machine::store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, bool adds,
+void Machine::store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, Adds adds,
                            uintptr_t site) {
   if (preempts()) yield();
   check_box(shared, map, at.rank, site);
-  if (adds && map.dtype != DType::f32) {
+  if (adds != Adds::nothing && map.dtype != DType::f32) {
     fail(std::string("adds elements of ") + name(map.dtype) +
          " to a tensor, of which the simulator adds float32 alone (" + source_line(site) + ")");
   }
@@ -192,7 +193,7 @@ void Machine::store_tensor(const TensorMapFields& map, const BoxPlace& at, uintp
   issue(std::move(copy));
 }
 
-void Machine::store_bulk(uintptr_t global, uintptr_t shared, int bytes, bool adds, uintptr_t site) {
+void Machine::store_bulk(uintptr_t global, uintptr_t shared, int bytes, Adds adds, uintptr_t site) {
   if (preempts()) yield();
   const auto complain = [&](const std::string& problem) { fail(problem + " (" + source_line(site) + ")"); };
   if (bytes <= 0 || bytes % 16 != 0)
@@ -253,7 +254,13 @@ bool Machine::bulk_copies_may_finish(bool last_moment) {
 void Machine::finish_bulk_copy(size_t i) {
   const BulkCopy copy = std::move(bulk_copies_[i]);
   bulk_copies_.erase(bulk_copies_.begin() + static_cast<std::ptrdiff_t>(i));
-  for (const Transfer& piece : copy.pieces) copy.adds ? piece.add_floats() : piece.take_effect();
+  for (const Transfer& piece : copy.pieces) {
+    switch (copy.adds) {
+      case Adds::nothing: piece.take_effect(); break;
+      case Adds::floats: piece.add<float>(); break;
+      case Adds::integers: piece.add<uint32_t>(); break;
+    }
+  }
   if (copy.mbarrier < 0) return;
   Mbarrier& b = mbarriers_[static_cast<size_t>(copy.mbarrier)];
   --b.under_way;
@@ -279,14 +286,14 @@ void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, v
   machine.load_tensor(machine.own(shared), map, at, machine.own(mbarrier), blocks, number(return_address));
 }
 
-void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, Adds adds,
                   const void* return_address) {
   const Unwatched simulator;
   Machine& machine = Machine::the();
   machine.store_tensor(map, at, machine.own(shared), adds, number(return_address));
 }
 
-void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address) {
+void store_bulk(void* global, const void* shared, int bytes, Adds adds, const void* return_address) {
   const Unwatched simulator;
   Machine& machine = Machine::the();
   machine.store_bulk(number(global), machine.own(shared), bytes, adds, number(return_address));

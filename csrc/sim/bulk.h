@@ -3,7 +3,7 @@
 //   A copy takes effect as the schedule says, like other copies (copies.h). To shared memory it reports to an mbarrier,
 //   and the last legal moment is when no thread can go on; to several blocks it goes as several copies. To global
 //   memory it belongs to a group of its thread, and the last moment is the wait for that group, or for the reads of it.
-//   It may add to what is there, float by float and each one atomically: in which order, nobody says.
+//   It may add to what is there, number by number and each one atomically: in which order, nobody says.
 //
 //   A tensor map (ptx/tensor_map.cuh) says where the tensor lies, how large a box is, and how it is laid out in shared
 //   memory. There a box is dense, its first dimension running fastest; swizzled, the 16-byte chunk of an address is
@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "sim/copies.h"
+#include "sim/device.h"
 
 namespace llmengine::sim {
 
@@ -29,7 +30,7 @@ struct BulkCopy {
   // To global memory: whose it is.
   int thread = -1;
   uint32_t group = 0;
-  bool adds = false;  // floats to floats
+  Adds adds = Adds::nothing;
   bool late = false;
 };
 

@@ -19,16 +19,19 @@ void Transfer::take_effect() const {
   std::memset(there + bytes, 0, size - bytes);
 }
 
-void Transfer::add_floats() const {
+template <class Number>
+void Transfer::add() const {
   const char* const summands = real(from);
-  for (uint32_t at = 0; at < bytes; at += sizeof(float)) {
-    float sum, more;
-    std::memcpy(&sum, to + at, sizeof(float));
-    std::memcpy(&more, summands + at, sizeof(float));
+  for (uint32_t at = 0; at < bytes; at += sizeof(Number)) {
+    Number sum, more;
+    std::memcpy(&sum, to + at, sizeof(Number));
+    std::memcpy(&more, summands + at, sizeof(Number));
     sum += more;
-    std::memcpy(to + at, &sum, sizeof(float));
+    std::memcpy(to + at, &sum, sizeof(Number));
   }
 }
+template void Transfer::add<float>() const;
+template void Transfer::add<uint32_t>() const;
 
 void Copies::issue(int thread, Copy copy, Order order, std::mt19937_64& random) {
   const auto choice = order == Order::random ? random() % 4 : 0;

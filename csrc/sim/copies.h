@@ -23,7 +23,9 @@ struct Transfer {
   uint32_t size, bytes;  // what is written, and how much of it is read; the rest is zeros
 
   void take_effect() const;
-  void add_floats() const;  // to those that are there
+  // To the numbers that are there.
+  template <class Number>
+  void add() const;
 };
 
 struct Copy : Transfer {

@@ -26,7 +26,7 @@ int lane();
 // Every thread of the block meets here, all at the same line.
 void block_barrier(Site site);
 
-// Barrier `id` completes when `threads` threads have come; those that only arrive go on at once.
+// Barrier `id` completes when `threads` threads have come, whole warps at a time; those that only arrive go on at once.
 void named_barrier(int id, int threads, bool wait, Site site);
 
 // Every lane of `mask` meets here with the same operation, mask and line; each gets what all gave. A mask that names a
@@ -73,9 +73,10 @@ struct BoxPlace {
 void copy_bulk(void* shared, const void* global, int bytes, void* mbarrier, const void* return_address);
 void load_tensor(void* shared, const TensorMapFields& map, const BoxPlace& at, void* mbarrier, uint32_t blocks,
                  const void* return_address);
-void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, bool adds,
+enum class Adds : uint8_t { nothing, floats, integers };  // to what is there
+void store_tensor(const TensorMapFields& map, const BoxPlace& at, const void* shared, Adds adds,
                   const void* return_address);
-void store_bulk(void* global, const void* shared, int bytes, bool adds, const void* return_address);
+void store_bulk(void* global, const void* shared, int bytes, Adds adds, const void* return_address);
 void commit_stores();
 void wait_stores(int pending, bool reads_only);
 enum class Reach : uint8_t {

@@ -50,6 +50,12 @@ std::string last_part(const std::string& name) {
   return at == std::string::npos ? name : name.substr(at + 2);
 }
 
+// Of a function's static variable, "_ZZ" <function> "E" <name>: that of the function, where kernels may be.
+std::string kernels_function(const std::string& variable) {
+  if (!variable.starts_with("_ZZN9llmengine") || variable.starts_with("_ZZN9llmengine3sim")) return {};
+  return "_Z" + variable.substr(3);
+}
+
 std::string file_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
 std::string output_of(const std::string& command) {
@@ -113,12 +119,12 @@ void Image::read_symbols() {
       const std::string name = names + symbol.st_name;
       const int type = symbol.st_info & 15;
       if (type == STT_FUNC) functions_.push_back({begin, name});
-      // "_ZZ" heads the mangled names of what functions declare, "_ZGVZ" those of their guards
+      // "_ZGVZ" heads the mangled names of the guards of what functions declare
       if (name.starts_with("_ZGVZ")) guarded.insert("_Z" + name.substr(4));
       const bool zeros = symbol.st_shndx < header->e_shnum && sections[symbol.st_shndx].sh_type == SHT_NOBITS;
-      if (type == STT_OBJECT && zeros && name.starts_with("_ZZ") && begin % 4096 == 0) {
-        shared_.push_back({begin, begin + symbol.st_size, name});
-      }
+      if (type != STT_OBJECT || !zeros || symbol.st_value % kSharedRoom != 0) continue;
+      const std::string function = kernels_function(name);
+      if (!function.empty()) shared_.push_back({begin, begin + symbol.st_size, name, function});
     }
   }
   std::erase_if(shared_, [&](const SharedVariable& v) { return guarded.count(v.name) > 0; });
@@ -138,11 +144,25 @@ static const Entry* last_at(const std::vector<Entry>& entries, uintptr_t address
 
 const SharedVariable* Image::shared_variable_at(uintptr_t address) const {
   const SharedVariable* variable = last_at(shared_, address);
-  return variable && address < variable->pages_end() ? variable : nullptr;
+  return variable && address < variable->begin + kSharedRoom ? variable : nullptr;
+}
+
+const Image::Function* Image::function_at(uintptr_t address) const { return last_at(functions_, address); }
+
+size_t Image::static_shared_bytes(uintptr_t kernel) const {
+  const Function* function = function_at(kernel);
+  size_t bytes = 0;
+  for (const SharedVariable& v : shared_) {
+    // the rest of the name is "E" and the variable's own
+    const bool its =
+        function && v.function.starts_with(function->mangled) && v.function[function->mangled.size()] == 'E';
+    if (its) bytes += v.end - v.begin;
+  }
+  return bytes;
 }
 
 std::string Image::function_name(uintptr_t address) const {
-  const Function* function = last_at(functions_, address);
+  const Function* function = function_at(address);
   return function ? without_signature(demangled(function->mangled)) : "kernel";
 }
 

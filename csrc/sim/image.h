@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "sim/simulator.h"
+
 namespace llmengine::sim {
 
-// Alone on whole pages: what lies between its end and the next page belongs to nobody.
+// What lies between its end and that of its room (kSharedRoom) belongs to nobody.
 struct SharedVariable {
   uintptr_t begin, end;
-  std::string name;
-
-  uintptr_t pages_end() const { return (end + 4095) & ~uintptr_t{4095}; }
+  std::string name, function;  // mangled: the function that declares it, and what else the name has
 };
 
 class Image {
@@ -21,9 +21,12 @@ class Image {
   static const Image& own();
 
   // Every __shared__ variable of the image: what include/cuda_runtime.h makes of it is a static variable of a function
-  // that begins a page. Others may by chance, but they have an initial value, or a guard for the making of one.
+  // that begins a room of its own. Others may by chance: but the simulator's are known by their namespace, those of
+  // libraries by theirs, and those of kernels' hosts have an initial value, or a guard for the making of one.
   const std::vector<SharedVariable>& shared_variables() const { return shared_; }
-  const SharedVariable* shared_variable_at(uintptr_t address) const;  // on whose pages the address lies, or null
+  const SharedVariable* shared_variable_at(uintptr_t address) const;  // in whose room the address lies, or null
+  // Of the variables that a kernel itself declares; those of functions that it calls are not known to be its own.
+  size_t static_shared_bytes(uintptr_t kernel) const;
 
   std::string function_name(uintptr_t address) const;       // without arguments and namespaces
   bool is_constant(uintptr_t address) const;                // in a segment that is never written
@@ -41,6 +44,7 @@ class Image {
 
   Image();
   void read_symbols();
+  const Function* function_at(uintptr_t address) const;
 
   std::string path_;
   uintptr_t base_ = 0;

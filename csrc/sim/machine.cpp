@@ -411,13 +411,18 @@ void Machine::touch(const Access& access) {
     return;
   }
   if (preempts()) yield();
-  check(access, current_->number);
+  check_own(access, current_->number);
 }
 
-void Machine::touch_for_warp(const Access& access, int lane) { check(access, current_->number / 32 * 32 + lane); }
+void Machine::touch_for_warp(const Access& access, int lane) { check_own(access, current_->number / 32 * 32 + lane); }
 
-void Machine::check(Access access, int thread) {
+// Of an address as the thread's code has it.
+void Machine::check_own(Access access, int thread) {
   access.address = memory.blocks.own(access.address, thread / count_);
+  check(access, thread);
+}
+
+void Machine::check(const Access& access, int thread) {
   std::optional<Conflict> conflict;
   const auto problem = memory.check(access, thread, conflict);
   if (!problem) return;
@@ -559,6 +564,7 @@ void block_barrier(Site site) {
 
 void named_barrier(int id, int threads, bool wait, Site site) {
   const Unwatched simulator;
+  Machine::the().whole_warp(wait ? "barrier_sync" : "barrier_arrive", nullptr, [](const auto&) {}, site);
   Machine::the().named_barrier(id, threads, wait, site);
 }
 
@@ -601,7 +607,12 @@ void wait_copies(int pending) {
   Machine::the().wait_copies(pending);
 }
 
-void run(const Launch& launch) { Machine::the().run(launch); }
+size_t static_shared_bytes(const void* kernel) { return Image::own().static_shared_bytes(number(kernel)); }
+
+void run(const Launch& launch) {
+  last_stream = launch.stream;
+  Machine::the().run(launch);
+}
 
 namespace {
 std::mutex& lock() {

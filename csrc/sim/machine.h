@@ -73,8 +73,8 @@ class Machine {
   void copy_bulk(Transfer transfer, uintptr_t mbarrier, uintptr_t site);
   void load_tensor(uintptr_t shared, const TensorMapFields& map, const BoxPlace& at, uintptr_t mbarrier,
                    uint32_t blocks, uintptr_t site);
-  void store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, bool adds, uintptr_t site);
-  void store_bulk(uintptr_t global, uintptr_t shared, int bytes, bool adds, uintptr_t site);
+  void store_tensor(const TensorMapFields& map, const BoxPlace& at, uintptr_t shared, Adds adds, uintptr_t site);
+  void store_bulk(uintptr_t global, uintptr_t shared, int bytes, Adds adds, uintptr_t site);
   void commit_stores();
   void wait_stores(int pending, bool reads_only);
   void fence_async(Reach reach) { memory.clocks.fence(current_->number, reach); }
@@ -179,7 +179,7 @@ class Machine {
   void need_fenced(const Mbarrier& mbarrier, const char* operation, uintptr_t site);
   void report_to(BulkCopy& copy, Mbarrier& mbarrier, uintptr_t site);
   void check_box(uintptr_t shared, const TensorMapFields& map, int rank, uintptr_t site);
-  BulkCopy begin_store(uintptr_t shared, uint64_t bytes, bool adds, uintptr_t site);
+  BulkCopy begin_store(uintptr_t shared, uint64_t bytes, Adds adds, uintptr_t site);
   void store_piece(BulkCopy& copy, const char* shared, const char* global, uint32_t bytes, uintptr_t site);
   bool bulk_copies_may_finish(bool last_moment);
   void finish_bulk_copy(size_t i);
@@ -197,7 +197,8 @@ class Machine {
   void products_may_finish();
   void finish_product(size_t warp);
 
-  void check(Access access, int thread);
+  void check_own(Access access, int thread);
+  void check(const Access& access, int thread);
   void check_copy(const Transfer& transfer, uint32_t alignment, By by, int agent, uintptr_t site);
   [[noreturn]] void fail(int thread, const std::string& what);
   Index3 index_of(int number) const;

@@ -72,13 +72,13 @@ void Memory::begin_cluster(int threads_of_block, int block_count) {
 }
 
 std::optional<std::string> Memory::check(const Access& access, int thread, std::optional<Conflict>& conflict) {
-  const bool shared = is_shared(access.address);
+  const bool shared = blocks.contains(access.address, access.size);
   if (block_count_ > 1) {
     if (auto problem = foreign(access, thread)) return problem;
   }
-  if (shared || !region_at(access.address, access.size)) {
-    if (!shared && is_constant(access)) return {};
-    if (auto problem = outside(access)) return problem;
+  if (!shared && !region_at(access.address, access.size)) {
+    if (is_constant(access)) return {};
+    return outside(access);
   }
   const bool own_alignment = access.by == By::bulk || access.by == By::product;  // whoever issues them checks it
   if (!own_alignment && std::has_single_bit(access.size) && access.size <= 16 && access.address % access.size != 0) {
@@ -123,10 +123,9 @@ std::optional<std::string> Memory::foreign(const Access& access, int thread) con
   return std::string(verb(access.kind)) + " another block's shared memory, but not by its cluster address";
 }
 
-std::optional<std::string> Memory::outside(const Access& access) const {
+std::string Memory::outside(const Access& access) const {
   const auto place = blocks.place(access.address);
   if (!place) return outside_tensors(access);
-  if (place->offset + access.size <= place->size) return {};
   return std::string(verb(access.kind)) + " " + bytes(access.size) + " at byte " + std::to_string(place->offset) +
          " of " + place->name + ", which has " + std::to_string(place->size);
 }

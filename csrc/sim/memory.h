@@ -102,7 +102,7 @@ class Memory {
   };
 
   const Region* region_at(uintptr_t address, uint64_t size) const;
-  std::optional<std::string> outside(const Access& access) const;
+  std::string outside(const Access& access) const;
   std::string outside_tensors(const Access& access) const;
   std::optional<std::string> foreign(const Access& access, int thread) const;
   bool is_constant(const Access& access) const;

@@ -63,6 +63,12 @@ struct Index3 {
   uint64_t count() const { return uint64_t{x} * y * z; }
 };
 
+// Every __shared__ variable begins so many bytes of its own, more than a block's may have together: what lies behind it
+// there belongs to none, and an overrun is seen.
+inline constexpr size_t kSharedRoom = 64 << 10;
+inline constexpr size_t kStaticSharedBytes = 48 << 10;  // that a kernel's variables may have together
+size_t static_shared_bytes(const void* kernel);
+
 struct Launch {
   const void* kernel;  // the function, for its name
   Index3 grid, block, cluster;
@@ -70,9 +76,11 @@ struct Launch {
   void (*call)(void*);  // runs one thread of the kernel
   void* parameters;     // given to call; the kernel's constant bank
   size_t parameter_bytes;
+  const void* stream;  // told back, and nothing else
 };
 
 void run(const Launch& launch);
+inline const void* last_stream = nullptr;  // of the last launch
 
 struct Device {
   int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests

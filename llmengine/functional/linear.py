@@ -16,7 +16,7 @@ from llmengine.functional.arguments import (
     parameter_like,
 )
 from llmengine.ops import linear as ops
-from llmengine.ops.registry import demanded
+from llmengine.ops.registry import demanded, load
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,11 +37,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = _checked(input, weight, bias)
     quicker = x.device.type == "cpu" and pays(x.dtype, x.shape[:-1].numel())
     main = main_grad("linear", "weight", weight)
-    if quicker or demanded() is not None or asked_for(x) or main is not None:
+    if quicker or demanded() is not None or asked_for(x) or (main is not None and _has_kernels(x)):
         return _products(x, weight, bias, main)
     if torch.is_autocast_enabled(x.device.type):  # which casts, and remembers what it has cast
         return torch.nn.functional.linear(input, weight, bias)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Otherwise the reference would run, slowly: PyTorch's products are better, and a hook fills the buffer."""
+    return x.device.type == "cpu" or (x.is_cuda and load("cuda").unavailable is None)
 
 
 def products(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

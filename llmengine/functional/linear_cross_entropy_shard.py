@@ -13,6 +13,10 @@ class VocabularyShard:
     """The classes of a head that this process holds: of `classes` in all, those from `first` on, as many as the weight
     that it gives has rows, which may be none.
 
+        first, end = classes * rank // ranks, classes * (rank + 1) // ranks
+        shard = VocabularyShard.of_group(first, classes, group)
+        loss = linear_cross_entropy(hidden, head[first:end], target, shard=shard)
+
     reduce: puts together what the shards know: reduce(tensor, "max") and reduce(tensor, "sum") change a contiguous
         tensor, in place, to the largest or the sum over all shards, each class being in one of them. Every process
         makes the same calls in the same order. None: there is no other shard.

@@ -45,8 +45,9 @@ def watched(name: str, leaf: Module) -> str | None:
 
 
 def linear(leaf: Module, input: Tensor) -> Tensor:
-    """leaf(input), by our products where they are quicker or asked for."""
-    ours = FROM_ROWS is not None or asked_for(input)
+    """leaf(input), by our products where they are quicker or asked for, or add the weight's gradient to its buffer."""
+    buffer = getattr(getattr(leaf, "weight", None), "main_grad", None)
+    ours = FROM_ROWS is not None or asked_for(input) or buffer is not None
     if ours and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
     return leaf(input)

@@ -26,9 +26,10 @@ class MainGradients:
 
     parameters: those that take no gradient are passed over. Make the buffers when the model is where it will be
     trained. Every backward adds, so that torch.autograd.grad of such a loss is not for you. Under torch.compile all
-    gradients go by the hook. Across processes `training.distributed.sum_gradients` sums the buffers;
-    DistributedDataParallel, FSDP and torch.amp.GradScaler read `.grad` and know nothing of them. Raises ValueError
-    where a parameter already has a buffer, or is not real.
+    gradients go by the hook. Across processes `training.distributed.sum_gradients` sums the buffers, once a step.
+    DistributedDataParallel, FSDP and torch.amp.GradScaler know nothing of them: under DistributedDataParallel, run all
+    micro-batches in its no_sync(). Where it does sum, it leaves a `.grad`, and the step refuses to guess.
+    Raises ValueError where a parameter already has a buffer, or is not real.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -61,16 +62,20 @@ class MainGradients:
 
 @torch.no_grad()
 def gather(parameter: Tensor) -> None:
-    """What a parameter has of `.grad` joins its buffer."""
+    """The gradient that has just come joins the buffer. Hooks are called for one that has gone there already, too."""
     if parameter.grad is not None:
         parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
         parameter.grad = None
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The whole gradient: in its buffer, where it has one, otherwise `.grad`."""
+    """The whole gradient: in its buffer, where it has one, otherwise `.grad`. Raises RuntimeError where both hold some:
+    all that a backward makes is in the buffer, so that somebody else's is in `.grad`."""
     main: Tensor | None = getattr(parameter, "main_grad", None)
-    if main is None:
-        return parameter.grad
-    gather(parameter)
-    return main
+    if main is not None and parameter.grad is not None:
+        raise RuntimeError(
+            f"main_grad: a parameter of shape {tuple(parameter.shape)} has a .grad beside its buffer, which no "
+            "backward left there; DistributedDataParallel does so where it sums: run micro-batches in its no_sync(), "
+            "and sum the buffers by llmengine.training.distributed.sum_gradients"
+        )
+    return parameter.grad if main is None else main

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.backends.cuda.native import BUILT_AHEAD, HOPPER, attention_by, exact_kernels, products_by
+from llmengine.backends.cuda.native import (
+    BUILT_AHEAD,
+    HOPPER,
+    attention_backward_by,
+    attention_by,
+    exact_kernels,
+    products_by,
+)
 from llmengine.backends.fp8 import SCALINGS
 from llmengine.functional.linear import products
 from llmengine.ops.registry import backend
@@ -153,6 +160,12 @@ def _on_cuda(
     return within
 
 
+@contextlib.contextmanager
+def _in_one_pass() -> Iterator[None]:
+    with attention_by("sm90a"), attention_backward_by("one_pass"):
+        yield
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +200,7 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
     if q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) == HOPPER:
         run["llmengine cuda sm90a"] = Within(ours, _on_cuda(lambda: attention_by("sm90a")))  # not yet the default
+        run["llmengine cuda one pass"] = Within(ours, _on_cuda(_in_one_pass))  # sm90a's, backward
     if q.is_cuda and q.dtype != torch.float32 and head_dim not in BUILT_AHEAD:
         run["llmengine cuda exact"] = Within(ours, _on_cuda(exact_kernels))  # nor are these, which are compiled here
     run |= peers

@@ -90,18 +90,22 @@ def _compile(compiler: str, source: Path, architecture: str, kept: Path) -> dict
 def instructions(source: Path, architecture: str, pattern: str) -> dict[str, int]:
     """How many instructions in the machine code of each kernel match; needs cuobjdump."""
     report(source, architecture)
-    disassembler = cuobjdump()
-    assert disassembler, "cuobjdump is not at hand"
     name = f"{source.stem}-{architecture}-{_fingerprint(nvcc() or '', source)}.cubin"
-    cubin = ROOT / "build" / "resources" / name
-    code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    counts = {p.split("\n")[0].strip(): len(re.findall(pattern, p)) for p in code.split("Function : ")[1:]}
+    counts = instructions_of_cubin(ROOT / "build" / "resources" / name, pattern)
     names = _demangled(list(counts))
     return {names[mangled]: count for mangled, count in counts.items()}
 
 
+def instructions_of_cubin(cubin: Path, pattern: str) -> dict[str, int]:
+    """The same of machine code alone, for each kernel by its name there."""
+    disassembler = cuobjdump()
+    assert disassembler, "cuobjdump is not at hand"
+    code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return {p.split("\n")[0].strip(): len(re.findall(pattern, p)) for p in code.split("Function : ")[1:]}
+
+
 def usage_of_cubin(cubin: Path) -> dict[str, dict[str, int]]:
-    """The same of machine code alone, for each kernel by its name there; spills lie on the stack."""
+    """What kernels take by the machine code alone, each by its name there; spills lie on the stack."""
     command = [cuobjdump() or "cuobjdump", "--dump-resource-usage", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)

@@ -38,6 +38,7 @@ BOXES = [
     *(f"cp.async.bulk.tensor.{n}d.global.shared::cta.tile.bulk_group [" for n in range(1, 6)),
     *(f"cp.reduce.async.bulk.tensor.{n}d.global.shared::cta.add.tile.bulk_group [" for n in range(1, 6)),
     "cp.async.bulk.global.shared::cta.bulk_group [", "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [",
+    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [",
     "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [",
     "cp.async.bulk.commit_group", "cp.async.bulk.wait_group 0", "cp.async.bulk.wait_group.read 0", "prefetch.tensormap",
     "fence.proxy.async;", "fence.proxy.async.shared::cta",

@@ -241,7 +241,10 @@ def test_the_module_builds_and_loads_without_a_driver(tmp_path: Path):
     package = tmp_path / "site" / "llmengine"
     shutil.copytree(ROOT / "llmengine", package)
     shutil.copy(module, package)
-    script = "from llmengine.backends import cuda; print(cuda.unavailable())"
+    script = (
+        "from llmengine import _cuda; assert 'cuda/attention_sm80_forward.cu' in _cuda.sources();"
+        "from llmengine.backends import cuda; print(cuda.unavailable())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=package.parent,
     )  # fmt: skip

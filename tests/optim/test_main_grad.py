@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as plain
+from torch.nn.parallel import DistributedDataParallel
 
 import llmengine
 from llmengine import functional
 from llmengine.functional.linear import products
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.nn import fusing
 from llmengine.optim import AdamW, MainGradients
 from llmengine.training.distributed import sum_gradients
 
@@ -151,8 +153,11 @@ def batch(seed: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_models_gradients_all_gather_in_the_buffers(compiled: bool):
-    """Of fused weights, of biases, norms and embeddings (here tied to the head), and, compiled, all by the hook."""
+def test_a_models_gradients_all_gather_in_the_buffers(compiled: bool, monkeypatch):
+    """Of fused weights, of biases, norms and embeddings (here tied to the head), and, compiled, all by the hook. Here
+    as on a processor where PyTorch's products are the quicker ones."""
+    monkeypatch.setattr(fusing, "FROM_ROWS", None)
+    monkeypatch.setattr("llmengine.backends.cpu.linear.FROM_ROWS", None)
     model, exact = tiny().bfloat16(), tiny().bfloat16().float()
     mains = MainGradients(model.parameters())
     call = torch.compile(model, backend="aot_eager") if compiled else model
@@ -230,13 +235,42 @@ def test_adamw_reads_the_buffers(half: bool, options: dict, backend: str):
     assert ours[2].grad is None and not any(main.any() for main in mains.gradients())
 
 
-def test_a_grad_that_came_by_no_backward_counts():
+def test_a_grad_beside_a_buffer_is_nobodys_guess():
     p = nn.Parameter(torch.zeros(3))
     MainGradients([p])
     p.grad = torch.ones(3)
-    sum_gradients(nn.ParameterList([p]))  # alone: nothing to sum
-    AdamW([p], 1.0, weight_decay=0.0).step()
-    torch.testing.assert_close(p.detach(), torch.full((3,), -1.0))
+    with pytest.raises(RuntimeError, match=r"^main_grad: a parameter of shape \(3,\) has a .grad beside its buffer"):
+        AdamW([p]).step()
+    assert not p.any()
+
+
+def on_rank(rank: int, directory: str) -> None:
+    """Two micro-batches of each of two processes, under DistributedDataParallel; then one that it sums."""
+    distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = tiny()
+    mains, parallel = MainGradients(model.parameters()), DistributedDataParallel(model)
+    with parallel.no_sync():
+        for seed in (2 * rank, 2 * rank + 1):
+            parallel(**batch(seed)).loss.backward()
+    sum_gradients(model)
+    torch.save(mains.gradients(), f"{directory}/{rank}")
+    parallel(**batch(0)).loss.backward()
+    with pytest.raises(RuntimeError, match=r"has a \.grad beside its buffer"):
+        AdamW(model.parameters()).step()
+    with pytest.raises(RuntimeError, match=r"has a \.grad beside its buffer"):
+        sum_gradients(model)
+    distributed.destroy_process_group()
+
+
+def test_buffers_of_processes_add_up_and_no_sum_of_grads_passes_for_them(tmp_path):
+    multiprocessing.spawn(on_rank, (str(tmp_path),), 2)
+    model = tiny()
+    for seed in range(4):
+        model(**batch(seed)).loss.backward()
+    for rank in range(2):
+        for main, p in zip(torch.load(tmp_path / str(rank)), model.parameters(), strict=True):
+            torch.testing.assert_close(main, p.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

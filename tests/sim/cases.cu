@@ -7,6 +7,7 @@
 
 #include "case_runs.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/reduce.cuh"
 #include "tensor_cases.cuh"
@@ -76,6 +77,37 @@ __global__ void named_barriers(const float* in, float* out) {
     ptx::barrier_sync(1, broken ? 160 : 128);
     out[threadIdx.x - 64] = tile[127 - threadIdx.x];
   }
+}
+
+// Half a block hands a tile to the other. Broken: the halves are the even and the odd lanes of each warp.
+template <bool broken>
+__global__ void half_a_warp(const float* in, float* out) {
+  __shared__ float tile[64];
+  const unsigned place = broken ? threadIdx.x / 2 : threadIdx.x % 64;
+  if (broken ? threadIdx.x % 2 == 0 : threadIdx.x < 64) {
+    tile[place] = in[threadIdx.x];
+    ptx::barrier_arrive(1, 128);
+  } else {
+    ptx::barrier_sync(1, 128);
+    out[place] = tile[63 - place];
+  }
+}
+
+// Broken: a barrier that there is not, a count that is not of whole warps, a warp that counts otherwise.
+template <bool broken>
+__global__ void barrier_beyond(const float* in, float* out) {
+  ptx::barrier_sync(broken ? 16 : 15, 128);
+  out[threadIdx.x] = in[threadIdx.x];
+}
+template <bool broken>
+__global__ void barrier_of_a_hundred(const float* in, float* out) {
+  ptx::barrier_sync(1, broken ? 100 : 128);
+  out[threadIdx.x] = in[threadIdx.x];
+}
+template <bool broken>
+__global__ void barrier_of_two_counts(const float* in, float* out) {
+  ptx::barrier_sync(1, broken && threadIdx.x < 32 ? 64 : 128);
+  out[threadIdx.x] = in[threadIdx.x];
 }
 
 // ---- warps ----------------------------------------------------------------------------------------------------------
@@ -152,6 +184,42 @@ __global__ void dynamic_memory(const float* in, float* out) {
   out[threadIdx.x] = tile[63 - threadIdx.x];
 }
 
+// Broken: so far past the end of dynamic memory that the simulator keeps other things there, of `bytes`.
+template <bool broken>
+__global__ void far_past_dynamic_memory(const float* in, float* out, int bytes) {
+  __shared__ float any[4];
+  if (threadIdx.x < 4) any[threadIdx.x] = in[threadIdx.x];
+  auto* tile = static_cast<float*>(ptx::dynamic_shared());
+  if (threadIdx.x == 0) tile[broken ? bytes / 4 : 0] = 5.0f;
+  __syncthreads();
+  out[threadIdx.x] = 1.0f + any[0];
+}
+__global__ void distance_of_blocks(float* out) {
+  void* const own = ptx::dynamic_shared();
+  if (ptx::block_in_cluster() == 0 && threadIdx.x == 0) {
+    out[0] = static_cast<float>(ptx::map_to_block(own, 1).address - reinterpret_cast<uintptr_t>(own));
+  }
+}
+
+// Broken: one past the end of an array of whole pages, which another may follow.
+template <bool broken>
+__global__ void overrun_of_whole_pages(const float* in, float* out) {
+  __shared__ float first[1024], second[1024];
+  first[threadIdx.x] = second[threadIdx.x] = in[threadIdx.x];
+  if (threadIdx.x == 0) first[broken ? 1024 : 0] = 7.0f;
+  __syncthreads();
+  out[threadIdx.x] = first[threadIdx.x] + second[127 - threadIdx.x];
+}
+
+// Broken: it is launched with as much dynamic memory as a block may have, and has a variable besides.
+template <bool broken>
+__global__ void more_than_there_is(const float* in, float* out) {
+  __shared__ float tile[12000];
+  for (unsigned i = threadIdx.x; i < 12000; i += 128) tile[i] = in[i % 128];
+  __syncthreads();
+  out[threadIdx.x] = tile[127 - threadIdx.x];
+}
+
 // Broken: a slot that nobody filled is added up.
 template <bool broken>
 __global__ void unwritten_slot(const float* in, float* out) {
@@ -207,6 +275,22 @@ __global__ void row_sums(const float* in, float* out) {
   }
 }
 
+// ---- schedules ------------------------------------------------------------------------------------------------------
+
+// In which order threads come: the ticket of each; how often those of two successive tickets are of different warps.
+__global__ void tickets(const float*, float* out) { out[1 + threadIdx.x] = atomicAdd(out, 1.0f); }
+__global__ void changes_of_warps(const float*, float* out) {
+  __shared__ int next, changes;
+  __shared__ unsigned comers[128];
+  if (threadIdx.x == 0) next = changes = 0;
+  __syncthreads();
+  comers[atomicAdd(&next, 1)] = threadIdx.x;
+  __syncthreads();
+  if (threadIdx.x < 127 && comers[threadIdx.x] / 32 != comers[threadIdx.x + 1] / 32) atomicAdd(&changes, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) out[0] = static_cast<float>(changes);
+}
+
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
 template <bool broken>
@@ -220,6 +304,10 @@ std::map<std::string, Case> all_cases() {
       {"barrier_of_some", plain(barrier_of_some<broken>, 128)},
       {"barrier_in_branches", plain(barrier_in_branches<broken>, 128)},
       {"named_barriers", plain(named_barriers<broken>, 128)},
+      {"half_a_warp", plain(half_a_warp<broken>, 128)},
+      {"barrier_beyond", plain(barrier_beyond<broken>, 128)},
+      {"barrier_of_a_hundred", plain(barrier_of_a_hundred<broken>, 128)},
+      {"barrier_of_two_counts", plain(barrier_of_two_counts<broken>, 128)},
       {"neighbours_in_a_warp", plain(neighbours_in_a_warp<broken>, 32)},
       {"shuffle_of_half", plain(shuffle_of_half<broken>, 32)},
       {"mask_of_absent_lanes", plain(mask_of_absent_lanes<broken>, 32)},
@@ -232,6 +320,15 @@ std::map<std::string, Case> all_cases() {
         view(nullptr, 3, 20, 24)}},
       {"halo", plain(halo<broken>, 64)},
       {"dynamic_memory", plain(dynamic_memory<broken>, 64, (broken ? 63 : 64) * sizeof(float))},
+      {"among_variables", {[](const float* in, float* out) {
+         launch(far_past_dynamic_memory<broken>, 1, 128, 1024, in, out, 228 << 10);
+       }}},
+      {"memory_of_no_block", {[](const float* in, float* out) {
+         launch_cluster(distance_of_blocks, 2, 32, 2, 1024, out);
+         launch(far_past_dynamic_memory<broken>, 1, 128, 1024, in, out, static_cast<int>(out[0]));
+       }}},
+      {"overrun_of_whole_pages", plain(overrun_of_whole_pages<broken>, 128)},
+      {"more_than_there_is", plain(more_than_there_is<broken>, 128, broken ? 227 << 10 : 1024)},
       {"unwritten_slot", plain(unwritten_slot<broken>, 32)},
       {"partly_written_vector", plain(partly_written_vector<broken>, 32)},
       {"misaligned_vector", plain(misaligned_vector<broken>, 32)},
@@ -275,6 +372,9 @@ std::map<std::string, Case> all_cases() {
       {"one_copy_expected", plain(one_copy_expected<broken>, 32)},
       {"bulk_copy_of_odd_size", plain(bulk_copy_of_odd_size<broken>, 32)},
       {"row_sums", plain(row_sums, 128)},
+      {"tickets", plain(tickets, 128)},
+      {"changes_of_warps", plain(changes_of_warps, 128)},
+      {"one_look_each", plain(one_look_each, 32)},
   };
 }
 

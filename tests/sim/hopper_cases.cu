@@ -6,6 +6,7 @@
 #include <string>
 
 #include "case_runs.h"
+#include "cluster_cases.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/memory.cuh"
@@ -287,6 +288,28 @@ __global__ void product_of_three_warps(const float* in, float* out) {
   out[thread()] = d[0];
 }
 
+[[gnu::noinline, gnu::no_sanitize("thread")]] bool is_made(const float* product) { return *product != 0.0f; }
+
+// Counts, behind the simulator's back, the products of 32 that are made though none needs to be.
+__global__ void one_look_at_each_product(const float*, float* out) {
+  auto* tile = static_cast<uint32_t*>(ptx::dynamic_shared_1024());
+  constexpr uint32_t kOnes = 0x3f803f80, ones[4] = {kOnes, kOnes, kOnes, kOnes};
+  if (thread() < 64) tile[thread()] = kOnes;
+  ptx::fence_async_shared();
+  __syncthreads();
+  int made = 0;
+  for (int round = 0; round < 32; ++round) {
+    float d[4] = {};
+    ptx::wgmma_fence(d);
+    ptx::wgmma<Multiplicand::bf16>(d, ones, ptx::matrix_descriptor(tile, 128, 128, Swizzle::none), true);
+    ptx::wgmma_commit();
+    made += is_made(d);
+    __syncthreads();  // the first thread that waits waits for all
+    ptx::wgmma_wait<0>(d);
+  }
+  if (thread() == 0) out[0] = static_cast<float>(made);
+}
+
 // ---- clusters -------------------------------------------------------------------------------------------------------
 
 enum class Cluster : uint8_t { none, begin, order, relaxed, end, twice, alone, beyond, warp };
@@ -456,8 +479,7 @@ TensorMap map_of(const float* data) {
 
 template <class... Parameters, class... Given>
 void start(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, Given... given) {
-  const TensorView operand = view(nullptr, 1, kElements, kElements);
-  cuda::launch({"case", dim3(blocks), dim3(threads), nullptr, operand, 4096, dim3(cluster)}, kernel, given...);
+  launch_cluster(kernel, blocks, threads, cluster, 4096, given...);
 }
 
 template <bool broken>
@@ -473,6 +495,9 @@ Cases all_cases() {
   };
   const auto plain = [](auto kernel, unsigned threads = 128, unsigned blocks = 1) {
     return Case{[=](const float* in, float* out) { start(kernel, blocks, threads, blocks, in, out); }};
+  };
+  const auto in_cluster = [](auto kernel) {
+    return Case{[=](const float* in, float* out) { start(kernel, 2, 128, 2, map_of(in), map_of(out), in, out); }};
   };
   return {
       {"boxes_no_wait", from_map(boxes<broken, Box::no_wait>)},
@@ -529,6 +554,16 @@ Cases all_cases() {
       {"multicasts_wait", from_map(multicasts<broken, Multicast::wait>, 128, 2)},
       {"multicasts_bytes", from_map(multicasts<broken, Multicast::bytes>, 128, 2)},
       {"multicasts_mask", from_map(multicasts<broken, Multicast::mask>, 128, 2)},
+      {"cluster_copies", in_cluster(variables_of_clusters<Way::copies>)},
+      {"cluster_bulk_copies", in_cluster(variables_of_clusters<Way::bulk_copies>)},
+      {"cluster_bulk_stores", in_cluster(variables_of_clusters<Way::bulk_stores>)},
+      {"cluster_boxes", in_cluster(variables_of_clusters<Way::boxes>)},
+      {"cluster_matrices", in_cluster(variables_of_clusters<Way::matrices>)},
+      {"cluster_atomics", in_cluster(variables_of_clusters<Way::atomics>)},
+      {"cluster_messages", in_cluster(variables_of_clusters<Way::messages>)},
+      {"cluster_own_address", in_cluster(variables_of_clusters<Way::own_address>)},
+      {"cluster_rounds", in_cluster(variables_of_clusters<Way::rounds>)},
+      {"one_look_at_each_product", plain(one_look_at_each_product)},
       {"register_pool", plain(register_pool<broken>, 512)},
       {"register_limit", plain(register_limit<broken>, 512)},
   };

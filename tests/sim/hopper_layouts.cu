@@ -114,7 +114,7 @@ __global__ void store_box(const __grid_constant__ TensorMap map, const uint32_t*
   }
 }
 
-// In: floats. Out: the same, and twice the same.
+// In: floats. Out: the same, twice the same, and their bits, added to themselves as integers.
 __global__ void store_in_bulk(const uint32_t* in, uint32_t* out, int words) {
   const Shared shared = shared_memory(words);
   copy_words(shared.words, in, words);
@@ -123,9 +123,11 @@ __global__ void store_in_bulk(const uint32_t* in, uint32_t* out, int words) {
   if (threadIdx.x != 0) return;
   ptx::store_bulk(out, shared.words, words * 4);
   ptx::store_bulk(out + words, shared.words, words * 4);
+  ptx::store_bulk(out + 2 * words, shared.words, words * 4);
   ptx::commit_stores();
   ptx::wait_stores<0>();
   ptx::add_bulk(reinterpret_cast<float*>(out + words), reinterpret_cast<const float*>(shared.words), words * 4);
+  ptx::add_bulk(reinterpret_cast<int32_t*>(out + 2 * words), reinterpret_cast<const int32_t*>(shared.words), words * 4);
   ptx::commit_stores();
   ptx::wait_store_reads<0>();
 }

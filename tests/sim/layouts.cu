@@ -178,6 +178,60 @@ __global__ void many_loads(const uint32_t* in, uint32_t* out, int times) {
 
 // ---- the library ----------------------------------------------------------------------------------------------------
 
+// ---- warps and atomics ----------------------------------------------------------------------------------------------
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// In: a word of each lane, and a number. Out: for each lane what it has from others, in segments of 32 and of 8 lanes.
+__global__ void shuffles(const uint32_t* in, uint32_t* out) {
+  const uint32_t* my = of_block(in, 33);
+  const uint32_t word = my[lane()], n = my[32];
+  const int number = static_cast<int>(n);
+  const uint32_t found[8] = {__shfl_sync(kAll, word, number),     __shfl_sync(kAll, word, number, 8),
+                             __shfl_xor_sync(kAll, word, number), __shfl_xor_sync(kAll, word, number, 8),
+                             __shfl_up_sync(kAll, word, n),       __shfl_up_sync(kAll, word, n, 8),
+                             __shfl_down_sync(kAll, word, n),     __shfl_down_sync(kAll, word, n, 8)};
+  for (int i = 0; i < 8; ++i) of_block(out, 256)[8 * lane() + i] = found[i];
+}
+
+// In: a word of each lane. Out: for each lane the votes of all, and of its half of the warp.
+__global__ void votes(const uint32_t* in, uint32_t* out) {
+  const int yes = static_cast<int>(of_block(in, 32)[lane()]);
+  uint32_t* mine = of_block(out, 192) + 6 * lane();
+  mine[0] = __any_sync(kAll, yes) != 0, mine[1] = __all_sync(kAll, yes) != 0, mine[2] = __ballot_sync(kAll, yes);
+  if (lane() < 16) {
+    mine[3] = __any_sync(0xffffu, yes) != 0, mine[4] = __all_sync(0xffffu, yes) != 0;
+    mine[5] = __ballot_sync(0xffffu, yes);
+  } else {
+    mine[3] = __any_sync(0xffff0000u, yes) != 0, mine[4] = __all_sync(0xffff0000u, yes) != 0;
+    mine[5] = __ballot_sync(0xffff0000u, yes);
+  }
+}
+
+// `words`: of add, max, min, exchange and compare-and-swap; `taken`: what each lane has from the last two.
+__device__ void change(uint32_t* words, uint32_t word, uint32_t* taken) {
+  atomicAdd(words, word);
+  atomicMax(words + 1, word);
+  atomicMin(words + 2, word);
+  taken[0] = atomicExch(words + 3, word);
+  uint32_t expected = 0, seen;
+  while ((seen = atomicCAS(words + 4, expected, expected + 1)) != expected) expected = seen;
+  taken[1] = expected;
+}
+
+// In: a word of each lane. Out: the five words of global memory, those of shared memory, what lanes have taken of both.
+__global__ void atomics(const uint32_t* in, uint32_t* out) {
+  __shared__ uint32_t words[5];
+  uint32_t* global = of_block(out, 138);
+  if (lane() < 5) words[lane()] = global[lane()] = lane() == 2 ? kAll : 0;
+  __syncwarp();
+  const uint32_t word = of_block(in, 32)[lane()];
+  change(global, word, global + 10 + 2 * lane());
+  change(words, word, global + 74 + 2 * lane());
+  __syncwarp();
+  if (lane() < 5) global[5 + lane()] = words[lane()];
+}
+
 using Kernel = void (*)(const uint32_t*, uint32_t*);
 const std::map<std::string, Kernel> kKernels = {
     {"load_x1", load<1, false>},
@@ -196,6 +250,9 @@ const std::map<std::string, Kernel> kKernels = {
     {"copy_16", copy<16>},
     {"bulk_copy", bulk_copy},
     {"whole_product", whole_product},
+    {"shuffles", shuffles},
+    {"votes", votes},
+    {"atomics", atomics},
 };
 
 using Repeated = void (*)(const uint32_t*, uint32_t*, int);

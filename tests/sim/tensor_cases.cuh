@@ -355,5 +355,19 @@ __global__ void bulk_copy_of_odd_size(const float* in, float* out) {
   out[threadIdx.x] = tile[threadIdx.x].y;
 }
 
+// Each thread copies in bulk, and counts its copy if that has come at the first look.
+__global__ void one_look_each(const float* in, float* out) {
+  __shared__ float4 tile[32];
+  __shared__ ptx::Mbarrier full[32];
+  ptx::Mbarrier* const own = &full[threadIdx.x];
+  ptx::mbarrier_init(own, 1);
+  ptx::mbarrier_init_fence();
+  ptx::mbarrier_arrive_expect_tx(own, 16);
+  ptx::copy_bulk(tile + threadIdx.x, in + 4 * threadIdx.x, 16, own);
+  const bool came = ptx::mbarrier_try_wait(own, 0);
+  ptx::mbarrier_wait(own, 0);
+  out[threadIdx.x] = (came ? 1.0f : 0.0f) / static_cast<float>(threadIdx.x + 1);
+}
+
 }  // namespace
 }  // namespace llmengine

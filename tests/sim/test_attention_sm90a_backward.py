@@ -16,7 +16,7 @@ import llmengine
 from llmengine import functional
 from llmengine.backends import cuda_sim
 from llmengine.backends.cuda.attention import hopper_refuses
-from llmengine.testing import Sample, evaluate, poison
+from llmengine.testing import Operator, Sample, evaluate, poison
 from llmengine.testing.samples import attention
 from llmengine.testing.simulator import SCHEDULES
 
@@ -40,8 +40,8 @@ MASKS: list[dict[str, Any]] = [
 
 # The same above head dims of 128 (keys: 64, 48, 32; rows: 64), of values as wide, narrower and wider; MASKS by turns.
 WIDE_EDGES = [
-    (192, 192, 63, 65), (256, 256, 65, 49), (192, 128, 129, 64), (136, 72, 64, 129), (256, 40, 1, 1), (72, 200, 127, 63),
-    (248, 248, 66, 97), (192, 128, 33, 193),
+    (192, 192, 63, 65), (256, 256, 65, 49), (192, 128, 129, 64), (136, 72, 64, 129), (256, 40, 1, 1),
+    (72, 200, 127, 63), (248, 248, 66, 97), (192, 128, 33, 193),
 ]  # fmt: skip
 
 
@@ -63,6 +63,24 @@ def test_edges_of_wide_tiles(dim: int, value_dim: int, rows: int, keys: int, bac
     options = MASKS[(number + 4) % 6]
     sample = sample_of(f"{options}", rows, keys, dim, 2, 1, value_dim=value_dim, return_lse=True, **options)
     assert_right(SDPA, sample, HALVES[number % 2], backend=backend)
+    assert ran == ["attention_forward_sm90a", BACKWARD]
+
+
+def wide_samples() -> list:
+    """What else lies between products and probabilities, and packed sequences, in heads above 128."""
+    m, alibi = attention._Maker(5), {"alibi_slopes": torch.tensor([0.25, 0.5], dtype=torch.float64)}
+    m.padded("bias", 1, 2, 66, 70, 192, 128, 1, attn_mask=m.randn(2, 66, 70), softcap=2.0, return_lse=True, **alibi)
+    m.padded("mask", 2, 2, 40, 65, 256, 256, 2, attn_mask=m.chance(2, 1, 1, 65), dropout_p=0.2, window_size=(50, 9))
+    m.packed("packed", [70, 0, 9], [33, 5, 66], 2, 1, 192, 128, 3, dropout_p=0.2, window_size=(30, -1), **alibi)
+    m.packed("packed", [9, 66], [50, 65], 2, 2, 256, 200, 2, softcap=1.5, is_causal=True, return_lse=True)
+    ops = (SDPA, SDPA, VARLEN, VARLEN)
+    return [pytest.param(op, s, id=f"{s.name}-{s.args[0].shape[-1]}") for op, s in zip(ops, m.samples, strict=True)]
+
+
+@pytest.mark.parametrize("op, sample", wide_samples())
+@PLACES
+def test_options_of_wide_heads(op: Operator, sample: Sample, backend: str, ran: list[str]):  # noqa: F811
+    assert_right(op, sample, HALVES[sample.args[0].shape[-1] == 192], lined_up, backend)
     assert ran == ["attention_forward_sm90a", BACKWARD]
 
 
@@ -143,6 +161,7 @@ def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernels(ran: list
 
 ROWS, KEYS, WIDE = (f"attention_sm90a_{owner}" for owner in ("rows", "keys", "wide_keys"))
 LATE = "with no mbarrier_wait between|reads shared memory that no thread|what a product of|deadlock"
+UNTOLD = f"{LATE}|with no barrier between"
 # kernel, line, what it becomes, what must be said: a wrong result, or what the simulator found
 BREAKS = {
     "no wait for keys": (
@@ -184,22 +203,20 @@ BREAKS = {
     ),
     "slopes of the cap are forgotten": (ROWS, "    x[0][j][0] *= by.x, x[0][j][1] *= by.y,", "    ", "exceeds"),
     "probabilities not waited for": (
-        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", LATE,
+        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", UNTOLD,
     ),
     "probabilities of another parity": (
-        WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", LATE,
+        WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", UNTOLD,
     ),
-    "one warp's probabilities waited for": (WIDE, "ptx::mbarrier_init(&full, 4)", "ptx::mbarrier_init(&full, 1)", LATE),
+    "one warp's probabilities waited for": (
+        WIDE, "ptx::mbarrier_init(&full, 4)", "ptx::mbarrier_init(&full, 1)", UNTOLD,
+    ),
     "told before they are there": (
-        WIDE, "  if (capped) keep_slopes", "  give_back_by_warps(&shared.handed_full[stage]);\n  if (capped) keep_slopes",
-        LATE,
+        WIDE, "  if (capped) keep_slopes",
+        "  give_back_by_warps(&shared.handed_full[stage]);\n  if (capped) keep_slopes", UNTOLD,
     ),
     "probabilities over those not yet taken": (
-        WIDE, "shared.handed[stage] + threadIdx.x", "shared.handed[0] + threadIdx.x", "exceeds|no thread|with no",
-    ),
-    "statistics not waited for, in a wide head": (
-        WIDE, "  ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());  // with which the statistics come\n", "",
-        LATE,
+        WIDE, "shared.handed[stage] + threadIdx.x", "shared.handed[0] + threadIdx.x", UNTOLD,
     ),
     "what is added not waited for": (
         WIDE, "    ptx::mbarrier_wait(&shared.full[before.stage()][other], before.parity());\n", "", LATE,
@@ -210,7 +227,9 @@ BREAKS = {
         "    give_back_by_warps(&shared.free[before.stage()][other]);\n    ptx::wgmma_wait<0>(flat(sum));",
         "its copy writes .* what a product of|deadlock",
     ),
-    "dropped scores pass, in a wide head": (WIDE, "std::signbit(p[i]) ? 0.0f : g", "std::signbit(p[i]) ? g : g", "exceeds"),
+    "dropped scores pass, in a wide head": (
+        WIDE, "std::signbit(p[i]) ? 0.0f : g", "std::signbit(p[i]) ? g : g", "exceeds",
+    ),
     "the cap's slopes are not handed over": (WIDE, "if (capped) slope = handed[j * 128];", "", "exceeds"),
     "sums of the other kind": (
         WIDE, "kind == values ? p.backward.grad_value : p.backward.grad_key",
@@ -264,7 +283,7 @@ CLASSES = {  # one compiles in a fraction of the time
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 5 else ()) for i, n in enumerate(BREAKS)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 8 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
     kernel, line, becomes, said = BREAKS[name]
     module = broken(kernel, (line, becomes), CLASSES[kernel], tmp_path)

@@ -90,7 +90,7 @@ def test_one_side_alone_and_strided_matrices(native):
             assert_reference(x, "e4m3", block, rows=rows, columns=columns)
         assert_reference(randn(60, 90).bfloat16()[1::2, 3:80], "e5m2", block)
         assert_reference(randn(1, 40).expand(20, 40), "e4m3", block)
-    for parts in (1, 40, 256):
+    for parts in (1, 40, 512):
         assert_reference(x, "e4m3", 0, parts=parts)
 
 
@@ -141,7 +141,7 @@ def assert_right(
 
 
 # Less than a tile, whole tiles, more than one in each direction; k of less than a step, of more than the ring holds.
-@pytest.mark.parametrize("m, n, k", [(5, 3, 16), (128, 128, 128), (300, 270, 144), (131, 40, 784), (256, 128, 640)])
+@pytest.mark.parametrize("m, n, k", [(5, 3, 16), (128, 128, 128), (260, 130, 144), (131, 40, 784), (256, 128, 640)])
 @pytest.mark.parametrize("blocks", [(0, 0), (1, 128), (1, 1)], ids=str)
 def test_products_of_every_size(native, blocks, m: int, n: int, k: int):
     for i, order in enumerate(SCHEDULES):
@@ -170,7 +170,7 @@ def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(native):
         found = []
         for order in SCHEDULES:
             native.set_schedule(order, 5)
-            found.append(assert_right(520, 300, 272, blocks, dtype=torch.bfloat16))
+            found.append(assert_right(260, 140, 272, blocks, dtype=torch.bfloat16))
         assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
@@ -315,13 +315,13 @@ def attempt() -> None:
     for block in BLOCKS:
         assert_reference(x, "e4m3", block)
     for blocks in ((0, 0), (1, 128), (1, 1)):
-        assert_right(300, 200, 784, blocks)
+        assert_right(140, 140, 656, blocks)
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail(native):
     attempt()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 3 else ()) for i, n in enumerate(BREAKS)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 6 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(native, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert_caught(BREAKS[name], attempt, tmp_path, monkeypatch)

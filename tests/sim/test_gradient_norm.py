@@ -20,18 +20,21 @@ def tensors(*sizes: int, dtype: torch.dtype = torch.float32, offset: int = 0) ->
     return [torch.randn(size + offset, generator=g).to(dtype)[offset:] for size in sizes]
 
 
-def assert_norm(given: list[Tensor]) -> None:
+def assert_norm(given: list[Tensor]) -> Tensor:
     exact = torch.cat([t.double() for t in given]).square().sum().sqrt().float()
     with llmengine.backend("cuda_sim"):
         found = gradient_norm(given)
     assert abs(found / exact - 1) <= torch.finfo(torch.float32).eps, f"differs: {found} is not {exact}"
+    return found
 
 
 @DTYPES
 def test_tensors_of_every_size(native, dtype: torch.dtype):
+    norms = []
     for order in SCHEDULES:
         native.set_schedule(order, 3)
-        assert_norm(tensors(1, 0, 8192, 8193, 5, 20_001, dtype=dtype))
+        norms.append(assert_norm(tensors(1, 0, 8192, 8193, 5, 20_001, dtype=dtype)))
+    assert all(torch.equal(norm, norms[0]) for norm in norms), "equal bits under every schedule"
     assert_norm(tensors(30, 9001, dtype=dtype, offset=1))
 
 

@@ -139,6 +139,54 @@ def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_sch
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
 
 
+def test_products_are_made_at_any_lawful_moment():
+    """How many of 32 are there though none needs to be."""
+    made = [float(found.removeprefix("ok ")) for found in findings("one_look_at_each_product", "fixed")]
+    assert made[:2] == [0, 32], "forward: as late as possible; reversed: at once"
+    assert all(0 < count < 32 for count in made[3:]), "random: some"
+
+
+# ---- shared variables of clusters ------------------------------------------------------------------------------------
+
+GIVEN = (np.arange(256) % 7.0).reshape(2, 128)  # by each of two blocks
+TURNED, OTHERS = GIVEN[:, ::-1], GIVEN[::-1]
+
+
+def chunks_turned() -> np.ndarray:
+    """Of four numbers, their order in reverse; to the first of each 100 times the second of the other block's."""
+    own, others = (x.reshape(2, 32, 4)[:, ::-1] for x in (GIVEN, OTHERS))
+    result = own.copy()
+    result[..., 0] += 100 * others[..., 1]
+    return result.reshape(2, 128)
+
+
+def rounds() -> np.ndarray:
+    x = GIVEN
+    for _ in range(6):
+        x = 0.5 * x + x[::-1, ::-1]
+    return x
+
+
+RESULTS = {
+    "copies": TURNED,
+    "bulk_copies": TURNED,
+    "bulk_stores": 2 * GIVEN,
+    "boxes": GIVEN,
+    "matrices": GIVEN.reshape(2, 32, 4)[:, ::-1].reshape(2, 128),
+    "atomics": np.repeat([[127_128.0], [127_256.0]], 128, axis=1),
+    "messages": TURNED + 10 * OTHERS,
+    "own_address": chunks_turned(),
+    "rounds": rounds(),
+}
+
+
+@pytest.mark.parametrize("way", RESULTS)
+def test_variables_of_a_block_are_its_own_in_every_way_to_use_them(way: str):
+    expected = float(np.sum(RESULTS[way].reshape(-1) * np.arange(1, 257)))
+    for found in findings(f"cluster_{way}", "fixed"):
+        assert float(found.removeprefix("ok ")) == pytest.approx(expected, rel=1e-8)
+
+
 def test_shared_variables_are_each_block_s_own():
     given = np.arange(256).reshape(2, 128) % 7
     boxes = np.concatenate([(np.arange(4)[:, None] + 4 * b) * 32 + np.arange(32) for b in range(2)]).reshape(2, 128) % 7

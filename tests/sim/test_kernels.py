@@ -68,8 +68,10 @@ def test_a_target_that_is_no_class_makes_its_row_nan(native):
     assert not gradient[3].any()
 
 
-def test_the_gradient_of_cross_entropy_may_take_the_place_of_the_logits(native):
-    x, target, _ = logits_and_labels(4, 300, torch.bfloat16)
+@pytest.mark.parametrize("classes", [5, 300, 601])
+@DTYPES
+def test_the_gradient_of_cross_entropy_may_take_the_place_of_the_logits(native, dtype: torch.dtype, classes: int):
+    x, target, _ = logits_and_labels(4, classes, dtype)
     given = {
         "target": target, "weight": None, "weight_sum": None, "reduction": "sum", "ignore_index": -100,
         "label_smoothing": 0.1, "z_loss": 0.0, "softcap": 0.0, "normaliser": torch.ones(()), "stream": 0,
@@ -187,6 +189,20 @@ BREAKS = {
         "ffn", "ffn.cu", "value_of<activation>(h[i]) * u[i]", "h[i] * value_of<activation>(u[i])", "exceeds",
     ),
     "dropout of another row": ("ffn", "ffn.cu", "seed, row, column, keep", "seed, row + 1, column, keep", "exceeds"),
+    "each thread its own largest logit": (
+        "softmax", "softmax.cu", "row_reduce<Max>(largest, slots, turn);", "", "exceeds",
+    ),
+    "no rescaling of a thread's sum": ("softmax", "softmax.cu", "total[0] *= expf(largest - shift);", "", "exceeds"),
+    "no sum in the gradient": ("softmax", "softmax.cu", "(g[i] - total) * y[i]", "g[i] * y[i]", "exceeds"),
+    "logits of a row too many": ("softmax", "softmax.cu", "row < p.rows;", "row <= p.rows;", "past the end of input"),
+    "squares past the row": ("norm", "norm.cu", "i < valid ? h[i] - mean : 0.0f", "h[i] - mean", "exceeds"),
+    "statistics of the first row": ("norm", "norm.cu", "p.rstd[row]};", "p.rstd[0]};", "exceeds"),
+    "every thread's statistics": ("norm", "norm.cu", "if (threadIdx.x != 0) return;", "", "races: writes .* of mean"),
+    "no barrier between warps": (
+        "norm", "norm.cu", "    __syncthreads();\n    if (group > 0) return;", "    if (group > 0) return;",
+        "reads shared memory that no thread|races: .* shared others",
+    ),
+    "one warp's sums left out": ("norm", "norm.cu", "other < kNarrowRows - 1", "other < kNarrowRows - 2", "exceeds"),
     "tokens of a block": ("rotary", "rotary.cu", "* blockDim.z + threadIdx.z;", "* blockDim.z;", "races: .* of output"),
 }  # fmt: skip
 
@@ -216,7 +232,23 @@ def try_ffn() -> None:
     check(lambda *t: functional.ffn(**dict(zip(names, t, strict=True)), dropout_p=0.3), leaves, schedules=("random",))
 
 
-TRIES = {"cross_entropy": try_cross_entropy, "rotary": try_rotary, "ffn": try_ffn}
+def try_softmax() -> None:
+    for columns in (33, 16_400):
+        x = 3 * torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
+        x[:, -1] = 12.0  # the largest comes last
+        check(lambda x: functional.softmax(x, -1), [x], schedules=("random",))
+
+
+def try_norm() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, weight, bias = (1 + torch.randn(*shape, generator=g) for shape in ((9, 35), (35,), (35,)))
+    x *= torch.arange(1, 10)[:, None]
+    check(lambda x, w, b: functional.layer_norm(x, (35,), w, b), [x, weight, bias], schedules=("random",))
+
+
+TRIES = {
+    "softmax": try_softmax, "norm": try_norm, "cross_entropy": try_cross_entropy, "rotary": try_rotary, "ffn": try_ffn,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", TRIES)

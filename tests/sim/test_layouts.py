@@ -263,3 +263,37 @@ def test_a_product_fed_by_copies_and_matrix_loads(run):
     given = np.concatenate([words_of(shape.bits(x)).ravel() for x in (a, b.T, b)])
     found = run("whole_product", given[None], 256).view(np.float32).reshape(2, 16, 8)
     np.testing.assert_array_equal(found, np.stack([a @ b, a @ b]))
+
+
+# ---- warps and atomics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 8, 19, 31])
+def test_lanes_get_what_the_shuffles_name(run, number: int):
+    """Where that is beyond the segment, their own; but a butterfly reaches segments before."""
+    words = np.random.default_rng(number).integers(0, 2**32, 32, dtype=np.uint32)
+    found = run("shuffles", np.array([[*words, number]]), 256).reshape(32, 4, 2)
+    for i, width in enumerate((32, 8)):
+        first = LANES // width * width
+        for kind, source in enumerate((first + number % width, LANES ^ number, LANES - number, LANES + number)):
+            inside = ((source >= first) | (kind == 1)) & (source < first + width)
+            np.testing.assert_array_equal(found[:, kind, i], words[np.where(inside, source, LANES)])
+
+
+@pytest.mark.parametrize("yes", [0, 1, 0x80, 0x7FFFFFFF, 0xFFFF0000, 0xFFFFFFFF], ids=hex)
+def test_votes_are_those_of_the_lanes_that_are_asked(run, yes: int):
+    found = run("votes", (yes >> LANES & 1)[None] * 6, 192).reshape(32, 6)
+    halves = [(yes & mask, mask) for mask in (0xFFFF, 0xFFFF0000)]
+    for lane in range(32):
+        for answers, (ballot, mask) in ((found[lane, :3], (yes, 0xFFFFFFFF)), (found[lane, 3:], halves[lane // 16])):
+            assert answers.tolist() == [ballot != 0, ballot == mask, ballot]
+
+
+def test_atomics_change_and_give_what_was_there(run):
+    words = np.random.default_rng(1).integers(1, 2**32, 32, dtype=np.uint32)
+    found = run("atomics", words[None], 138)[0]
+    for end, taken in ((found[:5], found[10:74]), (found[5:10], found[74:])):
+        exchanged, counted = taken.reshape(32, 2).T
+        assert end[:3].tolist() == [words.sum(dtype=np.uint32), words.max(), words.min()]
+        assert sorted([*exchanged, end[3]]) == sorted([0, *words]), "each word is there for one lane that comes next"
+        assert sorted(counted) == list(range(32)) and end[4] == 32

@@ -40,6 +40,11 @@ FINDINGS = {
     "barrier_in_branches": rf"divergent barrier in block \(0, 0, 0\): threads 0-63 at __syncthreads {LINE}; "
     rf"threads 64-127 at __syncthreads {LINE}",
     "named_barriers": rf"deadlock in block \(0, 0, 0\): threads 0-63 exited; threads 64-127 at named barrier {LINE}",
+    "half_a_warp": rf"deadlock in block \(0, 0, 0\): threads 0, 2, .* at barrier_arrive {LINE}; threads 1, 3, .* at "
+    rf"barrier_sync {LINE}",
+    "barrier_beyond": rf"{PLACE} uses barrier 16; there are 16 {LINE}",
+    "barrier_of_a_hundred": rf"{PLACE} gives barrier 1 100 threads; whole warps are needed {LINE}",
+    "barrier_of_two_counts": rf"{PLACE} gives barrier 1 (64|128) threads where others gave (64|128) {LINE}",
     "neighbours_in_a_warp": rf"({UNWRITTEN}|{RACE} shared tile)",
     "shuffle_of_half": rf"{PLACE} __shfl_xor_sync reads lane \d+, which takes no part {LINE}",
     "mask_of_absent_lanes": rf"({PLACE} exits while {PLACE} waits for it at __shfl_xor_sync {LINE}|"
@@ -54,6 +59,12 @@ FINDINGS = {
     rf"{LINE}",
     "dynamic_memory": rf"thread \(63, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 252 of dynamic shared memory, "
     rf"which has 252 {LINE}",
+    "among_variables": rf"thread \(0, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 233472 of dynamic shared "
+    rf"memory, which has 1024 {LINE}",
+    "memory_of_no_block": r"thread \(0, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte \d{6,} of dynamic shared "
+    rf"memory, which has 1024 {LINE}",
+    "overrun_of_whole_pages": r"thread \(0, 0, 0\) of block \(0, 0, 0\) writes 4 bytes at byte 4096 of shared first, "
+    rf"which has 4096 {LINE}",
     "unwritten_slot": UNWRITTEN,
     "partly_written_vector": UNWRITTEN,
     "misaligned_vector": rf"{PLACE} reads 16 bytes at an address that is not a multiple of 16 {LINE}",
@@ -108,6 +119,7 @@ FINDINGS = {
 }  # fmt: skip
 
 
+KERNELS = {"among_variables": "far_past_dynamic_memory", "memory_of_no_block": "far_past_dynamic_memory"}
 BULK_MISTAKES = {name for name in FINDINGS if name.startswith("bulk_")} - {"bulk_copy_of_odd_size"}  # of one kernel
 
 
@@ -128,20 +140,58 @@ def findings(case: str, version: str) -> list[str]:
 @pytest.mark.parametrize("case", FINDINGS)
 def test_a_broken_kernel_is_caught_under_every_schedule(case: str):
     for found in findings(case, "broken"):
-        kernel = r"bulk<true, .*?>" if case in BULK_MISTAKES else f"{case}<true>"
+        kernel = r"bulk<true, .*?>" if case in BULK_MISTAKES else f"{KERNELS.get(case, case)}<true>"
         assert re.fullmatch(rf"{kernel}: (?:{FINDINGS[case]}).*", found), found
 
 
-@pytest.mark.parametrize("case", [*FINDINGS, "copies_left_behind", "row_sums"])
+def test_variables_and_dynamic_memory_must_fit_together():
+    for found in findings("more_than_there_is", "broken"):
+        assert found == (
+            "case of float32 (1, 512): invalid configuration argument (grid (1, 1, 1), block (128, 1, 1), 232448 bytes "
+            "of dynamic shared memory)"
+        )
+
+
+@pytest.mark.parametrize("case", [*FINDINGS, "more_than_there_is", "copies_left_behind", "row_sums"])
 def test_the_same_kernel_without_the_mistake_gives_equal_results_under_every_schedule(case: str):
     results = set(findings(case, "fixed"))
     assert len(results) == 1 and re.fullmatch(r"ok [\d.e+]+", results.pop()), results
 
 
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def values(case: str) -> list[float]:
+    return [float(found.removeprefix("ok ")) for found in findings(case, "fixed")]
+
+
+def test_threads_come_in_the_order_that_the_schedule_has():
+    """By the sums of (i + 2) times the ticket of thread i, which one order alone makes the largest, and its reverse
+    the smallest; the next ticket is added."""
+    upward = 128 + sum((i + 2) * i for i in range(128))
+    downward = 128 + sum((i + 2) * (127 - i) for i in range(128))
+    found = values("tickets")
+    assert found[:2] == [upward, downward], "forward, reversed"
+    assert len({*found[:2], *found[3:]}) == 6, "each seed: another"
+    assert values("tickets") == found, "the same seed: the same"
+
+
+def test_a_random_order_goes_to_and_fro_between_warps():
+    changes = values("changes_of_warps")
+    assert changes[:2] == [3, 3] and min(changes[3:]) > 30
+
+
+def test_bulk_copies_take_effect_at_any_lawful_moment():
+    """How many of 32 have come at the first look."""
+    came = values("one_look_each")
+    assert came[:2] == pytest.approx([0, 32]), "forward: as late as possible; reversed: at once"
+    assert all(0.5 < count < 31.5 for count in came[3:]), "random: some"
+
+
 @pytest.mark.parametrize("case", ["arrivals_at_once", "early_arrivals"])
 def test_copies_take_effect_at_any_lawful_moment(case: str):
     """How many of 128 have arrived though none needs to: at the issue, and when the group before was waited for."""
-    arrived = [float(found.removeprefix("ok ")) for found in findings(case, "fixed")]
+    arrived = values(case)
     assert arrived[:2] == pytest.approx([0, 128]), "forward: as late as possible; reversed: at once"
     assert all(1 < count < 127 for count in arrived[3:]), "random: some"
 
@@ -255,6 +305,13 @@ def test_what_a_kernel_only_reads_may_be_memory_that_none_may_write(native):
         x = torch.frombuffer(page, dtype=torch.float32).view(4, 256)
     with llmengine.backend("cuda_sim"):
         assert torch.equal(functional.softmax(x, -1), torch.full((4, 256), 1 / 256))
+
+
+def test_kernels_are_launched_on_the_stream_that_is_given(native):
+    x = torch.randn(2, 8)
+    for stream in (0x1230, 0):
+        native.softmax_forward(input=x, output=torch.empty_like(x), stream=stream)
+        assert native.last_stream() == stream
 
 
 def test_an_unknown_schedule_is_an_error(native):

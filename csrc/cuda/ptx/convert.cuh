@@ -1,5 +1,5 @@
-// Conversions between float and narrower floats (PTX ISA, "cvt"): to nearest, ties to even. To 8 bits, what is beyond
-// the largest number becomes it, infinities too; NaN stays NaN (sm_89 and later).
+// Conversions between float and narrower floats, and integers (PTX ISA, "cvt"): to nearest, ties to even. To 8 bits,
+// what is beyond the largest number becomes it, infinities too; NaN stays NaN (sm_89 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,13 @@ __device__ __forceinline__ float float_of_f16(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+
+// What is beyond the integers becomes the last of them, NaN 0.
+__device__ __forceinline__ int32_t nearest_integer(float value) {
+  int32_t integer;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(integer) : "f"(value));
+  return integer;
 }
 
 // Two at once: `low` into the lower half of the word.

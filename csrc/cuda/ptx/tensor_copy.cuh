@@ -238,6 +238,17 @@ __device__ __forceinline__ void add_bulk(float* global, const float* shared, int
 #endif
 }
 
+// Of integers, modulo 2^32: whatever order they come in, the sum is the same.
+__device__ __forceinline__ void add_bulk(int32_t* global, const int32_t* shared, int bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(global),
+               "r"(detail::shared_address(shared)), "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
 __device__ __forceinline__ void commit_stores() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -22,8 +22,7 @@
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Every variable begins a page: what lies between two of them belongs to none, and an overrun is seen.
-#define __shared__ static __attribute__((aligned(4096)))
+#define __shared__ static __attribute__((aligned(llmengine::sim::kSharedRoom)))
 
 namespace llmengine::sim {
 
@@ -84,8 +83,8 @@ T shuffled(const char* operation, unsigned mask, T value, int width, Site site, 
   std::memcpy(&bits, &value, sizeof(T));
   const Gathered gathered = meet_warp(operation, mask, bits, false, site);
   const int here = lane(), first = here / width * width, source = source_of(here, first);
-  // A source beyond its segment is the lane itself, as PTX has it.
-  const uint64_t found = value_of_lane(operation, gathered, source / width * width == first ? source : here, site);
+  // A source behind its segment is the lane itself, as PTX has it; one before is left to a butterfly alone.
+  const uint64_t found = value_of_lane(operation, gathered, source < first + width ? source : here, site);
   std::memcpy(&value, &found, sizeof(T));
   return value;
 }
@@ -224,7 +223,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 namespace llmengine::sim {
 
 // A launch as the hardware would take it; grids, blocks and clusters beyond its limits are refused, and clusters of
-// blocks that are not whole warps, whose threads the simulator could not number.
+// blocks that are not whole warps, whose threads the simulator could not number. Variables of a kernel and dynamic
+// memory must fit into a block's shared memory together.
 template <class... Parameters, class... Given>
 cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...), const Given&... given) {
   const Index3 grid{at.gridDim.x, at.gridDim.y, at.gridDim.z}, block{at.blockDim.x, at.blockDim.y, at.blockDim.z};
@@ -237,9 +237,11 @@ cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...)
   const bool clusters_fit =
       cluster.count() == 1 || (cluster.count() > 0 && cluster.count() <= kPortable && grid.x % cluster.x == 0 &&
                                grid.y % cluster.y == 0 && grid.z % cluster.z == 0 && block.count() % 32 == 0);
-  const bool fits = clusters_fit && grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
-                    block.count() > 0 && block.count() <= 1024 && block.z <= 64 &&
-                    at.dynamicSmemBytes <= kDevice.shared_bytes_per_block;
+  const size_t shared_bytes = static_shared_bytes(reinterpret_cast<const void*>(kernel));
+  const bool shared_fits =
+      shared_bytes <= kStaticSharedBytes && shared_bytes + at.dynamicSmemBytes <= kDevice.shared_bytes_per_block;
+  const bool fits = clusters_fit && shared_fits && grid.count() > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
+                    grid.z <= 65535 && block.count() > 0 && block.count() <= 1024 && block.z <= 64;
   if (!fits) return cudaErrorInvalidConfiguration;
   struct Call {
     void (*kernel)(Parameters...);
@@ -247,7 +249,7 @@ cudaError_t launched(const cudaLaunchConfig_t& at, void (*kernel)(Parameters...)
   } call{kernel, {given...}};
   run({reinterpret_cast<const void*>(kernel), grid, block, cluster, at.dynamicSmemBytes,
        [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->parameters); }, &call,
-       sizeof(call)});
+       sizeof(call), at.stream});
   return cudaSuccess;
 }
 

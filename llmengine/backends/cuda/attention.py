@@ -10,6 +10,7 @@ import torch
 
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.backends.cuda.native import Native, unit_last_stride
+from llmengine.ops import registry
 from llmengine.ops.registry import Kernel, kernel
 
 OPTIONS = (
@@ -18,8 +19,10 @@ OPTIONS = (
 )  # fmt: skip
 WIDEST = 256  # the widest head whose sums stay in registers
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
+WIDEST_IN_ONE_PASS = 128  # the widest head whose sums for keys stay in registers of blocks that make scores once
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
+GRID_ROWS, REMADE_ROWS = 64, 128  # of tiles, as in csrc/cuda/attention_grid.h
 
 
 def kernels(native: Native) -> dict[str, Kernel]:
@@ -50,7 +53,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
         by_boxes = {name: given[name] for name in ("query", "key", "value")}
         if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
-            turns = torch.zeros(1, dtype=torch.int32, device=query.device)  # from which blocks draw their tiles
+            turns = _zeros(query, 1)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
             native.call("attention_forward", query, **given, exact=native.wants_exact())
@@ -68,11 +71,17 @@ def kernels(native: Native) -> dict[str, Kernel]:
         by_kernel = want_grad_mask and mask.shape[3] != 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
-        of_hopper, by_boxes = {}, {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
+        kernel, of_hopper = "attention_backward", {}
+        by_boxes = {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
         if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
-            of_hopper = {"turns": torch.zeros(2, dtype=torch.int32, device=query.device)}
+            kernel, of_hopper = "attention_backward_sm90a", {"turns": _zeros(query, 2)}
+            if native.wants_one_pass():
+                reason = one_pass_refuses(query, value)
+                registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
+                if reason is None:
+                    kernel, of_hopper = "attention_backward_one_pass", of_hopper | _grid(**arguments)
         native.call(
-            "attention_backward_sm90a" if of_hopper else "attention_backward", query, **arguments, **of_hopper,
+            kernel, query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
             grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
@@ -98,6 +107,35 @@ def hopper_refuses(native: Native, **operands) -> str | None:
         if reason := native.module.tensor_map_refuses(tensor=tensor):
             return f"{name}: {reason}"
     return None
+
+
+def one_pass_refuses(query, value) -> str | None:
+    if (widest := max(query.shape[3], value.shape[3])) > WIDEST_IN_ONE_PASS:
+        return f"one takes head dims up to {WIDEST_IN_ONE_PASS}, got {widest}"
+    return None
+
+
+def _zeros(on, *sizes):
+    return torch.zeros(sizes, dtype=torch.int32, device=on.device)
+
+
+def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
+    """What one pass adds up on, and its room (csrc/cuda/attention_sm90a.h, attention_grid.h)."""
+    batch, heads, rows, _ = query.shape
+    dim = 64 if max(query.shape[3], value.shape[3]) <= 64 else 128
+    if cu_seqlens_q is None:
+        sequences, tiles, longest = batch, batch * -(-rows // GRID_ROWS), rows
+    else:
+        sequences = len(cu_seqlens_q) - 1
+        tiles, longest = rows // GRID_ROWS + sequences, max(1, min(max_seqlen_q, rows))
+    floats = {"dtype": torch.float32, "device": query.device}
+    return {
+        "grid": _zeros(query, tiles, heads, GRID_ROWS, dim),
+        "remade": _zeros(query, 1 + sequences * heads * -(-longest // REMADE_ROWS)),
+        "largest": _zeros(query, sequences, key.shape[1], 3),
+        "squares": torch.empty(2, batch, heads, rows, **floats),
+        "of_rows": torch.empty(tiles, heads, 3, GRID_ROWS, **floats),
+    }
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):

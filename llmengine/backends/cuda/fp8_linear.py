@@ -24,7 +24,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         (lines, k), x = x.shape, unit_last_stride(x)
         as_rows = room(x, block, lines, k) if rows else NOTHING
         as_columns = room(x, block, k, lines) if columns else NOTHING
-        maxima = x.new_empty(min(max(lines, 1), 256), dtype=torch.float32) if block == 0 else None
+        maxima = x.new_empty(min(max(lines, 1), 512), dtype=torch.float32) if block == 0 else None
         native.call(
             "fp8_quantise", x, x=x, format=format, block=block, maxima=maxima, rows=as_rows[0],
             row_scales=as_rows[1], columns=as_columns[0], column_scales=as_columns[1],

@@ -25,9 +25,13 @@ DTYPES = (torch.float32, *HALVES)
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own", "sm80", "sm90a")
 # Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's (csrc/cuda/attention_sm90a_*.cu) where a call's layout
-# is one for tensor maps, backward up to head dim 128. No GPU has timed it yet: until then it is asked for.
+# is one for tensor maps. No GPU has timed it yet: until then it is asked for.
 ATTENTION = "LLMENGINE_CUDA_ATTENTION"
 ATTENTIONS = ("sm80", "sm90a")
+# How Hopper's attention runs backward: "two_pass", a kernel for keys and one for queries, or "one_pass" over the
+# scores, which adds gradients of queries up on a grid of integers (csrc/cuda/attention_grid.h). No GPU has timed them.
+ATTENTION_BACKWARD = "LLMENGINE_CUDA_ATTENTION_BACKWARD"
+ATTENTION_BACKWARDS = ("two_pass", "one_pass")
 # Whether kernels of sm80's attention are those for the very head dim, up to a multiple of 16, compiled when they are
 # first used (jit.py), or "0", of the classes that are built ahead. No GPU has run compiled ones yet.
 JIT = "LLMENGINE_CUDA_JIT"
@@ -54,6 +58,10 @@ def products_by(maker: str) -> contextlib.AbstractContextManager[None]:
 
 def attention_by(kernels: str) -> contextlib.AbstractContextManager[None]:
     return setting(ATTENTION, kernels)
+
+
+def attention_backward_by(passes: str) -> contextlib.AbstractContextManager[None]:
+    return setting(ATTENTION_BACKWARD, passes)
 
 
 def exact_kernels(wanted: bool = True) -> contextlib.AbstractContextManager[None]:
@@ -131,6 +139,9 @@ class Native:
 
     def wants_hopper_attention(self) -> bool:
         return _chosen(ATTENTION, ATTENTIONS, ATTENTIONS[0]) == "sm90a"
+
+    def wants_one_pass(self) -> bool:
+        return _chosen(ATTENTION_BACKWARD, ATTENTION_BACKWARDS, ATTENTION_BACKWARDS[0]) == "one_pass"
 
     def wants_exact(self) -> bool:
         return _chosen(JIT, ("0", "1"), "0") == "1"

@@ -18,11 +18,8 @@ from pathlib import Path
 import torch
 
 MAJORS = ("13", "12")  # of CUDA
-OPTIONS = (
-    "-std=c++20",
-    "-default-device",
-    "-diag-suppress=177",
-)  # functions that say nothing are the device's: the host's are not there
+# Functions that say nothing are the device's, since the host's are not there; no word on members that no kernel uses.
+OPTIONS = ("-std=c++20", "-default-device", "-diag-suppress=177")
 STAND_INS = {
     "cuda_runtime.h": "",  # NVRTC knows CUDA's language by itself
     "cmath": "#pragma once\n#define INFINITY __builtin_bit_cast(float, 0x7f800000)\n",

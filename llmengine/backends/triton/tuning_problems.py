@@ -168,8 +168,9 @@ def _ffn_gradients(x: Tensor, w: Tensor) -> Call:
     gate, down, seed = w.flip(0), w.T.contiguous(), torch.ones(1, dtype=torch.int64, device=x.device)
     output, *saved = ffn_forward(x, w, None, gate, None, down, None, seed, "silu", 0.1, True)
     wanted = [True, True, False, True, False, True, False]
-    given, mains = (output, x, w, None, gate, None, down), (None, None, None)
-    return lambda: ffn_backward(*given, *saved, seed, "silu", 0.1, *mains, wanted)
+    return lambda: ffn_backward(
+        output, x, w, None, gate, None, down, *saved, seed, "silu", 0.1, None, None, None, wanted
+    )
 
 
 def _loss(x: Tensor, w: Tensor) -> Call:

@@ -1,4 +1,4 @@
-// Twin of csrc/cuda/ptx/convert.cuh: the same roundings, to nearest and ties to even, in integers.
+// Twin of csrc/cuda/ptx/convert.cuh: the same roundings, to nearest and ties to even.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,6 +64,11 @@ inline float from_e5m2(uint32_t byte) { return from_f16(byte << 8); }
 }  // namespace twin
 
 __forceinline__ float float_of_f16(uint16_t bits) { return twin::from_f16(bits); }
+__forceinline__ int32_t nearest_integer(float value) {
+  if (std::isnan(value)) return 0;
+  if (std::fabs(value) >= 0x1p31f) return value < 0 ? INT32_MIN : INT32_MAX;
+  return static_cast<int32_t>(std::nearbyint(value));
+}
 __forceinline__ uint32_t bf16x2_of(float low, float high) { return twin::to_bf16(low) | twin::to_bf16(high) << 16; }
 __forceinline__ uint32_t f16x2_of(float low, float high) { return twin::to_f16(low) | twin::to_f16(high) << 16; }
 

@@ -17,11 +17,11 @@ namespace twin {
   sim::load_tensor(shared, map->fields, at, barrier, blocks, __builtin_return_address(0));
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void store_tensor(const TensorMap* map, const sim::BoxPlace& at,
-                                                                       const void* shared, bool adds) {
+                                                                       const void* shared, sim::Adds adds) {
   sim::store_tensor(map->fields, at, shared, adds, __builtin_return_address(0));
 }
 [[gnu::noinline, gnu::no_sanitize("thread")]] inline void store_bulk(void* global, const void* shared, int bytes,
-                                                                     bool adds) {
+                                                                     sim::Adds adds) {
   sim::store_bulk(global, shared, bytes, adds, __builtin_return_address(0));
 }
 
@@ -43,19 +43,22 @@ __forceinline__ void copy_tensor_multicast(void* shared, const TensorMap* map, M
 template <class... Place>
 __forceinline__ void store_tensor(const TensorMap* map, const void* shared, Place... place) {
   const sim::BoxPlace at{sizeof...(place), {static_cast<int>(place)...}};
-  twin::store_tensor(map, at, shared, false);
+  twin::store_tensor(map, at, shared, sim::Adds::nothing);
 }
 template <class... Place>
 __forceinline__ void add_tensor(const TensorMap* map, const void* shared, Place... place) {
   const sim::BoxPlace at{sizeof...(place), {static_cast<int>(place)...}};
-  twin::store_tensor(map, at, shared, true);
+  twin::store_tensor(map, at, shared, sim::Adds::floats);
 }
 
 __forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
-  twin::store_bulk(global, shared, bytes, false);
+  twin::store_bulk(global, shared, bytes, sim::Adds::nothing);
 }
 __forceinline__ void add_bulk(float* global, const float* shared, int bytes) {
-  twin::store_bulk(global, shared, bytes, true);
+  twin::store_bulk(global, shared, bytes, sim::Adds::floats);
+}
+__forceinline__ void add_bulk(int32_t* global, const int32_t* shared, int bytes) {
+  twin::store_bulk(global, shared, bytes, sim::Adds::integers);
 }
 
 __forceinline__ void commit_stores() { sim::commit_stores(); }
