@@ -40,7 +40,7 @@ def config_of(family: str, size: str) -> llmengine.TransformerConfig:
 
 def batches(family: str, vocabulary: int, batch: int, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ours and theirs."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(10, vocabulary, (batch, length), generator=generator)
     if family in ("gpt2", "llama", "bart", "t5"):
         return ({"input_ids": ids, "labels": ids},) * 2
@@ -64,7 +64,7 @@ def batches(family: str, vocabulary: int, batch: int, length: int) -> tuple[dict
 @pytest.mark.parametrize("peer", ["llmengine", "torch", "eager", "compiled"])
 @pytest.mark.parametrize("size", list(SIZES))
 @pytest.mark.parametrize("family", list(PRESETS))
-def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
+def bench_training_step(side_by_side, device, peer, dtype, family, size, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = config_of(family, size)
     torch.manual_seed(0)
@@ -76,11 +76,12 @@ def bench_training_step(side_by_side, peer, dtype, family, size, tmp_path):
         (architecture,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
         attention = {"attn_implementation": "eager"} if peer == "eager" else {}
         model, inputs = getattr(transformers, architecture).from_pretrained(tmp_path, **attention).train(), theirs
+        model.to(device)
     call = torch.compile(model) if peer == "compiled" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run():
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = call(**inputs).loss
         loss.backward()
         optimizer.step()

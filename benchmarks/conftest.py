@@ -3,6 +3,7 @@
 pytest benchmarks/ --benchmark-only                         all suites
 pytest benchmarks/bench_norm.py --benchmark-only -k bf16    one of them
 ... --results benchmarks/results/cpu.json                   also write medians, ratios and the machine as JSON
+... --device cpu                                            where a GPU would be taken
 """
 
 from __future__ import annotations
@@ -21,6 +22,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write medians and ratios as JSON to this file")
+    parser.addoption("--device", choices=("cpu", "cuda"), help="where tensors lie; a GPU where there is one")
+
+
+def device_of(config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where a benchmark's tensors are made, unless it says so itself."""
+    name = device_of(request.config)
+    torch.set_default_device(None if name == "cpu" else name)
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=list(DTYPES))
@@ -29,8 +44,9 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture
-def side_by_side(benchmark, request):
-    """Times `calls[peer]()`; the test is parametrised over `peer`, and groups by everything else."""
+def side_by_side(benchmark, request, device):
+    """Times `calls[peer]()`, on a GPU until it has done its work; the test is parametrised over `peer`, and groups by
+    everything else."""
 
     def run(
         peer: str, calls: dict[str, Callable[[], object]], *, flops: float = 0.0, bytes_moved: float = 0.0,
@@ -41,9 +57,21 @@ def side_by_side(benchmark, request):
         benchmark.group = name.replace(f"{peer}-", "").replace(f"-{peer}", "")
         benchmark.extra_info |= {"peer": peer, "flops": flops, "bytes": bytes_moved}
         rounds = max(request.config.getoption("--benchmark-min-rounds"), rounds)
-        benchmark.pedantic(calls[peer], rounds=rounds, iterations=1, warmup_rounds=2)
+        torch.set_default_device(None)  # it takes time in every call of PyTorch
+        call = calls[peer] if device == "cpu" else finished(calls[peer])
+        benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=2)
 
     return run
+
+
+def finished(call: Callable[[], object]) -> Callable[[], None]:
+    """The call, and waiting for what it has launched."""
+
+    def whole() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return whole
 
 
 def forward_backward(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Callable[[], None]:
@@ -81,7 +109,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write("(ratio: the peer's time over ours; above 1 llmengine is faster)")
     if path := config.getoption("--results"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(device_of(config)), "rows": rows}, indent=1) + "\n")
         write(f"written: {path}")
 
 

@@ -13,12 +13,13 @@ import llmengine
 from llmengine import functional
 from llmengine.backends.reference.adamw import stochastic_bfloat16
 from llmengine.backends.triton import adamw, cross_entropy, gemm, linear_cross_entropy, norm, rows
+from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.ops import adamw as node
 from llmengine.testing import Operator, Sample, Target, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
 TRITON = [t for t in targets() if t.backend == "triton"]
-OPERATORS = {op.name: op for op in all_operators()}
+OPERATORS = {op.name: op for op in reversed(all_operators())}  # of one name the first: others are of its options
 
 
 def assert_lawful(op: Operator, sample: Sample) -> None:
@@ -136,13 +137,32 @@ def test_a_target_out_of_range_is_nan_where_waiting_to_say_so_would_cost():
 
 
 def test_linear_cross_entropy_in_several_chunks_of_classes(monkeypatch):
+    """Of the input's gradient a first, a middle and a last part."""
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 1)
     monkeypatch.setattr(linear_cross_entropy, "LEAST", 256)
-    target = torch.arange(20) * 14
+    target = torch.arange(20) * 28
     target[:3] = -100
-    options = {"linear_bias": randn(300), "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0}
-    sample = Sample("chunks", (randn(20, 24), randn(300, 24) / 2, target), options)
+    options = {"linear_bias": randn(560), "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0}
+    sample = Sample("chunks", (randn(20, 24), randn(560, 24) / 2, target), options)
     assert_lawful(OPERATORS["linear_cross_entropy"], sample)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["", "sparse"])
+def test_sums_between_products_keep_24_bits_of_a_float32(sparse: bool):
+    """64 products, that half of a result's 16 bits each time would lose; what is not finite stays so."""
+    for target in TRITON:
+        a, b = (t.to(target.device, torch.float16) for t in (randn(70, 16), randn(16, 40)))
+        a[3, 0], a[5, 0] = torch.inf, torch.nan
+        out = torch.empty(70, 40, dtype=torch.float16, device=target.device)
+        low = torch.empty(70, 40, dtype=torch.uint8, device=target.device)
+        whole = Kept(torch.ones(5, 1, dtype=torch.int32, device=target.device), 16, 16)
+        for step in range(64):
+            sums = {"out": out, "added": step > 0, "between": gemm.Between(low, step == 63)}
+            block_sparse_gemm(a, whole, b, **sums) if sparse else gemm.gemm(a, b, **sums)
+        exact = (64 * (a.double() @ b.double())).half()
+        torch.testing.assert_close(out, exact, rtol=2**-10, atol=2**-10, equal_nan=True)
+        finite = exact.isfinite()
+        assert (out[finite] == exact[finite]).double().mean() > 0.8
 
 
 def test_tiles_of_tokens_without_labels_are_skipped():

@@ -69,6 +69,51 @@ def test_every_kernel_that_is_launched_is_compiled():
     assert launched == set(done.stdout.split()), "an operator's file needs aot_calls, and aot.OPERATORS its name"
 
 
+PEAK = """
+import weakref, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from llmengine.backends.triton import aot, device
+from llmengine.backends.triton.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+
+class Peak(TorchDispatchMode):
+    def __init__(self, *given):
+        super().__init__()
+        self.live, self.most = {tensor.untyped_storage()._cdata: 0 for tensor in given}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, (tuple, list)) else [results]:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                self.most = max(self.most, sum(self.live.values()))
+        return results
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+x, w, target = empty(8192, 4096), empty(128256, 4096), empty(8192, dtype=torch.int64)
+options = ("mean", -100, 0.0, 0.0, 0.0)
+peak = Peak(x, w, target)
+with aot._recording([]), device.assume("sm_90"), peak:
+    loss, lse, normaliser = linear_cross_entropy_forward(x, w, None, target, None, *options)
+    gradients = linear_cross_entropy_backward(
+        loss, x, w, None, target, None, lse, normaliser, *options, 0.0, None, [True, True, False]
+    )
+print(peak.most, sum(g.nbytes for g in gradients))
+"""
+
+
+def test_linear_cross_entropy_takes_under_2_percent_of_the_unfused_paths_memory():
+    """Beyond its gradients, which both have: there, logits in bfloat16, their softmax and their gradient."""
+    done = run("-c", PEAK)
+    assert done.returncode == 0, done.stderr
+    most, gradients = map(int, done.stdout.split())
+    assert most > gradients > 2 * 4096 * 128256
+    assert most - gradients < 0.02 * 3 * 2 * 8192 * 128256
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

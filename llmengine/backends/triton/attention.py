@@ -71,6 +71,8 @@ class _Call:
         # A bias by distance beside other work on the logits, or beside exact products, takes a wider head's registers.
         others = mask is not None or alibi_slopes is not None or softcap > 0 or query.dtype == torch.float32
         self.crowded = distance_bias is not None and others
+        # Rows whose addresses are no multiples of 16 are fetched in small pieces, through registers.
+        self.ragged = bool(query.shape[3] % 16 or value.shape[3] % 16)
         self.options = Options(
             None if mask is None else _mask(mask),
             None if alibi_slopes is None else _rows(alibi_slopes[..., None, None]),
@@ -135,8 +137,10 @@ class _Call:
     def shape(self, kind: str) -> tuple[Shape, Tile]:
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         depth, width = (max(16, power_of_2(n)) for n in (head_dim, value_dim))
-        plain = self.fold and self.options.seed is None
-        widest = WIDEST if self.crowded and kind != MASK else max(head_dim, value_dim)
+        plain = self.fold and self.options.seed is None and not self.ragged
+        widest = max(head_dim, value_dim)
+        if kind != MASK and (self.crowded or (self.ragged and widest > 64)):
+            widest = WIDEST
         tile = tile_for(self.query, kind, widest, plain)
         constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
@@ -217,6 +221,8 @@ def aot_calls(dtype: torch.dtype):
     yield "causal 64", lambda: _aot_call(dtype, 64, window_right=0)
     yield "causal 256", lambda: _aot_call(dtype, 256, window_right=0)
     yield "causal 192", lambda: _aot_call(dtype, 192, window_right=0)
+    for head_dim in (16, 24, 32, 72, 112, 200):  # narrow, in wider padding, of rows that are not aligned
+        yield f"causal {head_dim}", lambda head_dim=head_dim: _aot_call(dtype, head_dim, window_right=0)
     yield "packed 96, window", lambda: _aot_call(dtype, 96, packed=True, window_left=512, window_right=0)
     yield "packed 64, dropout", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1)
     yield "packed 64, sinks", lambda: _aot_call(dtype, 64, packed=True, window_left=127, window_right=0, sinks=True)
@@ -226,6 +232,14 @@ def aot_calls(dtype: torch.dtype):
             lambda head_dim=head_dim: _aot_call(
                 dtype, head_dim, mask=(1, 16, 2048, 2048), alibi=True, window_left=512, window_right=0, softcap=30.0,
                 dropout_p=0.1, grad_lse=True, farthest=128, sinks=True,
+            ),
+        )  # fmt: skip
+    for head_dim in (16, 128):
+        yield (
+            f"all but distances {head_dim}",
+            lambda head_dim=head_dim: _aot_call(
+                dtype, head_dim, mask=(1, 16, 2048, 2048), alibi=True, window_right=0, softcap=30.0, dropout_p=0.1,
+                sinks=True,
             ),
         )  # fmt: skip
     yield "packed 64, distances", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1, farthest=128)

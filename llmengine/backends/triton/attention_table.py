@@ -23,18 +23,19 @@ class Tile(NamedTuple):
 
 FORWARD, KEYS, ROWS, MASK, STATISTICS, DISTANCE = "forward", "keys", "rows", "mask", "statistics", "distance"
 
-# For each kernel, by the widest head dim that a tile serves: columns of padding cost registers too. "plain": 16-bit
-# operands, logits that are multiples of the products, no dropout. "busy": what else stands between products and
-# probabilities takes registers. "float32": exact products, on NVIDIA's GPUs by the ordinary units, from registers; on
-# CDNA by matrix instructions, where four warps of a program may have twice the registers of eight.
+# For each kernel, by the widest head dim that a tile serves: columns of padding cost registers too, and what tells them
+# from others a few more. "plain": 16-bit operands, logits that are multiples of the products, no dropout. "busy": what
+# else stands between products and probabilities takes registers; so do rows that are not aligned. "float32": exact
+# products, on NVIDIA's GPUs by the ordinary units, from registers; on CDNA by matrix instructions, where four warps of
+# a program may have twice the registers of eight.
 _AMPERE = {
     "plain": {
-        FORWARD: {64: Tile(128, 64, 8, 3), 96: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        FORWARD: {64: Tile(128, 64, 8, 3), 112: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         KEYS: {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 64, 8, 2)},
         ROWS: {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(64, 32, 8, 1)},
     },
     "busy": {
-        FORWARD: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+        FORWARD: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         KEYS: {128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
         ROWS: {64: Tile(32, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
@@ -49,14 +50,13 @@ _AMPERE = {
 _HOPPER = {
     "plain": {
         FORWARD: {
-            64: Tile(128, 128, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(64, 64, 8, 2),
-            256: Tile(128, 64, 8, 2),
+            64: Tile(128, 128, 8, 2), 112: Tile(128, 64, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2),
         },
-        KEYS: {64: Tile(64, 128, 8, 2), 96: Tile(32, 64, 8, 3), 128: Tile(32, 128, 8, 3), 256: Tile(32, 32, 8, 2)},
+        KEYS: {64: Tile(64, 128, 8, 2), 112: Tile(32, 64, 8, 3), 128: Tile(32, 128, 8, 3), 256: Tile(32, 32, 8, 2)},
         ROWS: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     },
     "busy": {
-        FORWARD: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+        FORWARD: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
         KEYS: {64: Tile(32, 64, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
         ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
         MASK: {64: Tile(64, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
@@ -70,7 +70,11 @@ _HOPPER = {
 }  # fmt: skip
 # Its compiler keeps fewer of float32's tiles in registers, and fewer of those that a bias by distance crosses.
 _BLACKWELL = _HOPPER | {
-    "busy": _HOPPER["busy"] | {ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)}},
+    "busy": _HOPPER["busy"]
+    | {
+        FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+        ROWS: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    },
     "float32": _HOPPER["float32"]
     | {
         FORWARD: {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmengine.backends.triton.gemm import tile_place
+from llmengine.backends.triton.gemm import Between, store_sums, stored_sums, tile_place
 from llmengine.backends.triton.tiles import pick, precision
 
 # K-steps that the listing program looks at at a time.
@@ -55,9 +55,9 @@ def _list_steps(
 
 @triton.jit
 def _product(
-    a, b, steps, counts, c, M, N, K, most, a_m, a_k, b_k, b_n, c_m,
-    ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, steps, counts, c, low, M, N, K, most, a_m, a_k, b_k, b_n, c_m,
+    ADDED: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_place(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = row + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -77,19 +77,19 @@ def _product(
         y = tl.load(b + k[:, None] * b_k + n[None, :] * b_n, inside_b, 0.0)
         sums = tl.dot(x, y, sums, input_precision=PRECISION)
         step = tl.load(listed + i + 1, i + 1 < count, 0)
-    place = c + m[:, None] * c_m + n[None, :]
+    at = m[:, None] * c_m + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if ADDED:
-        sums += tl.load(place, inside, 0.0)
-    tl.store(place, sums.to(c.dtype.element_ty), inside)
+        sums += stored_sums(c, low, at, inside)
+    store_sums(sums, c, low, at, inside, LAST)
 
 
-def block_sparse_gemm(a, kept: Kept, b, *, out, added=False):
-    """a b into `out`; kept: of a, tiles with sides that are powers of two. added: onto what float32 `out` holds."""
+def block_sparse_gemm(a, kept: Kept, b, *, out, added=False, between: Between | None = None):
+    """a b into `out`; kept: of a, tiles with sides that are powers of two. added, between: as gemm's."""
     (M, K), N = a.shape, b.shape[1]
     if not out.numel():
         return out
-    tile = pick("fused" if added else "plain", a, b)
+    tile = pick("fused" if added or between else "plain", a, b)
     rows, most = -(-M // tile.m), -(-K // tile.k)
     steps = kept.flags.new_empty(rows, most)
     counts = kept.flags.new_empty(rows)
@@ -97,7 +97,7 @@ def block_sparse_gemm(a, kept: Kept, b, *, out, added=False):
         kept.flags, steps, counts, *kept.flags.shape, *kept.flags.stride(), most, kept.m, kept.n, tile.m, tile.k, STRIP
     )
     _product[(tile.programs(M, N),)](
-        a, b, steps, counts, out, M, N, K, most, *a.stride(), *b.stride(), out.stride(0), added,
-        EVEN=K % tile.k == 0, PRECISION=precision(a.dtype), **tile.constants(),
+        a, b, steps, counts, out, between and between.low, M, N, K, most, *a.stride(), *b.stride(), out.stride(0),
+        added, between is None or between.last, EVEN=K % tile.k == 0, PRECISION=precision(a.dtype), **tile.constants(),
     )  # fmt: skip
     return out

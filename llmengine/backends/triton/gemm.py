@@ -4,11 +4,16 @@ A program owns a BLOCK_M x BLOCK_N tile of the result in float32 registers and w
 the next tiles to shared memory meanwhile. Programs are numbered in groups of GROUP rows of tiles, so that those which
 run at the same time share operands in the L2 cache. 2 M N K flops; the limit aimed at is the matrix units' rate.
 
+Sums of several products lie in float32 between them or, where that would be a copy of a 16-bit result, in the result's
+own memory and a byte of each element beside it (Between).
+
 Where the result has fewer tiles than the GPU has multiprocessors (a weight's gradient: few outputs, thousands of
 tokens), K is split; parts are added in a fixed order, in float32.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +25,14 @@ from llmengine.backends.triton.tiles import Tile, pick, precision
 
 # K-steps that a part of a split product has at least.
 SHORTEST = 8
+
+
+class Between(NamedTuple):
+    """Where sums that end in 16 bits lie until their last product has been added: the upper half of a float32 in the
+    result's memory, the next 8 bits in `low` (uint8, of the result's strides). Rounded to nearest, to 2^-17."""
+
+    low: torch.Tensor
+    last: bool
 
 
 @triton.jit
@@ -59,10 +72,32 @@ def accumulate(
 
 
 @triton.jit
+def stored_sums(c, low, at, inside):
+    """float32 sums that `store_sums` left."""
+    if low is None:
+        return tl.load(c + at, inside, 0.0)
+    else:
+        upper = tl.load(c + at, inside, 0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        bits = (upper << 16) | (tl.load(low + at, inside, 0).to(tl.uint32) << 8)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_sums(sums, c, low, at, inside, LAST: tl.constexpr):
+    """In c's dtype or, where there is more to come and c has 16 bits, as Between says."""
+    if LAST:
+        tl.store(c + at, sums.to(c.dtype.element_ty), inside)
+    else:
+        bits = tl.where(sums == sums, sums.to(tl.uint32, bitcast=True) + 0x80, 0x7FC00000)
+        tl.store(c + at, (bits >> 16).to(tl.uint16).to(c.dtype.element_ty, bitcast=True), inside)
+        tl.store(low + at, (bits >> 8).to(tl.uint8), inside)
+
+
+@triton.jit
 def _gemm(
-    a, b, a2, b2, bias, c, M, N, K, a_m, a_k, b_k, b_n, b2_k, b2_n, c_m, part_stride, part_length,
-    ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, a2, b2, bias, c, low, M, N, K, a_m, a_k, b_k, b_n, b2_k, b2_n, c_m, part_stride, part_length,
+    ADDED: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_place(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = row + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -75,33 +110,38 @@ def _gemm(
         sums = accumulate(sums, a2, b2, m, n, M, N, first, last, a_m, a_k, b2_k, b2_n, BLOCK_K, EVEN, PRECISION)
     if bias is not None:
         sums += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
-    place = c + tl.program_id(1).to(tl.int64) * part_stride + m[:, None] * c_m + n[None, :]
+    at = tl.program_id(1).to(tl.int64) * part_stride + m[:, None] * c_m + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if ADDED:
-        sums += tl.load(place, inside, 0.0)
-    tl.store(place, sums.to(c.dtype.element_ty), inside)
+        sums += stored_sums(c, low, at, inside)
+    store_sums(sums, c, low, at, inside, LAST)
 
 
-def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False):
+def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False, between: Between | None = None):
     """a b (+ a2 b2 for second = (a2, b2)) + bias, in `dtype` (a's unless told), into `out` where given.
 
-    a (M, K), b (K, N), of one dtype and any strides; a2 is laid out as a. added: onto what float32 `out` holds.
+    a (M, K), b (K, N), of one dtype and any strides; a2 is laid out as a. added: onto what `out` holds, in float32 or
+    as `between` says.
     """
     (M, K), N = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty((M, N), dtype=dtype or a.dtype)
     if not out.numel():
         return out
-    tile = pick("fused" if added else "plain", a, b)
-    parts = 1 if added or bias is not None or second is not None else _parts(tile, M, N, K, multiprocessors(a.device))
+    tile = pick("fused" if added or between else "plain", a, b)
+    parts = (
+        1
+        if added or between or bias is not None or second is not None
+        else _parts(tile, M, N, K, multiprocessors(a.device))
+    )
     steps = -(-K // tile.k)
     length = -(-steps // parts) * tile.k
     target = out if parts == 1 else a.new_empty((parts, M, N), dtype=torch.float32)
     a2, b2 = second or (None, b)
     _gemm[(tile.programs(M, N), parts)](
-        a, b, a2, None if a2 is None else b2, bias, target, M, N, K, *a.stride(), *b.stride(), *b2.stride(),
-        target.stride(-2), M * N, length, added, EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype),
-        **tile.constants(),
+        a, b, a2, None if a2 is None else b2, bias, target, between and between.low, M, N, K, *a.stride(), *b.stride(),
+        *b2.stride(), target.stride(-2), M * N, length, added, between is None or between.last,
+        EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype), **tile.constants(),
     )  # fmt: skip
     if parts > 1:
         column_sums(target.view(parts, M * N), out.view(M * N))

@@ -8,7 +8,8 @@ a token and span.
 Backward: classes are taken in chunks. For each, one kernel forms the logits again and from them their gradient, in the
 input's dtype, in a buffer; two products turn it into the chunk's part of the input's gradient and the chunk's rows of
 the weight's gradient. No atomics, equal bits at every run. 6 tokens classes d flops; memory: the buffer (CHUNK
-elements, or LEAST classes where tokens are many) and, with several chunks, a float32 copy of the input's gradient.
+elements, or LEAST classes where tokens are many) and, with several chunks, a byte for each element of a 16-bit input,
+whose gradient's sums lie there and in the gradient until the last chunk (gemm.py, Between).
 
 Of a shard of the classes PyTorch merges the spans, and a token's factors are given instead of made from its loss.
 
@@ -29,7 +30,7 @@ from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.backends.triton.columns import column_sums
 from llmengine.backends.triton.device import multiprocessors, refuses_tensors, unit_last_stride
-from llmengine.backends.triton.gemm import accumulate, gemm, tile_place
+from llmengine.backends.triton.gemm import Between, accumulate, gemm, tile_place
 from llmengine.backends.triton.maths import softcapped
 from llmengine.backends.triton.tiles import Tile, pick, precision
 from llmengine.backends.triton.token_loss import (
@@ -46,8 +47,8 @@ KERNELS: dict[str, Kernel] = {}
 
 # Elements of the backward's buffer: 64 MiB of 16-bit gradients.
 CHUNK = 2**25
-# Classes of a chunk, at least. Each chunk reads and writes the input's gradient once more, 8 bytes an element in
-# float32: over this many classes that is a fifteenth of the time of the products, at 3.35 TB/s and 700 TFLOP/s.
+# Classes of a chunk, at least. Each chunk reads and writes the sums of the input's gradient once more, 6 bytes an
+# element: over this many classes that is a twentieth of the time of the products, at 3.35 TB/s and 700 TFLOP/s.
 LEAST = 4096
 # Programs of the forward on each multiprocessor, one after the other: more of them end at more nearly the same time.
 WAVES = 4
@@ -282,13 +283,14 @@ def _gradients(tensors, lse, of_loss, ignore_index, label_smoothing, z_loss, sof
     x, w, bias, labels = _operands(input, linear_weight, linear_bias, target)
     weight, weight_sum = class_weights(weight, label_smoothing)
     chunk = min(max(CHUNK // max(tokens, 1), LEAST), classes + 255) // 256 * 256
-    sums_dtype = x.dtype if chunk >= classes else torch.float32
-    kinds = ((x.shape, sums_dtype), (linear_weight.shape, linear_weight.dtype), ((classes,), torch.float32))
+    kinds = ((x.shape, x.dtype), (linear_weight.shape, linear_weight.dtype), ((classes,), torch.float32))
     grad_input, grad_weight, grad_bias = empty_gradients(x, kinds, wanted, {1: main})
     if not tokens:
-        return grad_input.to(x.dtype), grad_weight.zero_(), grad_bias.zero_()
+        return grad_input, grad_weight.zero_(), grad_bias.zero_()
     weight_sums = grad_weight if main is None else main
     buffer = x.new_empty(tokens, chunk)
+    in_parts = wanted[0] and chunk < classes and x.dtype != torch.float32
+    low = torch.empty_like(grad_input, dtype=torch.uint8) if in_parts else None
     tile = pick("fused", x, w[:chunk].T)
     for first in range(0, classes, chunk):
         last = min(first + chunk, classes)
@@ -302,12 +304,13 @@ def _gradients(tensors, lse, of_loss, ignore_index, label_smoothing, z_loss, sof
             EVEN=d % tile.k == 0, PRECISION=precision(x.dtype), **tile.constants(),
         )  # fmt: skip
         if wanted[0]:
-            _product(grad, kept, w[first:last], grad_input, added=first > 0)
+            between = None if low is None else Between(low, last == classes)
+            _product(grad, kept, w[first:last], grad_input, added=first > 0, between=between)
         if wanted[1]:
             _product(grad.T, kept and kept.T, x, weight_sums[first:last], added=main is not None)
         if wanted[2]:
             column_sums(grad, grad_bias[first:last])
-    return grad_input.to(x.dtype), grad_weight, grad_bias
+    return grad_input, grad_weight, grad_bias
 
 
 def _kept(grad, tile: Tile) -> Kept:
@@ -316,8 +319,8 @@ def _kept(grad, tile: Tile) -> Kept:
     return Kept(grad.new_empty(down, across, dtype=torch.int32), tile.m, tile.n)
 
 
-def _product(a, kept: Kept | None, b, out, added=False):
-    return gemm(a, b, out=out, added=added) if kept is None else block_sparse_gemm(a, kept, b, out=out, added=added)
+def _product(a, kept: Kept | None, b, out, **sums):
+    return gemm(a, b, out=out, **sums) if kept is None else block_sparse_gemm(a, kept, b, out=out, **sums)
 
 
 @kernel(KERNELS, "linear_cross_entropy_with_gradients", _forward_refuses)

@@ -63,7 +63,7 @@ def attention(place: Place) -> Iterator[Problem]:
     slots = [
         (operands, kernel, widest)
         for operands in ("plain", "busy", "float32")
-        for widest in (128, 64, 96, 192, 256)
+        for widest in (128, 64, 96, 112, 192, 256)
         for kernel, served in tables[operands].items()
         if widest in served
     ]
