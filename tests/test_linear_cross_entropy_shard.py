@@ -142,14 +142,27 @@ def test_classes_that_are_ruled_out(ruled_out: int):
 
 
 def test_compiled_with_a_collective():
-    (x, weight, target), options = whole()
+    """The other shard is as this one: sums are twice what they are here, and so the loss of a token is ln 2 more."""
+    (x, weight, target), options = whole(label_smoothing=0.0, softcap=0.0)
+    options |= {"z_loss": 0.0, "linear_bias": None}
+    alone = functional.linear_cross_entropy(x, weight, target, **options)
     calls = []
-    options["shard"] = VocabularyShard(0, CLASSES, lambda tensor, what: calls.append(what))
-    expected = functional.linear_cross_entropy(x, weight, target, **options)
-    assert calls == ["max", "sum"]
+
+    def reduce(tensor: Tensor, what: str) -> None:
+        calls.append(what)
+        if what == "sum":
+            tensor[:1] *= 2
+
+    options["shard"] = VocabularyShard(0, CLASSES, reduce, sum_input_gradient=False)
     torch._dynamo.reset()
-    compiled = torch.compile(functional.linear_cross_entropy, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight, target, **options), expected)
+    for call in (
+        functional.linear_cross_entropy,
+        torch.compile(functional.linear_cross_entropy, backend="aot_eager"),
+    ):
+        calls.clear()
+        loss = call(x, weight, target, **options)
+        assert calls == ["max", "sum"]
+        assert 0.5 < loss - alone < 0.7 if options.get("reduction", "mean") == "mean" else loss.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +172,11 @@ def test_compiled_with_a_collective():
             {"shard": VocabularyShard(1, CLASSES)},
             r"shard has classes 1 to 92, by linear_weight's 91 rows; exp",
         ),
-        ({"shard": VocabularyShard(-1, CLASSES)}, r"shard has classes -1 to 90"),
-        ({"weight": torch.ones(50), "shard": VocabularyShard(0, 100)}, r"weight has shape \(50,\); expected \(100,\)"),
+        ({"shard": VocabularyShard(0, CLASSES + 1)}, r"shard has 91 of 92 classes and no reduce"),
+        (
+            {"weight": torch.ones(50), "shard": VocabularyShard(0, 100, lambda *_: None)},
+            r"weight has shape \(50,\); expected \(100,\)",
+        ),
         (
             {"target": torch.full((60,), CLASSES)},
             r"target 91 at row 0 is out of range; allowed: 0 to 90 \(91 c",
@@ -173,3 +189,15 @@ def test_errors_name_argument_given_and_allowed(change, message):
     arguments = {"input": x, "linear_weight": weight, "target": target} | options | change
     with pytest.raises(ValueError, match=f"^linear_cross_entropy: {message}"):
         functional.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("given", [("0", 7), (0, None), (-1, 7), (0.0, 7)])
+def test_a_shard_is_of_whole_numbers(given):
+    with pytest.raises(ValueError, match=r"^VocabularyShard: (first|classes) is .*; expected a whole number, 0 or"):
+        VocabularyShard(*given)
+
+
+def test_a_shard_is_nothing_else():
+    (x, weight, target), options = whole()
+    with pytest.raises(TypeError, match=r"^linear_cross_entropy: shard is a int; expected a VocabularyShard or None"):
+        functional.linear_cross_entropy(x, weight, target, **(options | {"shard": 3}))

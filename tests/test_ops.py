@@ -110,6 +110,20 @@ def test_backward_accepts_expanded_gradients(target: Target, op: Operator, sampl
     allclose(expanded, evaluate(op.function, given, target.backend, torch.ones_like))
 
 
+@pytest.mark.parametrize("target", targets(), ids=lambda t: t.backend)
+def test_no_tokens_have_gradients_of_any_strides(target: Target):
+    """Of no elements strides say nothing, and `.contiguous()` changes none."""
+    x = torch.randn(0, 8, device=target.device, requires_grad=True)
+    up, down = torch.randn(16, 8, device=target.device), torch.randn(8, 16, device=target.device)
+    with llmengine.backend(target.backend):
+        for y in (
+            llmengine.functional.ffn(x, up, down),
+            llmengine.functional.layer_norm(x, (8,)),
+            llmengine.functional.rms_norm(x, (8,)),
+        ):
+            assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 8)
+
+
 @pytest.mark.parametrize("target, op, sample", FIRST_ON)
 def test_gradients_appear_only_where_asked(target: Target, op: Operator, sample: Sample):
     given = sample.on(target.device).rounded(torch.float32)

@@ -27,10 +27,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     input's precision, without a copy of the weight, and gradients come back in each parameter's dtype.
 
     Our products run where they were measured to be quicker than PyTorch's: bfloat16 on a CPU with AMX, of 1024 rows and
-    more, or on an Intel CPU whose AMX is hidden, of 64 and more; elsewhere PyTorch's, unless a backend is demanded or,
-    on a GPU, ours (LLMENGINE_CUDA_PRODUCTS), which no GPU has timed yet, or the weight has a `main_grad`
-    (llmengine.optim.MainGradients), which PyTorch's do not add to. torch.compile settles this when it traces: set the
-    variable before.
+    more, or on an Intel CPU whose AMX is hidden, of 64 and more. Elsewhere PyTorch's do, unless
+    - a backend is demanded,
+    - LLMENGINE_CUDA_PRODUCTS asks for ours on a GPU (no GPU has timed them; torch.compile reads it when it traces), or
+    - the weight's gradient is to be added to its `main_grad` (llmengine.optim.MainGradients), which PyTorch's cannot.
 
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """
@@ -46,7 +46,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _has_kernels(x: Tensor) -> bool:
     """Otherwise the reference would run, slowly: PyTorch's products are better, and a hook fills the buffer."""
-    return x.device.type == "cpu" or (x.is_cuda and load("cuda").unavailable is None)
+    if x.device.type == "cpu":
+        return x.dtype in (torch.float32, torch.bfloat16)
+    return x.is_cuda and x.dtype != torch.float64 and load("cuda").unavailable is None
 
 
 def products(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

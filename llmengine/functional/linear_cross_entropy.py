@@ -74,12 +74,16 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: linear_weight has shape {tuple(linear_weight.shape)}; expected (classes, {input.shape[-1]})"
         )
+    if shard is not None and not isinstance(shard, VocabularyShard):
+        raise TypeError(f"{op}: shard is a {type(shard).__name__}; expected a VocabularyShard or None")
     (rows, d), classes = linear_weight.shape, linear_weight.shape[0] if shard is None else shard.classes
     if shard is not None and not 0 <= shard.first <= shard.first + rows <= classes:
         raise ValueError(
             f"{op}: shard has classes {shard.first} to {shard.first + rows}, by linear_weight's {rows} rows; expected "
             f"them among 0 to {classes}"
         )
+    if shard is not None and shard.reduce is None and rows != classes:
+        raise ValueError(f"{op}: shard has {rows} of {classes} classes and no reduce; who puts the shards together?")
     expected = input.shape[:-1]
     target = check_targets(op, target, expected, -100 if ignore_index is None else ignore_index)
     (x,) = autocast(input)

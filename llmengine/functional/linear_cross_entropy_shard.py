@@ -30,6 +30,12 @@ class VocabularyShard:
     reduce: Callable[[Tensor, str], None] | None = None
     sum_input_gradient: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("first", "classes"):
+            given = getattr(self, name)
+            if type(given) is not int or given < 0:
+                raise ValueError(f"VocabularyShard: {name} is {given!r}; expected a whole number, 0 or more")
+
     @classmethod
     def of_group(cls, first: int, classes: int, group=None, *, sum_input_gradient: bool = True) -> VocabularyShard:
         """Of the processes of a group of torch.distributed (None: of all), by its all_reduce."""

@@ -90,7 +90,8 @@ class Transformer(Generation):
 
     def recompute_feed_forward(self, on: bool = True) -> None:
         """Memory or speed: whether feed-forward blocks make their pre-activations again in the backward, by one product
-        (`functional.ffn`), instead of keeping them. `gradient_checkpointing` keeps nothing of a layer, for its time."""
+        (`functional.ffn`), instead of keeping them, where blocks are fused (in 8-bit floats they are not).
+        `gradient_checkpointing` keeps nothing of a layer, for its time."""
         for block in self.modules():
             if isinstance(block, FeedForward):
                 block.recompute = on

@@ -81,4 +81,4 @@ class FeedForward(Module):
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, dropout={self.dropout}"
+        return f"activation={self.activation}, dropout={self.dropout}, recompute={self.recompute}"

@@ -18,8 +18,8 @@ from llmengine.ops.norm import statistics_dtype
 from llmengine.ops.registry import define
 
 IGNORED = -1
-"""Kernels are given classes counted from the shard's first, and other shards' as that past its last: whatever number
-the caller ignores could be one of these."""
+"""Kernels are given targets counted from the shard's first class, and the number of its classes for another shard's.
+The caller's ignore_index could be one of these numbers, so that ignored tokens are told by this one."""
 
 
 def _forward_fake(input, *_):

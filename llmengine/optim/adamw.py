@@ -119,7 +119,7 @@ class AdamW(torch.optim.AdamW):
         """One update of every parameter that has a gradient; returns what `closure`, called first, returns.
 
         gradient_scale: gradients count times this (the factor of clipping by norm, say), at no cost.
-        Raises RuntimeError for sparse gradients.
+        Raises RuntimeError for sparse gradients, and for main_grad buffers under a GradScaler.
         """
         loss = None
         if closure is not None:
@@ -145,6 +145,8 @@ class AdamW(torch.optim.AdamW):
             gradient = gradient_of(parameter)
             if gradient is None:
                 continue
+            if gradient is not parameter.grad and getattr(self, "found_inf", None) is not None:
+                raise RuntimeError("AdamW: a torch.amp.GradScaler scales .grad, and knows nothing of main_grad buffers")
             if gradient.layout != torch.strided:
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam for them")
             key = (parameter.device, parameter.dtype, gradient.dtype)

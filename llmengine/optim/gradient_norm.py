@@ -17,7 +17,8 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     gradients: of any shapes, floating dtypes and devices. The result is () on the first one's device, float32 (float64
     where one of them is; PyTorch: rounded to the gradients' dtype), 0 where there are none. Squares are added up in
     float64, in one pass and in a fixed order; no float32 overflows on the way. NaN where an element is NaN, otherwise
-    infinite where one is. `AdamW.step(gradient_scale=limit / norm)` clips. Raises ValueError for sparse gradients.
+    infinite where one is. `AdamW.step(gradient_scale=(limit / norm).clamp(max=1))` clips.
+    Raises ValueError for sparse gradients.
     """
     lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:

@@ -49,7 +49,8 @@ def test_logits_are_near_and_parameters_the_same(scaling: str, tmp_path: Path):
     error = (found - expected).square().mean().sqrt() / expected.std()
     assert 0.001 < error < 0.05
     rounded.save_pretrained(tmp_path)
-    again = llmengine.Transformer.from_pretrained(tmp_path)
+    again = llmengine.Transformer.from_pretrained(tmp_path, fp8=scaling)
+    assert again.config.fp8 == scaling and torch.equal(again.eval()(ids).logits, found)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), rounded.parameters(), strict=True))
 
 

@@ -294,5 +294,47 @@ def test_errors_of_buffers_name_the_parameter():
     MainGradients([p, p])
     with pytest.raises(ValueError, match=r"a parameter of shape \(3, 2\) has a main_grad"):
         MainGradients([p])
-    with pytest.raises(ValueError, match=r"takes leaves of real floating dtypes, got torch\.complex64"):
+    with pytest.raises(ValueError, match=r"parameters has a torch\.complex64; allowed: real floating dtypes"):
         MainGradients([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+
+
+def test_what_is_frozen_stands_still_and_clipping_never_lengthens():
+    from llmengine.optim import gradient_norm
+
+    moving, frozen = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    mains = MainGradients([moving, frozen])
+    frozen.requires_grad_(False)
+    optimizer = AdamW([moving, frozen], lr=0.1, weight_decay=0.1)
+    for norm in (0.0, 1e-3):  # neither NaN nor longer than they are
+        mains.gradients()[0].fill_(norm)
+        optimizer.step(gradient_scale=(1.0 / gradient_norm(mains.gradients())).clamp(max=1.0))
+        assert torch.equal(frozen, torch.ones(3)) and moving.isfinite().all()
+    assert torch.allclose(optimizer.state[moving]["exp_avg"], torch.tensor(1e-4))
+
+
+def test_a_grad_that_is_there_joins_its_buffer():
+    weight = nn.Parameter(torch.ones(3).bfloat16())
+    weight.grad = torch.full_like(weight, 0.5)
+    (main,) = MainGradients([weight]).gradients()
+    assert weight.grad is None and torch.equal(main, torch.full((3,), 0.5))
+
+
+def test_a_gradient_scaler_is_refused():
+    weight = nn.Parameter(torch.ones(3))
+    MainGradients([weight])
+    optimizer = AdamW([weight])
+    optimizer.found_inf = torch.zeros(())  # as torch.amp.GradScaler.step sets it
+    with pytest.raises(RuntimeError, match=r"GradScaler scales \.grad, and knows nothing of main_grad"):
+        optimizer.step()
+
+
+def test_no_gradient_no_buffer_to_look_at():
+    weight = nn.Parameter(torch.ones(4, 3))
+    weight.main_grad = torch.zeros(2)  # would be an error where a gradient is made
+    with torch.no_grad():
+        assert functional.linear(torch.ones(2, 3), weight).shape == (2, 4)
+
+
+def test_only_tensors_have_buffers():
+    with pytest.raises(TypeError, match=r"^MainGradients: parameters has a tuple; expected tensors alone"):
+        MainGradients(nn.Linear(2, 3).named_parameters())

@@ -52,7 +52,7 @@ def head(x: Tensor, w: list[Tensor]) -> Tensor:
 
 def shard(x: Tensor, w: list[Tensor]) -> Tensor:
     """The classes from 8 on, as if the others were nowhere."""
-    own = functional.VocabularyShard(8, CLASSES + 8)
+    own = functional.VocabularyShard(8, CLASSES + 8, lambda *_: None)
     return functional.linear_cross_entropy(x, w[0], TARGET + 7, label_smoothing=0.1, shard=own, ignore_index=7)
 
 
