@@ -68,9 +68,11 @@ class _Call:
         self.farthest = 0 if distance_bias is None else distance_bias.shape[1] // 2
         biased = any(x is not None for x in (mask, alibi_slopes, distance_bias))
         self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and not biased
-        # A bias by distance beside other work on the logits, or beside exact products, takes a wider head's registers.
+        # A bias by distance beside other work on the logits, or beside exact products, takes a wider head's registers,
+        # and so does all that other work at once.
         others = mask is not None or alibi_slopes is not None or softcap > 0 or query.dtype == torch.float32
-        self.crowded = distance_bias is not None and others
+        every = mask is not None and alibi_slopes is not None and softcap > 0 and dropout_p > 0
+        self.crowded = every or (distance_bias is not None and others)
         # Rows whose addresses are no multiples of 16 are fetched in small pieces, through registers.
         self.ragged = bool(query.shape[3] % 16 or value.shape[3] % 16)
         self.options = Options(
