@@ -17,7 +17,7 @@ from llmengine.roofline.clock import Clock
 from llmengine.roofline.peers import FLEX
 
 Row = dict[str, Any]  # operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes or error
-PEER_ERRORS = (RuntimeError, NotImplementedError, torch.cuda.OutOfMemoryError)
+PEER_ERRORS = (Exception,)  # those of PyTorch, of its compiler and of Triton share no other class
 COMPILED = "torch.compile"
 
 
