@@ -55,11 +55,13 @@ OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
 HOPPERS_ATTENTION = tuple(f"tests/sim/test_attention_{x}.py" for x in ("sm90a", "sm90a_backward", "one_pass"))
 PRODUCTS = tuple(
-    f"tests/sim/test_{x}.py" for x in ("ffn", "linear", "linear_cross_entropy", "linear_cross_entropy_shard")
+    f"tests/sim/test_{x}.py"
+    for x in ("ffn", "linear", "linear_cross_entropy", "linear_cross_entropy_shard", "main_grad")
 )
 BEGUN = re.compile(
     r"^(tests/\S+\.py::.*?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|\++ ).*)?[ \t]*$", re.MULTILINE
 )
+HOPPERS_CHOICE = " or ".join(f"[cuda-{x}" for x in ("ffn", "linear", "scaled_dot_product_attention"))
 HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
 
 
@@ -94,13 +96,13 @@ def laws(capability: tuple[int, int], whole: bool = False) -> list[Laws]:
     hopper = [
         Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu", options=alone),
         Laws("cuda for Hopper", (*HOPPERS_ATTENTION, *PRODUCTS), "cuda-sm90a", options=many, weight=3),
-        Laws("cuda by Hopper's products", OPERATORS, "[cuda-ffn or [cuda-linear", HOPPER, many),
+        Laws("cuda by Hopper's kernels", OPERATORS, HOPPERS_CHOICE, HOPPER, many),
     ]
     return [
         *(hopper if capability == (9, 0) else []),
         Laws("cuda", OPERATORS, "[cuda-", options=many, weight=2),
         Laws("instructions", ("tests/sim/test_layouts.py",), "[gpu", options=alone),
-        Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80", options=many),
+        Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80 or cuda-blas or cuda-torch.", options=many),
         Laws("triton", OPERATORS, "[triton-", options=many, weight=3),
     ]
 

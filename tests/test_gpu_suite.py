@@ -119,12 +119,12 @@ def collected(suite) -> dict[str, list[str]]:
 
 def test_laws_are_those_of_devices_and_each_runs_once(collected):
     """No case of the simulator, which would be built for it, nor of the CPU."""
-    places = {"cuda in 16 bits": "cuda-sm80", "cuda for Hopper": "cuda-sm90a"}
-    places |= {"instructions": "[gpu", "instructions of Hopper": "[gpu"}
+    places = {"cuda in 16 bits": r"cuda-(sm80|blas|torch)", "cuda for Hopper": "cuda-sm90a", "triton": r"\[triton-"}
+    places |= {"instructions": r"\[gpu", "instructions of Hopper": r"\[gpu"}
     for name, cases in collected.items():
-        place = places.get(name, "[triton-" if name == "triton" else "[cuda-")
-        assert len(cases) > 20 and all(place in case and "cuda_sim" not in case for case in cases), name
-    known = [case for name in collected if name != "cuda by Hopper's products" for case in collected[name]]
+        place = places.get(name, r"\[cuda-")
+        assert len(cases) > 20 and all(re.search(place, case) and "cuda_sim" not in case for case in cases), name
+    known = [case for name in collected if name != "cuda by Hopper's kernels" for case in collected[name]]
     assert len(known) == len(set(known))
 
 
@@ -138,16 +138,19 @@ def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(col
         "linear",
         "linear_cross_entropy",
         "linear_cross_entropy_shard",
+        "main_grad",
     )
     assert hopper == {f"tests/sim/test_{name}.py" for name in names}
     every, by_hopper = (
         {re.split(r"\[cuda-|[\]-]", case.split("::")[1])[1] for case in collected[name]}
-        for name in ("cuda", "cuda by Hopper's products")
+        for name in ("cuda", "cuda by Hopper's kernels")
     )
-    assert by_hopper == {"ffn", "linear"}
+    assert by_hopper == {"ffn", "linear", "linear_cross_entropy", "scaled_dot_product_attention"}
     left_out = {case.split("::")[0] for case in collected["cuda in 16 bits"]}
     assert {"layer_norm", "softmax", "cross_entropy", "embedding", "adamw", "ffn", "linear"} <= every
     assert {f"tests/sim/test_{n}.py" for n in ("attention", "decode_attention", "linear_cross_entropy")} <= left_out
+    captured = {re.split(r"[-\[]", case)[2] for case in collected["cuda"] if "test_cuda_graphs" in case}
+    assert {"scaled_dot_product_attention", "decode_attention", "linear_cross_entropy", "ffn"} <= captured
 
 
 def test_hoppers_laws_run_on_hopper_alone_and_ask_for_its_kernels(suite):
@@ -157,7 +160,7 @@ def test_hoppers_laws_run_on_hopper_alone_and_ask_for_its_kernels(suite):
     assert first[3:] == everywhere and all("Hopper" in name for name in first[:3])
     asked = {law.name: law.environment for law in suite.laws((9, 0)) if law.environment}
     assert asked == {
-        "cuda by Hopper's products": {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
+        "cuda by Hopper's kernels": {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
     }
 
 
