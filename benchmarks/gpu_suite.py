@@ -46,8 +46,8 @@ from llmengine.roofline.apart import Times, ceilings_of, end, started  # noqa: E
 BUDGET = 560.0  # seconds of the whole command, where a lent machine ends it after 600; of these at most
 BUILDING = 190.0  # are the build's,
 TESTING = 190.0  # the laws',
-TIMING = 160.0  # and at least the benchmarks',
-DRAWING = 20.0  # of which these are the plots'
+TIMING = 160.0  # at least the benchmarks',
+DRAWING = 20.0  # and the plots'
 GRACE = 10.0  # in which a command that is cut off may tell how far it came
 HUNG = 20  # after which a test is taken to hang
 
