@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v compute-sanitizer > /dev/null || { echo "gpu_sanitizer: compute-sanitizer (of the CUDA toolkit) is not in PATH" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_sanitizer: PyTorch sees no GPU" >&2; exit 2; }
-[ $# -gt 0 ] || set -- -k "triton or cuda" -m "not heavy"
+[ $# -gt 0 ] || set -- -k "[triton- or [cuda-" -m "not heavy"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # each tensor an allocation of its own, whose bounds are known
 for tool in memcheck racecheck synccheck; do
   echo "== $tool"

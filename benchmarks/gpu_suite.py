@@ -1,19 +1,23 @@
 """One command on a GPU: builds, runs the operator laws, times every operator beside PyTorch, writes JSON and plots.
 
-    python benchmarks/gpu_suite.py [--output DIR] [--skip-build] [--skip-tests] [--seconds 460]
+    python benchmarks/gpu_suite.py [--output DIR] [--skip-build] [--skip-tests] [--seconds 560]
     python benchmarks/gpu_suite.py --laws all       the whole grid of laws, however long it takes, and nothing else
 
 Cases, ceilings and percentages are those of `llmengine bench` (llmengine/roofline), once for each backend that can run
-here. A case that fails is reported with its error and does not stop the rest; the budget in seconds cuts the list of
-cases, not a case. Of Triton's laws, whose kernels are compiled at each new combination of options, it runs what every
-commit runs in the interpreter. What time cuts off is told, and is no failure: the exit status is 1 where something
-that ran was wrong. --smoke runs tiny shapes on the CPU in Triton's interpreter: it proves the suite; its times mean
-nothing.
+here. They are timed in a process of their own: a peer that fails is a row with its error; one that breaks the device,
+crashes or hangs ends the process, and another goes on behind it, without that peer in the rest of its operator. The
+JSON is written anew after the build, after each law and each case, so that whatever ends this command leaves what was
+known by then; the plots come in one plots.zip.
+
+A build that fails ends the command. Of the laws it runs the slice that every commit runs. What time cuts off is told,
+and is no failure where tests had passed: the exit status is 1 where something that ran was wrong. --smoke runs tiny
+shapes on the CPU in Triton's interpreter: it proves the suite; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -22,7 +26,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +37,35 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout
 
-BUDGET = 460.0  # seconds of the whole command, of which at most
-BUILDING = 180.0  # are the build's,
-TESTING = 200.0  # the laws',
-TIMING = 130.0  # and at least the benchmarks'; of these
-LAST = 30.0  # are left when a last case begins, or what the longest has taken
+from llmengine import roofline  # noqa: E402
+from llmengine.files import replace_text  # noqa: E402
+from llmengine.roofline.apart import Times, ceilings_of, end, started  # noqa: E402
+
+BUDGET = 560.0  # seconds of the whole command, where a lent machine ends it after 600; of these at most
+BUILDING = 190.0  # are the build's,
+TESTING = 190.0  # the laws',
+TIMING = 160.0  # at least the benchmarks',
+DRAWING = 20.0  # and the plots'
 GRACE = 10.0  # in which a command that is cut off may tell how far it came
+HUNG = 20  # after which a test is taken to hang
 
 OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
 HOPPERS_ATTENTION = tuple(f"tests/sim/test_attention_{x}.py" for x in ("sm90a", "sm90a_backward", "one_pass"))
-PRODUCTS = ("tests/sim/test_ffn.py", "tests/sim/test_linear.py", "tests/sim/test_linear_cross_entropy.py")
+PRODUCTS = tuple(
+    f"tests/sim/test_{x}.py"
+    for x in ("ffn", "linear", "linear_cross_entropy", "linear_cross_entropy_shard", "main_grad")
+)
+BEGUN = re.compile(
+    r"^(tests/\S+\.py::.*?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|\++ ).*)?[ \t]*$", re.MULTILINE
+)
+HOPPERS_CHOICE = " or ".join(f"[cuda-{x}" for x in ("ffn", "linear", "scaled_dot_product_attention"))
 HOPPER = {"LLMENGINE_CUDA_ATTENTION": "sm90a", "LLMENGINE_CUDA_PRODUCTS": "sm90a"}
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,91 +77,130 @@ class Laws:
     ids: str
     environment: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    weight: float = 1.0  # its share of the time
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "pytest", "-q", "--maxfail=20", *self.files, "-k", self.ids, *self.options]
+        return [sys.executable, "-m", "pytest", "-v", "--maxfail=20", *self.files, "-k", self.ids, *self.options]
 
 
 def laws(capability: tuple[int, int], whole: bool = False) -> list[Laws]:
-    """In their order: Triton's, which compile longest, last, and not the `whole` grid of them unless asked for. What
-    Hopper has of its own runs on Hopper."""
-    compilers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    """In their order: what Hopper has of its own first, on Hopper, for nothing else has ever run it; Triton's, which
+    compile longest, last. Of none the `whole` grid unless asked for. A test that hangs is named, and costs a worker."""
+    alone: tuple[str, ...] = () if whole else ("-m", "not heavy")
+    if importlib.util.find_spec("pytest_timeout"):
+        limit = 10 * HUNG if whole else HUNG
+        alone += ("--timeout", str(limit), "--timeout-method", "thread", "-o", "timeout_func_only=true")
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    many = (*alone, *workers)
     hopper = [
-        Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu"),
-        Laws("cuda for Hopper", (*HOPPERS_ATTENTION, *PRODUCTS), "cuda-sm90a"),
-        Laws("cuda by Hopper's products", OPERATORS, "[cuda-ffn or [cuda-linear", HOPPER),
+        Laws("instructions of Hopper", ("tests/sim/test_hopper.py",), "[gpu", options=alone),
+        Laws("cuda for Hopper", (*HOPPERS_ATTENTION, *PRODUCTS), "cuda-sm90a", options=many, weight=3),
+        Laws("cuda by Hopper's kernels", OPERATORS, HOPPERS_CHOICE, HOPPER, many),
     ]
     return [
-        Laws("cuda", OPERATORS, "[cuda-"),
-        Laws("instructions", ("tests/sim/test_layouts.py",), "[gpu"),
-        Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80"),
         *(hopper if capability == (9, 0) else []),
-        Laws("triton", OPERATORS, "[triton-", options=compilers if whole else ("-m", "not heavy", *compilers)),
+        Laws("cuda", OPERATORS, "[cuda-", options=many, weight=2),
+        Laws("instructions", ("tests/sim/test_layouts.py",), "[gpu", options=alone),
+        Laws("cuda in 16 bits", (*ATTENTION, *PRODUCTS), "cuda-sm80 or cuda-blas or cuda-torch.", options=many),
+        Laws("triton", OPERATORS, "[triton-", options=many, weight=3),
     ]
 
 
-def run_laws(seconds: float, whole: bool = False) -> dict[str, dict[str, Any]]:
-    """Each has an equal share of the time, and what those before it have left of theirs."""
+def run_laws(seconds: float, whole: bool = False, keep: Callable[[dict], None] = lambda results: None) -> dict:
+    """Each has its share of the time, and of what those before it have left of theirs; `keep` has the results of all
+    so far after each."""
     end, results = time.perf_counter() + seconds, {}
     chosen = laws(torch.cuda.get_device_capability(), whole)
     for number, law in enumerate(chosen):
-        share = (end - time.perf_counter()) / (len(chosen) - number)
+        share = (end - time.perf_counter()) * law.weight / sum(other.weight for other in chosen[number:])
         results[law.name] = done = shell(law.command, share, law.environment)
+        if done["status"] is None and not done["passed"]:
+            done["failed"] = True  # cut off before a test had passed
         what = "cut off after" if done["status"] is None else f"exit status {done['status']},"
         print(f"tests, {law.name}: {what} {done['seconds']} s", *done["tail"][-1:])
+        if done["failed"] or done["status"] is None:
+            print(f"    last begun: {done['last']}")
+        keep(results)
     return results
 
 
 def shell(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs a command; its exit status (None: cut off), seconds, the end of what it wrote, and whether it failed: one
-    that is cut off did where pytest, interrupted, counts failures."""
-    start, env = time.perf_counter(), os.environ | (environment or {})
-    run = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
-    )
+    """Runs a command, and ends it with its children when its time is over; its exit status (None: cut off), seconds,
+    the end of what it wrote, and whether it failed: one that is cut off did where pytest, interrupted, counts failures.
+    Of pytest also how many tests passed and which began last."""
+    start = time.perf_counter()
+    run = started(command, ROOT, environment)
     status, text = None, ""
     try:
         text = run.communicate(timeout=None if math.isinf(seconds) else max(0.0, seconds - GRACE))[0]
         status = run.returncode
     except subprocess.TimeoutExpired:
         run.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             text = run.communicate(timeout=min(GRACE, max(0.0, seconds)))[0]
-        except subprocess.TimeoutExpired:
-            run.kill()
-            text = run.communicate()[0]
+    finally:
+        end(run)
+    if status is None and not text:  # it was deaf, too
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            text = run.communicate(timeout=GRACE)[0]
+    passed = re.search(r"\b(\d+) passed", text)
+    begun = BEGUN.findall(text.split(" warnings summary ")[0])
     failed = status != 0 if status is not None else re.search(r"\b\d+ (failed|errors?)\b", text) is not None
-    seconds = round(time.perf_counter() - start, 1)
-    return {"status": status, "failed": failed, "seconds": seconds, "tail": text.splitlines()[-15:]}
+    return {
+        "status": status, "failed": failed, "seconds": round(time.perf_counter() - start, 1),
+        "passed": int(passed[1]) if passed else 0, "last": begun[-1] if begun else None,
+        "tail": text.splitlines()[-15:],
+    }  # fmt: skip
 
 
-def build_and_test(given: argparse.Namespace, left: Callable[[], float]) -> dict[str, Any]:
-    """What is not timed, within its part of the budget."""
-    result: dict[str, Any] = {}
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """The JSON, replaced whole by each addition, and what is known of its failures."""
+
+    def __init__(self, path: Path):
+        self.path, self.result = path, dict[str, Any]()
+
+    def add(self, **parts: Any) -> None:
+        self.result |= parts
+        replace_text(self.path, json.dumps(self.result, indent=1) + "\n")
+
+    @property
+    def failed(self) -> bool:
+        commands = [*self.result.get("tests", {}).values(), *([self.result["build"]] if "build" in self.result else [])]
+        ours = (row for row in self.result.get("rows", ()) if row["peer"].startswith("llmengine"))
+        broken = self.result.get("broken", False) or any("error" in row for row in ours)
+        return broken or any(done["failed"] for done in commands)
+
+
+def build_and_test(given: argparse.Namespace, left: Callable[[], float], record: Record) -> bool:
+    """What is not timed, within its part of the budget; whether there is something to time."""
     if not given.skip_build:
         install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-        result["build"] = shell(install, min(BUILDING, left()))
-        print("build:", result["build"]["status"], result["build"]["seconds"], "s")
-        if result["build"]["status"] != 0:
-            print("\n".join(result["build"]["tail"]))
+        build = shell(install, min(BUILDING, left()))
+        record.add(build=build)
+        print("build:", build["status"], build["seconds"], "s")
+        if build["status"] != 0:
+            build["failed"] = True
+            record.add(build=build)
+            print("\n".join(build["tail"]))
+            return False
     if not given.skip_tests:
-        result["tests"] = run_laws(min(TESTING, left() - TIMING))
-    return result
+        run_laws(min(TESTING, left() - TIMING), keep=lambda results: record.add(tests=results))
+    return True
 
 
-def time_cases(cases, measure: Callable[..., list[dict]], left: Callable[[], float]) -> tuple[list[dict], str | None]:
-    """Rows of all cases, or of those that there is time for, and what cut them. The first case of an operator is timed
-    beside torch.compile, too: its compiler takes longer than all others together."""
-    rows: list[dict] = []
-    operators, longest = set(), LAST
-    for case in cases:
-        if (begun := left()) < longest:
-            return rows, f"the budget ended before {case.operator} {case.name}"
-        rows += measure(case, compiled=case.operator not in operators)
-        operators.add(case.operator)
-        longest = max(longest, begun - left())
-    return rows, None
+def draw(result: dict[str, Any], path: Path, title: str) -> None:
+    """A picture of each operator, all in one file."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w") as pack:
+        for operator in dict.fromkeys(row["operator"] for row in result["rows"]):
+            chosen = [row for row in result["rows"] if row["operator"] == operator]
+            picture = Path(folder) / f"{operator}.png"
+            roofline.draw(chosen, ceilings_of(result["ceilings"]), picture, title)
+            if picture.exists():
+                pack.write(picture, picture.name)
 
 
 def main() -> int:
@@ -152,54 +213,31 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     given = parser.parse_args()
     start = time.perf_counter()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job passes on that it is ignored
 
     def left() -> float:
-        return given.seconds - (time.perf_counter() - start)
+        return given.seconds - DRAWING - (time.perf_counter() - start)
 
     if given.smoke:
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = "1"  # of the process that times
     elif not torch.cuda.is_available():
         print("gpu_suite: PyTorch sees no GPU here; --smoke runs the suite's own code on the CPU", file=sys.stderr)
         return 2
     if given.laws == "all":
         return int(any(done["failed"] for done in run_laws(math.inf, whole=True).values()))
     given.output.mkdir(parents=True, exist_ok=True)
-    result = build_and_test(given, left)
-
-    sys.path.insert(0, str(ROOT))  # what was built above
-    from llmengine import roofline
-    from llmengine.ops.registry import load
-
-    device = "cpu" if given.smoke else "cuda"
-    backends = [b for b in ("cuda", "triton") if load(b).unavailable is None]
-    result["machine"] = machine = roofline.machine(device)
-    result["backends"] = {b: load(b).unavailable or "usable" for b in ("cuda", "triton")}
-    clock, dtype = roofline.Clock(device, 0.0), torch.float16 if given.smoke else torch.bfloat16
-    ceilings = roofline.measure_ceilings(clock, [dtype], given.smoke)
-    result["ceilings"] = ceilings.as_json()
-    print(result["ceilings"])
-    operators = [name for name, (shapes, _) in roofline.OPERATORS.items() if roofline.SHAPES["cuda"][shapes]]
-    if given.smoke:
-        operators.remove("linear")  # Triton has none: on a GPU, CUDA's is timed
-
-    def measure(case, compiled: bool) -> list[dict]:
-        compiled = compiled and not given.smoke
-        measured = list(roofline.measure(case, clock, ceilings, backends=backends, compiled=compiled))
-        print("\n".join(roofline.lines(measured)))
-        return measured
-
-    cases = roofline.cases("small" if given.smoke else device, device, dtype, operators)
-    result["rows"], result["cut"] = rows, cut = time_cases(cases, measure, left)
-    name = "smoke" if given.smoke else machine["device"].lower().replace(" ", "-")
-    path = given.output / f"gpu_{name}_{machine['commit']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    for operator in {row["operator"] for row in rows}:
-        chosen = [row for row in rows if row["operator"] == operator]
-        roofline.draw(chosen, ceilings, given.output / f"gpu_{operator}.png", f"{name}, {machine['commit']}")
-    print(cut or "", f"written: {path}")
-    failed = any("error" in row and row["peer"].startswith("llmengine") for row in rows)
-    commands = [*result.get("tests", {}).values(), *([result["build"]] if "build" in result else [])]
-    return int(failed or any(done["failed"] for done in commands))
+    name = "smoke" if given.smoke else torch.cuda.get_device_name().lower().replace(" ", "-")
+    record = Record(given.output / f"gpu_{name}.json")
+    if build_and_test(given, left, record):
+        result = Times(left, lambda told: record.add(**told), given.smoke).all()
+        try:
+            if result["rows"]:
+                draw(result, given.output / "plots.zip", f"{name}, {result['machine']['commit']}")
+        except ImportError as error:
+            print(f"no plots: {error}")
+        print(result["cut"] or "")
+    print(f"written: {record.path}")
+    return int(record.failed)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import llmengine
+from llmengine.backends import cuda
 from llmengine.testing import Operator, Sample, Target, all_operators, poison, targets
+from llmengine.testing.targets import HALVES_ONLY
 
 
 class Call:
@@ -92,14 +94,21 @@ def samples_of(op: Operator) -> list[Sample]:
     return samples[:1] + [s for s in samples[1:] if s.kwargs.get("dropout_p", 0.0) > 0][:1]
 
 
+def dtypes_of(t: Target, op: Operator) -> tuple[torch.dtype, ...]:
+    """What CUDA takes in 16 bits alone, in those."""
+    if t.has(op):
+        return t.dtypes
+    within = t.backend == "cuda" and op.node in HALVES_ONLY and op.nodes() <= set(cuda.KERNELS)
+    return (torch.bfloat16, torch.float16) if within else ()
+
+
 TARGETS = [t for t in targets() if t.device == "cuda" or t.backend == "cpu"]
 CASES = [
     pytest.param(t, op, s, dtype, id=f"{t.backend}-{op.name}-{s.name}-{dtype}")
     for t in TARGETS
     for op in all_operators()
-    if t.has(op)
     for s in samples_of(op)
-    for dtype in t.dtypes
+    for dtype in dtypes_of(t, op)
 ]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +11,10 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.backends.cuda.native import (
-    BUILT_AHEAD,
-    HOPPER,
-    attention_backward_by,
-    attention_by,
-    exact_kernels,
-    products_by,
-)
-from llmengine.backends.fp8 import SCALINGS
 from llmengine.functional.linear import products
-from llmengine.ops.registry import backend
 from llmengine.optim import AdamW, gradient_norm
-from llmengine.roofline.peers import flex, liger, scaled_linear
+from llmengine.roofline.choices import attention_kernels, by_own_products, in_8_bits
+from llmengine.roofline.peers import FLEX, flex, liger
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -83,17 +72,6 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
 
 
 @dataclass(frozen=True)
-class Within:
-    """A function and what it is called within, forward and backward."""
-
-    function: Callable[..., Tensor]
-    context: Callable[[], contextlib.AbstractContextManager]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
-
-
-@dataclass(frozen=True)
 class Case:
     """A call of an operator and its peers' on equal tensors; `run[name](*tensors)` gives the (first) output.
 
@@ -147,25 +125,6 @@ def _name(shape: Shape, *rest: str) -> str:
     return " ".join(["x".join(map(str, shape)), *rest])
 
 
-def _on_cuda(
-    choose: Callable[[], contextlib.AbstractContextManager],
-) -> Callable[[], contextlib.AbstractContextManager]:
-    """The CUDA backend, with a choice between its kernels."""
-
-    @contextlib.contextmanager
-    def within() -> Iterator[None]:
-        with choose(), backend("cuda"):
-            yield
-
-    return within
-
-
-@contextlib.contextmanager
-def _in_one_pass() -> Iterator[None]:
-    with attention_by("sm90a"), attention_backward_by("one_pass"):
-        yield
-
-
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -191,19 +150,14 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     peers = {"torch": sdpa()}
     if q.is_cuda:
         peers |= {"torch flash": sdpa(backends.FLASH_ATTENTION), "cudnn": sdpa(backends.CUDNN_ATTENTION)}
-        peers["flex"] = flex(tokens, causal, False, make.device)
+        peers[FLEX] = flex(tokens, causal, False, make.device)
     flops = 4 * batch * heads * tokens * tokens * head_dim * (0.5 if causal else 1.0)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
-    if q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) == HOPPER:
-        run["llmengine cuda sm90a"] = Within(ours, _on_cuda(lambda: attention_by("sm90a")))  # not yet the default
-        run["llmengine cuda one pass"] = Within(ours, _on_cuda(_in_one_pass))  # sm90a's, backward
-    if q.is_cuda and q.dtype != torch.float32 and head_dim not in BUILT_AHEAD:
-        run["llmengine cuda exact"] = Within(ours, _on_cuda(exact_kernels))  # nor are these, which are compiled here
-    run |= peers
+    run |= attention_kernels(ours, q) | peers
     name = _name(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
 
@@ -224,19 +178,10 @@ def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "torch": plain,
     }
     if q.is_cuda:
-        run["flex"] = flex(tokens, True, True, make.device)
+        run[FLEX] = flex(tokens, True, True, make.device)
     flops, size = 2.0 * batch * heads * tokens * tokens * head_dim, make.bytes(q)
     name = _name(shape, "causal")
     yield Case("attention_sinks", name, make.dtype, run, [q, k, v, sinks], 4 * size, flops, 8 * size, 2.5 * flops)
-
-
-def _by_own_products(ours: Callable[..., Tensor], x: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """The same by the CUDA backend's own products, which cuBLAS, or Triton, else makes: by each core that runs here."""
-    if not x.is_cuda or x.dtype == torch.float32:
-        return {}
-
-    cores = ("sm80", "sm90a") if torch.cuda.get_device_capability(x.device) == HOPPER else ("sm80",)
-    return {f"llmengine cuda {core}": Within(ours, _on_cuda(partial(products_by, core))) for core in cores}
 
 
 def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -253,25 +198,16 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
         hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
         return torch_functional.linear(hidden, down, b_down)
 
-    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **_by_own_products(ours, x)}
+    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
-
-
-def _in_8_bits(x: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """Of the linear layer, rounding among what is timed; PyTorch's has no gradient, and is timed forward alone."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) != HOPPER:
-        return {}
-    on_cuda = _on_cuda(contextlib.nullcontext)
-    ours = {f"llmengine fp8 {s}": Within(partial(functional.fp8_linear, scaling=s), on_cuda) for s in SCALINGS}
-    return {**ours, "torch fp8": scaled_linear}
 
 
 def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
     tokens, width, out = shape
     x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
     flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
-    run = {"llmengine": products, "torch": torch_functional.linear, **_by_own_products(products, x)}
-    run |= _in_8_bits(x)
+    run = {"llmengine": products, "torch": torch_functional.linear, **by_own_products(products, x)}
+    run |= in_8_bits(x)
     yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
 
 
@@ -288,7 +224,7 @@ def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
     run = {
         "llmengine": ours,
         "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
-        **_by_own_products(ours, x),
+        **by_own_products(ours, x),
     }
     if theirs := liger(x):
         run["liger"] = lambda x, w: theirs.liger_fused_linear_cross_entropy(x, w, target)

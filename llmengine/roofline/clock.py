@@ -18,10 +18,18 @@ class Clock:
     Args:
         device: "cpu" or "cuda".
         seconds: about how long the calls of one comparison may take in all, beyond three rounds.
+        alone: whether each call is timed by itself, so that one that breaks the device takes no other's time along;
+            None: on a GPU, whose events see nothing of the other calls.
     """
 
-    def __init__(self, device: str, seconds: float = SECONDS) -> None:
+    def __init__(self, device: str, seconds: float = SECONDS, alone: bool | None = None) -> None:
         self.device, self.seconds = device, seconds
+        self.alone = device == "cuda" if alone is None else alone
+
+    def wait(self) -> None:
+        """Until all is done that was called, or its error is told here."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def medians(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         if self.device == "cuda":

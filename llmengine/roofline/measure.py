@@ -10,34 +10,47 @@ import torch
 from torch import Tensor
 
 import llmengine
-from llmengine.roofline.cases import BOTH, Case, Within
+from llmengine.roofline.cases import BOTH, Case
 from llmengine.roofline.ceilings import NAMES, Ceilings
+from llmengine.roofline.choices import Within
 from llmengine.roofline.clock import Clock
+from llmengine.roofline.peers import FLEX
 
 Row = dict[str, Any]  # operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes or error
-PEER_ERRORS = (RuntimeError, NotImplementedError, torch.cuda.OutOfMemoryError)
+PEER_ERRORS = (Exception,)  # those of PyTorch, of its compiler and of Triton share no other class
 COMPILED = "torch.compile"
 
 
 def measure(
-    case: Case, clock: Clock, ceilings: Ceilings, *, backends: Sequence[str] = (), compiled: bool = False
+    case: Case,
+    clock: Clock,
+    ceilings: Ceilings,
+    *,
+    backends: Sequence[str] = (),
+    compiled: bool = False,
+    wanted: Callable[[str, str], bool] = lambda which, peer: True,
 ) -> Iterator[Row]:
     """A row per peer and pass. A peer that fails gives a row with its error.
 
     Args:
         backends: a row "llmengine NAME" for each; without any, "llmengine" is what the registry picks.
-        compiled: also "torch.compile" of PyTorch's call.
+        compiled: also what PyTorch's compiler makes: "torch.compile" of PyTorch's call, and FlexAttention.
+        wanted: whether to run a peer in a pass; it is asked just before the peer is called.
     """
     torch._dynamo.reset()  # else the tenth shape of a call would not be compiled any more
     runs: dict[str, Callable[..., Tensor]] = {}
     for name, function in case.run.items():
         ours = {f"llmengine {backend}": _demanding(backend, function) for backend in backends}
-        runs |= ours if ours and name == "llmengine" else {name: function}
+        if name != FLEX or compiled:
+            runs |= ours if ours and name == "llmengine" else {name: function}
     if compiled and case.tensors:
         runs[COMPILED] = torch.compile(case.run["torch"])
     leaves = [t.detach().requires_grad_() for t in case.tensors]
     for which in case.passes:
-        yield from _pass(case, which, runs, leaves, clock, ceilings)
+        groups = [{name: function} for name, function in runs.items()] if clock.alone else [runs]
+        for group in groups:
+            chosen = {name: function for name, function in group.items() if wanted(which, name)}
+            yield from _pass(case, which, chosen, leaves, clock, ceilings)
 
 
 def _demanding(backend: str, function: Callable[..., Tensor]) -> Within:
@@ -57,10 +70,16 @@ def _pass(
         try:
             calls[name] = _call(function, leaves, backward)
             calls[name]()
+            clock.wait()  # an error of a kernel is told late
         except PEER_ERRORS as error:
             calls.pop(name, None)
-            failed[name] = str(error).splitlines()[0][:300]
-    times = clock.medians(calls)
+            failed[name] = _said(error)
+    times, peaks = {}, {}
+    try:
+        times = clock.medians(calls)
+        peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
+    except PEER_ERRORS as error:
+        failed |= dict.fromkeys(calls, _said(error))
     for name in runs:
         row = {"operator": case.operator, "case": case.name, "dtype": NAMES[case.dtype], "peer": name, "pass": which}
         if name in failed:
@@ -69,8 +88,12 @@ def _pass(
         ms = times[name]
         yield row | {
             "ms": ms, "gbytes_per_s": moved / ms / 1e6, "tflops": flops / ms / 1e9, "percent": 100 * floor / ms,
-            "limit": limit, "intensity": flops / moved, "peak_bytes": clock.peak_bytes(calls[name]),
+            "limit": limit, "intensity": flops / moved, "peak_bytes": peaks[name],
         }  # fmt: skip
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _call(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLEX = "flex"  # in a table of peers
+
 
 def flex(tokens: int, causal: bool, sinks: bool, device: str, compiled: bool = True) -> Callable[..., Tensor]:
     """FlexAttention of (query, key, value[, sinks]): a sink shrinks its rows, whose log-sum-exp tells by how much."""

@@ -15,6 +15,7 @@ import llmengine
 from llmengine import roofline
 from llmengine.ops import registry
 from llmengine.ops.registry import load
+from llmengine.roofline import choices
 from llmengine.roofline.cases import SHAPES
 from llmengine.roofline.peers import flex, scaled_linear
 
@@ -171,6 +172,87 @@ def test_a_peer_that_fails_is_a_row_and_the_others_go_on():
     assert [(row["peer"], row["error"]) for row in failed] == [("cudnn", "no such kernel")] * 2
     assert {row["peer"] for row in rows if "ms" in row} == {"llmengine", "torch"}
     assert any("no such kernel" in line for line in roofline.lines(rows))
+
+
+class Late(roofline.Clock):
+    """Tells an error of the call before, as a GPU does: at the first wait, or while it is timed."""
+
+    def __init__(self, at: str):
+        super().__init__("cpu", 0.0, alone=True)
+        self.at, self.error = at, False
+
+    def _told(self, at: str) -> None:
+        if self.error and at == self.at:
+            self.error = False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand much more")
+
+    def wait(self) -> None:
+        self._told("wait")
+
+    def medians(self, calls):
+        self._told("medians")
+        return super().medians(calls)
+
+    def peak_bytes(self, call):
+        self._told("peak_bytes")
+        return super().peak_bytes(call)
+
+
+@pytest.mark.parametrize("at", ["wait", "medians", "peak_bytes"])
+def test_an_error_that_is_told_late_is_a_row_too(at: str):
+    case, clock = small("softmax"), Late(at)
+
+    def broken(x):
+        clock.error = True
+        return x * 1.0
+
+    case.run["broken"] = broken
+    rows = list(roofline.measure(case, clock, CEILINGS))
+    told = "CUDA error: an illegal memory access was encountered"
+    assert [row["error"] for row in rows if row["peer"] == "broken"] == [told] * 2
+    assert [row["peer"] for row in rows if "ms" in row] == ["llmengine", "torch"] * 2
+
+
+def test_a_peer_is_run_where_it_is_wanted_and_asked_for_before():
+    asked = []
+
+    def wanted(which: str, peer: str) -> bool:
+        asked.append((which, peer))
+        return (which, peer) != ("forward", "torch")
+
+    rows = list(roofline.measure(small("softmax"), roofline.Clock("cpu", 0.0, alone=True), CEILINGS, wanted=wanted))
+    both = "forward + backward"
+    assert [(row["pass"], row["peer"]) for row in rows] == [
+        ("forward", "llmengine"),
+        (both, "llmengine"),
+        (both, "torch"),
+    ]
+    assert asked == [(which, peer) for which in ("forward", both) for peer in ("llmengine", "torch")]
+
+
+def test_flex_attention_is_compiled_where_pytorchs_call_is():
+    case = small("attention")
+    case.run["flex"] = case.run["torch"]
+    peers = [{row["peer"] for row in roofline.measure(case, CLOCK, CEILINGS, compiled=c)} for c in (False, True)]
+    assert peers == [{"llmengine", "torch"}, {"llmengine", "torch", "flex", "torch.compile"}]
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_only_kernels_that_take_the_call_are_timed_by_their_names(capability, head_dim, compiler, monkeypatch):
+    """Else those that serve instead would be."""
+
+    def load():
+        if not compiler:
+            raise choices.nvrtc.NvrtcError("not there")
+
+    monkeypatch.setattr(choices.nvrtc, "load", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 8, head_dim), device="cuda")
+    found = {name.removeprefix("llmengine cuda ") for name in choices.attention_kernels(torch.relu, q)}
+    hopper = {"sm90a"} | ({"one pass"} if head_dim <= 128 else set()) if capability == (9, 0) else set()
+    assert found == hopper | ({"exact"} if compiler and head_dim in (96, 192) else set())
 
 
 def test_ratios_are_the_peers_time_over_ours():
