@@ -95,8 +95,9 @@ def test_the_grid_is_fine_enough_for_what_is_usual(ran: Ran):
 
 
 def test_what_lies_behind_the_last_key_makes_no_tile_anew(ran: Ran):
-    """Zeros, whose scores of 0 are far above rows' sums: float16 has no exp(15), bfloat16 no exp(90)."""
-    for score, dtype in ((-15.0, torch.float16), (-90.0, torch.bfloat16)):
+    """Zeros, whose scores of 0 are far above the logarithms of rows' sums, -15 and -95: float16 has no e^15, no float
+    e^95."""
+    for score, dtype in ((-20.0, torch.float16), (-100.0, torch.bfloat16)):
         sample = sample_of("far below", 70, 140, 40, 2, 1, scale=1.0)
         query, key = sample.args[:2]
         query[..., 0], key[..., 0] = 1.0, score
