@@ -353,24 +353,6 @@ __device__ __forceinline__ void multiply(Room<S>& room, const OnePass<T>& p, int
   store(grad_value, b.options.dropout.keep_scale, 1, b.grad_value);
 }
 
-template <class S>
-__device__ __forceinline__ void begin_barriers(Shared<S>& shared) {
-  if (threadIdx.x == 0) {
-    for (int o = 0; o < S::owned; ++o) {
-      ptx::mbarrier_init(&shared.own_full[o], 1);
-      ptx::mbarrier_init(&shared.own_free[o], 4 * S::groups);
-    }
-    for (int s = 0; s < S::stages; ++s)
-      for (int tile = 0; tile < 2; ++tile) {
-        ptx::mbarrier_init(&shared.full[s][tile], 1);
-        ptx::mbarrier_init(&shared.free[s][tile], 4 * S::groups);
-      }
-    ptx::mbarrier_init(&shared.landed, 1);
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();
-}
-
 template <class T, int D, bool simple>
 __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
     attention_one_pass_sm90a(const __grid_constant__ ptx::TensorMap key, const __grid_constant__ ptx::TensorMap value,
@@ -379,7 +361,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
   using S = Shape<D, simple>;
   auto& room = *static_cast<Room<S>*>(ptx::dynamic_shared_1024());
   clear_rest_of_keys<S>(p.walked);
-  begin_barriers(room);
+  begin_barriers(room, 1);
   if (warp_of() >= 4) {
     ptx::increase_registers<S::many_registers>();
     multiply_all<S>(room, p.walked, [&](const Work&, int place, int group, int own, Turn<S::stages>& turn) {

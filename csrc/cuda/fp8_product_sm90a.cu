@@ -200,7 +200,7 @@ void validate(const Fp8Product& p) {
 void run(const Fp8Product& p, Stream stream) {
   const int64_t m = p.out.size(0), n = p.out.size(1), k = p.a.size(1);
   gemm::check_sizes("fp8_product", {m, n, k});
-  check_hopper("fp8_product");
+  check_is_hopper("fp8_product");
   if (p.out.numel() == 0) return;
   check(k > 0, "fp8_product: a and b have no k; allowed: 16 and more");
   const Tiles tiles{ceil_divide(m, kRows * kCluster), ceil_divide(n, kTileColumns), ceil_divide(k, kScaleDepth),
