@@ -132,6 +132,14 @@ def test_what_a_kernel_tells_stands_beside_its_backend(monkeypatch):
     assert llmengine.explain("softmax", X, -1) == "softmax_forward: cpu (compiled at first use: f<96>)"
     assert functional.softmax(X, -1).allclose(X.softmax(-1)), "nobody listens"
 
+    def run_twice(*args):
+        registry.tell("in two passes")
+        return run(*args)
+
+    monkeypatch.setitem(kernels, "softmax_forward", registry.Kernel(run_twice))
+    told = llmengine.explain("softmax", X, -1)
+    assert told == "softmax_forward: cpu (in two passes; compiled at first use: f<96>)"
+
 
 def test_explain_of_an_unknown_operator():
     with pytest.raises(ValueError, match="explain: 'layernorm' is not one of add_layer_norm, "):
@@ -197,6 +205,9 @@ def test_a_backend_that_stands_back_runs_before_the_reference_and_where_it_is_de
         monkeypatch.setitem(registry._loaded, name, fake(name))
     assert registry.pick("softmax_forward", (X,), "cuda")[0] == "cuda"
     assert registry.pick("attention_forward", (X,), "cuda")[0] == "triton"
+    for op in ("linear_cross_entropy", "linear_cross_entropy_shard"):
+        for part in ("forward", "backward"):
+            assert next(registry._order(f"{op}_{part}", "cuda")) == ("cuda", registry.UNMEASURED.format(op))
     assert next(registry._order("attention_forward", "cuda")) == ("cuda", registry.UNMEASURED.format("attention"))
     with llmengine.backend("cuda"):
         assert registry.pick("attention_forward", (X,), "cuda")[0] == "cuda"

@@ -10,9 +10,9 @@
 //
 //   The step is a power of two by which bound_i is less than 2^29. What kernels add stays below 2^31 all the same:
 //     sum P_ij    1, but for lse and logits that are off. A row is the grid's only where scale |q_i| max |k_j|, the
-//     soft
-//                 cap and |lse_i|, in units of log 2, are at most 2^14: then either is off by less than 2^-16.9 of that
-//                 (tensor cores cut 17 terms at 2^-24 of the largest, eight times), both by 0.27, and the sum is 1.21
+//                 soft cap and |lse_i|, in units of log 2, are at most 2^14: then either is off by less than 2^-16.9
+//                 of that (tensor cores cut 17 terms at 2^-24 of the largest, eight times), both by 0.27, and the sum
+//                 is 1.21
 //     G           rounded to 16 bits: at most doubled (float16's least number), else 2^-8 more
 //     sums        of float32, 2^-16 more; every part half a step, of at most 2^22 parts
 //   together 2^29 1.21 2.01 + 2^21 < 2^30.3. Integers wrap around at 2^31, so that no order of parts overflows either.

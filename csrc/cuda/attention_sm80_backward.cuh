@@ -9,7 +9,8 @@
 //   Every sum is made by one block in a fixed order: no atomics, equal bits in every run, no room but two floats a row.
 //   The price: scores and dO V^T are made twice, 14 rows keys head_dim flops where atomic sums need 10. So the roof, in
 //   the customary count of 10, is 5/7 of the tensor cores' rate, and 5/8 above head dims of 128, where scores are made
-//   three times (attention_sm80_keys.cu). Sums on an integer grid would be as deterministic at 10.
+//   three times (attention_sm80_keys.cu). Sums on a grid of integers are as deterministic at 10:
+//   attention_grid.h, on Hopper.
 #pragma once
 
 #include "cuda/attention_sm80.cuh"

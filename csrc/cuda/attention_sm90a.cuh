@@ -5,14 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "cuda/attention_schedule.h"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/attention_sm80_call.h"
-#include "cuda/device.h"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/wgmma_tile.cuh"
 
@@ -66,13 +63,6 @@ void visit_pairs_of_dims(const ops::AttentionOptions& p, const Body& body) {
     }
     body(type, same, same);
   });
-}
-
-inline void check_is_hopper(const std::string& kernel) {
-  if (const int found = compute_capability(); found != 90) {
-    throw std::runtime_error(kernel + ": the device has compute capability " + std::to_string(found / 10) + "." +
-                             std::to_string(found % 10) + "; allowed: 9.0");
-  }
 }
 
 }  // namespace llmengine::cuda::attention

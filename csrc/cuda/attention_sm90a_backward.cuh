@@ -244,10 +244,9 @@ __device__ __forceinline__ void take_slopes(float (&x)[1][n][4], const float4* s
   }
 }
 
-// The whole of a kernel, but for tokens of no sequence.
-template <class S, class T, class Multiply>
-__device__ __forceinline__ void walk(Shared<S>& shared, const Maps& maps, const Walked<T>& p,
-                                     const Multiply& multiply) {
+// `arrivals` at the first tile of a pair that passes.
+template <class S>
+__device__ __forceinline__ void begin_barriers(Shared<S>& shared, int arrivals) {
   if (threadIdx.x == 0) {
     for (int o = 0; o < S::owned; ++o) {
       ptx::mbarrier_init(&shared.own_full[o], 1);
@@ -255,13 +254,20 @@ __device__ __forceinline__ void walk(Shared<S>& shared, const Maps& maps, const 
     }
     for (int s = 0; s < S::stages; ++s)
       for (int tile = 0; tile < 2; ++tile) {
-        ptx::mbarrier_init(&shared.full[s][tile], S::owner == Owner::keys && tile == 0 ? 33 : 1);
+        ptx::mbarrier_init(&shared.full[s][tile], tile == 0 ? arrivals : 1);
         ptx::mbarrier_init(&shared.free[s][tile], 4 * S::groups);
       }
     ptx::mbarrier_init(&shared.landed, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+}
+
+// The whole of a kernel, but for tokens of no sequence.
+template <class S, class T, class Multiply>
+__device__ __forceinline__ void walk(Shared<S>& shared, const Maps& maps, const Walked<T>& p,
+                                     const Multiply& multiply) {
+  begin_barriers(shared, S::owner == Owner::keys ? 33 : 1);  // the box's and each lane's, whose statistics come with it
   if (warp_of() >= 4) {
     ptx::increase_registers<S::many_registers>();
     multiply_all<S>(shared, p, multiply);

@@ -4,8 +4,7 @@
 //   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|. Keys and
 //                                values once; limit: memory
 //   attention_of_rows_sm90a      base, delta and steps (attention_grid.h) as tiles of the grid's rows have them. A
-//   thread
-//                                a row, 28 bytes
+//                                thread a row, 28 bytes
 //   attention_from_grid_sm90a    the grid's integers to dQ, and which tiles are to be made anew. A block has 128 rows;
 //                                bytes: 4 head_dim a row, and dQ once; limit: memory
 #include <cmath>

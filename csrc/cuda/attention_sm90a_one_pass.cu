@@ -16,7 +16,8 @@
 //
 //   registers       dK and dV, head_dim; S^T and dP^T, `passing`, of which dQ takes the place; P^T in 16 bits: 208
 //   shared memory   head dim 128: K, V 64 kB; Q, dO of two stages 64 kB; G^T twice 32 kB; dQ 32 kB
-//   barriers        1 + group: of a warpgroup; 3 + group: what it needs of G^T is there; 5: all have read the keys
+//   barriers        1 + group: of a warpgroup; from 3 on: what it needs of G^T is there (grads_barrier); 7: all have
+//                   read the keys
 //   flops           10 rows keys head_dim; integers: 4 rows head_dim bytes a tile of 128 keys, 320 flops a byte
 //   limit           shared memory and the tensor cores alike: at head dim 128, 64 rows, all products read for 2048
 //                   clocks and multiply for 2560; boxes, G and dQ on their ways through it take 896 more
@@ -200,6 +201,12 @@ __device__ __forceinline__ void store_grads(uint16_t* grads, const uint32_t (&ro
   }
 }
 
+// Where a warpgroup waits for the other's G^T. One of two in turn: the other may be done with the next tile's before
+// all of this one's warps have left the barrier.
+__device__ __forceinline__ int grads_barrier(unsigned turn, int group) {
+  return 3 + static_cast<int>(turn % 2) * 2 + group;
+}
+
 // A warpgroup's half of dQ^T = K^T G^T, begun.
 template <class S, class T, int D>
 __device__ __forceinline__ void begin_grad_query(Sums<1, S::part_rows>& part, const uint16_t* keys,
@@ -282,6 +289,9 @@ __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const
     const int head = simple ? 0 : tidings.head, row = tidings.row;
     ptx::wgmma_wait<1>(flat(x));
     to_probabilities<simple, S>(x, products, p.walked, w, reach, head, key, row, room.base[stage]);
+    if (const int keys = w.s.keys - key; keys < 16) {  // what lies behind the last may overflow, and dQ is for all 128
+      each(x, [&](float& u, int line, int) { u = line < keys ? u : 0.0f; });
+    }
     Dropped<1, S::passing / 8> dropped;
     if (drops) {
       const auto stream = static_cast<uint32_t>(w.s.index * p.walked.backward.sizes.heads + head);
@@ -302,10 +312,10 @@ __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const
     uint16_t* grads = room.grads[turn.number % 2];
     store_grads<S>(grads, rounded_grad, group * kGroupRows + own);
     ptx::fence_async_shared();
-    ptx::barrier_arrive(3 + (group ^ 1), 256);
+    ptx::barrier_arrive(grads_barrier(turn.number, group ^ 1), 256);
     ptx::wgmma_fence(flat(grad_key));
     begin_adding_product<T, D>(grad_key, rounded_grad, room.passing[stage][0]);
-    ptx::barrier_sync(3 + group, 256);  // G^T of all keys
+    ptx::barrier_sync(grads_barrier(turn.number, group), 256);  // G^T of all keys
     ptx::wgmma_fence(flat(part));
     begin_grad_query<S, T, D>(part, room.lines(ptx::made_here(place), 0, 0), grads, group);
     ptx::wgmma_wait<1>(flat(grad_value));
@@ -330,7 +340,7 @@ __device__ __forceinline__ void multiply(Room<S>& room, const OnePass<T>& p, int
   clear(grad_key);
   clear(grad_value);
   if (w.some()) add_up<S, T, D, simple>(room, p, w, place, group, own, turn, grad_key, grad_value);
-  ptx::barrier_sync(5, 256);  // all are done with the keys and values
+  ptx::barrier_sync(7, 256);  // all are done with the keys and values
   const int key = w.first + group * kGroupRows + own, count = least(16, w.s.keys - key);
   if (count <= 0) return;
   const Backward<T>& b = p.walked.backward;
@@ -343,24 +353,6 @@ __device__ __forceinline__ void multiply(Room<S>& room, const OnePass<T>& p, int
   store(grad_value, b.options.dropout.keep_scale, 1, b.grad_value);
 }
 
-template <class S>
-__device__ __forceinline__ void begin_barriers(Shared<S>& shared) {
-  if (threadIdx.x == 0) {
-    for (int o = 0; o < S::owned; ++o) {
-      ptx::mbarrier_init(&shared.own_full[o], 1);
-      ptx::mbarrier_init(&shared.own_free[o], 4 * S::groups);
-    }
-    for (int s = 0; s < S::stages; ++s)
-      for (int tile = 0; tile < 2; ++tile) {
-        ptx::mbarrier_init(&shared.full[s][tile], 1);
-        ptx::mbarrier_init(&shared.free[s][tile], 4 * S::groups);
-      }
-    ptx::mbarrier_init(&shared.landed, 1);
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();
-}
-
 template <class T, int D, bool simple>
 __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
     attention_one_pass_sm90a(const __grid_constant__ ptx::TensorMap key, const __grid_constant__ ptx::TensorMap value,
@@ -369,7 +361,7 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
   using S = Shape<D, simple>;
   auto& room = *static_cast<Room<S>*>(ptx::dynamic_shared_1024());
   clear_rest_of_keys<S>(p.walked);
-  begin_barriers(room);
+  begin_barriers(room, 1);
   if (warp_of() >= 4) {
     ptx::increase_registers<S::many_registers>();
     multiply_all<S>(room, p.walked, [&](const Work&, int place, int group, int own, Turn<S::stages>& turn) {

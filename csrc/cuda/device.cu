@@ -27,4 +27,11 @@ int compute_capability() {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+void check_is_hopper(const std::string& what) {
+  const int found = compute_capability();
+  if (found == 90) return;
+  throw std::runtime_error(what + ": the device has compute capability " + std::to_string(found / 10) + "." +
+                           std::to_string(found % 10) + "; allowed: 9.0");
+}
+
 }  // namespace llmengine::cuda

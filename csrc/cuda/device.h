@@ -21,5 +21,6 @@ std::string device_problem();
 
 int multiprocessors();     // of the current device
 int compute_capability();  // 90 for 9.0
+void check_is_hopper(const std::string& what);
 
 }  // namespace llmengine::cuda

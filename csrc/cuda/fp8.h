@@ -7,7 +7,6 @@
 //   late.
 #pragma once
 
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -66,13 +65,6 @@ void validate(const Fp8Quantise& p);
 void validate(const Fp8Product& p);
 void run(const Fp8Quantise& p, Stream stream);
 void run(const Fp8Product& p, Stream stream);
-
-inline void check_hopper(const char* op) {
-  const int found = compute_capability();
-  if (found == 90) return;
-  throw std::runtime_error(std::string(op) + ": it is for compute capability 9.0, the device has " +
-                           std::to_string(found / 10) + "." + std::to_string(found % 10));
-}
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 

@@ -13,8 +13,7 @@
 //   flops   2 m n k, and 2 (by_column: 3) m n k / 128 beside the tensor cores
 //   bytes   a stage: (128 + 64) 128 from the second-level cache, for 2 128 128 128 flops: 171 flops a byte
 //   limit   the tensor cores: 8192 dense flops of 8 bits a clock and multiprocessor; at that rate the second-level
-//   cache
-//           would have to give 48 bytes a clock to each
+//           cache would have to give 48 bytes a clock to each
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -41,6 +40,7 @@ using namespace gemm_sm90a;
 constexpr int kTileColumns = 128;
 
 struct ScaledShared : Shared<kTileColumns> {
+  static_assert(kStages % 2 == 0, "from a round of stages to the next, two rows would not be in turn");
   float scales[kWarpgroups][2][kTileColumns];  // of b's lines, of two stages in turn
 };
 
@@ -200,7 +200,7 @@ void validate(const Fp8Product& p) {
 void run(const Fp8Product& p, Stream stream) {
   const int64_t m = p.out.size(0), n = p.out.size(1), k = p.a.size(1);
   gemm::check_sizes("fp8_product", {m, n, k});
-  check_hopper("fp8_product");
+  check_is_hopper("fp8_product");
   if (p.out.numel() == 0) return;
   check(k > 0, "fp8_product: a and b have no k; allowed: 16 and more");
   const Tiles tiles{ceil_divide(m, kRows * kCluster), ceil_divide(n, kTileColumns), ceil_divide(k, kScaleDepth),

@@ -319,7 +319,7 @@ void run(const Fp8Quantise& p, Stream stream) {
   const int64_t tiles = blocks_of(p.x.size(0), kTile) * blocks_of(columns, kTile);
   check(p.x.size(0) <= INT32_MAX - kTile && tiles <= INT32_MAX,
         "fp8_quantise: x " + p.x.shape() + " has more lines or tiles than are supported on CUDA");
-  check_hopper("fp8_quantise");
+  check_is_hopper("fp8_quantise");
   if (p.x.numel() == 0) return;
   const Whole whole{static_cast<int>(p.x.size(0)),
                     columns,

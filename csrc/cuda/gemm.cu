@@ -10,7 +10,6 @@
 //           second-level cache
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "cuda/gemm_cores.h"
@@ -48,10 +47,7 @@ __global__ void __launch_bounds__(32 * kPartLines)
 
 std::string hopper_refuses(const std::string& core, const NamedTensors& matrices) {
   if (core != "sm90a") return "the core of gemm_sm80.cuh was asked for";
-  if (const int found = compute_capability(); found != 90) {
-    throw std::runtime_error("products by sm90a: the device has compute capability " + std::to_string(found / 10) +
-                             "." + std::to_string(found % 10) + "; allowed: 9.0");
-  }
+  check_is_hopper("products by sm90a");
   for (const auto& [matrix, name] : matrices) {
     if (!matrix->defined()) continue;
     const std::string reason = tensor_map_refuses(gemm::lies_along(*matrix) ? *matrix : transposed(*matrix));

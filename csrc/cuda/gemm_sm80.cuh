@@ -4,8 +4,7 @@
 //
 //                        b: 128 lines              A block of four warps owns 128 x 128 of c, a warp 64 x 64 of them in
 //                 k ->  +-------------+            registers (128 a thread). 32 of k at a time, `kStages` of them,
-//                 stream | | | |             |            through shared memory by cp.async: two are on their way while
-//                 the
+//               stream  |             |            through shared memory by cp.async: two are on their way while the
 //         a: 128  +-+-+-+-------------+            third is multiplied, with one barrier each. 48 KiB and at most 255
 //         lines   | | | |  w0  |  w1  |            registers, so that two blocks share a multiprocessor: one multiplies
 //                 | | | |------+------|            while the other begins or ends.

@@ -1,4 +1,5 @@
-// The one way in which kernels are launched: on the caller's stream, with an error that names kernel and shapes.
+// The way in which kernels that are built ahead are launched: on the caller's stream, with an error that names kernel
+// and shapes. Those that are compiled when they are first used are launched by compiled.cuh, with the same errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,16 +24,17 @@ struct LaunchSite {
   dim3 cluster = {1, 1, 1};  // blocks that run together (ptx/cluster.cuh; sm_90)
 };
 
-[[noreturn]] inline void fail(const LaunchSite& at, cudaError_t error) {
+[[noreturn]] inline void fail(const LaunchSite& at, const std::string& error) {
   const auto shape = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
   };
   const bool clusters = at.cluster.x * at.cluster.y * at.cluster.z > 1;
   throw std::runtime_error(std::string(at.kernel) + " of " + name(at.operand.dtype) + " " + at.operand.shape() + ": " +
-                           cudaGetErrorString(error) + " (grid " + shape(at.grid) + ", block " + shape(at.block) +
+                           error + " (grid " + shape(at.grid) + ", block " + shape(at.block) +
                            (clusters ? ", cluster " + shape(at.cluster) : "") + ", " + std::to_string(at.shared_bytes) +
                            " bytes of dynamic shared memory)");
 }
+[[noreturn]] inline void fail(const LaunchSite& at, cudaError_t error) { fail(at, cudaGetErrorString(error)); }
 
 // A grid without blocks is an empty input: nothing is launched. Nothing here synchronises, so a stream may be
 // capturing.

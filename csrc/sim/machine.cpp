@@ -280,6 +280,10 @@ void Machine::named_barrier(int id, int threads, bool wait_here, Site site) {
     fail("gives barrier " + std::to_string(id) + " " + std::to_string(threads) + " threads where others gave " +
          std::to_string(barrier.threads) + " (" + text(site) + ")");
   }
+  if (std::find(barrier.arrived.begin(), barrier.arrived.end(), current_->number) != barrier.arrived.end()) {
+    fail("comes to barrier " + std::to_string(id) + " again while others are yet to come for its last time (" +
+         text(site) + ")");
+  }
   barrier.threads = threads;
   barrier.arrived.push_back(current_->number);
   if (wait_here) {

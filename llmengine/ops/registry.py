@@ -29,7 +29,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 UNMEASURED = "no GPU has timed its {} yet: Triton's comes first, and this one where it is demanded"
 STAND_BACK: dict[tuple[str, str], str] = {
     ("cuda", f"{op}_{part}"): UNMEASURED.format(op)
-    for op in ("attention", "linear_cross_entropy")
+    for op in ("attention", "linear_cross_entropy", "linear_cross_entropy_shard")
     for part in ("forward", "backward", "with_gradients")
 } | {("cuda", "decode_attention"): UNMEASURED.format("decode_attention")}
 FALLBACK = ("reference",)  # devices without kernels of their own
@@ -242,7 +242,8 @@ def tell(detail: str) -> None:
     """From within a kernel: what `explain` says beside its backend."""
     if log := getattr(_choice, "log", None):
         answers = log[-1][1]
-        answers[-1] = (answers[-1][0], detail)
+        name, before = answers[-1]
+        answers[-1] = (name, f"{before}; {detail}" if before else detail)
 
 
 def explain(function: str | Callable, *args, **kwargs) -> str:

@@ -3,6 +3,7 @@ that the host's side asks for, and the laws of the folder that machine code is k
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ import torch
 import llmengine
 from llmengine import functional
 from llmengine.backends.cuda import jit, nvrtc
-from llmengine.backends.cuda.native import BUILT_AHEAD, JIT, exact_kernels
+from llmengine.backends.cuda.native import BUILT_AHEAD, JIT, Native, exact_kernels
+from llmengine.ops import registry
 from llmengine.testing import resources, simulator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +150,30 @@ def test_a_value_that_asks_for_nothing_is_refused(monkeypatch):
         functional.scaled_dot_product_attention(q, q, q)
 
 
+def test_what_a_call_that_failed_launched_is_not_told_of_the_next(monkeypatch):
+    launched: list[str] = []
+
+    def launch(instance: str, fails: bool, stream: int) -> None:
+        launched.append(instance)
+        if fails:
+            raise RuntimeError("out of memory")
+
+    def take() -> list[str]:
+        taken = launched.copy()
+        launched.clear()
+        return taken
+
+    told: list[str] = []
+    monkeypatch.setattr(registry, "tell", told.append)
+    native = Native("module", "cuda_sim", "cpu", "")
+    native.module = SimpleNamespace(launch=launch, take_launched=take)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        native.call("launch", torch.ones(1), instance="f<80>", fails=True)
+    native.call("launch", torch.ones(1), instance="f<96>", fails=False)
+    native.tell_launched()
+    assert told == ["compiled at first use: f<96>"]
+
+
 @NEEDS_NVRTC
 def test_an_error_in_a_source_says_where():
     sources = {"a.cu": "template <int n>\n__global__ void f(int* x) { *x = y; }"}
@@ -265,6 +292,45 @@ def test_without_a_folder_code_is_this_process_s(tmp_path: Path, monkeypatch):
         monkeypatch.setenv(jit.CACHE, "")
         assert compiler("k.cu", "f<2>", 90).name == "_Z2"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_without_a_home_code_is_this_process_s(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in (jit.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(jit.CompiledKernelWarning, match="Could not determine home directory.; compiled kernels are not"):
+        assert ask(Fake()).name == "_Z1"
+
+
+def test_a_folder_that_is_read_alone_is_read(folder: Path, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    fake = Fake()
+    first = ask(fake)
+    monkeypatch.setattr(os, "utime", refused)
+    assert ask(fake) == first and fake.compiled == 1
+
+
+def test_what_a_process_that_was_ended_left_is_deleted_when_nobody_writes_it_any_more(folder: Path):
+    folder.mkdir(mode=0o700)
+    old, new = (folder / f".{key}.cubin.123" for key in ("old", "new"))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (time.time() - 2 * jit.BROKEN_OFF,) * 2)
+    ask(Fake())
+    assert not old.exists() and new.exists()
+
+
+def test_what_lies_in_the_working_folder_is_loaded_beside_no_library(tmp_path: Path, monkeypatch):
+    beside = tmp_path / "libnvrtc-builtins.so.13.0"
+    beside.touch()
+    monkeypatch.chdir(tmp_path)
+    assert nvrtc.builtins_beside(tmp_path / "libnvrtc.so.13") == [beside]
+    assert nvrtc.builtins_beside(Path("libnvrtc.so.13")) == []
 
 
 def test_the_longest_unused_is_deleted(folder: Path, monkeypatch):

@@ -79,6 +79,25 @@ __global__ void named_barriers(const float* in, float* out) {
   }
 }
 
+// The same of two tiles; the first warp is done with both before the second begins. Broken: with one barrier, at which
+// it arrives again before the second has come once.
+template <bool broken>
+__global__ void barriers_in_turn(const float* in, float* out) {
+  __shared__ float tiles[2][64];
+  if (threadIdx.x / 32 == 1) ptx::barrier_sync(3, 64);
+  for (int tile = 0; tile < 2; ++tile) {
+    const int id = broken ? 1 : 1 + tile;
+    if (threadIdx.x < 64) {
+      tiles[tile][threadIdx.x] = in[tile * 64 + threadIdx.x];
+      ptx::barrier_arrive(id, 128);
+    } else {
+      ptx::barrier_sync(id, 128);
+      out[tile * 64 + threadIdx.x - 64] = tiles[tile][127 - threadIdx.x];
+    }
+  }
+  if (threadIdx.x / 32 == 0) ptx::barrier_arrive(3, 64);
+}
+
 // Half a block hands a tile to the other. Broken: the halves are the even and the odd lanes of each warp.
 template <bool broken>
 __global__ void half_a_warp(const float* in, float* out) {
@@ -304,6 +323,7 @@ std::map<std::string, Case> all_cases() {
       {"barrier_of_some", plain(barrier_of_some<broken>, 128)},
       {"barrier_in_branches", plain(barrier_in_branches<broken>, 128)},
       {"named_barriers", plain(named_barriers<broken>, 128)},
+      {"barriers_in_turn", plain(barriers_in_turn<broken>, 128)},
       {"half_a_warp", plain(half_a_warp<broken>, 128)},
       {"barrier_beyond", plain(barrier_beyond<broken>, 128)},
       {"barrier_of_a_hundred", plain(barrier_of_a_hundred<broken>, 128)},

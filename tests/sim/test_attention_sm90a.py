@@ -199,9 +199,11 @@ def test_layouts_that_tensor_maps_cannot_tell_go_to_every_gpus_kernel(ran: list[
         "key: dimension 2 has size 0": good[:, :, :0],
     }
     for reason, key in keys.items():
-        assert str(hopper_refuses(cuda_sim.NATIVE, query=good, key=key, value=key)).startswith(reason)
         with llmengine.backend("cuda_sim"):
             found = functional.scaled_dot_product_attention(good, key, key)
+            told = llmengine.explain(functional.scaled_dot_product_attention, good, key, key)
+        assert f"cuda_sim (by every GPU's kernels: {reason}" in told
+        assert str(hopper_refuses(cuda_sim.NATIVE, query=good, key=key, value=key)).startswith(reason)
         with llmengine.backend("reference"):
             expected = functional.scaled_dot_product_attention(*(t.double() for t in (good, key, key)))
         assert torch.allclose(found.double(), expected, atol=2e-3)

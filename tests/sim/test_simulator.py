@@ -40,6 +40,7 @@ FINDINGS = {
     "barrier_in_branches": rf"divergent barrier in block \(0, 0, 0\): threads 0-63 at __syncthreads {LINE}; "
     rf"threads 64-127 at __syncthreads {LINE}",
     "named_barriers": rf"deadlock in block \(0, 0, 0\): threads 0-63 exited; threads 64-127 at named barrier {LINE}",
+    "barriers_in_turn": rf"{PLACE} comes to barrier 1 again while others are yet to come for its last time {LINE}",
     "half_a_warp": rf"deadlock in block \(0, 0, 0\): threads 0, 2, .* at barrier_arrive {LINE}; threads 1, 3, .* at "
     rf"barrier_sync {LINE}",
     "barrier_beyond": rf"{PLACE} uses barrier 16; there are 16 {LINE}",

@@ -51,8 +51,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         lse, lse_low = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
         given = _arguments(query, key, value, options)
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
-        by_boxes = {name: given[name] for name in ("query", "key", "value")}
-        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
+        if by_hopper(native, **{name: given[name] for name in ("query", "key", "value")}):
             turns = _zeros(query, 1)  # from which blocks draw their tiles
             native.call("attention_forward_sm90a", query, **given, turns=turns)
         else:
@@ -72,14 +71,15 @@ def kernels(native: Native) -> dict[str, Kernel]:
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
         kernel, of_hopper = "attention_backward", {}
-        by_boxes = {name: arguments[name] for name in ("query", "key", "value", "grad_output")}
-        if native.wants_hopper_attention() and hopper_refuses(native, **by_boxes) is None:
+        if by_hopper(native, **{name: arguments[name] for name in ("query", "key", "value", "grad_output")}):
             kernel, of_hopper = "attention_backward_sm90a", {"turns": _zeros(query, 2)}
             if native.wants_one_pass():
                 reason = one_pass_refuses(query, value)
                 registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
                 if reason is None:
                     kernel, of_hopper = "attention_backward_one_pass", of_hopper | _grid(**arguments)
+        elif native.wants_one_pass():
+            registry.tell("in two passes: one is for Hopper's kernels")
         native.call(
             kernel, query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
@@ -99,6 +99,15 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
     return table
+
+
+def by_hopper(native: Native, **operands) -> bool:
+    """Whether Hopper's kernels run a call; where they are asked for and do not, `explain` says why."""
+    if not native.wants_hopper_attention():
+        return False
+    if reason := hopper_refuses(native, **operands):
+        registry.tell(f"by every GPU's kernels: {reason}")
+    return reason is None
 
 
 def hopper_refuses(native: Native, **operands) -> str | None:

@@ -13,6 +13,7 @@ process alone has.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from llmengine.files import cache_folder, replace_bytes
 CACHE = "LLMENGINE_CUDA_CACHE"
 FORMAT = 1
 LIMIT = 64 << 20
+BROKEN_OFF = 3600.0  # seconds after which nobody is still writing a file
 
 
 class CompiledKernelWarning(UserWarning):
@@ -65,10 +67,12 @@ class Cache:
             record = json.loads(line)
             if record != {"kernel": kernel, "name": record["name"], "sha256": hashlib.sha256(image).hexdigest()}:
                 return None
-            os.utime(path)
-            return Code(record["name"], image)
+            code = Code(record["name"], image)
         except (OSError, ValueError, LookupError, TypeError):
             return None
+        with contextlib.suppress(OSError):  # a file system that is read alone
+            os.utime(path)
+        return code
 
     def write(self, key: str, kernel: str, code: Code) -> None:
         record = {"kernel": kernel, "name": code.name, "sha256": hashlib.sha256(code.image).hexdigest()}
@@ -76,6 +80,7 @@ class Cache:
         self._prune()
 
     def _prune(self) -> None:
+        self._forget_broken_off()
         files = []
         for path in self.folder.glob("*.cubin"):
             try:
@@ -89,8 +94,16 @@ class Cache:
             path.unlink(missing_ok=True)
             total -= found.st_size
 
+    def _forget_broken_off(self) -> None:
+        """What processes that were ended while they wrote have left under other names (llmengine.files)."""
+        for path in self.folder.glob(".*.cubin.*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - BROKEN_OFF:
+                    path.unlink()
+
 
 def folder() -> Path | None:
+    """Raises RuntimeError where there is no home."""
     given = os.environ.get(CACHE)
     if given is not None:
         return Path(given) if given else None
@@ -140,11 +153,10 @@ class Compiler:
         return code
 
     def _cache(self) -> Cache | None:
-        if (where := folder()) is None:
-            return None
         try:
-            return Cache(where)
-        except OSError as error:
+            where = folder()
+            return Cache(where) if where else None
+        except (OSError, RuntimeError) as error:
             self._tell(f"{error}; compiled kernels are not kept")
             return None
 

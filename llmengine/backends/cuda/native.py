@@ -93,6 +93,7 @@ class Native:
 
     def call(self, kernel: str, on: Tensor, **arguments) -> None:
         """Launches a kernel on the current stream of the device that `on` lies on."""
+        self.module.take_launched()  # of a call that failed: not this one's to tell
         if on.is_cuda:
             with torch.cuda.device(on.device):
                 stream = torch.cuda.current_stream().cuda_stream

@@ -113,12 +113,17 @@ def load() -> Nvrtc:
     tried = []
     for path in candidates():
         try:
-            for beside in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")):
-                ctypes.CDLL(str(beside))  # which it looks for by name alone
+            for beside in builtins_beside(Path(path)):
+                ctypes.CDLL(str(beside))
             return Nvrtc(ctypes.CDLL(path), path)
         except OSError as error:
             tried.append(f"{path} ({error})")
     raise NvrtcError(f"libnvrtc was not found: pip install nvidia-cuda-nvrtc; tried {', '.join(tried)}")
+
+
+def builtins_beside(library: Path) -> list[Path]:
+    """What NVRTC looks for by name alone; of a library that the loader finds by its name, the loader finds it, too."""
+    return sorted(library.parent.glob("libnvrtc-builtins.so.*")) if library.is_absolute() else []
 
 
 def candidates() -> Iterator[str]:
