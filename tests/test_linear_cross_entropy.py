@@ -222,13 +222,14 @@ def test_the_backward_may_run_again_and_scales():
 
 
 PEAK = """
-import resource, sys, torch, llmengine
+import re, sys, torch, llmengine
 from llmengine import functional
 backend, tokens, classes, d = sys.argv[1], *map(int, sys.argv[2:])
 def call(tokens, classes):
     x, w = torch.randn(tokens, d, requires_grad=True), torch.randn(classes, d, requires_grad=True)
     target = torch.randint(classes, (tokens,))
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which begins at what the process that started this one has
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
     before = peak()
     with llmengine.backend(backend):
         functional.linear_cross_entropy(x, w, target).backward()
@@ -247,8 +248,9 @@ def peak_mib(backend: str, tokens: int, classes: int) -> float:
 def test_memory_does_not_grow_with_tokens_times_classes():
     small, large = peak_mib("cpu", 1024, 8192), peak_mib("cpu", 4096, 32768)
     logits = 4 * (4096 * 32768 - 1024 * 8192) / 2**20  # what their float32 logits differ by: 480 MiB
-    assert large - small < 0.05 * logits
-    assert peak_mib("reference", 4096, 32768) > logits  # the measure sees logits where they are held
+    held = peak_mib("reference", 4096, 32768)
+    assert held > logits  # the measure sees logits where they are held
+    assert large - small < 0.1 * logits and large < 0.05 * held
 
 
 @pytest.mark.parametrize(
