@@ -219,8 +219,7 @@ class TransformerConfig(BaseModel):
     formulas are in models/smoothing.py."""
 
     fp8: Literal["tensor", "block"] | None = None
-    """In which scaling layers' projections multiply in 8-bit floats (functional.fp8_linear); None: they do not. Hugging
-    Face's configs have no word for it: from_pretrained(directory, fp8=...) says it again."""
+    """Scales of layers' 8-bit projections (functional.fp8_linear). In no family's config.json: tell from_pretrained."""
     init: Literal["normal", "neighbours"] = "normal"
     """normal: N(0, init_std). neighbours: besides, sinusoidal positions and heads that begin by looking 1 to 4 places
     away, so that a small encoder learns from context at once instead of after thousands of steps."""
