@@ -300,7 +300,9 @@ BREAKS = {
         "    ptx::wgmma_wait<0>(flat(output));\n    give_back", "    give_back", "of a product .* with no wgmma_wait",
     ),
     "no fence before products": ("    ptx::wgmma_fence(flat(x));\n", "", "since its last wgmma_fence"),
-    "neighbours' values stay": ("clear_rows<S::panels, S::keys>(shared.value[stage], w.s.keys - key);", "", "differs"),
+    "neighbours' values stay": (
+        "clear_rows<S::value_panels, S::keys>(shared.value[stage], w.s.keys - key);", "", "differs"
+    ),
     "cleared rows not shown to the unit": (
         "        ptx::fence_async_shared();\n        __syncwarp();\n        if (elected)", "        if (elected)",
         "with no fence_async between|races",

@@ -177,7 +177,7 @@ BREAKS = {
         "its copy writes|phase",
     ),
     "statistics not waited for": (
-        KEYS, "S::owner == Owner::keys && tile == 0 ? 33 : 1", "1", "phase|arriv|no (mbarrier_)?wait|exceeds|no thread",
+        KEYS, "S::owner == Owner::keys ? 33 : 1", "1", "phase|arriv|no (mbarrier_)?wait|exceeds|no thread",
     ),
     "scores read while under way": (KEYS, "    ptx::wgmma_wait<1>(flat(x));\n", "", "accumulators of a product"),
     "keys given back while multiplied": (
@@ -203,7 +203,7 @@ BREAKS = {
     ),
     "slopes of the cap are forgotten": (ROWS, "    x[0][j][0] *= by.x, x[0][j][1] *= by.y,", "    ", "exceeds"),
     "probabilities not waited for": (
-        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());\n", "", UNTOLD,
+        WIDE, "  ptx::mbarrier_wait(&shared.handed_full[stage], turn.parity());", "", UNTOLD,
     ),
     "probabilities of another parity": (
         WIDE, "shared.handed_full[stage], turn.parity()", "shared.handed_full[stage], turn.parity() ^ 1", UNTOLD,
