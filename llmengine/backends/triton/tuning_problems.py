@@ -87,7 +87,11 @@ def _attention_calls(place: Place, operands: str, kernel: str, widest: int) -> I
     yield call(packed=True, window=place.tokens // 4, dropout_p=0.1 if operands == "busy" else 0.0)
     if operands != "plain":
         yield call(packed=True, window=place.tokens // 4, softcap=30.0, alibi=True, dropout_p=0.1)
-        yield call(mask=True, softcap=30.0, alibi=True, dropout_p=0.1, distances=widest == 256)
+        if widest == 256:  # what takes all options at once, at any head dim
+            yield call(mask=True, softcap=30.0, alibi=True, dropout_p=0.1, distances=True)
+        else:
+            yield call(mask=True, softcap=30.0, alibi=True)
+            yield call(mask=True, softcap=30.0, dropout_p=0.1)
 
 
 class _Attention:
