@@ -43,10 +43,10 @@ class Tile(NamedTuple):
 # Each was compiled for its architectures without spilling (aot.py); none has been timed: `llmengine tune` does.
 Table = dict[str, tuple[Tile, ...]]
 _FLOAT32: Table = {
-    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
+    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 8, 2)),
     "fused": (Tile(64, 64, 16, 8, 2),),
     "pair": (Tile(64, 32, 16, 8, 2),),
-    "ragged": (Tile(64, 64, 16, 8, 2),),
+    "ragged": (Tile(64, 32, 16, 8, 2),),
 }
 _AMPERE: Table = {
     "plain": (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
