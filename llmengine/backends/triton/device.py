@@ -83,6 +83,11 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def is_amd(name: str) -> bool:
+    """Of an architecture."""
+    return name.startswith("gfx")
+
+
 def device_name(device: torch.device) -> str:
     """What files about a GPU are named by."""
     return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmengine.backends.triton import tuned
-from llmengine.backends.triton.device import architecture, multiprocessors
+from llmengine.backends.triton.device import architecture, is_amd, multiprocessors
 from llmengine.backends.triton.rows import power_of_2
 
 # tl.dot wants at least this many of each.
@@ -73,7 +73,7 @@ _CDNA3: Table = {
 }
 # Few programs, and every loop and edge of a matrix of a hundred rows: what the interpreter takes is programs.
 _INTERPRETER: Table = dict.fromkeys(("plain", "fused", "pair", "ragged"), (Tile(64, 128, 64, 4, 1),))
-# For 16-bit floats; NVIDIA before sm_90 and consumer GPUs (sm_120) have the shared memory of Ampere.
+# For 16-bit floats; NVIDIA before sm_90 and consumer GPUs (sm_120) have the shared memory of Ampere, AMD's of CDNA3.
 TABLE = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942": _CDNA3, "gfx950": _CDNA3}
 
 
@@ -94,7 +94,7 @@ def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
     elif a.dtype == torch.float32:
         table = _FLOAT32
     else:
-        table = TABLE.get(place, _AMPERE)
+        table = TABLE.get(place, _CDNA3 if is_amd(place) else _AMPERE)
     if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):
         kind = "ragged"
     enough = multiprocessors(a.device)
