@@ -13,9 +13,9 @@
 //   attention_grid.h, on Hopper.
 #pragma once
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {

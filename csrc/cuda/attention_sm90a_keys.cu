@@ -119,7 +119,9 @@ void run_keys(const AttentionBackwardSm90a& p, Stream stream) {
   visit_hopper<64, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
         using S = Shape<D, simple>;
-        launch_keys<S, Shared<S>, T>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, stream);
+        const auto walked = walked_of<S, T>(p);
+        launch_walk<S, Shared<S>>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, walked, stream,
+                                  walked);
       });
 }
 

@@ -380,15 +380,9 @@ void run_one_pass(const AttentionBackwardOnePass& p, Stream stream) {
   visit_hopper<64, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
         using S = Shape<D, simple>;
-        const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-        const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3) + 2 * D) * 2 * p.group();
-        const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-        const OnePass<T> given{walked_of<S, T>(p, bytes, 1, begins && !ends),
-                               grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles)};
-        launch(launch_site<S, Room<S>>("attention_one_pass_sm90a", p, given.walked, stream),
-               attention_one_pass_sm90a<T, D, simple>, map_of_tokens("key", p.key, kGroupRows),
-               map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
-               map_of_tokens("grad_output", p.grad_output, S::passing), given);
+        const OnePass<T> given{walked_of<S, T>(p, 4 * D), grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles)};
+        launch_walk<S, Room<S>>("attention_one_pass_sm90a", attention_one_pass_sm90a<T, D, simple>, p, given.walked,
+                                stream, given);
       });
 }
 
