@@ -62,9 +62,9 @@ constexpr int owners_together(int tiles, int owners, const Streams& streams, con
   return static_cast<int>(most < owners ? most : owners > 0 ? owners : 1);
 }
 
-// `begins`, `ends`: whether a window hides keys far behind a row, and far ahead. Rows see most keys where they are last,
-// but where only what lies behind is hidden; keys are seen by most rows where they are first, if any hides them. Where
-// all are alike, packed sequences longer than others have the last.
+// `begins`, `ends`: whether a window hides keys far behind a row, and far ahead. Rows see most keys where they are
+// last, but where only what lies behind is hidden; keys are seen by most rows where they are first, if any hides them.
+// Where all are alike, packed sequences longer than others have the last.
 constexpr Schedule schedule_of_rows(int tiles, int owners, bool begins, bool ends, const Streams& streams,
                                     const Machine& machine) {
   return {tiles, owners, owners_together(tiles, owners, streams, machine), ends || !begins};

@@ -225,8 +225,7 @@ void run_rows(const AttentionBackward& p, Stream stream) {
   constexpr const char* kSource = "cuda/attention_sm80_rows.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, Shape<D, plain>::rows));
-    const Schedule schedule =
-        order_of_rows(p, given.sizes.tiles, p.sequences() + p.packed(), blocks_at_once());
+    const Schedule schedule = order_of_rows(p, given.sizes.tiles, p.sequences() + p.packed(), blocks_at_once());
     const LaunchSite at{
         "attention_rows_sm80",    grid_of(p, given.sizes.tiles, p.heads()), kThreads, cuda_stream(stream), p.query,
         Tiles<T, D, plain>::bytes};
@@ -234,8 +233,7 @@ void run_rows(const AttentionBackward& p, Stream stream) {
       launch(at, attention_rows_sm80<T, D, plain>, given, schedule);
       return true;
     } else {
-      return launch_compiled(at, {kSource, instance("attention::attention_rows_sm80", T{}, D, plain)}, given,
-                             schedule);
+      return launch_compiled(at, {kSource, instance("attention::attention_rows_sm80", T{}, D, plain)}, given, schedule);
     }
   });
 }

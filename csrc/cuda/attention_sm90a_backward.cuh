@@ -40,7 +40,8 @@ struct Walk {
   static constexpr bool wide = D > 128;
   static constexpr int groups = 2, boxes = wide && owner == Owner::keys ? 1 : groups;  // boxes of 64 lines
   static constexpr int own = boxes * kGroupRows, threads = 128 * (1 + groups);
-  static constexpr int passing = passing_, panels = D / kPanel, value_panels = DV / kPanel;
+  static constexpr int passing = passing_;
+  static constexpr int panels = (D + kPanel - 1) / kPanel, value_panels = (DV + kPanel - 1) / kPanel;
   static constexpr int owned = wide && own * D > 64 * 192 ? 1 : 2, stages = D <= 64 ? 4 : 2;  // pairs of tiles
   static constexpr int own_bytes = own * panels * 128, stage_bytes = passing * panels * 128;
   // Fetching statistics takes some more than boxes alone; either way all that 384 threads have is shared out.

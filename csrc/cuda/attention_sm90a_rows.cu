@@ -24,6 +24,7 @@ namespace {
 
 template <int D, bool simple>
 inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
+                                : D <= 96  ? (simple ? 96 : 48)
                                 : D <= 128 ? (simple ? 80 : 48)
                                 : D <= 192 ? 64
                                            : (simple ? 48 : 32);
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
 }  // namespace
 
 void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
-  visit_hopper<64, 128, 192, 256>(
+  visit_hopper<64, 96, 128, 192, 256>(
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
