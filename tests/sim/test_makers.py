@@ -126,7 +126,7 @@ def test_gated_blocks_and_float16_are_other_layers(tmp_path: Path):
     "found, machine, said",
     [
         ([], {"device": "NVIDIA H100"}, "bench.json was made on 'NVIDIA H100'; here it is 'simulator'"),
-        ([], {"products": "sm80"}, "bench.json: its row 'llmengine' is 'sm80's, not cuBLAS's"),
+        ([], {"products": "sm80"}, "bench.json: its rows 'llmengine' are of products by 'sm80'; expected 'blas'"),
         (None, {}, "bench.json is no bench.json: it has no rows, or no machine"),
     ],
 )

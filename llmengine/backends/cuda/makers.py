@@ -60,7 +60,9 @@ def _table(path: str, device: str) -> dict[tuple[Layer, bool], dict[int, Times]]
     if machine.get("device") != device:
         raise ValueError(f"measured products: {path} was made on {machine.get('device')!r}; here it is {device!r}")
     if (made_by := machine.get("products", "blas")) != "blas":
-        raise ValueError(f"measured products: {path}: its row 'llmengine' is {made_by!r}'s, not cuBLAS's")
+        raise ValueError(
+            f"measured products: {path}: its rows 'llmengine' are of products by {made_by!r}; expected 'blas'"
+        )
     passes: dict[tuple[Layer, int, str], dict[str, float]] = {}
     for row in rows:
         if (place := _place(row)) is not None:
