@@ -71,11 +71,11 @@ def _samples() -> list[Sample]:
         ]:  # fmt: skip
             samples.append(sample(shape, f, "gelu", gated=gated, dropout_p=p))
     samples += with_options("relu_squared")  # last: what is drawn for the others stays as it was
-    for shape, f, options in [
-        ((11, 7), 5, {"gated": True}), ((2, 3, 24), 40, {"dropout_p": 0.3}), ((130, 65), 129, {"biases": False}),
-        ((0, 8), 16, {}), ((64,), 70, {"gated": True, "biases": False}),
+    for shape, f, gated, biases, p in [
+        ((11, 7), 5, True, True, 0.0), ((2, 3, 24), 40, False, True, 0.3), ((130, 65), 129, False, False, 0.0),
+        ((0, 8), 16, False, True, 0.0), ((64,), 70, True, False, 0.0),
     ]:  # fmt: skip
-        added = sample(shape, f, "silu", **options)
+        added = sample(shape, f, "silu", gated=gated, biases=biases, dropout_p=p)
         samples.append(Sample(f"{added.name} residual", added.args, added.kwargs | {"residual": randn(*shape)}))
     return samples
 
