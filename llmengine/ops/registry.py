@@ -238,6 +238,11 @@ def _record(op: str, answers: list[tuple[str, str | None]]) -> None:
         log.append((op, answers))
 
 
+def explaining() -> bool:
+    """Whether what is told is heard."""
+    return bool(getattr(_choice, "log", None))
+
+
 def tell(detail: str) -> None:
     """From within a kernel: what `explain` says beside its backend."""
     if log := getattr(_choice, "log", None):
