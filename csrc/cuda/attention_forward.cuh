@@ -47,7 +47,8 @@ struct Softmax {
   }
 
   // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
-  template <int n>
+  // They are added up here, or elsewhere.
+  template <bool here = true, int n>
   __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2]) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
@@ -69,7 +70,7 @@ struct Softmax {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
-            sum[m][half] += x[m][j][i];
+            if constexpr (here) sum[m][half] += x[m][j][i];
           }
       }
   }

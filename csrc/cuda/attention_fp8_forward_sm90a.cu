@@ -4,13 +4,14 @@
 //   A warpgroup has 64 query rows; of every 128 keys
 //
 //     S = Q K^T                        8 bits, the sums of 32 to 256 products as they come
-//     P = 2^8 softmax of scale q k S   in float32, q and k the scales of both tiles; its sums are of these
-//     O = O rescaling + v (P V)        P rounded to e4m3 in registers, O in float32, v the scale of V's tile
+//     P = 2^8 exp(scale q k S - max)   in float32, q and k the scales of both tiles; rounded to e4m3 in registers
+//     O = O rescaling + v (P V)        in float32, v the scale of V's tile
+//     sum = sum rescaling + P 1        by the product, too: eight rows of ones lie behind V's columns
 //
 //   The tensor cores add 8-bit products with about 14 bits (ptx/wgmma.cuh): so O is added up by the warpgroup itself,
-//   and no sum of theirs is of more than 128 products of P V, or a head dim's of Q K^T. P is at most 256, so that what
-//   it weighs is exact to e4m3's 2^-4 down to 2^-14 of the largest and vanishes below 2^-17. The sum that O is divided
-//   by is of P before it is rounded: lse is that of the logits.
+//   and no sum of theirs is of more than 128 products of P V, or a head dim's of Q K^T. P is at most 256, so that it is
+//   exact to e4m3's 2^-4 down to 2^-14 of the largest and vanishes below 2^-17. O is divided by the sum of what V was
+//   weighed with: weights sum to 1, and what values have in common is not lost to P's rounding. lse is that sum's.
 //
 //   Sums lie in registers by columns 2t, 2t + 1 of 8, an 8-bit operand by 4t .. 4t + 3 of 16 (t a lane of four): V's
 //   tiles have their keys in that order, so that nothing is exchanged between lanes.
@@ -45,6 +46,7 @@ namespace attention {
 namespace {
 
 constexpr int kLift = 8;  // P is at most 2^8
+constexpr int kOnes = 8;  // rows of ones: the least columns of a product
 
 template <int D>
 struct Shape {
@@ -54,13 +56,16 @@ struct Shape {
   static constexpr bool by_turns = true;
   static constexpr int query_bytes = kGroupRows * D, step_bytes = keys * D;  // of a warpgroup; of keys, or of values
   static constexpr int panel = D < 128 ? D : 128;  // columns, bytes, of a row of queries and of keys
-  static constexpr int part = D < 128 ? D : 128;   // columns of O that are added to at once
+  static constexpr int part = D < 128 ? D : 128;   // columns of O that are added to at once: all, or half
 };
 
 template <class S>
 struct Shared {
   uint8_t query[S::queries][S::groups][2 * S::query_bytes];  // queries, then outputs of 16 bits
-  uint8_t key[S::stages][S::step_bytes], value[S::stages][S::step_bytes];
+  uint8_t key[S::stages][S::step_bytes];
+  struct {
+    uint8_t numbers[S::step_bytes], ones[kOnes * S::keys];
+  } value[S::stages];
   ptx::Mbarrier query_full[S::queries], query_free[S::queries];
   ptx::Mbarrier key_full[S::stages], key_free[S::stages];
   ptx::Mbarrier value_full[S::stages], value_free[S::stages];
@@ -135,7 +140,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Forward<T>& p
         ptx::copy_bulk(shared.key[s], p.key.numbers + from, S::step_bytes, &shared.key_full[s]);
         ptx::mbarrier_wait(&shared.value_free[s], turn.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&shared.value_full[s], S::step_bytes);
-        ptx::copy_bulk(shared.value[s], p.value.numbers + from, S::step_bytes, &shared.value_full[s]);
+        ptx::copy_bulk(shared.value[s].numbers, p.value.numbers + from, S::step_bytes, &shared.value_full[s]);
       }
     }
     __syncwarp();
@@ -178,17 +183,17 @@ __device__ __forceinline__ void round_to_bytes(const Sums<1, keys>& x, uint32_t 
     }
 }
 
-// output = output rescaling + scale probabilities values
+// output = output rescaling + scale probabilities values, part after part; softmax.sum += probabilities, which each
+// lane of a row has, and one counts.
 template <class S, int D>
-__device__ __forceinline__ void add_values(Sums<1, D>& output, const float (&rescaling)[1][2],
+__device__ __forceinline__ void add_values(Sums<1, D>& output, Softmax<1, kLift>& softmax,
+                                           const float (&rescaling)[1][2],
                                            const uint32_t (&probabilities)[S::keys / 32][4], const uint8_t* values,
                                            float scale) {
   const auto b = ptx::matrix_descriptor(values, 0, 8 * S::keys, swizzle_of(S::keys));
-  if (__any_sync(kWholeWarp, rescaling[0][0] != 1.0f || rescaling[0][1] != 1.0f)) rescale(output, rescaling);
-#pragma unroll
-  for (int first = 0; first < D; first += S::part) {
-    Sums<1, S::part> sums;
-    ptx::wgmma_fence(flat(sums));
+  const auto add = [&]<int first, int columns>() {
+    Sums<1, columns> sums;
+    ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < S::keys / 32; ++k)
       ptx::wgmma<ptx::Multiplicand::e4m3>(flat(sums), probabilities[k], b.advanced(first * S::keys + 32 * k), k > 0);
@@ -201,7 +206,14 @@ __device__ __forceinline__ void add_values(Sums<1, D>& output, const float (&res
         float& o = output[0][first / 8 + j][i];
         o = fmaf(sums[0][j][i], scale, o);
       }
-  }
+    if (columns > S::part && lane_of() % 4 == 0) {
+      softmax.sum[0][0] += sums[0][columns / 8 - 1][0];
+      softmax.sum[0][1] += sums[0][columns / 8 - 1][2];
+    }
+  };
+  if (__any_sync(kWholeWarp, rescaling[0][0] != 1.0f || rescaling[0][1] != 1.0f)) rescale(output, rescaling);
+  if constexpr (D > S::part) add.template operator()<0, S::part>();
+  add.template operator()<D - S::part, S::part + kOnes>();
 }
 
 template <class S, class T, int D>
@@ -228,13 +240,13 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
 
     order.take();
     if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
-    softmax.add(x, factor * key_scale, rescaling);
+    softmax.template add<false>(x, factor * key_scale, rescaling);
     order.pass();
     round_to_bytes<S::keys>(x, probabilities);
 
     const float value_scale = p.value.scales[tile];
     ptx::mbarrier_wait(&shared.value_full[stage], turn.parity());
-    add_values<S, D>(output, rescaling, probabilities, shared.value[stage], value_scale);
+    add_values<S, D>(output, softmax, rescaling, probabilities, shared.value[stage].numbers, value_scale);
     give_back(&shared.value_free[stage]);
   }
 }
@@ -288,6 +300,11 @@ __global__ void __launch_bounds__(Shape<D>::threads, 1) attention_fp8_forward(co
     }
     ptx::mbarrier_init_fence();
   }
+  for (auto& stage : shared.value) {
+    for (int i = static_cast<int>(threadIdx.x); i < kOnes * S::keys / 4; i += S::threads)
+      reinterpret_cast<uint32_t*>(stage.ones)[i] = 0x38383838;  // 1 in e4m3
+  }
+  ptx::fence_async_shared();
   if (p.sizes.cu_seqlens_q) {
     const Sequence rest = sequence_of(p.sizes, p.sizes.sequences);
     for (int head = 0; head < p.sizes.heads; ++head)

@@ -65,9 +65,10 @@ def _weigh(logits, values, sinks, step, exact):
         higher = torch.maximum(most, x.amax(-1, keepdim=True)) if x.shape[-1] else most
         base = torch.where(higher == -torch.inf, 0.0, higher)
         rescaling, p = torch.exp(most - base), torch.exp(x - base)
+        if not exact:
+            p = (p * LIFT).to(torch.float8_e4m3fn).to(p.dtype) / LIFT
         most, total = higher, total * rescaling + p.sum(-1, keepdim=True)
-        weights = p if exact else (p * LIFT).to(torch.float8_e4m3fn).to(p.dtype) / LIFT
-        output = output * rescaling + weights @ v
+        output = output * rescaling + p @ v
     output = torch.where(total == 0, 0.0, output / total)
     return output, (most + total.log()).squeeze(-1)
 
