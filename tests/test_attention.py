@@ -333,19 +333,27 @@ def test_a_sink_of_zero_adds_one_to_the_denominator():
 
 
 @pytest.mark.parametrize("argument", range(3))
-def test_offsets_beyond_2_to_the_31(argument):
-    """In each of the strides in turn; the memory in between is virtual."""
-    operands = [torch.randn(3, 4, 5, 8) for _ in range(3)]
-    expected = scaled_dot_product_attention(*operands)
+@pytest.mark.parametrize(
+    "backend", ["cpu", *(t.backend for t in ELSEWHERE if (t.backend, t.device) == ("triton", "cpu"))]
+)
+def test_offsets_beyond_2_to_the_31(backend, argument):
+    """In each of the strides in turn, forward and backward; the memory in between is virtual."""
+    operands, upstream = [torch.randn(3, 4, 5, 8) for _ in range(3)], torch.randn(3, 4, 5, 8)
+
+    def results(given):
+        leaves = [x.detach().requires_grad_() for x in given]
+        with llmengine.backend(backend):
+            output = scaled_dot_product_attention(*leaves)
+            return output, *torch.autograd.grad(output, leaves, upstream)
+
+    expected = results(operands)
     for dim in range(3):
         shape = operands[argument].shape
         stride = [8 * 5 * 4, 8 * 5, 8, 1]
         stride[dim] = 2**31 // (shape[dim] - 1) + 8
         storage = torch.empty(sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1)
         far = storage.as_strided(shape, stride).copy_(operands[argument])
-        with llmengine.backend("cpu"):
-            given = [far if i == argument else x for i, x in enumerate(operands)]
-            torch.testing.assert_close(scaled_dot_product_attention(*given), expected)
+        torch.testing.assert_close(results([far if i == argument else x for i, x in enumerate(operands)]), expected)
 
 
 def test_memory_is_linear_in_the_length():
