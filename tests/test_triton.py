@@ -73,6 +73,14 @@ def test_a_gpu_without_a_table_has_that_of_its_makers_smallest_shared_memory(oth
     assert chosen[0] == chosen[1]
 
 
+def test_a_program_may_take_all_registers_that_a_multiprocessor_has(monkeypatch):
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    for place, expected in (("sm_90", [255, 255, 128]), ("gfx942", [None] * 3)):
+        with device.assume(place):
+            options = [device.all_registers(torch.device("meta"), warps) for warps in (4, 8, 16)]
+        assert [given.get("maxnreg") for given in options] == expected
+
+
 def test_gpus_before_ampere_are_refused(monkeypatch):
     monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -84,18 +84,19 @@ print(json.dumps({name: architecture.shared_limit for name, architecture in aot.
 """
 
 
-def test_the_budget_holds_every_launch_without_a_spill_and_nothing_else():
+def test_the_budget_holds_what_is_launched_and_no_spill():
+    """That it holds every launch is for the compilations below to say, which take hours."""
     done = run("-c", LAUNCHES)
     assert done.returncode == 0, done.stderr
     launches, limits = map(json.loads, done.stdout.splitlines())
     held = [
         (architecture, dtype, call, kernel)
         for architecture in ARCHITECTURES
-        for dtype, calls in BUDGET[architecture].items()
+        for dtype, calls in BUDGET.get(architecture, {}).items()
         for call, kernels in calls.items()
         for kernel in kernels
     ]
-    assert set(held) == set(map(tuple, launches))
+    assert set(held) <= set(map(tuple, launches))
     for architecture, dtype, call, kernel in held:
         _, registers, spilled, shared = BUDGET[architecture][dtype][call][kernel]
         assert registers and not spilled and shared <= limits[architecture], (architecture, dtype, call, kernel)
@@ -166,4 +167,7 @@ def test_linear_cross_entropy_takes_under_2_percent_of_the_unfused_paths_memory(
 def test_every_kernel_compiles_within_its_budget(architecture, dtype, tmp_path):
     file = tmp_path / "budget.json"
     assert report(tmp_path, "--architectures", architecture, "--dtypes", dtype, "--budget", str(file))
-    assert not over_budget(json.loads(file.read_text())[architecture][dtype], BUDGET[architecture][dtype])
+    taken, allowed = json.loads(file.read_text())[architecture][dtype], BUDGET.get(architecture, {}).get(dtype, {})
+    missing = {call: kernels.keys() - allowed.get(call, {}).keys() for call, kernels in taken.items()}
+    assert not any(missing.values()), "`python -m llmengine.backends.triton.aot --budget` puts them into the budget"
+    assert not over_budget(taken, allowed)

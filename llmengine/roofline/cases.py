@@ -101,6 +101,12 @@ class Case:
     backward_flops: float = 0.0
     passes: tuple[str, ...] = ("forward", BOTH)
 
+    def work(self, which: str) -> tuple[float, float]:
+        """(bytes moved, operations) of a pass."""
+        if which != BOTH:
+            return self.bytes_moved, self.flops
+        return self.bytes_moved + self.backward_bytes, self.flops + self.backward_flops
+
 
 def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[str] | None = None) -> Iterator[Case]:
     """The cases of `SHAPES[shapes]`, one after another, those first that matter most should a budget cut them.
@@ -108,11 +114,15 @@ def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[st
     Args:
         operators: names of `OPERATORS`; None takes all.
     """
-    make = _Tensors(device, dtype)
-    for operator, (kind, build) in OPERATORS.items():
+    for operator, (kind, _) in OPERATORS.items():
         if operators is None or operator in operators:
             for shape in SHAPES[shapes][kind]:
-                yield from build(make, shape)
+                yield from cases_of(operator, shape, device, dtype)
+
+
+def cases_of(operator: str, shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """An operator's cases of one shape."""
+    return OPERATORS[operator][1](_Tensors(device, dtype), shape)
 
 
 class _Tensors:

@@ -62,14 +62,13 @@ def _pass(
     case: Case, which: str, runs: dict[str, Callable[..., Tensor]], leaves: list[Tensor], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
     backward = which == BOTH
-    moved = case.bytes_moved + backward * case.backward_bytes
-    flops = case.flops + backward * case.backward_flops
+    moved, flops = case.work(which)
     floor = limits.floor_ms(case.dtype, moved, flops)
     limit = "memory" if limits.floor_ms(case.dtype, moved, 0) == floor else "multiply-adds"
     calls, failed = {}, {}
     for name, function in runs.items():
         try:
-            calls[name] = _call(function, leaves, backward)
+            calls[name] = call_of(function, leaves, backward)
             calls[name]()
             clock.wait()  # an error of a kernel is told late
         except PEER_ERRORS as error:
@@ -99,7 +98,8 @@ def _said(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _call(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+def call_of(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    """What is timed: the function on the leaves, without gradients or with its backward."""
     context = function.context if isinstance(function, Within) else contextlib.nullcontext
     if not backward:
 

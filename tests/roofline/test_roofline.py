@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -323,3 +326,18 @@ def test_plot_is_written_whole(tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     roofline.draw([], CEILINGS, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_each_peer_of_a_case_is_a_benchmark_by_itself(tmp_path):
+    """`pytest benchmarks/ --benchmark-only`, as on a GPU, but for its shapes and peers."""
+    options = f"--benchmark-only -k softmax --device cpu --shapes small --results {tmp_path / 'found.json'}"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_roofline.py", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"device", "commit"} <= found["machine"].keys()
+    dtypes, passes = ("float32", "bfloat16"), ("forward", "forward + backward")
+    assert {row["case"] for row in found["rows"]} == {f"softmax 5x48 {d} {p}" for d in dtypes for p in passes}
+    for row in found["rows"]:
+        assert row["percent"].keys() == row["peak_bytes"].keys() == row["ms"].keys() == {"llmengine", "torch"}
+        assert all(share > 0 for share in row["percent"].values())
