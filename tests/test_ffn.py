@@ -220,6 +220,19 @@ def test_a_residual_of_another_dtype_is_added_as_pytorch_adds_it():
     assert torch.equal(torch.autograd.grad(result.sum(), stream)[0], torch.ones(5, 16))
 
 
+def test_a_residual_under_opcheck_and_in_one_graph():
+    """Whose gradient is the output's there, too."""
+    p = {name: t.detach() for name, t in block(8, 12, torch.float32, gated=False).items()}
+    x, stream = torch.randn(5, 8), torch.randn(5, 8, requires_grad=True)
+    args = (x, p["w_up"], p["b_up"], None, None, p["w_down"], p["b_down"], stream.detach(), None, "gelu", 0.0, True)
+    torch.library.opcheck(torch.ops.llmengine.ffn_forward.default, args)
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.ffn, fullgraph=True, backend="aot_eager")
+    found, expected = (call(x, **p, residual=stream) for call in (compiled, functional.ffn))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), stream)[0], torch.ones(5, 8))
+
+
 # ---- memory or speed -------------------------------------------------------------------------------------------------
 
 
