@@ -236,6 +236,13 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
 // Aligned floats of one thread, kept between calls: fresh pages would cost more than small attentions take.
 class Scratch {
  public:
+  // Gives back what is so large that its pages are little beside the work done in them.
+  void release_large() {
+    if (size_ <= kKept) return;
+    size_ = 0;
+    memory_.reset();
+  }
+
   // Buffers of so many floats each; what was taken before dies.
   template <class... Count>
   std::array<float*, sizeof...(Count)> take(Count... counts) {
@@ -253,9 +260,12 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kKept = int64_t{1} << 24;  // 64 MiB
+
   void reserve(int64_t floats) {
     if (floats <= size_) return;
     size_ = 0;
+    memory_.reset();  // before its successor comes: both together may be more than there is
     const size_t bytes = static_cast<size_t>(round_up(floats * 4, 4096));
     memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
     if (!memory_) throw std::bad_alloc();

@@ -239,6 +239,7 @@ class Gemm {
                   strip.tiles() * (part + 1) / parts);
       });
     }
+    scratch.release_large();  // a tile's columns of a weight gradient's tokens
   }
 
  private:
