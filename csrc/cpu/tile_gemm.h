@@ -160,25 +160,22 @@ inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t d
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Exchanges the off-diagonal quarters of all 2 step x 2 step blocks. The lane numbers are constants when parsed: the
-// compiler lowers a shuffle by anything else to memory before it unrolls a loop.
+// Exchanges the off-diagonal quarters of all 2 step x 2 step blocks.
 template <int step, int... lane>
 inline void transpose_blocks(F (&x)[kLanes], std::integer_sequence<int, lane...>) {
-  constexpr I low = {(lane & step ? kLanes + (lane ^ step) : lane)...};
-  constexpr I high = {(lane & step ? kLanes + lane : lane ^ step)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & step) continue;
     const F a = x[i], b = x[i + step];
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + step] = __builtin_shuffle(a, b, high);
+    x[i] = shuffle<(lane & step ? kLanes + (lane ^ step) : lane)...>(a, b);
+    x[i + step] = shuffle<(lane & step ? kLanes + lane : lane ^ step)...>(a, b);
   }
 }
 
 // x[i] lane j <-> x[j] lane i
 template <int step = kLanes / 2>
 inline void transpose(F (&x)[kLanes]) {
-  transpose_blocks<step>(x, std::make_integer_sequence<int, kLanes>());
+  transpose_blocks<step>(x, Lanes());
   if constexpr (step > 1) transpose<step / 2>(x);
 }
 
