@@ -289,11 +289,12 @@ class AmxBackward {
       const F rest = fused(lse, 1.44269502f, rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
       // a row that sees nothing, or that there is not: so much that all of its weights are 0
       const I none = lse == -INFINITY;
-      store(high + r, select(none, broadcast(1e30f), plain_ ? rounded : lse));
+      const F log_sum = select(lse == lse, plain_ ? rounded : lse, broadcast(NAN));  // rounds to a NaN: see interleaved
+      store(high + r, select(none, broadcast(1e30f), log_sum));
       store(low + r, select(none | (rest - rest != F{}), F{}, plain_ ? rest : lse_low));
       if (p_.grad_lse.defined()) {
         const F less = load(delta + r) - read(p_.grad_lse, 0.0f);
-        store(delta + r, select(less == less, less, broadcast(NAN)));  // a NaN that rounds to a NaN: see interleaved
+        store(delta + r, select(less == less, less, broadcast(NAN)));
       }
     }
   }
