@@ -95,11 +95,11 @@ def scaled_dot_product_attention(
         dropout leave it alone; -inf is no sink. It gets its gradient, summed in a fixed order.
     fp8: multiply numbers that are rounded to 8-bit floats, e4m3 (relative error at most 2^-4): queries and keys, turned
         by a Walsh-Hadamard matrix so that outliers are spread over their rows, values, and probabilities; sums and
-        softmax are as ever (llmengine/backends/fp8.py). Outputs err by a few per cent (MEASUREMENTS.md), lse by the
-        errors of scores. Infinities and NaN become NaN. Of the options, causality, windows, a scale above 0, shared
-        heads and sinks go with it. It has no gradient: one from these numbers would be theirs, and the probabilities
-        of numbers that are not rounded do not sum to 1 with this lse. On Hopper; elsewhere the reference computes the
-        same, which shows what it would be, and is slow.
+        softmax are as ever (llmengine/backends/fp8.py). Outputs err by 3 to 9 per cent where values cancel
+        (MEASUREMENTS.md), lse by the errors of scores. Infinities and NaN become NaN. Of the options, causality,
+        windows, a scale above 0, shared heads and sinks go with it. There is no gradient: probabilities of operands
+        that are not rounded would not sum to 1 with this lse. On Hopper; elsewhere the reference computes the same,
+        which shows what it would be, and is slow.
     return_lse: also return the natural log of each row's sum of exponentials, that of the sink included, (..., H, L),
         in the scores' dtype; it is differentiable.
 

@@ -164,7 +164,9 @@ def test_attention_of_8_bits_adds_products_of_128_keys_to_sums_of_its_own():
     copies = resources.instructions(source, "90a", r"\bUBLKCP")
     assert len(products) == 6
     for name in products:
-        dim, keys, parts = {64: (64, 128, 1), 128: (128, 128, 1), 256: (256, 64, 2)}[classes_of(name)[0]]
+        dim, keys, parts = {64: (64, 128, 1), 128: (128, 128, 1), 256: (256, 64, 2)}[
+            int(re.findall(r"(\d+)>", name)[0])
+        ]
         assert products[name] == dim // 32 + parts * keys // 32 and with_ones[name] == keys // 32, name
         assert roundings[name] == keys // 4 and sums[name] >= dim // 2 + keys // 2 and copies[name] == 4, name
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name

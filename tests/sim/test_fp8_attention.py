@@ -418,12 +418,12 @@ def try_tiles() -> None:
 def try_attention() -> None:
     """Rings go around, tiles differ in their scales, blocks take more tiles of queries than they hold."""
     sinks = samples._Maker8.sinks(2)
-    two = sample_of(130, 700, 24, heads=2, causal="bottom_right", sinks=sinks, return_lse=True)
+    two = sample_of(70, 560, 24, heads=2, causal="bottom_right", sinks=sinks, return_lse=True)
     for i, large in ((1, 500.0), (2, 40.0)):
         two.args[i][:, :, 300] *= large
     assert_right(SDPA, two, torch.float16)
     m = samples._Maker8(1)
-    m.padded("heads", 1, 8, 20, 150, 40, key_heads=2, window_size=(100, 10))
+    m.padded("heads", 1, 8, 20, 120, 40, key_heads=2, window_size=(100, 10))
     assert_right(SDPA, m.samples[0], torch.float16)
     m.packed("packed", [40, 9], [33, 150], 2, 2, 24, spare=3)
     assert_right(VARLEN, m.samples[1], torch.float16)
