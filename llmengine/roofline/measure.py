@@ -16,7 +16,8 @@ from llmengine.roofline.choices import Within
 from llmengine.roofline.clock import Clock
 from llmengine.roofline.peers import FLEX
 
-Row = dict[str, Any]  # operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes or error
+# operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes, sm_mhz or error
+Row = dict[str, Any]
 PEER_ERRORS = (Exception,)  # those of PyTorch, of its compiler and of Triton share no other class
 COMPILED = "torch.compile"
 
@@ -73,9 +74,10 @@ def _pass(
         except PEER_ERRORS as error:
             calls.pop(name, None)
             failed[name] = _said(error)
-    times, peaks = {}, {}
+    times, peaks, clocks = {}, {}, {}
     try:
         times = clock.medians(calls)
+        clocks = {name: clock.megahertz(call) for name, call in calls.items()}
         peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
     except PEER_ERRORS as error:
         failed |= dict.fromkeys(calls, _said(error))
@@ -88,6 +90,7 @@ def _pass(
         yield row | {
             "ms": ms, "gbytes_per_s": moved / ms / 1e6, "tflops": flops / ms / 1e9, "percent": 100 * floor / ms,
             "limit": limit, "intensity": flops / moved, "peak_bytes": peaks[name],
+            "sm_mhz": clocks[name],
         }  # fmt: skip
 
 
