@@ -133,7 +133,7 @@ def gemm(
         out = a.new_empty((M, N), dtype=dtype or a.dtype)
     if not out.numel():
         return out
-    tile = pick("fused" if added or between else "plain", a, b)
+    tile = pick("fused" if added or between or residual is not None else "plain", a, b)
     parts = (
         1
         if added or between or bias is not None or residual is not None or second is not None
