@@ -176,9 +176,10 @@ void ffn_forward(const ops::FeedForwardForward& p) {
   const auto b_up = as_floats(p.b_up, f, 0.0f), b_gate = as_floats(p.b_gate, f, 0.0f);
   const auto b_down = as_floats(p.b_down, d, 0.0f);
   const Matrix x{p.input};
+  const bool gated = p.w_gate.defined();
   visit_float(p.input.dtype, [&]<class T>(T) {
     visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
-      gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), p.w_gate.defined() ? d : 0, 1}},
+      gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), gated ? d : 0, gated}},
            [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); });
     });
   });
