@@ -98,6 +98,7 @@ struct Device {
   int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests
   size_t shared_bytes_per_block = 227 << 10;
   int compute_capability = 90;
+  int cache_bytes = 50 << 20;
 };
 inline constexpr Device kDevice;
 inline int multiprocessors = kDevice.multiprocessors;  // tests may have more
