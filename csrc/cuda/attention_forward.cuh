@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {

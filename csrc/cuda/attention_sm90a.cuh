@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/attention_call.h"
+#include "cuda/attention_logits.cuh"
 #include "cuda/attention_schedule.h"
-#include "cuda/attention_sm80.cuh"
-#include "cuda/attention_sm80_call.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/wgmma_tile.cuh"

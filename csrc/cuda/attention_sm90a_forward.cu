@@ -286,15 +286,11 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   using S = Shape<D, DV, simple>;
   static_assert(sizeof(Shared<S>) <= 227 << 10);
   const Sizes sizes = sizes_of_rows(p, S::rows);
-  const int owners = sizes.heads * sizes.sequences;
-  const int64_t bytes =
-      p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * (p.key.size(3) + p.value.size(3)) * 2;
-  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
   const Forward<T> given{results_of<T>(p),
                          options_of(p),
                          is_plain(p),
                          sizes,
-                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
+                         order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors()),
                          p.turns.as<int>()};
   // packed tokens that belong to no sequence want blocks even where there are no sequences
   const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads, multiprocessors()).x;
