@@ -325,6 +325,31 @@ def test_what_is_no_tensor_is_a_type_error():
         _cpu.softmax_forward(input=torch.ones(1, 1), output=[1.0])
 
 
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"scale": "1"}, "embedding_forward: scale must be float, got str"),
+        ({"scale": None}, "embedding_forward: scale must be float, got NoneType"),
+        ({"weights": None}, "embedding_forward: has no argument weights"),
+        ({"weight": ...}, "embedding_forward: argument weight is missing"),
+    ],
+)
+def test_arguments_have_names_and_types(change: dict, problem: str):
+    good = {
+        "input": torch.zeros(1, dtype=torch.int64),
+        "weight": torch.ones(2, 3),
+        "scale": 2,
+        "output": torch.empty(1, 3),
+    }
+    _cpu.embedding_forward(**dict(reversed(good.items())))
+    _cpu.embedding_forward(**{"".join([*name]): value for name, value in good.items()})  # names made at run time
+    assert good["output"].tolist() == [[2.0, 2.0, 2.0]]
+    with pytest.raises(TypeError, match=f"^{problem}$"):
+        _cpu.embedding_forward(**{k: v for k, v in (good | change).items() if v is not ...})
+    with pytest.raises(TypeError, match="embedding_forward: takes keyword arguments alone"):
+        _cpu.embedding_forward(*good.values())
+
+
 class Duck:
     """A tensor of a PyTorch that has no DLPack exchange table: the bindings read its attributes."""
 

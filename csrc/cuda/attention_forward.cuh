@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {
@@ -29,8 +29,9 @@ Results<T> results_of(const ops::AttentionForward& p) {
 }
 #endif
 
-// The softmax of a warp's rows so far; `sum` is over this thread's columns.
-template <int blocks>
+// The softmax of a warp's rows so far; `sum` is over this thread's columns. Exponentials are at most 2^lift: the base
+// is so far below the maximum.
+template <int blocks, int lift = 0>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
@@ -40,13 +41,14 @@ struct Softmax {
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        base[m][half] = __fmul_rn(sink, kLog2e);
-        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
+        base[m][half] = lowered(__fmul_rn(sink, kLog2e));
+        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : static_cast<float>(1 << lift);
       }
   }
 
   // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
-  template <int n>
+  // They are added up here, or elsewhere.
+  template <bool here = true, int n>
   __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2]) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
@@ -58,7 +60,7 @@ struct Softmax {
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
         // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
-        const float higher = fmaxf(base[m][half], __fmul_rn(most, factor));
+        const float higher = fmaxf(base[m][half], lowered(__fmul_rn(most, factor)));
         const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
         rescaling[m][half] = ptx::exp2_approx(base[m][half] - from);
         base[m][half] = higher;
@@ -68,10 +70,12 @@ struct Softmax {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
-            sum[m][half] += x[m][j][i];
+            if constexpr (here) sum[m][half] += x[m][j][i];
           }
       }
   }
+
+  __device__ static float lowered(float most) { return lift == 0 ? most : most - lift; }
 
   __device__ __forceinline__ void gather() {
 #pragma unroll
@@ -108,9 +112,9 @@ __device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base
 
 // A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums. They pass
 // through the rows from `own` of a tile, which no other warp uses.
-template <class T, int blocks, int rows, int columns>
+template <class T, int blocks, int lift, int rows, int columns>
 __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head,
-                                              int row, int count, Softmax<blocks>& softmax, float keep_scale,
+                                              int row, int count, Softmax<blocks, lift>& softmax, float keep_scale,
                                               const Sums<blocks, columns>& output,
                                               const Tile<T, rows, columns>& through, int own) {
   softmax.gather();

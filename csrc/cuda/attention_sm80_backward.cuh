@@ -13,9 +13,9 @@
 //   attention_grid.h, on Hopper.
 #pragma once
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {
@@ -128,11 +128,11 @@ __device__ __forceinline__ void through_softmax(float (&grad)[blocks][n][4], con
 
 #ifndef __CUDACC_RTC__
 // Launched by run() in turn; `stream` is where the call runs. `squares`: null, or room for |dO|^2 of each row and then
-// |query|^2.
+// |query|^2. `wanted`: null, or on the device, whether the gradient is.
 void run_statistics(const AttentionBackward& p, Stream stream, float* squares = nullptr);
 void run_rows(const AttentionBackward& p, Stream stream);
 void run_keys(const AttentionBackward& p, Stream stream);
-void run_mask(const AttentionBackward& p, Stream stream);
+void run_mask(const AttentionBackward& p, Stream stream, const int* wanted = nullptr);
 void run_distances(const AttentionBackward& p, Stream stream);
 #endif
 

@@ -20,6 +20,7 @@ inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::
 std::string device_problem();
 
 int multiprocessors();     // of the current device
+int cache_bytes();         // its second-level cache
 int compute_capability();  // 90 for 9.0
 void check_is_hopper(const std::string& what);
 

@@ -2,7 +2,7 @@
 //
 //   forward    1  x w_up^T (and x w_gate^T in the same tiles)  -> bias, activation, gate, dropout -> hidden,
 //   pre-activations
-//              2  hidden w_down^T                              -> bias -> output
+//              2  hidden w_down^T                              -> bias, residual -> output
 //   backward   1  grad_output w_down   -> dropout, act' -> grad_up, grad_gate, and the hidden layer once more
 //              2  grad_output^T hidden, grad_up^T x, grad_gate^T x, grad_up w_up + grad_gate w_gate
 //
@@ -185,7 +185,7 @@ void ffn_forward(const ops::FeedForwardForward& p) {
   });
   if (!p.output.defined()) return;
   gemm(tokens, d, {{Matrix(p.hidden), Matrix(p.w_down).t(), f}},
-       [&](const Tile& tile) { store_tile(tile, p.output, b_down.data()); });
+       [&](const Tile& tile) { store_tile(tile, p.output, b_down.data(), p.residual); });
 }
 
 // grad^T x, for a parameter (out, in) that x (tokens, in) went through to where `grad` (tokens, out) comes from
