@@ -22,7 +22,7 @@ namespace {
 template <int D, bool simple>
 inline constexpr int kPassing = D <= 64 ? (simple ? 96 : 48) : (simple ? 48 : 32);
 template <int D, bool simple>
-using Shape = Walk<Owner::keys, D, kPassing<D, simple>>;
+using Shape = Walk<Owner::keys, D, kPassing<D, simple>, D, simple>;
 
 // dK, but for scale, and dV, but for what is kept, of a warpgroup's keys, each a sum over the group's heads.
 template <class S, class T, int D, bool simple>
@@ -45,7 +45,7 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
     begin_product_of_rows<T, D>(x, shared.lines(here, 0, group), shared.passing[stage][0]);
     begin_product_of_rows<T, D>(grad, shared.lines(here, 1, group), shared.passing[stage][1]);
     ptx::wgmma_wait<1>(flat(x));
-    to_probabilities<simple, S>(x, products, p, w, reach, head, key, row, shared.base[stage]);
+    to_probabilities<simple, S>(x, products, p, w, reach, head, key, row, shared.shift[stage], shared.base[stage]);
     Dropped<1, S::passing / 8> dropped;
     if (drops) {
       const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + head);

@@ -13,7 +13,7 @@ namespace llmengine::cuda::attention {
 template <bool simple, class S, class T>
 __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
                                                  const Walked<T>& p, const Work& w, const Span& reach, int head,
-                                                 int key, int row, const float* base) {
+                                                 int key, int row, const float* shift, const float* base) {
   const Options& o = p.backward.options;
   if (!simple) copy(x, products);
   if (!simple && !p.plain) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1,
     make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
   }
   if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
-  each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, o.factor, -base[c])); });
+  to_probabilities_of_columns<simple>(x, o.factor, shift, base);
 }
 
 }  // namespace llmengine::cuda::attention
