@@ -30,14 +30,15 @@ inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
 template <int D, int DV, bool simple>
 using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
 
-// Where a thread's own shifts and slopes of the soft cap wait for its logits: registers are few.
+// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap, shift and base.
 template <class S, bool simple>
 struct RowsShared : Shared<S> {
   float4 slopes[simple ? 1 : S::passing / 8 * S::groups * 128];
-  float shifts[2][simple ? 1 : S::groups * 128];
+  float statistics[4][simple ? 1 : S::groups * 128];
 
   __device__ __forceinline__ float4* own_slopes() { return slopes + threadIdx.x - 128; }
-  __device__ __forceinline__ float& own_shift(int half) { return shifts[half][threadIdx.x - 128]; }
+  __device__ __forceinline__ float& own_shift(int half) { return statistics[half][threadIdx.x - 128]; }
+  __device__ __forceinline__ float& own_base(int half) { return statistics[2 + half][threadIdx.x - 128]; }
 };
 
 // P of a warp's 16 rows.
@@ -49,7 +50,9 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsSha
   if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
-  for (int half = 0; half < 2 && !simple; ++half) statistics.shift[0][half] = shared.own_shift(half);
+  for (int half = 0; half < 2 && !simple; ++half) {
+    statistics.shift[0][half] = shared.own_shift(half), statistics.base[0][half] = shared.own_base(half);
+  }
   statistics.to_probabilities(x, o.factor);
 }
 
@@ -79,7 +82,9 @@ __device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walk
   const Span reach = keys_of_rows(w.s.band(b.options), row, 16);
   const int64_t lines = (w.s.batch * b.sizes.heads + w.head) * b.sizes.rows + w.s.row0 + row;
   const RowStatistics<1, simple> statistics(b, lines, least(16, w.s.rows - row));
-  for (int half = 0; half < 2 && !simple; ++half) shared.own_shift(half) = statistics.shift[0][half];
+  for (int half = 0; half < 2 && !simple; ++half) {
+    shared.own_shift(half) = statistics.shift[0][half], shared.own_base(half) = statistics.base[0][half];
+  }
   Sums<1, S::passing> x, grad;
   uint32_t rounded[1][S::passing / 16][4];
 
