@@ -4,6 +4,7 @@ pytest benchmarks/ --benchmark-only                         all suites
 pytest benchmarks/bench_norm.py --benchmark-only -k bf16    one of them
 ... --results benchmarks/results/cpu.json                   also write medians, ratios and the machine as JSON
 ... --device cpu                                            where a GPU would be taken
+... --shapes small                                          cases of bench_roofline.py, which else a GPU alone has
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write medians and ratios as JSON to this file")
+    parser.addoption(
+        "--shapes", choices=("small", "cpu", "cuda"), help="bench_roofline.py's; a GPU's where there is one"
+    )
     parser.addoption("--device", choices=("cpu", "cuda"), help="where tensors lie; a GPU where there is one")
 
 
@@ -124,10 +128,14 @@ def _row(group: str, peers: dict) -> dict | None:
         return None
     seconds = {name: bench.stats.median for name, bench in peers.items()}
     ours, info = seconds["llmengine"], peers["llmengine"].extra_info
-    return {
+    row = {
         "case": group,
         "ms": {name: s * 1e3 for name, s in seconds.items()},
         "ratios": {name: s / ours for name, s in seconds.items() if name != "llmengine"},
         "gflops": info["flops"] / ours / 1e9,
         "gbytes": info["bytes"] / ours / 1e9,
     }
+    if "floor_ms" in info:
+        row["percent"] = {name: info["floor_ms"] / s / 10 for name, s in seconds.items()}
+        row["peak_bytes"] = {name: bench.extra_info["peak_bytes"] for name, bench in peers.items()}
+    return row

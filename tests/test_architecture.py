@@ -135,7 +135,7 @@ def test_every_operator_bears_its_name_in_every_room():
         if path.stem in ("__init__", "registry"):
             continue
         for other in ("backends/reference", "backends/cpu", "testing/samples"):
-            if (path.stem, other) == ("fp8_linear", "backends/cpu"):
+            if path.stem.startswith("fp8_") and other == "backends/cpu":
                 continue  # no processor multiplies 8-bit floats: there the reference shows what they do
             assert (PACKAGE / other / path.name).exists(), f"{path.stem} is missing in {other}"
         doors = [(PACKAGE / door / path.name).exists() for door in ("functional", "optim")]

@@ -333,23 +333,31 @@ def test_a_sink_of_zero_adds_one_to_the_denominator():
 
 
 @pytest.mark.parametrize("argument", range(3))
-def test_offsets_beyond_2_to_the_31(argument):
-    """In each of the strides in turn; the memory in between is virtual."""
-    operands = [torch.randn(3, 4, 5, 8) for _ in range(3)]
-    expected = scaled_dot_product_attention(*operands)
+@pytest.mark.parametrize(
+    "backend", ["cpu", *(t.backend for t in ELSEWHERE if (t.backend, t.device) == ("triton", "cpu"))]
+)
+def test_offsets_beyond_2_to_the_31(backend, argument):
+    """In each of the strides in turn, forward and backward; the memory in between is virtual."""
+    operands, upstream = [torch.randn(3, 4, 5, 8) for _ in range(3)], torch.randn(3, 4, 5, 8)
+
+    def results(given):
+        leaves = [x.detach().requires_grad_() for x in given]
+        with llmengine.backend(backend):
+            output = scaled_dot_product_attention(*leaves)
+            return output, *torch.autograd.grad(output, leaves, upstream)
+
+    expected = results(operands)
     for dim in range(3):
         shape = operands[argument].shape
         stride = [8 * 5 * 4, 8 * 5, 8, 1]
         stride[dim] = 2**31 // (shape[dim] - 1) + 8
         storage = torch.empty(sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1)
         far = storage.as_strided(shape, stride).copy_(operands[argument])
-        with llmengine.backend("cpu"):
-            given = [far if i == argument else x for i, x in enumerate(operands)]
-            torch.testing.assert_close(scaled_dot_product_attention(*given), expected)
+        torch.testing.assert_close(results([far if i == argument else x for i, x in enumerate(operands)]), expected)
 
 
 def test_memory_is_linear_in_the_length():
-    """One score matrix of this call would take 4 GiB, in bits 128 MiB."""
+    """One score matrix of this call would take 4 GiB, in bits 128 MiB; sums of all keys for each of 16 tasks 64 MiB."""
     script = """
 import torch
 from llmengine.functional import scaled_dot_product_attention
@@ -362,7 +370,25 @@ small = run(1024)
 print(run(32768) - small)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(out.stdout) < 96 << 10, f"{out.stdout.strip()} KiB more"
+    assert int(out.stdout) < 16 << 10, f"{out.stdout.strip()} KiB more"
+
+
+@pytest.mark.parametrize("rows, keys", [(700, 900), (900, 700), (1000, 1000)])
+@pytest.mark.parametrize("window", [(20, 10), (0, 0), (300, 0), (100, -1)])
+def test_gradients_of_long_windows_whose_rows_are_dealt_out_in_runs(rows: int, keys: int, window: tuple[int, int]):
+    """One key head, so that tasks share its rows; each has sums for the keys alone that its own rows see."""
+    torch.manual_seed(rows + keys)
+    given = [torch.randn(1, heads, n, 8) for heads, n in ((4, rows), (1, keys), (1, keys))]
+    results = []
+    for backend in ("cpu", "reference"):
+        q, k, v = (t.clone().requires_grad_() for t in given)
+        with llmengine.backend(backend):
+            options = {"causal": "bottom_right", "window_size": window, "enable_gqa": True}
+            y = scaled_dot_product_attention(q, k, v, **options)
+            y.square().sum().backward()
+        results.append((y, q.grad, k.grad, v.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def good() -> dict:

@@ -55,16 +55,6 @@ def test_shares_hold_every_key_once(program: Path, length, rows, left, round, sp
     assert said(program, ("shares", length, rows, left, round, splits)) == "passed\n"
 
 
-# (tokens, window to the left, heads of all sequences): 16384 tokens in all, 16 heads
-@pytest.mark.parametrize("tokens, left, heads", [(1024, -1, 256), (4096, -1, 64), (16384, -1, 16), (16384, 512, 16)])
-def test_blocks_end_nearly_together(program: Path, tokens: int, left: int, heads: int):
-    """Of the forward for sm_80 at head dim 128: 128 rows, 48 keys, two blocks on each of 132 multiprocessors. Causal;
-    blocks begin in the order of their numbers, head after head, of each the long tiles first: the last heads' long
-    tiles begin late."""
-    longer = int(said(program, ("balance", tokens, tokens, left, 0, 0, 128, 48, heads, 264)).split()[0])
-    assert longer <= 1600, f"{longer / 100} % longer than an even division"
-
-
 BREAKS = {
     "a key too many": ("attention_band.h", "row + shift + right + 1", "row + shift + right + 2"),
     "a row too few": ("attention_band.h", "key - shift + left + 1", "key - shift + left"),

@@ -8,6 +8,7 @@ from torch.nn import functional as torch_functional
 
 import llmengine
 from llmengine import functional
+from llmengine.testing import Target, targets
 
 IDS, WEIGHT = torch.tensor([1, 2]), torch.ones(5, 4)
 
@@ -46,6 +47,19 @@ def test_an_id_that_is_no_row_is_named(wrong: int, backend: str):
         pytest.raises(ValueError, match=f"input holds {wrong} at place 2; allowed: 0 to 4"),
     ):
         functional.embedding(ids, WEIGHT)
+
+
+@pytest.mark.parametrize("target", [t for t in targets() if t.backend != "cpu"], ids=lambda t: t.backend)
+@pytest.mark.parametrize("wrong", [5, -1, 2**32 + 3, 3 - 2**32])
+def test_where_naming_it_would_mean_waiting_its_result_is_nan_and_no_row_gets_its_gradient(wrong: int, target: Target):
+    if target.prepare:
+        target.prepare("embedding")
+    ids, weight = torch.tensor([0, wrong, 1], device=target.device), WEIGHT.to(target.device).requires_grad_()
+    with llmengine.backend(target.backend):
+        rows = functional.embedding(ids, weight)
+        (gradient,) = torch.autograd.grad(rows, weight, torch.ones_like(rows))
+    assert rows.isnan().all(1).tolist() == [False, True, False]
+    assert gradient.sum(1).tolist() == [4.0, 4.0, 0.0, 0.0, 0.0]
 
 
 def test_many_small_gradients_are_not_lost_in_bfloat16():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llmengine
@@ -25,7 +25,9 @@ ACTIVATIONS = {
 }
 
 
-def make(tokens: int, d: int, f: int, seed: int, *, gated: bool = False, biases: bool = True, **options) -> Sample:
+def make(
+    tokens: int, d: int, f: int, seed: int, *, gated=False, biases=True, residual=False, **options
+) -> Sample:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape, scale=1.0):
@@ -38,6 +40,8 @@ def make(tokens: int, d: int, f: int, seed: int, *, gated: bool = False, biases:
         if biases:
             options["b_gate"] = randn(f)
     args = (randn(tokens, d), randn(f, d, scale=2 * max(d, 1) ** -0.5), randn(d, f, scale=max(f, 1) ** -0.5))
+    if residual:
+        options["residual"] = randn(tokens, d)
     return Sample(f"{tokens} x {d} x {f}", args, options)
 
 
@@ -63,18 +67,20 @@ def assert_lawful(sample: Sample, given: Sample) -> None:
 def test_law_on_random_shapes_layouts_and_options(
     tokens, d, f, seed, activation, gated, biases, dropout_p, dtype, layout
 ):
-    sample = make(tokens, d, f, seed, gated=gated, biases=biases, activation=activation, dropout_p=dropout_p)
-    sample = sample.rounded(dtype)
+    options = {"activation": activation, "dropout_p": dropout_p, "residual": seed % 2 == 1}
+    sample = make(tokens, d, f, seed, gated=gated, biases=biases, **options).rounded(dtype)
     assert_lawful(sample, sample.rounded(dtype, LAYOUTS[layout]))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(0, 9), d=st.integers(1, 9), f=st.integers(1, 9), seed=st.integers(0, 99),
+    tokens=st.integers(0, 9), d=st.integers(0, 9), f=st.integers(0, 9), seed=st.integers(0, 99),
     activation=st.sampled_from(sorted(ACTIVATIONS)), gated=st.booleans(), biases=st.booleans(),
 )  # fmt: skip
+@example(tokens=4, d=0, f=8, seed=0, activation="gelu", gated=True, biases=False)  # two accumulators without terms
 def test_small_sizes(tokens, d, f, seed, activation, gated, biases):
-    sample = make(tokens, d, f, seed, gated=gated, biases=biases, activation=activation)
+    residual = seed % 2 == 1
+    sample = make(tokens, d, f, seed, gated=gated, biases=biases, activation=activation, residual=residual)
     oracle = evaluate(OPERATOR.function, sample, "reference")
     ours = evaluate(OPERATOR.function, sample.rounded(torch.float32), "cpu")
     for a, b in zip([*ours[0], *ours[1].values()], [*oracle[0], *oracle[1].values()], strict=True):
@@ -89,7 +95,7 @@ def test_small_sizes(tokens, d, f, seed, activation, gated, biases):
     ids=["past every block", "wide", "several strips", "many tokens"],
 )
 def test_sizes_past_the_blocks_of_the_products(tokens, d, f, gated, dtype):
-    sample = make(tokens, d, f, 0, gated=gated, dropout_p=0.1).rounded(dtype)
+    sample = make(tokens, d, f, 0, gated=gated, dropout_p=0.1, residual=True).rounded(dtype)
     assert_lawful(sample, sample)
 
 
@@ -181,12 +187,51 @@ def test_dropout_drops_its_share_of_the_hidden_layer():
         ({"input": torch.ones(3, 4, dtype=torch.int64)}, "input has dtype int64; allowed: float32"),
         ({"w_up": torch.ones(6, 4, dtype=torch.bfloat16)}, "w_up has dtype bfloat16; allowed: that of input"),
         ({"w_up": torch.ones(6, 4, device="meta")}, "w_up is on meta but input is on cpu"),
+        ({"residual": torch.ones(4)}, r"residual has shape \(4,\); expected input's, \(3, 4\)"),
+        ({"residual": torch.ones(3, 4).int()}, "residual has dtype int32; allowed: float32"),
+        ({"residual": torch.ones(3, 4, device="meta")}, "residual is on meta but input is on cpu"),
     ],
 )
 def test_errors_name_argument_given_and_allowed(change, message):
     arguments = {"input": torch.ones(3, 4), "w_up": torch.ones(6, 4), "w_down": torch.ones(4, 6)} | change
     with pytest.raises(ValueError, match=f"^ffn: {message}"):
         functional.ffn(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_a_residual_rounds_once_and_passes_its_gradient_through(backend):
+    """Beside it nothing changes: the other gradients have the bits that they have without it."""
+    sample = make(40, 24, 70, 3, gated=True).rounded(torch.float32)
+    stream = 1e4 * torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    added = replace(sample, kwargs=sample.kwargs | {"residual": stream})
+    without, found = (evaluate(functional.ffn, s, backend, torch.ones_like) for s in (sample, added))
+    assert torch.equal(found[1].pop("residual"), torch.ones(40, 24))
+    assert all(torch.equal(found[1][key], gradient) for key, gradient in without[1].items())
+    exact = evaluate(functional.ffn, sample.rounded(torch.float64), "reference")[0][0] + stream.double()
+    assert ((found[0][0] - exact).abs() <= 2**-24 * exact.abs() + 1e-4).all()
+
+
+def test_a_residual_of_another_dtype_is_added_as_pytorch_adds_it():
+    """A float32 stream beside a 16-bit block, as autocast has it."""
+    sample = make(5, 16, 24, 3).rounded(torch.bfloat16)
+    stream = torch.randn(5, 16, requires_grad=True)
+    result = functional.ffn(*sample.args, **sample.kwargs, residual=stream)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, stream + functional.ffn(*sample.args, **sample.kwargs))
+    assert torch.equal(torch.autograd.grad(result.sum(), stream)[0], torch.ones(5, 16))
+
+
+def test_a_residual_under_opcheck_and_in_one_graph():
+    """Whose gradient is the output's there, too."""
+    p = {name: t.detach() for name, t in block(8, 12, torch.float32, gated=False).items()}
+    x, stream = torch.randn(5, 8), torch.randn(5, 8, requires_grad=True)
+    args = (x, p["w_up"], p["b_up"], None, None, p["w_down"], p["b_down"], stream.detach(), None, "gelu", 0.0, True)
+    torch.library.opcheck(torch.ops.llmengine.ffn_forward.default, args)
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.ffn, fullgraph=True, backend="aot_eager")
+    found, expected = (call(x, **p, residual=stream) for call in (compiled, functional.ffn))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), stream)[0], torch.ones(5, 8))
 
 
 # ---- memory or speed -------------------------------------------------------------------------------------------------

@@ -4,13 +4,19 @@ backends agree are the laws of tests/test_ops.py; kernels: tests/sim/test_fp8.py
 
 from __future__ import annotations
 
+import copy
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
-from llmengine import functional
+import llmengine
+from llmengine import functional, nn
 from llmengine.backends.fp8 import FORMATS
 from llmengine.backends.reference.fp8_linear import LEAST, quantise, values
+from llmengine.ops import registry
+from llmengine.optim import MainGradients
 
 BLOCKS = pytest.mark.parametrize("block", [0, 1, 128])
 EVERY = pytest.mark.parametrize("format", FORMATS)
@@ -188,3 +194,115 @@ def test_errors_name_argument_given_and_allowed(change, message):
     arguments = {"input": torch.ones(3, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6)} | change
     with pytest.raises(ValueError, match=f"^fp8_linear: {message}"):
         functional.fp8_linear(**arguments)
+
+
+# ---- what is kept, and where gradients go ----------------------------------------------------------------------------
+
+
+@SCALINGS
+def test_gradients_of_micro_batches_gather_in_a_buffer(scaling: str):
+    g = torch.Generator().manual_seed(4)
+    weights = [torch.nn.Parameter(torch.randn(24, 40, generator=g)) for _ in range(2)]
+    with torch.no_grad():
+        weights[1].copy_(weights[0])
+    MainGradients(weights[:1])
+    for _ in range(3):
+        x = torch.randn(7, 40, generator=g)
+        for weight in weights:
+            functional.fp8_linear(x, weight, scaling=scaling).square().sum().backward()
+    assert weights[0].grad is None
+    torch.testing.assert_close(weights[0].main_grad, weights[1].grad, rtol=1e-6, atol=1e-6)
+
+
+class Counted:
+    """How often weights are rounded."""
+
+    def __init__(self, monkeypatch):
+        self.times, dispatch = 0, registry.dispatch
+
+        def counted(name, args):
+            self.times += name == "fp8_weight"
+            return dispatch(name, args)
+
+        monkeypatch.setattr(registry, "dispatch", counted)
+
+    def during(self, call) -> int:
+        before = self.times
+        call()
+        return self.times - before
+
+
+CHANGES = {
+    "torch's AdamW": lambda layer: torch.optim.AdamW([layer.weight], lr=0.1).step(),
+    "our AdamW": lambda layer: llmengine.optim.AdamW([layer.weight], lr=0.1).step(),
+    "an operator": lambda layer: layer.weight.detach().mul_(1.5),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+    "other memory": lambda layer: setattr(layer.weight, "data", layer.weight.detach() * 3),
+    "another parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight.detach() * 3)),
+    "another scaling": lambda layer: setattr(layer, "scaling", "block"),
+    "clear()": lambda layer: layer.kept.clear(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_is_rounded_once_between_two_changes(change: str, monkeypatch):
+    """Each time in the bits of a layer that keeps nothing: of result and gradients."""
+    torch.manual_seed(1)
+    layer = nn.Fp8Linear(40, 24, keep_weight=True)
+    counted, x = Counted(monkeypatch), torch.randn(7, 40, requires_grad=True)
+
+    def micro_batches() -> None:
+        for _ in range(3):
+            plain = functional.fp8_linear(x, layer.weight, layer.bias, scaling=layer.scaling)
+            leaves = (x, layer.weight)
+            expected, found = (torch.autograd.grad(o.square().sum(), leaves) for o in (plain, layer(x)))
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            layer.weight.grad = found[1]
+
+    assert counted.during(micro_batches) == 3 + 1
+    with torch.no_grad():
+        CHANGES[change](layer)
+    assert counted.during(micro_batches) == 3 + 1
+    with torch.no_grad():
+        assert counted.during(lambda: layer(x)) == 0
+
+
+def test_numbers_for_a_forward_alone_are_completed_for_a_backward(monkeypatch):
+    layer, counted = nn.Fp8Linear(40, 24, keep_weight=True), Counted(monkeypatch)
+    x = torch.randn(7, 40)
+    assert [counted.during(lambda: layer(x)) for _ in range(2)] == [1, 0]
+    x.requires_grad_()
+    assert counted.during(lambda: layer(x).sum().backward()) == 1
+    assert counted.during(lambda: layer(x.detach())) == 0
+
+
+def test_copies_keep_nothing_and_files_hold_nothing():
+    layer = nn.Fp8Linear(40, 24, keep_weight=True)
+    layer(torch.randn(7, 40))
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    x = torch.randn(7, 40)
+    assert torch.equal(other(x), functional.fp8_linear(x, other.weight, other.bias))
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    nn.keep_fp8_weights(layer, False)
+    assert not layer.keep_weight
+
+
+def test_compiled_layers_keep_nothing():
+    """Their graphs hold the rounding: a change of the weight is seen."""
+    torch._dynamo.reset()
+    layer, x = nn.Fp8Linear(40, 24, keep_weight=True), torch.randn(7, 40)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), functional.fp8_linear(x, layer.weight, layer.bias))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+
+
+def test_captured_graphs_would_go_on_with_old_numbers(monkeypatch):
+    layer, counted = nn.Fp8Linear(40, 24, keep_weight=True), Counted(monkeypatch)
+    x = torch.randn(7, 40)
+    layer(x)
+    monkeypatch.setattr(importlib.import_module("llmengine.functional.fp8_linear"), "_is_captured", lambda weight: True)
+    assert [counted.during(lambda: layer(x)) for _ in range(2)] == [1, 1]

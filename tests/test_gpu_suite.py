@@ -33,8 +33,8 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     assert not [row for row in rows if "error" in row]
     operators = {row["operator"] for row in rows}
     assert operators == {
-        "attention", "attention_sinks", "decode_attention", "layer_norm", "rms_norm", "add_layer_norm", "softmax",
-        "cross_entropy", "linear_cross_entropy", "ffn", "rotary", "embedding", "adamw", "gradient_norm",
+        "attention", "attention_sinks", "attention_options", "decode_attention", "layer_norm", "rms_norm",
+        "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy", "ffn", "rotary", "embedding", "adamw", "gradient_norm",
     }  # fmt: skip
     for operator in operators:
         for which in PASSES.get(operator, ("forward", "forward + backward")):
@@ -45,9 +45,10 @@ def test_every_case_runs_and_is_recorded(tmp_path):
         assert {file.filename for file in pack.infolist() if file.file_size > 1000} == {f"{o}.png" for o in operators}
 
 
-@pytest.mark.parametrize("wrong", ["", "memcheck", "racecheck", "synccheck"])
-def test_the_sanitizer_runs_its_three_tools_and_passes_on_what_they_say(wrong: str, tmp_path):
-    """By a stand-in that writes down how it is called, and a Python that finds a GPU."""
+@pytest.mark.parametrize("wrong", ["", "memcheck", "racecheck", "synccheck", "initcheck"])
+def test_the_sanitizer_runs_its_four_tools_and_passes_on_what_they_say(wrong: str, tmp_path, suite):
+    """By a stand-in that writes down how it is called, and a Python that finds a GPU. What it runs are all laws, but
+    those of single instructions and of graphs."""
     tool = f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$2" != "{wrong}" ] || exit 7\n'
     for name, script in {"compute-sanitizer": tool, "python": "#!/bin/sh\nexit 0\n"}.items():
         (tmp_path / name).write_text(script)
@@ -55,10 +56,16 @@ def test_the_sanitizer_runs_its_three_tools_and_passes_on_what_they_say(wrong: s
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(SUITE.with_name("gpu_sanitizer.sh"))], env=environment, capture_output=True)
     calls = (tmp_path / "calls").read_text().splitlines()
-    tools = ["memcheck", "racecheck", "synccheck"]
+    tools = ["memcheck", "racecheck", "synccheck", "initcheck"]
     assert [call.split()[:2] for call in calls] == [["--tool", t] for t in tools[: tools.index(wrong or tools[-1]) + 1]]
-    ending = "--error-exitcode 1 python -m pytest -q -x tests/test_ops.py -k [triton- or [cuda- -m not heavy"
-    assert all(call.endswith(ending) for call in calls)
+    assert all(" --error-exitcode 1 python -m pytest -q -x tests/" in call for call in calls)
+    files = {word for word in calls[0].split() if word.startswith("tests/")}
+    assert files == {"tests/test_ops.py", *suite.ATTENTION, *suite.HOPPERS_ATTENTION, *suite.PRODUCTS}
+    asked = re.search(r" -k (.*) -m not heavy$", calls[0])
+    assert asked is not None and set(asked[1].split(" or ")) >= {
+        name for law in suite.laws((9, 0)) if files & {*law.files} for name in law.ids.split(" or ")
+        if not name.startswith("[cuda-") or law.name == "cuda"
+    }  # fmt: skip
     assert done.returncode == (7 if wrong else 0)
 
 

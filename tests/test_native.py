@@ -66,7 +66,12 @@ def test_laws_on_every_instruction_set(isa: str):
     run_tests("test_ops.py", laws("test_errors_against_float64"), 280, LLMENGINE_CPU_ISA=isa)
 
 
-SUITE = ["test_ops.py", "test_attention.py", "test_ffn.py", "test_linear_cross_entropy.py"]
+SUITE = [
+    "test_ops.py", "test_nan.py", "test_attention.py", "test_attention_extremes.py", "test_relative_attention.py",
+    "test_decode_attention.py", "test_ffn.py", "test_linear.py", "test_linear_cross_entropy.py",
+    "test_linear_cross_entropy_shard.py", "test_chain_field.py", "test_embedding.py", "optim/test_adamw.py",
+    "optim/test_gradient_norm.py", "optim/test_main_grad.py",
+]  # fmt: skip
 
 
 @pytest.mark.heavy
@@ -146,19 +151,41 @@ def test_operators_run_in_dataloader_workers():
     torch.testing.assert_close(torch.cat(list(loader)), here, rtol=0, atol=0)
 
 
-def test_calls_from_many_python_threads():
-    inputs = [torch.randn(64, 512) for _ in range(8)]
-    expected = [functional.softmax(x, -1) for x in inputs]
+def softmax_of(seed: int) -> list[torch.Tensor]:
+    return [functional.softmax(torch.randn(64, 512, generator=torch.Generator().manual_seed(seed)), -1)]
+
+
+def products_of(seed: int) -> list[torch.Tensor]:
+    """Results and gradients of what keeps scratch memory between calls."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=g).requires_grad_() for shape in shapes]
+
+    x, up, down = leaves((150, 96), (200, 96), (96, 200))
+    q, k, v = leaves(*[(1, 3, 150, 40)] * 3)
+    h, w = leaves((200, 33), (901, 33))
+    results = [
+        functional.ffn(x, up, down),
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+        functional.linear_cross_entropy(h, w, torch.arange(200)),
+    ]
+    return [*results, *torch.autograd.grad(sum(y.square().sum() for y in results), [x, up, down, q, k, v, h, w])]
+
+
+@pytest.mark.parametrize("make, times", [(softmax_of, 30), (products_of, 4)])
+def test_calls_from_many_python_threads(make, times):
+    expected = [make(i) for i in range(6)]
     wrong: list[int] = []
-    start = threading.Barrier(len(inputs))
+    start = threading.Barrier(len(expected))
 
     def work(i: int) -> None:
         start.wait()
-        for _ in range(30):
-            if not torch.equal(functional.softmax(inputs[i], -1), expected[i]):
+        for _ in range(times):
+            if not all(map(torch.equal, make(i), expected[i])):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(expected))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -181,6 +208,37 @@ alone = threads(1)
 print(threads(1) - alone, threads(3) - alone)
 """
     assert printed(script) == "0 2"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are told in /proc")
+def test_small_calls_leave_the_threads_of_the_pool_alone():
+    """libgomp ends the threads that a smaller team leaves over, PyTorch's too, and starts others for a larger one."""
+    script = """
+import os, torch, llmengine
+torch.set_num_threads(8)
+large, small = torch.randn(512, 1024), torch.randn(2, 9000)  # two threads' worth
+seen = set()
+def call():
+    llmengine.functional.softmax(small, -1)
+    torch.exp(large)
+    seen.update(os.listdir("/proc/self/task"))
+call()
+before = len(seen)
+for _ in range(100):
+    call()
+print(before >= 8, len(seen) - before)
+"""
+    assert printed(script) == "True 0"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="libraries are told in /proc")
+def test_one_pool_serves_pytorch_and_the_kernels():
+    script = """
+import torch, llmengine
+from llmengine import _cpu
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
+"""
+    assert printed(script) == "1"
 
 
 def test_kernels_release_the_gil():
@@ -265,6 +323,31 @@ def test_errors_name_the_argument(spoilt, problem: str):
 def test_what_is_no_tensor_is_a_type_error():
     with pytest.raises(TypeError, match=r"softmax_forward: output must be a torch\.Tensor or None, got list"):
         _cpu.softmax_forward(input=torch.ones(1, 1), output=[1.0])
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"scale": "1"}, "embedding_forward: scale must be float, got str"),
+        ({"scale": None}, "embedding_forward: scale must be float, got NoneType"),
+        ({"weights": None}, "embedding_forward: has no argument weights"),
+        ({"weight": ...}, "embedding_forward: argument weight is missing"),
+    ],
+)
+def test_arguments_have_names_and_types(change: dict, problem: str):
+    good = {
+        "input": torch.zeros(1, dtype=torch.int64),
+        "weight": torch.ones(2, 3),
+        "scale": 2,
+        "output": torch.empty(1, 3),
+    }
+    _cpu.embedding_forward(**dict(reversed(good.items())))
+    _cpu.embedding_forward(**{"".join([*name]): value for name, value in good.items()})  # names made at run time
+    assert good["output"].tolist() == [[2.0, 2.0, 2.0]]
+    with pytest.raises(TypeError, match=f"^{problem}$"):
+        _cpu.embedding_forward(**{k: v for k, v in (good | change).items() if v is not ...})
+    with pytest.raises(TypeError, match="embedding_forward: takes keyword arguments alone"):
+        _cpu.embedding_forward(*good.values())
 
 
 class Duck:

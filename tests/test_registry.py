@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -103,6 +104,105 @@ def test_a_demand_covers_the_backward():
     assert ran(lambda: functional.softmax(x, -1).sum().backward()) == ["cpu", "cpu"]
     with llmengine.backend("reference"):
         assert ran(lambda: functional.softmax(x, -1).sum().backward()) == ["reference", "reference"]
+
+
+# ---- past the dispatcher ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> list[str]:
+    """The operators that came by way of torch.library's node, and not straight."""
+    seen: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield seen
+
+
+def test_a_mode_sees_forward_and_backward(nodes):
+    x = X.clone().requires_grad_()
+    functional.layer_norm(x, (8,)).sum().backward()
+    assert [n for n in nodes if "llmengine" in n] == [
+        "llmengine.norm_forward.default",
+        "llmengine.norm_backward.default",
+    ]
+
+
+def test_a_function_mode_sees_the_node():
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        functional.softmax(X, -1)
+    assert "llmengine.softmax_forward.default" in seen
+
+
+def test_a_profiler_sees_the_node():
+    with torch.profiler.profile() as profile:
+        functional.softmax(X, -1)
+    assert "llmengine::softmax_forward" in {event.name for event in profile.events()}
+
+
+def test_a_trace_holds_the_node():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's: traces are deprecated, and hold no branches
+        traced = torch.jit.trace(lambda x: functional.softmax(x, -1), (X,), check_trace=False)
+    assert "llmengine::softmax_forward" in str(traced.graph)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that says which functions it was given to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_subclass_sees_the_node_and_stays_itself():
+    Wrapped.seen.clear()
+    y = functional.softmax(X.as_subclass(Wrapped), -1)
+    assert isinstance(y, Wrapped) and "llmengine.softmax_forward.default" in Wrapped.seen
+
+
+def test_views_that_say_negated_are_negated():
+    for negated in (torch._neg_view(X), torch.complex(X, X).conj().imag):
+        assert negated.is_neg()
+        given, meant = negated.requires_grad_(), X.neg().requires_grad_()
+        for x in (given, meant):
+            functional.softmax(x, -1).square().sum().backward()
+        assert torch.equal(functional.softmax(given, -1), functional.softmax(meant, -1))
+        assert torch.equal(given.grad, meant.grad)
+
+
+def test_functorch_is_told_as_ever_that_it_is_not_served():
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: functional.layer_norm(x, (8,)).sum())(X)
+
+
+def test_a_tensor_that_outlives_its_transform_is_the_one_it_wrapped():
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(X)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    assert torch.equal(functional.softmax(left[0], -1), functional.softmax(X, -1))
+
+
+def test_otherwise_the_call_goes_straight(monkeypatch):
+    monkeypatch.setattr(registry, "_is_compiling", lambda: False)
+    assert registry._unobserved((X, torch.nn.Parameter(X), None, 1e-5, True, "mean", torch.float32))
+    assert not registry._unobserved((X, [True]))
+    monkeypatch.setattr(registry, "_is_compiling", lambda: True)
+    assert not registry._unobserved((X,))
 
 
 # ---- explanations and warnings ---------------------------------------------------------------------------------------
@@ -205,10 +305,14 @@ def test_a_backend_that_stands_back_runs_before_the_reference_and_where_it_is_de
         monkeypatch.setitem(registry._loaded, name, fake(name))
     assert registry.pick("softmax_forward", (X,), "cuda")[0] == "cuda"
     assert registry.pick("attention_forward", (X,), "cuda")[0] == "triton"
+
+    def first(op: str) -> tuple[str, str | None]:
+        return registry._order(op, registry.PREFERENCE["cuda"])[0]
+
     for op in ("linear_cross_entropy", "linear_cross_entropy_shard"):
         for part in ("forward", "backward"):
-            assert next(registry._order(f"{op}_{part}", "cuda")) == ("cuda", registry.UNMEASURED.format(op))
-    assert next(registry._order("attention_forward", "cuda")) == ("cuda", registry.UNMEASURED.format("attention"))
+            assert first(f"{op}_{part}") == ("cuda", registry.UNMEASURED.format(op))
+    assert first("attention_forward") == ("cuda", registry.UNMEASURED.format("attention"))
     with llmengine.backend("cuda"):
         assert registry.pick("attention_forward", (X,), "cuda")[0] == "cuda"
     monkeypatch.setitem(registry._loaded, "triton", fake("triton", "too wide"))

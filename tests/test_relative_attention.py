@@ -242,7 +242,8 @@ def test_thread_counts_change_no_bit(lengths):
 
 
 def test_memory_is_linear_in_the_length():
-    """One score matrix of this call would take 1 GiB, its position scores twice that."""
+    """One score matrix of this call would take 1 GiB, its position scores twice that. What grows are the sums of 17
+    tasks, of which each reaches all keys and distances: 68 MiB."""
     script = """
 import torch
 from llmengine.functional import relative_attention
@@ -259,7 +260,7 @@ small = run(1024)
 print(run(16384) - small)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(out.stdout) < 96 << 10, f"{out.stdout.strip()} KiB more"
+    assert int(out.stdout) < 80 << 10, f"{out.stdout.strip()} KiB more"
 
 
 @pytest.mark.parametrize("argument", ["query", "key", "value", "position_key"])

@@ -12,7 +12,17 @@ import triton.language as tl
 import llmengine
 from llmengine import functional
 from llmengine.backends.reference.adamw import stochastic_bfloat16
-from llmengine.backends.triton import adamw, cross_entropy, gemm, linear_cross_entropy, norm, rows
+from llmengine.backends.triton import (
+    adamw,
+    attention_table,
+    cross_entropy,
+    device,
+    gemm,
+    linear_cross_entropy,
+    norm,
+    rows,
+    tiles,
+)
 from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.ops import adamw as node
 from llmengine.testing import Operator, Sample, Target, all_operators, assert_law, evaluate, poison, targets
@@ -50,6 +60,34 @@ def narrow_tiles(monkeypatch):
 
 def test_there_is_a_triton_to_test():
     assert TRITON
+
+
+@pytest.mark.parametrize("other, known", [("gfx90a", "gfx942"), ("gfx1100", "gfx942"), ("sm_86", "sm_80")])
+def test_a_gpu_without_a_table_has_that_of_its_makers_smallest_shared_memory(other: str, known: str):
+    assert attention_table.table(other) is attention_table.table(known)
+    chosen = []
+    for place in (other, known):
+        with device.assume(place):
+            x = torch.empty(8192, 4096, dtype=torch.float16, device="meta")
+            chosen.append([tiles.slot_of(kind, x, x.T) for kind in ("plain", "fused", "pair", "ragged")])
+    assert chosen[0] == chosen[1]
+
+
+def test_a_program_may_take_all_registers_that_a_multiprocessor_has(monkeypatch):
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    for place, expected in (("sm_90", [255, 255, 128]), ("gfx942", [None] * 3)):
+        with device.assume(place):
+            options = [device.all_registers(torch.device("meta"), warps) for warps in (4, 8, 16)]
+        assert [given.get("maxnreg") for given in options] == expected
+
+
+def test_gpus_before_ampere_are_refused(monkeypatch):
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, reason in (((7, 5), "the GPU has compute capability 7.5; the kernels need 8.0"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert device.unavailable.__wrapped__() == reason
 
 
 def option_values(sample: Sample) -> set[tuple]:

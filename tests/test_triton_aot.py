@@ -1,4 +1,5 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here: nothing spills, shared memory suffices."""
+"""Triton kernels compiled ahead of time for GPUs that are not here: nothing spills, shared memory suffices, and none
+takes more than tests/triton_budget.json says (`python -m llmengine.backends.triton.aot --budget` writes it anew)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "llmengine/backends/triton"
 PACKAGE = "llmengine.backends.triton."
+BUDGET = json.loads((ROOT / "tests/triton_budget.json").read_text())
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("float32", "bfloat16", "float16")
 # The compiler and the interpreter exclude each other in one process.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -54,6 +59,47 @@ def test_the_first_call_of_every_operator_compiles(tmp_path):
     assert {row["architecture"] for row in rows} == {"sm_90", "gfx942"}
     for row in rows:
         assert row["registers"] > 0 and row["spilled"] == 0
+        call = f"{row['operator']}, {row['call']}"
+        taken = {row["kernel"]: [row[field] for field in ("num_warps", "registers", "spilled", "shared")]}
+        assert not over_budget({call: taken}, BUDGET[row["architecture"]][row["dtype"]])
+
+
+def over_budget(taken: dict, allowed: dict) -> dict:
+    """Of (call, kernel), what is more than allowed. Another Triton's registers are no measure of this one's."""
+    if triton.__version__ != BUDGET["triton"]:
+        return {}
+    pairs = {(call, kernel): (taken[call][kernel], allowed[call][kernel]) for call in taken for kernel in taken[call]}
+    return {names: (t, a) for names, (t, a) in pairs.items() if any(x > y for x, y in zip(t, a, strict=True))}
+
+
+LAUNCHES = """
+import json, torch
+from llmengine.backends.triton import aot
+print(json.dumps([
+    (architecture, dtype, f"{operator}, {call}", launch.kernel())
+    for architecture in aot.ARCHITECTURES for dtype in ("float32", "bfloat16", "float16") for operator in aot.OPERATORS
+    for call, made in aot.launches(operator, getattr(torch, dtype), architecture) for launch in made
+]))
+print(json.dumps({name: architecture.shared_limit for name, architecture in aot.ARCHITECTURES.items()}))
+"""
+
+
+def test_the_budget_holds_what_is_launched_and_no_spill():
+    """That it holds every launch is for the compilations below to say, which take hours."""
+    done = run("-c", LAUNCHES)
+    assert done.returncode == 0, done.stderr
+    launches, limits = map(json.loads, done.stdout.splitlines())
+    held = [
+        (architecture, dtype, call, kernel)
+        for architecture in ARCHITECTURES
+        for dtype, calls in BUDGET.get(architecture, {}).items()
+        for call, kernels in calls.items()
+        for kernel in kernels
+    ]
+    assert set(held) <= set(map(tuple, launches))
+    for architecture, dtype, call, kernel in held:
+        _, registers, spilled, shared = BUDGET[architecture][dtype][call][kernel]
+        assert registers and not spilled and shared <= limits[architecture], (architecture, dtype, call, kernel)
 
 
 def test_every_kernel_that_is_launched_is_compiled():
@@ -116,7 +162,12 @@ def test_linear_cross_entropy_takes_under_2_percent_of_the_unfused_paths_memory(
 
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_compiles(architecture, dtype, tmp_path):
-    assert report(tmp_path, "--architectures", architecture, "--dtypes", dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_within_its_budget(architecture, dtype, tmp_path):
+    file = tmp_path / "budget.json"
+    assert report(tmp_path, "--architectures", architecture, "--dtypes", dtype, "--budget", str(file))
+    taken, allowed = json.loads(file.read_text())[architecture][dtype], BUDGET.get(architecture, {}).get(dtype, {})
+    missing = {call: kernels.keys() - allowed.get(call, {}).keys() for call, kernels in taken.items()}
+    assert not any(missing.values()), "`python -m llmengine.backends.triton.aot --budget` puts them into the budget"
+    assert not over_budget(taken, allowed)

@@ -186,6 +186,7 @@ def all_problems():
 
 
 @interpreted
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.heavy)])
 def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeypatch, narrow_rows):
     """And they run: nothing but the slot's tile is asked for where a call says that it is that slot's."""

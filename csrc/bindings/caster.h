@@ -50,12 +50,13 @@ struct Argument {
   const char* name;
   dlpack::DeviceType device;
 
-  void check(bool condition, const std::string& problem) const {
-    if (!condition) fail(std::string(op) + ": " + name + " " + problem);
+  [[noreturn]] void refuse(const std::string& problem) const { fail(std::string(op) + ": " + name + " " + problem); }
+  void check(bool condition, const char* problem) const {
+    if (!condition) refuse(problem);
   }
   void check_dims(int64_t ndim) const {
-    check(ndim <= kMaxDims,
-          "has " + std::to_string(ndim) + " dimensions; at most " + std::to_string(kMaxDims) + " are accepted");
+    if (ndim <= kMaxDims) return;
+    refuse("has " + std::to_string(ndim) + " dimensions; at most " + std::to_string(kMaxDims) + " are accepted");
   }
 };
 
@@ -81,10 +82,8 @@ inline TensorView view_from_attributes(const Argument& argument, pybind11::handl
       {"torch.float64", DType::f64},  {"torch.int32", DType::i32},     {"torch.int64", DType::i64},
       {"torch.bool", DType::boolean}, {"torch.uint8", DType::boolean}};
   const auto type = tensor.attr("device").attr("type").cast<std::string>();
-  argument.check(on_device(argument.device, type == "cpu"    ? dlpack::kCPU
-                                            : type == "cuda" ? dlpack::kCUDA
-                                                             : 0),
-                 "is on a device that this module does not serve: " + type);
+  const int32_t device = type == "cpu" ? dlpack::kCPU : type == "cuda" ? dlpack::kCUDA : 0;
+  if (!on_device(argument.device, device)) argument.refuse("is on a device that this module does not serve: " + type);
   const auto it = dtypes.find(pybind11::str(tensor.attr("dtype")).cast<std::string>());
   argument.check(it != dtypes.end(), "has an unsupported dtype");
   const pybind11::tuple sizes = tensor.attr("shape"), strides = tensor.attr("stride")();
@@ -111,7 +110,7 @@ inline TensorView view_of(const Argument& argument, pybind11::handle tensor) {
     if (pybind11::hasattr(tensor, "data_ptr")) return view_from_attributes(argument, tensor);
   } catch (const pybind11::error_already_set& error) {  // PyTorch's: a meta or sparse tensor has no memory to show
     const std::string text = error.what();
-    argument.check(false, "is no tensor in memory: " + text.substr(0, text.find('\n')));
+    argument.refuse("is no tensor in memory: " + text.substr(0, text.find('\n')));
   }
   throw pybind11::type_error(std::string(argument.op) + ": " + argument.name + " must be a torch.Tensor or None, got " +
                              Py_TYPE(tensor.ptr())->tp_name);

@@ -11,6 +11,7 @@
 #include "bindings/bind.h"
 #include "cuda/adamw.h"
 #include "cuda/attention.h"
+#include "cuda/attention_fp8.h"
 #include "cuda/attention_sm90a.h"
 #include "cuda/compiled.h"
 #include "cuda/cross_entropy.h"
@@ -66,6 +67,8 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("attention_backward", cuda::AttentionBackward{});
   operation("attention_backward_sm90a", cuda::AttentionBackwardSm90a{});
   operation("attention_backward_one_pass", cuda::AttentionBackwardOnePass{});
+  operation("attention_fp8_forward", cuda::AttentionFp8Forward{});
+  operation("attention_fp8_quantise", cuda::AttentionFp8Quantise{});
   operation("column_sums", cuda::ColumnSums{});
   operation("cross_entropy_forward", cuda::CrossEntropyForward{});
   operation("cross_entropy_backward", cuda::CrossEntropyBackward{});

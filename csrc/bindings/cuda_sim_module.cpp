@@ -44,6 +44,15 @@ PYBIND11_MODULE(_cuda_sim, module) {
   module.def("set_multiprocessors", [](int count) { sim::multiprocessors = count; }, pybind11::arg("count"));
   module.def("last_stream", [] { return reinterpret_cast<uintptr_t>(sim::last_stream); });
   module.def("problem_of_capability", &cuda::problem_of_capability);
+  // (kernel, tensor, reads, bytes read, writes, bytes written) of the latest call's launches
+  module.def("moved", [] {
+    pybind11::list result;
+    for (const sim::Moved& m : sim::moved()) {
+      result.append(
+          pybind11::make_tuple(sim::name_of(m.kernel), m.tensor, m.reads, m.bytes_read, m.writes, m.bytes_written));
+    }
+    return result;
+  });
   bind_cuda_operators(module, dlpack::kCPU, [](const auto& params, const auto& launch) { run_apart(params, launch); });
 }
 

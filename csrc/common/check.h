@@ -2,6 +2,7 @@
 // the argument, what was given and what is allowed. They run before any kernel touches memory.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -32,11 +33,11 @@ struct Checker {
 
   void dtype(const TensorView& t, const char* argument, std::initializer_list<DType> allowed) const {
     if (!t.defined()) return;
-    std::string names;
     for (DType d : allowed) {
       if (t.dtype == d) return;
-      names += (names.empty() ? "" : ", ") + std::string(name(d));
     }
+    std::string names;
+    for (DType d : allowed) names += (names.empty() ? "" : ", ") + std::string(name(d));
     fail_at(argument, std::string("has dtype ") + name(t.dtype) + "; allowed: " + names);
   }
 
@@ -46,14 +47,10 @@ struct Checker {
 
   void shape(const TensorView& t, const char* argument, std::initializer_list<int64_t> expected) const {
     if (!t.defined()) return;
-    bool same = t.ndim == static_cast<int>(expected.size());
+    if (t.ndim == static_cast<int>(expected.size()) && std::equal(expected.begin(), expected.end(), t.sizes)) return;
     std::string text;
-    int d = 0;
-    for (int64_t size : expected) {
-      if (same && t.sizes[d] != size) same = false;
-      text += (d++ ? ", " : "") + std::to_string(size);
-    }
-    if (!same) fail_at(argument, "has shape " + t.shape() + "; expected (" + text + (d == 1 ? ",)" : ")"));
+    for (int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    fail_at(argument, "has shape " + t.shape() + "; expected (" + text + (expected.size() == 1 ? ",)" : ")"));
   }
 
   void contiguous(const TensorView& t, const char* argument) const {

@@ -64,7 +64,7 @@ LLMENGINE_INLINE F fused(F x, float y, F z) {
 #endif
 }
 
-// 2^x within 1.6e-7; 1 at 0, 0 at -inf.
+// 2^x within 2e-7; 1 at 0, 0 at -inf.
 LLMENGINE_INLINE F power_of_2(F x) {
   const F r = fraction(x);
   F p = broadcast(0.001879318617284298f);
@@ -86,7 +86,8 @@ LLMENGINE_INLINE F near_power_of_2(F x) {
   return times_power(p, x);
 }
 
-// Two vectors of finite floats of at least 0, rounded to bf16 (halves upwards) and interleaved.
+// Two vectors of floats, rounded to bf16 (halves away from 0) and interleaved. A NaN stays one where its lower half is
+// zero, as it is in what tiles make of bf16; whatever else comes in has to see to it.
 LLMENGINE_INLINE U interleaved(F even, F odd) {
   const U low = (__builtin_bit_cast(U, even) + 0x8000) >> 16, high = __builtin_bit_cast(U, odd) + 0x8000;
 #if defined(__AVX512F__)

@@ -24,6 +24,7 @@
 #include <optional>
 
 #include "cpu/attention_amx.h"
+#include "cpu/attention_rows.h"
 
 #if defined(LLMENGINE_AMX)
 
@@ -207,9 +208,9 @@ class AmxBackward {
     }
   }
 
-  // Rows [row, row + kBlockRows) of a head: their grad_query, and what they give to their keys'. In grad_value weights
+  // Rows [row, row + kBlockRows) of a head: their grad_query, and what they give to their keys'. In `to.value` weights
   // are not yet scaled for dropout.
-  void add_rows(int64_t head, int64_t row, float* grad_key, float* grad_value) {
+  void add_rows(int64_t head, int64_t row, const KeySums& to) {
     head_ = head, row_ = row, rows_ = std::min(kBlockRows, s_.rows - row);
     logits_.emplace(p_, s_, head);
     shown_ = logits_->keys();
@@ -223,7 +224,7 @@ class AmxBackward {
       for (int64_t c = 0; c < chunks; ++c) make_cells(first, c, units);
       finish();
       AmxSums sums(sums_ + kBlockUnits * kSums * kTileFloats);
-      for (int64_t c = 0; c < chunks; ++c) add_to_keys(first, c, sums, grad_key, grad_value);
+      for (int64_t c = 0; c < chunks; ++c) add_to_keys(first, c, sums, to);
       for (int64_t u = 0; u < units; ++u) add_to_rows(first, u, chunks);
     }
     for (int64_t u = 0; u < units; ++u) write(u);
@@ -288,11 +289,12 @@ class AmxBackward {
       const F rest = fused(lse, 1.44269502f, rounded) + (lse * 1.92596303e-8f + lse_low * 1.44269502f);
       // a row that sees nothing, or that there is not: so much that all of its weights are 0
       const I none = lse == -INFINITY;
-      store(high + r, select(none, broadcast(1e30f), plain_ ? rounded : lse));
+      const F log_sum = select(lse == lse, plain_ ? rounded : lse, broadcast(NAN));  // rounds to a NaN: see interleaved
+      store(high + r, select(none, broadcast(1e30f), log_sum));
       store(low + r, select(none | (rest - rest != F{}), F{}, plain_ ? rest : lse_low));
       if (p_.grad_lse.defined()) {
         const F less = load(delta + r) - read(p_.grad_lse, 0.0f);
-        store(delta + r, select(less == less, less, broadcast(NAN)));  // a NaN that rounds to a NaN: see interleaved
+        store(delta + r, select(less == less, less, broadcast(NAN)));
       }
     }
   }
@@ -433,20 +435,20 @@ class AmxBackward {
 
   // ---- sums ----
 
-  void add_to_keys(int64_t block, int64_t c, AmxSums& sums, float* grad_key, float* grad_value) const {
+  void add_to_keys(int64_t block, int64_t c, AmxSums& sums, const KeySums& to) const {
     const int64_t key = block + c * kChunkKeys, keys = std::min<int64_t>(kChunkKeys, s_.keys - key);
     const Span units = units_of(key);
     if (units.count() <= 0) return;
     const bf16 *tiles = cell(c, units.begin), *rows = unit(units.begin);
-    const auto add = [&](const bf16* a, const bf16* b, int64_t columns, float* to) {
+    const auto add = [&](const bf16* a, const bf16* b, int64_t columns, float* lines) {
       const int64_t width = padded(columns);
       for (int64_t column = 0; column < width; column += 2 * kLanes, b += 2 * kTileHalves) {
-        sums.make(a, kCellHalves, b, kUnitHalves, units.count(), to + key * width + column, width, keys,
+        sums.make(a, kCellHalves, b, kUnitHalves, units.count(), lines + (key - to.first) * width + column, width, keys,
                   std::min<int64_t>(2, (width - column) / kLanes));
       }
     };
-    add(tiles, rows + 3 * kOperand, width_, grad_value);
-    add(tiles + 2 * kTileHalves, rows + 2 * kOperand, depth_, grad_key);
+    add(tiles, rows + 3 * kOperand, width_, to.value);
+    add(tiles + 2 * kTileHalves, rows + 2 * kOperand, depth_, to.key);
   }
 
   void add_to_rows(int64_t block, int64_t u, int64_t chunks) const {

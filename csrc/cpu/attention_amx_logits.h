@@ -122,7 +122,9 @@ class AmxLogits {
       });
       each([&](F x, int k) { return biased(x, load(bias + k * kLanes)); });
     }
-    each([&](F x, int k) { return select(has_bit(seen, k), x, broadcast(-INFINITY)); });
+    each([&](F x, int k) {  // a NaN becomes one that rounds to a NaN: see interleaved
+      return select(has_bit(seen, k), select(x == x, x, broadcast(NAN)), broadcast(-INFINITY));
+    });
   }
   bool capped() const { return p_.softcap > 0; }
 

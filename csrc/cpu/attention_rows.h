@@ -273,6 +273,12 @@ void forward_all(const Params& p, const std::vector<ops::Sequence>& sequences, c
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// Where the gradients of a key head's keys from `first` on are added up, in rows of padded columns.
+struct KeySums {
+  float *key, *value;
+  int64_t first = 0;
+};
+
 // kRows rows of one head, from `row` on.
 template <class T, class Params, class Scores>
 class BackwardRows {
@@ -329,15 +335,14 @@ class BackwardRows {
     return at;
   }
 
-  // The tiles' part in the gradients; grad_key and grad_value begin at the first key of the sequence.
-  void accumulate(const TilePlace& at, const KeyTile<T>& keys, const TileBuffers<T>& tiles, float* grad_key,
-                  float* grad_value) {
+  // The tiles' part in the gradients.
+  void accumulate(const TilePlace& at, const KeyTile<T>& keys, const TileBuffers<T>& tiles, const KeySums& sums) {
     if (scores_.capped()) {
       for_scores(at, tiles.g,
                  [&](int64_t, int64_t, float* x) { store(x, load(x) * load(tiles.slope + (x - tiles.g))); });
     }
-    P::add_to_keys(at, tiles.p, grad_, width_, grad_value + at.key * padded(width_), tiles.pairs);
-    P::add_to_keys(at, tiles.g, query_, depth_, grad_key + at.key * padded(depth_), tiles.pairs);
+    P::add_to_keys(at, tiles.p, grad_, width_, sums.value + (at.key - sums.first) * padded(width_), tiles.pairs);
+    P::add_to_keys(at, tiles.g, query_, depth_, sums.key + (at.key - sums.first) * padded(depth_), tiles.pairs);
     P::add_to_rows(at, tiles.g, keys.summands, depth_, nullptr, grad_query_, tiles.pairs);
   }
 

@@ -65,15 +65,20 @@ struct Tile {
   int64_t stride;
 };
 
-// The tile's first accumulator, plus a line of C's width if given, rounded into its place in `out`.
-inline void store_tile(const Tile& tile, const TensorView& out, const float* bias = nullptr) {
+// The tile's first accumulator, plus a line of C's width and a matrix like `out` if given, rounded into its place
+// there.
+inline void store_tile(const Tile& tile, const TensorView& out, const float* bias = nullptr,
+                       const TensorView& added = {}) {
   visit_float(out.dtype, [&]<class T>(T) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       T* to = out.as<T>() + (tile.row + r) * out.stride(0) + tile.column;
+      const T* more = added.defined() ? added.as<T>() + (tile.row + r) * added.stride(0) + tile.column : nullptr;
       const float* c = tile.c[0] + r * tile.stride;
       for_lanes(tile.columns, [&](int64_t i, auto n) {
-        const F value = load_n(c + i, n);
-        store_n(to + i, bias ? value + load_n(bias + tile.column + i, n) : value, n);
+        F value = load_n(c + i, n);
+        if (bias) value = value + load_n(bias + tile.column + i, n);
+        if (more) value = value + load_n(more + i, n);
+        store_n(to + i, value, n);
       });
     }
   });

@@ -25,13 +25,15 @@ bool nested() {
 #endif
 }
 
-// Runs body(thread) on `threads` threads; an exception of any thread reaches the caller.
+// Runs body(thread) on `threads` threads; an exception of any thread reaches the caller. The team is all of
+// num_threads(), as PyTorch's are: libgomp ends the threads that a smaller team leaves over, and the next larger one,
+// here or in PyTorch, would start them again.
 template <class Body>
 void run(int threads, const Body& body) {
   if (threads <= 1) return body(0);
 #ifdef _OPENMP
   std::exception_ptr error;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(num_threads())
   {
     try {
       // The runtime may give fewer threads than asked for: each then takes several shares.

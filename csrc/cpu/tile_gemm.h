@@ -160,25 +160,22 @@ inline void multiply(int panel_vectors, int64_t rows, int64_t vectors, int64_t d
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Exchanges the off-diagonal quarters of all 2 step x 2 step blocks. The lane numbers are constants when parsed: the
-// compiler lowers a shuffle by anything else to memory before it unrolls a loop.
+// Exchanges the off-diagonal quarters of all 2 step x 2 step blocks.
 template <int step, int... lane>
 inline void transpose_blocks(F (&x)[kLanes], std::integer_sequence<int, lane...>) {
-  constexpr I low = {(lane & step ? kLanes + (lane ^ step) : lane)...};
-  constexpr I high = {(lane & step ? kLanes + lane : lane ^ step)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & step) continue;
     const F a = x[i], b = x[i + step];
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + step] = __builtin_shuffle(a, b, high);
+    x[i] = shuffle<(lane & step ? kLanes + (lane ^ step) : lane)...>(a, b);
+    x[i + step] = shuffle<(lane & step ? kLanes + lane : lane ^ step)...>(a, b);
   }
 }
 
 // x[i] lane j <-> x[j] lane i
 template <int step = kLanes / 2>
 inline void transpose(F (&x)[kLanes]) {
-  transpose_blocks<step>(x, std::make_integer_sequence<int, kLanes>());
+  transpose_blocks<step>(x, Lanes());
   if constexpr (step > 1) transpose<step / 2>(x);
 }
 
@@ -236,6 +233,13 @@ inline void pack_transposed(const T* from, int64_t from_stride, int64_t rows, in
 // Aligned floats of one thread, kept between calls: fresh pages would cost more than small attentions take.
 class Scratch {
  public:
+  // Gives back what is so large that its pages are little beside the work done in them.
+  void release_large() {
+    if (size_ <= kKept) return;
+    size_ = 0;
+    memory_.reset();
+  }
+
   // Buffers of so many floats each; what was taken before dies.
   template <class... Count>
   std::array<float*, sizeof...(Count)> take(Count... counts) {
@@ -253,9 +257,12 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kKept = int64_t{1} << 24;  // 64 MiB
+
   void reserve(int64_t floats) {
     if (floats <= size_) return;
     size_ = 0;
+    memory_.reset();  // before its successor comes: both together may be more than there is
     const size_t bytes = static_cast<size_t>(round_up(floats * 4, 4096));
     memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
     if (!memory_) throw std::bad_alloc();

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/tensor.h"
 #include "cpu/isa.h"
@@ -114,15 +115,30 @@ inline Product multiply(U a, uint32_t b) {
 #endif
 }
 
+// The lanes of these numbers, b's counted from kLanes on. They are constants when parsed: GCC lowers a shuffle by
+// anything else to memory before it unrolls a loop. GCC learnt Clang's word for it in its version 12 only.
+template <int... lane, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  constexpr I order = {lane...};
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
 struct Pair {
   U first, second;
 };
 
 // a0 b0 a1 b1 ..., in two vectors.
-inline Pair zip(U a, U b) {
-  const U place = lane_numbers(), from_b = (place & 1) * kLanes;
-  return {__builtin_shuffle(a, b, place / 2 + from_b), __builtin_shuffle(a, b, place / 2 + kLanes / 2 + from_b)};
+template <int... lane>
+inline Pair zip(U a, U b, std::integer_sequence<int, lane...>) {
+  return {shuffle<(lane / 2 + lane % 2 * kLanes)...>(a, b),
+          shuffle<(kLanes / 2 + lane / 2 + lane % 2 * kLanes)...>(a, b)};
 }
+inline Pair zip(U a, U b) { return zip(a, b, Lanes()); }
 
 // ---- element types: float and bf16; arithmetic is always float ----
 

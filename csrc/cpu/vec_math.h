@@ -34,8 +34,9 @@ inline F exp(F x) {
 // vector while one waits for its own last result.
 template <int n>
 inline void exp_of_nonpositive(F (&x)[n]) {
-  // x = k ln 2 + r, as in exp
-  const float magic = 12582912.0f;
+  // x = k ln 2 + r, as in exp. The low bits of `shifted` are k + 127, in a float's exponent 2^k: by it p is multiplied
+  // and not added to in its exponent, where the low bits of a NaN would carry it out of the NaNs.
+  const float magic = 12582912.0f + 127.0f;
   F shifted[n], r[n], p[n];
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) shifted[i] = x[i] * 1.44269504f + magic;
@@ -53,11 +54,10 @@ inline void exp_of_nonpositive(F (&x)[n]) {
   for (int i = 0; i < n; ++i) p[i] = p[i] * r[i] + 5.0000000e-1f;
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
-  // The low bits of `shifted` are the integer k: added to p's exponent they multiply by 2^k.
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) {
-    const U exponent = __builtin_bit_cast(U, shifted[i]) << 23;
-    x[i] = select(x[i] < -87.33654f, F{}, __builtin_bit_cast(F, __builtin_bit_cast(U, p[i]) + exponent));
+    const F power = __builtin_bit_cast(F, __builtin_bit_cast(U, shifted[i]) << 23);
+    x[i] = select(x[i] < -87.33654f, F{}, p[i] * power);
   }
 }
 inline F exp_of_nonpositive(F x) {

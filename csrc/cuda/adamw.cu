@@ -6,7 +6,7 @@
 //   update     a block owns a chunk of one parameter (tensor_list.cuh), which it finds by bisection. A thread has n
 //              neighbouring elements at a time: 16 bytes of the wider of the weight's and the moments' dtype, and 8 of
 //              a narrower one, so that neighbours' accesses touch. All is asked for before the first of it is used.
-//              moves, bytes an element: float 28; 16-bit weights with float masters and moments 30; all 16-bit 14
+//              moves, bytes an element: float 28; 16-bit weights with float masters and moments 28; all 16-bit 14
 //   limit      memory bandwidth: 20 operations an element, a root and a division among them; stochastic rounding adds a
 //              quarter (weights) or a half (moments too) of ten Philox rounds, 15 or 30 operations
 #include <algorithm>

@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {
@@ -30,8 +30,9 @@ Results<T> results_of(const ops::AttentionForward& p) {
 #endif
 
 // The softmax of a warp's rows so far; `sum` is over this thread's columns, `base` the maximum: of plain logits, which
-// are products, in units of log 2, else a logit (attention_sm80.cuh).
-template <int blocks>
+// are products, in units of log 2, else a logit (attention_logits.cuh). Exponentials are at most 2^lift: the base is so
+// far below the maximum, of plain logits alone.
+template <int blocks, int lift = 0>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
@@ -41,13 +42,14 @@ struct Softmax {
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        base[m][half] = plain ? __fmul_rn(sink, kLog2e) : sink;
-        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : 1.0f;
+        base[m][half] = plain ? lowered(__fmul_rn(sink, kLog2e)) : sink;
+        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : static_cast<float>(1 << lift);
       }
   }
 
   // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
-  template <int n>
+  // They are added up here, or elsewhere.
+  template <bool here = true, int n>
   __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2],
                                       bool plain = true) {
 #pragma unroll
@@ -60,7 +62,7 @@ struct Softmax {
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
         // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
-        const float higher = fmaxf(base[m][half], plain ? __fmul_rn(most, factor) : most);
+        const float higher = fmaxf(base[m][half], plain ? lowered(__fmul_rn(most, factor)) : most);
         const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
         const float before = plain ? 0.0f : from, behind = plain ? from : 0.0f;  // the multiplication
         rescaling[m][half] = ptx::exp2_approx((base[m][half] - from) * (plain ? 1.0f : factor));
@@ -71,10 +73,12 @@ struct Softmax {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i] - before, factor, -behind));
-            sum[m][half] += x[m][j][i];
+            if constexpr (here) sum[m][half] += x[m][j][i];
           }
       }
   }
+
+  __device__ static float lowered(float most) { return lift == 0 ? most : most - lift; }
 
   __device__ __forceinline__ void gather() {
 #pragma unroll
@@ -112,9 +116,9 @@ __device__ __forceinline__ void store_lse(float* lse, float* lse_low, double lar
 
 // A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums. They pass
 // through the rows from `own` of a tile, which no other warp uses.
-template <class T, int blocks, int rows, int columns>
+template <class T, int blocks, int lift, int rows, int columns>
 __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head,
-                                              int row, int count, Softmax<blocks>& softmax, float keep_scale,
+                                              int row, int count, Softmax<blocks, lift>& softmax, float keep_scale,
                                               Sums<blocks, columns>& output, const Tile<T, rows, columns>& through,
                                               int own, bool plain = true) {
   softmax.gather();

@@ -21,6 +21,11 @@
 //   The bound may be far above what comes out: one key of 10^4 among others of 1 makes steps 10^4 times as large. So it
 //   is judged by what came out whether a tile's steps were too coarse, and attention_rows_sm90a makes such tiles anew,
 //   as it does those with flags: no result is less exact than its, and NaN appear where they appear in its.
+//
+//   The gradient of an additive mask that heads or sequences share is added up likewise, but an element's terms are no
+//   probabilities of one row: their bound is that of one, (keep |dO_i| max |V_j| + |delta_i|) 1.21, times how many they
+//   are, and may be 10^6 times what comes out. So its integers have 64 bits, of which 2^60 is for all terms together:
+//   steps are then finer than the terms' own roundings.
 #pragma once
 
 #include <bit>
@@ -29,16 +34,16 @@
 
 namespace llmengine::cuda::attention {
 
-inline constexpr int kGridBits = 29;
+inline constexpr int kGridBits = 29, kMaskBits = 60;
 inline constexpr float kGridReach = 16384.0f;  // of logits, in units of log 2
 inline constexpr int kGridRows = 64;           // of a tile of the grid
 inline constexpr int kRemadeRows = 128;        // of a tile that may be made anew
 
-// How many steps are 1: a power of two. 0 where the bound is 0, infinite or NaN.
-constexpr float steps_of(float bound) {
+// How many steps are 1: a power of two by which `bound` is less than 2^bits. 0 where it is 0, infinite or NaN.
+constexpr float steps_of(float bound, int bits = kGridBits) {
   if (!(bound > 0.0f && bound <= std::numeric_limits<float>::max())) return 0.0f;
   const int exponent = static_cast<int>(std::bit_cast<uint32_t>(bound) >> 23) - 127;  // bound < 2^(exponent + 1)
-  const int steps = kGridBits - 1 - exponent;
+  const int steps = bits - 1 - exponent;
   return std::bit_cast<float>(static_cast<uint32_t>((steps < 126 ? steps : 126) + 127) << 23);
 }
 

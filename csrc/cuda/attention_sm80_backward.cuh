@@ -6,7 +6,7 @@
 //     attention_rows_sm80   dQ += G K                           3 products
 //   and where it is wanted (attention_sm80_bias.cu), G before the soft cap, summed over what a bias was shared by
 //
-//   shift is 0 of plain logits, whose kernels know of none (attention_sm80.cuh).
+//   shift is 0 of plain logits, whose kernels know of none (attention_logits.cuh).
 //
 //   Every sum is made by one block in a fixed order: no atomics, equal bits in every run, no room but three floats a
 //   row. The price: scores and dO V^T are made twice, 14 rows keys head_dim flops where atomic sums need 10. So the
@@ -15,9 +15,9 @@
 //   attention_grid.h, on Hopper.
 #pragma once
 
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
 #ifndef __CUDACC_RTC__
-#include "cuda/attention_sm80_call.h"
+#include "cuda/attention_call.h"
 #endif
 
 namespace llmengine::cuda::attention {
@@ -148,11 +148,11 @@ __device__ __forceinline__ void through_softmax(float (&grad)[blocks][n][4], con
 
 #ifndef __CUDACC_RTC__
 // Launched by run() in turn; `stream` is where the call runs. `squares`: null, or room for |dO|^2 of each row and then
-// |query|^2.
+// |query|^2. `wanted`: null, or on the device, whether the gradient is.
 void run_statistics(const AttentionBackward& p, Stream stream, float* squares = nullptr);
 void run_rows(const AttentionBackward& p, Stream stream);
 void run_keys(const AttentionBackward& p, Stream stream);
-void run_mask(const AttentionBackward& p, Stream stream);
+void run_mask(const AttentionBackward& p, Stream stream, const int* wanted = nullptr);
 void run_distances(const AttentionBackward& p, Stream stream);
 #endif
 

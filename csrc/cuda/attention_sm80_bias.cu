@@ -85,6 +85,7 @@ struct MaskSums {
   float* grad;  // contiguous, of these sizes; 1: shared by all
   int batches, heads, rows;
   int row_tiles, key_tiles;
+  const int* wanted;  // null: it is; else whether it is
 };
 
 // The sum over a tile's rows, in the first `keys` threads.
@@ -108,6 +109,7 @@ __device__ __forceinline__ float sum_over_rows(const Sums<1, keys>& x, float (&s
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, Shape<D>::at_once)
     attention_mask_sm80(const Backward<T> p, const MaskSums m) {
+  if (m.wanted && *m.wanted == 0) return;
   constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
   __shared__ float slots[kWarps][kKeys];
   const Tiles<T, D> tiles(ptx::dynamic_shared());
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
 
 inline constexpr const char* kSource = "cuda/attention_sm80_bias.cu";
 
-void run_mask(const AttentionBackward& p, Stream stream) {
+void run_mask(const AttentionBackward& p, Stream stream, const int* wanted) {
   visit_classes(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
     const TensorView& grad = p.grad_mask;
@@ -250,7 +252,8 @@ void run_mask(const AttentionBackward& p, Stream stream) {
                         static_cast<int>(grad.size(1)),
                         static_cast<int>(grad.size(2)),
                         static_cast<int>((grad.size(2) + kRows - 1) / kRows),
-                        static_cast<int>((grad.size(3) + kKeys - 1) / kKeys)};
+                        static_cast<int>((grad.size(3) + kKeys - 1) / kKeys),
+                        wanted};
     const LaunchSite at{"attention_mask_sm80",
                         grid_of_tiles(grad.size(0) * grad.size(1) * sums.row_tiles * sums.key_tiles),
                         kThreads,

@@ -47,6 +47,7 @@ struct Forward {
   Results<T> results;
   Options options;
   Sizes sizes;
+  Schedule schedule;
 };
 
 template <class T, int D, bool plain>
@@ -66,13 +67,12 @@ struct Tiles {
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_forward_sm80(const Forward<T> p) {
   using S = Shape<D, plain>;
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
+  const Place place = place_of(p.schedule, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {
     return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.sizes.tiles);
   }
-  // the last rows first: where attention is causal they see most keys
-  const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;
+  const int first = place.tile * S::rows;
   if (first >= s.rows) return;
 
   const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
@@ -140,13 +140,14 @@ void run(const AttentionForward& p, Stream stream) {
   using namespace attention;
   constexpr const char* kSource = "cuda/attention_sm80_forward.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
-    constexpr int rows = Shape<D, plain>::rows;
+    const Sizes sizes = sizes_of_rows(p, Shape<D, plain>::rows);
     const Forward<T> given{operand_of<const T>(p.query),
                            operand_of<const T>(p.key),
                            operand_of<const T>(p.value),
                            results_of<T>(p),
                            options_of(p),
-                           sizes_of_rows(p, rows)};
+                           sizes,
+                           order_of_rows(p, sizes.tiles, p.sequences() + p.packed(), blocks_at_once())};
     const LaunchSite at{"attention_forward_sm80",
                         grid_of(p, given.sizes.tiles, given.sizes.heads),
                         kThreads,

@@ -57,10 +57,10 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain, int wanted>
-__global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T> p) {
+__global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T> p, const Schedule schedule) {
   using S = Shape<D, plain>;
   constexpr bool of_keys = wanted != kValue, of_values = wanted != kKey;
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads / p.sizes.group);
+  const Place place = place_of(schedule, p.sizes.heads / p.sizes.group);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {  // keys that belong to none
     const int64_t step = int64_t{p.sizes.tiles} * S::keys;
@@ -169,6 +169,8 @@ namespace {
 template <class T, int D, bool plain, int wanted>
 bool run_pass(const AttentionBackward& p, Stream stream) {
   const Backward<T> given = backward_of<T>(p, sizes_of_keys(p, Shape<D, plain>::keys));
+  const Schedule schedule = order_of_keys(p, given.sizes.tiles, p.sequences() + p.packed(),
+                                          (p.query.size(3) + p.value.size(3)) * 2, blocks_at_once());
   const LaunchSite at{"attention_keys_sm80",
                       grid_of(p, given.sizes.tiles, p.key_heads()),
                       kThreads,
@@ -176,11 +178,12 @@ bool run_pass(const AttentionBackward& p, Stream stream) {
                       p.key,
                       Tiles<T, D, plain, wanted>::bytes};
   if constexpr (kBuiltAhead<D>) {
-    launch(at, attention_keys_sm80<T, D, plain, wanted>, given);
+    launch(at, attention_keys_sm80<T, D, plain, wanted>, given, schedule);
     return true;
   } else {
     constexpr const char* kSource = "cuda/attention_sm80_keys.cu";
-    return launch_compiled(at, {kSource, instance("attention::attention_keys_sm80", T{}, D, plain, wanted)}, given);
+    return launch_compiled(at, {kSource, instance("attention::attention_keys_sm80", T{}, D, plain, wanted)}, given,
+                           schedule);
   }
 }
 

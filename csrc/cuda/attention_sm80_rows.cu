@@ -2,7 +2,7 @@
 // backward read of each row.
 //
 //   attention_statistics_sm80   shift and base: of plain logits 0 and lse in units of log 2, of others lse and its
-//                               second part (attention_sm80.cuh). base is infinite where a row sees no key, so that
+//                               second part (attention_logits.cuh). base is infinite where a row sees no key, so that
 //                               its P are 0;
 //                               delta = rowsum(dO O) - grad_lse. The sum is the diagonal of dO O^T by the same tensor
 //                               core products as dO V^T: where a row has one key, and O is its value, both err alike
@@ -139,9 +139,9 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p) {
+__global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p, const Schedule schedule) {
   using S = Shape<D, plain>;
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
+  const Place place = place_of(schedule, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {  // rows that belong to none
     const int64_t step = int64_t{p.sizes.tiles} * S::rows;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
     }
     return;
   }
-  const int first = (p.sizes.tiles - 1 - place.tile) * S::rows;
+  const int first = place.tile * S::rows;
   if (first >= s.rows) return;
 
   const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
@@ -235,14 +235,15 @@ void run_rows(const AttentionBackward& p, Stream stream) {
   constexpr const char* kSource = "cuda/attention_sm80_rows.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, Shape<D, plain>::rows));
+    const Schedule schedule = order_of_rows(p, given.sizes.tiles, p.sequences() + p.packed(), blocks_at_once());
     const LaunchSite at{
         "attention_rows_sm80",    grid_of(p, given.sizes.tiles, p.heads()), kThreads, cuda_stream(stream), p.query,
         Tiles<T, D, plain>::bytes};
     if constexpr (kBuiltAhead<D>) {
-      launch(at, attention_rows_sm80<T, D, plain>, given);
+      launch(at, attention_rows_sm80<T, D, plain>, given, schedule);
       return true;
     } else {
-      return launch_compiled(at, {kSource, instance("attention::attention_rows_sm80", T{}, D, plain)}, given);
+      return launch_compiled(at, {kSource, instance("attention::attention_rows_sm80", T{}, D, plain)}, given, schedule);
     }
   });
 }

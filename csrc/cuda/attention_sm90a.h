@@ -29,22 +29,25 @@ struct AttentionBackwardSm90a : AttentionBackward {
   }
 };
 
-// The same in one pass (attention_sm90a_one_pass.cu), of head dims up to D, 64 or 128, with tiles of kGridRows rows
+// The same in one pass (attention_sm90a_one_pass.cu), of head dims up to D, 64, 96 or 128, with tiles of kGridRows rows
 // (attention_grid.h): of each sequence so many as hold its rows, in a batch side by side; of packed ones, tokens /
-// kGridRows + sequences in all. Integers come as zeros.
+// kGridRows + sequences in all. Integers come as zeros, and so does grad_mask.
 struct AttentionBackwardOnePass : AttentionBackwardSm90a {
   TensorView grid;     // int32 (tiles, heads, kGridRows, D)
   TensorView remade;   // int32 (1 + sequences * heads * tiles of kRemadeRows of the longest sequence,)
   TensorView largest;  // int32 (sequences, key heads, 3)
   TensorView squares;  // float32 (2, batch, heads, rows), room
   TensorView of_rows;  // float32 (tiles, heads, 4, kGridRows), room
+  // Where grad_mask is not each score's own and has a row for each: int64, like it, and int32 (its rows + 1,).
+  TensorView mask_sums, mask_bounds;
 
   static constexpr auto fields() {
     using P = AttentionBackwardOnePass;
     return std::tuple_cat(
         AttentionBackwardSm90a::fields(),
         std::tuple{ops::field("grid", &P::grid), ops::field("remade", &P::remade), ops::field("largest", &P::largest),
-                   ops::field("squares", &P::squares), ops::field("of_rows", &P::of_rows)});
+                   ops::field("squares", &P::squares), ops::field("of_rows", &P::of_rows),
+                   ops::field("mask_sums", &P::mask_sums), ops::field("mask_bounds", &P::mask_bounds)});
   }
 };
 

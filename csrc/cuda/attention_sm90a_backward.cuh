@@ -40,7 +40,8 @@ struct Walk {
   static constexpr bool wide = D > 128, simple = simple_;
   static constexpr int groups = 2, boxes = wide && owner == Owner::keys ? 1 : groups;  // boxes of 64 lines
   static constexpr int own = boxes * kGroupRows, threads = 128 * (1 + groups);
-  static constexpr int passing = passing_, panels = D / kPanel, value_panels = DV / kPanel;
+  static constexpr int passing = passing_;
+  static constexpr int panels = (D + kPanel - 1) / kPanel, value_panels = (DV + kPanel - 1) / kPanel;
   static constexpr int owned = wide && own * D > 64 * 192 ? 1 : 2, stages = D <= 64 ? 4 : 2;  // pairs of tiles
   static constexpr int own_bytes = own * panels * 128, stage_bytes = passing * panels * 128;
   // Fetching statistics takes some more than boxes alone; either way all that 384 threads have is shared out.
@@ -322,14 +323,15 @@ void visit_hopper(const AttentionBackwardSm90a& p, const Body& body) {
   });
 }
 
-// What passes, `bytes` in all for each owner, is shared by `group` owners.
+// `grid_bytes`: of each row, beside those of Q and dO, where keys are owners.
 template <class S, class T>
-Walked<T> walked_of(const AttentionBackwardSm90a& p, int64_t bytes, int group, bool last_first) {
+Walked<T> walked_of(const AttentionBackwardSm90a& p, int64_t grid_bytes = 0) {
   constexpr bool keys = S::owner == Owner::keys;
   const Sizes sizes = keys ? sizes_of_keys(p, S::own) : sizes_of_rows(p, S::own);
-  const int owners = (keys ? sizes.heads / sizes.group : sizes.heads) * sizes.sequences;
+  const int64_t row_bytes = (p.query.size(3) + p.value.size(3)) * 2 + grid_bytes;
   return {backward_of<T>(p, sizes), is_plain(p),
-          Schedule{sizes.tiles, owners, owners_together(bytes, group, owners), last_first},
+          keys ? order_of_keys(p, sizes.tiles, p.sequences(), row_bytes, multiprocessors())
+               : order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors()),
           p.turns.as<int>() + (keys ? 1 : 0), nullptr};
 }
 
@@ -343,16 +345,19 @@ LaunchSite launch_site(const char* name, const AttentionBackwardSm90a& p, const 
   return {name, dim3(blocks), S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Memory)};
 }
 
-// attention_keys_sm90a and attention_wide_keys_sm90a
+// `given`: the kernel's arguments behind its tensor maps, of which `walked` are a part.
 template <class S, class Memory, class T, class Kernel>
-void launch_keys(const char* name, const Kernel& kernel, const AttentionBackwardSm90a& p, Stream stream) {
-  const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-  const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3)) * 2 * p.group();
-  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-  const auto walked = walked_of<S, T>(p, bytes, 1, begins && !ends);
-  launch(launch_site<S, Memory>(name, p, walked, stream), kernel, map_of_tokens("key", p.key, kGroupRows),
-         map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
-         map_of_tokens("grad_output", p.grad_output, S::passing), walked);
+void launch_walk(const char* name, const Kernel& kernel, const AttentionBackwardSm90a& p, const Walked<T>& walked,
+                 Stream stream, const auto& given) {
+  constexpr bool keys = S::owner == Owner::keys;
+  constexpr int own = kGroupRows, passing = S::passing;
+  const auto key = map_of_tokens("key", p.key, keys ? own : passing);
+  const auto value = map_of_tokens("value", p.value, keys ? own : passing);
+  const auto query = map_of_tokens("query", p.query, keys ? passing : own);
+  const auto grad_output = map_of_tokens("grad_output", p.grad_output, keys ? passing : own);
+  const LaunchSite at = launch_site<S, Memory>(name, p, walked, stream);
+  keys ? launch(at, kernel, key, value, query, grad_output, given)
+       : launch(at, kernel, query, grad_output, key, value, given);
 }
 
 // Launched by run() in turn.

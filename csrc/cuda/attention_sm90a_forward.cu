@@ -84,25 +84,6 @@ struct Maps {
   const ptx::TensorMap *query, *key, *value;
 };
 
-// ---- work -----------------------------------------------------------------------------------------------------------
-
-// A tile of rows from `first` on of a head of a sequence, and the keys [begin, end) that it goes through.
-struct Work {
-  Sequence s;
-  int head, first, begin, end;
-
-  __device__ bool some() const { return begin < end; }
-};
-
-template <class S, class T>
-__device__ __forceinline__ Work work_of(const Forward<T>& p, int turn) {
-  const auto [tile, owner] = p.schedule.at(turn);
-  const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
-  const int first = tile * S::rows;
-  const Span span = keys_of_rows(s.band(p.options), first, S::rows);
-  return {s, owner % p.sizes.heads, first, begin_of_walk(span, S::keys), span.end};
-}
-
 // ---- the warp that fetches ------------------------------------------------------------------------------------------
 
 template <class S, class T>
@@ -162,27 +143,6 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
 }
 
 // ---- the warpgroups that multiply -----------------------------------------------------------------------------------
-
-// Whose turn it is to begin products: a warpgroup's after the one before it, the first one's after the last one.
-template <class S>
-struct Order {
-  int group;
-
-  static constexpr int kFirst = 1 + S::groups, kThreads = 256;  // ids of barriers; those who wait and who let go on
-
-  __device__ __forceinline__ void begin() const {
-    if (S::by_turns && group == S::groups - 1) ptx::barrier_arrive(kFirst, kThreads);
-  }
-  __device__ __forceinline__ void take() const {
-    if constexpr (S::by_turns) ptx::barrier_sync(kFirst + group, kThreads);
-  }
-  __device__ __forceinline__ void pass() const {
-    if constexpr (S::by_turns) ptx::barrier_arrive(kFirst + (group + 1) % S::groups, kThreads);
-  }
-  __device__ __forceinline__ void end() const {
-    if (S::by_turns && group == 0) ptx::barrier_sync(kFirst, kThreads);
-  }
-};
 
 // Scores of a warp's rows to what their values weigh.
 template <class S, class T, bool simple>
@@ -326,15 +286,11 @@ void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   using S = Shape<D, DV, simple>;
   static_assert(sizeof(Shared<S>) <= 227 << 10);
   const Sizes sizes = sizes_of_rows(p, S::rows);
-  const int owners = sizes.heads * sizes.sequences;
-  const int64_t bytes =
-      p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * (p.key.size(3) + p.value.size(3)) * 2;
-  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
   const Forward<T> given{results_of<T>(p),
                          options_of(p),
                          is_plain(p),
                          sizes,
-                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
+                         order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors()),
                          p.turns.as<int>()};
   // packed tokens that belong to no sequence want blocks even where there are no sequences
   const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads, multiprocessors()).x;

@@ -5,6 +5,7 @@
 //                                values once; limit: memory
 //   attention_of_rows_sm90a      base, delta, steps (attention_grid.h) and shift as tiles of the grid's rows have them.
 //                                A thread a row, 36 bytes
+//   attention_mask_from_sums_sm90a   of a mask that is shared, integers to its gradient; limit: memory
 //   attention_from_grid_sm90a    the grid's integers to dQ, and which tiles are to be made anew. A block has 128 rows;
 //                                bytes: 4 head_dim a row, and dQ once; limit: memory
 #include <cmath>
@@ -79,6 +80,7 @@ struct OfRows {
   const float *shift, *base, *delta, *grad_squares, *query_squares;
   Sizes sizes;
   Grid grid;
+  MaskGradient mask;
   int passing;
   float scale, softcap, keep_scale;
 };
@@ -98,13 +100,18 @@ __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfR
     const float key_square = __uint_as_float(static_cast<uint32_t>(sizes[1]));
     const float value_square = __uint_as_float(static_cast<uint32_t>(sizes[2]));
     base = p.base[at], delta = p.delta[at], shift = p.shift[at];
-    const float bound = (p.keep_scale * sqrtf(p.grad_squares[at]) * sqrtf(value_square) + fabsf(delta)) * key;
+    const float of_score = p.keep_scale * sqrtf(p.grad_squares[at]) * sqrtf(value_square) + fabsf(delta);
+    const float bound = of_score * key;
     const float reach = kLog2e * (fabsf(p.scale) * sqrtf(p.query_squares[at]) * sqrtf(key_square) + p.softcap);
     const bool seen = base != INFINITY;
     const bool strange =
         seen && !(bound < INFINITY && reach <= kGridReach && fabsf(shift * kLog2e + base) <= kGridReach);
     if (seen && !strange) steps = steps_of(bound);
     if (strange) atomicExch(p.grid.remade + p.grid.flag_of(p.sizes, s, place.head, row), 1);
+    if (seen && p.mask.sums) {
+      const int64_t line = strange ? p.mask.lines : p.mask.line_of(s, place.head, row);
+      atomicMax(p.mask.bounds + line, strange ? 1 : bits_of_size(of_score));
+    }
   }
   const int64_t tile = Grid::row_of(p.sizes, s, place.head, row / p.passing * p.passing);
   float* to = p.grid.rows + kOfRow * tile + row % p.passing;
@@ -133,22 +140,21 @@ struct FromGridRoom {
 template <class T, int D, int passing>
 __device__ __forceinline__ void rows_from_grid(const Tile<T, kGridRows, D>& tile, const FromGrid<T>& p, int64_t on_grid,
                                                float& most, float& coarsest) {
-  constexpr int kColumns = D <= 64 ? D : kPanel;  // of a warpgroup's part of a tile that passes
-  constexpr int kRows = D <= 64 ? passing / 2 : passing;
-  constexpr int kQuads = kRows * kColumns / 4, kParts = kGridRows * D / (kRows * kColumns);
+  using P = Part<D, passing>;
+  constexpr int kQuads = passing * D / 4, kFirst = P::numbers(0) / 4;  // of a tile that passes, of its first part
   const uint4* numbers = reinterpret_cast<const uint4*>(p.grid.numbers + on_grid * D);
   const float* rows = p.grid.rows + kOfRow * on_grid;
 #pragma unroll 1
-  for (int q = static_cast<int>(threadIdx.x); q < kParts * kQuads; q += kFromGridThreads) {
-    const int part = q / kQuads, j = q % kQuads / 128, thread = q % 128;
-    const int tile_of_part = part / 2, group = part % 2;
+  for (int q = static_cast<int>(threadIdx.x); q < kGridRows / passing * kQuads; q += kFromGridThreads) {
+    const int tile_that_passed = q / kQuads, group = q % kQuads >= kFirst, within = q % kQuads - group * kFirst;
+    const int j = within / P::threads(group), thread = within % P::threads(group);
     const uint4 quad = ptx::load_16_once(numbers + q);
-    const int row = 8 * j + thread % 4 * 2 + (D <= 64 ? group * kRows : 0);  // of the tile that passed
-    const int column = thread / 32 * 16 + thread % 32 / 4 + (D <= 64 ? 0 : group * kColumns);
+    const int row = 8 * j + thread % 4 * 2 + P::first_row(group);
+    const int column = thread / 32 * 16 + thread % 32 / 4 + P::first_column(group);
     const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float steps = rows[tile_of_part * kOfRow * passing + 2 * passing + row + i];
+      const float steps = rows[tile_that_passed * kOfRow * passing + 2 * passing + row + i];
       const float step = steps > 0.0f ? 1.0f / steps : 0.0f;
       coarsest = fmaxf(coarsest, step);
 #pragma unroll
@@ -156,7 +162,7 @@ __device__ __forceinline__ void rows_from_grid(const Tile<T, kGridRows, D>& tile
         const float x = static_cast<float>(static_cast<int32_t>(words[2 * half + i])) * step;
         most = fmaxf(most, fabsf(x));
         const int c = column + 8 * half;
-        T* to = tile.chunk(tile_of_part * passing + row + i, c / 8) + c % 8;
+        T* to = tile.chunk(tile_that_passed * passing + row + i, c / 8) + c % 8;
         *to = narrowed<T>(x * p.options.scale);
       }
     }
@@ -200,6 +206,14 @@ __global__ void __launch_bounds__(kFromGridThreads) attention_from_grid_sm90a(co
   atomicAdd(p.grid.remade, 1);
 }
 
+// A block for every row of the mask.
+__global__ void __launch_bounds__(kThreads) attention_mask_from_sums_sm90a(const MaskGradient p, float* to) {
+  const int64_t line = blockIdx.x;
+  const float steps = p.steps(line), step = steps > 0.0f ? 1.0f / steps : 0.0f;
+  for (int key = static_cast<int>(threadIdx.x); key < p.keys; key += kThreads)
+    to[line * p.keys + key] = static_cast<float>(p.sums[line * p.keys + key]) * step;
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 void run_largest(const AttentionBackwardOnePass& p, Stream stream) {
@@ -222,12 +236,20 @@ void run_of_rows(const AttentionBackwardOnePass& p, Stream stream, int passing) 
                      squares + p.heads() * p.query.size(0) * p.query.size(2),
                      sizes,
                      grid_of_call(p, sizes.tiles),
+                     mask_gradient_of(p),
                      passing,
                      static_cast<float>(p.scale),
                      static_cast<float>(p.softcap),
                      options_of(p).dropout.keep_scale};
   launch({"attention_of_rows_sm90a", grid_of(p, sizes.tiles, p.heads()), kRemadeRows, cuda_stream(stream), p.query},
          attention_of_rows_sm90a, given);
+}
+
+void run_mask_from_sums(const AttentionBackwardOnePass& p, const MaskGradient& mask, Stream stream) {
+  const dim3 blocks(static_cast<unsigned>(mask.lines));
+  launch({"attention_mask_from_sums_sm90a", blocks, kThreads, cuda_stream(stream), p.grad_mask},
+         attention_mask_from_sums_sm90a, mask, p.grad_mask.as<float>());
+  run_mask(p, stream, mask.bounds + mask.lines);
 }
 
 template <class T, int D, int passing>
@@ -245,8 +267,10 @@ void run_from_grid(const AttentionBackwardOnePass& p, Stream stream) {
 void validate(const AttentionBackwardOnePass& p) {
   validate(static_cast<const AttentionBackwardSm90a&>(p));
   const Checker at{"attention backward in one pass"};
-  const int64_t rows = p.query.size(2), heads = p.heads(),
-                dim = p.query.size(3) > 64 || p.value.size(3) > 64 ? 128 : 64;
+  const int64_t rows = p.query.size(2), heads = p.heads(), widest = std::max(p.query.size(3), p.value.size(3)),
+                dim = widest <= 64   ? 64
+                      : widest <= 96 ? 96
+                                     : 128;
   const int64_t tiles = p.packed() ? rows / attention::kGridRows + p.sequences()
                                    : p.query.size(0) * ((rows + attention::kGridRows - 1) / attention::kGridRows);
   const int64_t remade = attention::sizes_of_rows(p, attention::kRemadeRows).tiles;
@@ -262,7 +286,7 @@ void validate(const AttentionBackwardOnePass& p) {
     at.dtype(*g.t, g.argument, {g.dtype});
     at.contiguous(*g.t, g.argument);
   }
-  if (std::max(p.query.size(3), p.value.size(3)) > 128) at.fail_at("query", "has head dims above 128");
+  if (widest > 128) at.fail_at("query", "has head dims above 128");
   if (tiles * heads * attention::kGridRows > std::numeric_limits<int>::max()) {
     at.fail_at("query", "has 2^31 rows of all heads or more");
   }
@@ -271,6 +295,16 @@ void validate(const AttentionBackwardOnePass& p) {
   at.shape(p.largest, "largest", {p.sequences(), p.key_heads(), 3});
   at.shape(p.squares, "squares", {2, p.query.size(0), heads, rows});
   at.shape(p.of_rows, "of_rows", {tiles, heads, attention::kOfRow, attention::kGridRows});
+  const TensorView& grad = p.grad_mask;
+  if (!attention::is_gradient_of_the_pass(p) || (grad.size(0) == p.query.size(0) && grad.size(1) == heads)) return;
+  for (auto [t, argument] : NamedTensors{{&p.mask_sums, "mask_sums"}, {&p.mask_bounds, "mask_bounds"}}) {
+    at.defined(*t, argument);
+    at.contiguous(*t, argument);
+  }
+  at.dtype(p.mask_sums, "mask_sums", {DType::i64});
+  at.dtype(p.mask_bounds, "mask_bounds", {DType::i32});
+  at.shape(p.mask_sums, "mask_sums", {grad.size(0), grad.size(1), grad.size(2), grad.size(3)});
+  at.shape(p.mask_bounds, "mask_bounds", {grad.size(0) * grad.size(1) * grad.size(2) + 1});
 }
 
 void run(const AttentionBackwardOnePass& p, Stream stream) {
@@ -278,7 +312,7 @@ void run(const AttentionBackwardOnePass& p, Stream stream) {
   check_is_hopper("attention_backward_one_pass");
   run_statistics(p, stream, p.squares.as<float>());
   run_largest(p, stream);
-  visit_hopper<64, 128>(
+  visit_hopper<64, 96, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
         constexpr int passing = kGridPassing<D, simple>;
         run_of_rows(p, stream, passing);
@@ -286,7 +320,9 @@ void run(const AttentionBackwardOnePass& p, Stream stream) {
         run_from_grid<T, D, passing>(p, stream);
       });
   run_rows(p, stream, p.remade.as<int>());
-  if (p.grad_mask.defined()) run_mask(p, stream);
+  const MaskGradient mask = mask_gradient_of(p);
+  if (mask.sums) run_mask_from_sums(p, mask, stream);
+  if (p.grad_mask.defined() && !is_gradient_of_the_pass(p)) run_mask(p, stream);
   if (p.partial_distances.defined()) run_distances(p, stream);
 }
 

@@ -20,7 +20,9 @@ namespace llmengine::cuda::attention {
 namespace {
 
 template <int D, bool simple>
-inline constexpr int kPassing = D <= 64 ? (simple ? 96 : 48) : (simple ? 48 : 32);
+inline constexpr int kPassing = D <= 64   ? (simple ? 96 : 48)
+                                : D <= 96 ? (simple ? 64 : 32)
+                                          : (simple ? 48 : 32);
 template <int D, bool simple>
 using Shape = Walk<Owner::keys, D, kPassing<D, simple>, D, simple>;
 
@@ -28,14 +30,12 @@ using Shape = Walk<Owner::keys, D, kPassing<D, simple>, D, simple>;
 template <class S, class T, int D, bool simple>
 __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
                                        int key, Turn<S::stages>& turn, Sums<1, D>& grad_key, Sums<1, D>& grad_value) {
-  const Options& o = p.backward.options;
-  const Span reach = rows_of_keys(w.s.band(o), key, 16);
-  const bool drops = !simple && o.dropout.seed != nullptr;
+  const Span reach = rows_of_keys(w.s.band(p.backward.options), key, 16);
   int head = w.from, row = w.begin;
 #pragma unroll 1
   while (head < w.to) {
     const int stage = turn.stage();
-    Sums<1, S::passing> x, grad, products;
+    Sums<1, S::passing> x, grad;
     uint32_t rounded[1][S::passing / 16][4], rounded_grad[1][S::passing / 16][4];
     ptx::mbarrier_wait(&shared.full[stage][0], turn.parity());
     ptx::mbarrier_wait(&shared.full[stage][1], turn.parity());
@@ -44,25 +44,10 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
     const int here = ptx::made_here(place);
     begin_product_of_rows<T, D>(x, shared.lines(here, 0, group), shared.passing[stage][0]);
     begin_product_of_rows<T, D>(grad, shared.lines(here, 1, group), shared.passing[stage][1]);
-    ptx::wgmma_wait<1>(flat(x));
-    to_probabilities<simple, S>(x, products, p, w, reach, head, key, row, shared.shift[stage], shared.base[stage]);
-    Dropped<1, S::passing / 8> dropped;
-    if (drops) {
-      const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + head);
-      dropped = draw<true, 1, S::passing / 8, 1>(o.dropout, stream, key, row);
-    }
-    Sums<1, S::passing> kept;
-    copy(x, kept);
-    if (drops) drop(kept, dropped, 1.0f);
-    round_to_operands<T>(kept, rounded);
-    ptx::wgmma_fence(flat(grad_value));
-    begin_adding_product<T, D>(grad_value, rounded, shared.passing[stage][1]);
-    ptx::wgmma_wait<1>(flat(grad));
-    if (drops) drop(grad, dropped, o.dropout.keep_scale);
-    const float* delta = shared.delta[stage];
-    each(grad, [&](float& g, int, int c) { g -= delta[c]; });
-    through_softmax<simple>(grad, x, products, o);
-    round_to_operands<T>(grad, rounded_grad);
+    to_gradients<T, D, simple, S>(
+        x, grad, rounded, rounded_grad, grad_value, p, w, reach,
+        {head, key, row, shared.shift[stage], shared.base[stage], shared.delta[stage], shared.passing[stage][1]}, [] {},
+        [] {});
     ptx::wgmma_fence(flat(grad_key));
     begin_adding_product<T, D>(grad_key, rounded_grad, shared.passing[stage][0]);
     ptx::wgmma_wait<1>(flat(grad_value));
@@ -116,11 +101,12 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 }  // namespace
 
 void run_keys(const AttentionBackwardSm90a& p, Stream stream) {
-  visit_hopper<64, 128>(
-      p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
-        using S = Shape<D, simple>;
-        launch_keys<S, Shared<S>, T>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, stream);
-      });
+  visit_hopper<64, 96, 128>(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto,
+                                                                std::bool_constant<simple>) {
+    using S = Shape<D, simple>;
+    const auto walked = walked_of<S, T>(p);
+    launch_walk<S, Shared<S>>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, walked, stream, walked);
+  });
 }
 
 }  // namespace llmengine::cuda::attention

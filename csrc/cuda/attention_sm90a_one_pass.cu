@@ -8,7 +8,8 @@
 //     tensor cores   S_n | dP_n | dV      | dK, dQ_n      | S_n+1     | dP_n+1
 //     a warpgroup        | P_n  | G_n     |               | dQ_n to the grid | P_n+1
 //
-//   Of dQ^T a warpgroup makes 64 columns of the head dim and all rows, or of head dims up to 64 half of the rows. It
+//   Of dQ^T a warpgroup makes 64 columns of the head dim and all rows, or of head dims up to 64 half of the rows; of 96
+//   the second one's last 32 columns are zeros that nobody adds. It
 //   multiplies by the rows' steps, rounds to integers, and puts them into shared memory as its threads have them: the
 //   asynchronous unit adds them to the grid, where they lie the same way. Sums of integers are the same in any order:
 //   equal bits in every run. A part that is no number raises its tile's flag: 0 part is then no 0.
@@ -35,8 +36,7 @@ inline constexpr int kSpan = 32;  // rows of G^T that lie together: 64 bytes, an
 template <int D, bool simple>
 struct Shape : Walk<Owner::keys, D, kGridPassing<D, simple>, D, simple> {
   static constexpr int passing = kGridPassing<D, simple>, owned = D <= 64 ? 2 : 1;
-  static constexpr int part_rows = D <= 64 ? passing / 2 : passing;  // of dQ, a warpgroup's
-  static constexpr int part = part_rows * kPanel;                    // its numbers
+  using Part = attention::Part<D, passing>;  // of dQ
   static constexpr int few_registers = 24, many_registers = 240;
 };
 
@@ -50,7 +50,7 @@ struct Tidings {
 template <class S>
 struct Room : Shared<S> {
   alignas(1024) uint16_t grads[2][S::own * S::passing];  // G^T, in spans of rows
-  int32_t parts[S::groups][S::part];
+  int32_t parts[S::groups][S::Part::numbers(0)];
   static constexpr int kept = 2 * S::stages;  // until a tile's dQ is on the grid, which is longer than its stage
   float steps[kept][S::passing];
   Tidings tidings[kept];
@@ -61,6 +61,7 @@ template <class T>
 struct OnePass {
   Walked<T> walked;
   Grid grid;
+  MaskGradient mask;
 };
 
 // ---- the rows that pass ---------------------------------------------------------------------------------------------
@@ -202,6 +203,35 @@ __device__ __forceinline__ void store_grads(uint16_t* grads, const uint32_t (&ro
   }
 }
 
+// Of a warp's 16 keys and the rows that pass: P (dP - delta), to the gradient of the mask that was added to their
+// logits.
+template <int n>
+__device__ __forceinline__ void add_to_mask(const MaskGradient& m, const float (&grad)[1][n][4],
+                                            const float (&p)[1][n][4], const Sequence& s, int head, int key, int row) {
+  const int first = key + lane_of() / 4;
+#pragma unroll
+  for (int j = 0; j < n; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int own = row + 8 * j + lane_of() % 4 * 2 + i;
+      if (own >= s.rows) continue;
+      const int64_t line = m.line_of(s, head, own), at = line * m.keys + first;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = grad[0][j][2 * half + i] * p[0][j][2 * half + i];
+        if (first + 8 * half >= s.keys) continue;
+        if (m.each) {
+          m.each[at + 8 * half] = x;
+        } else if (!(x * 0.0f == 0.0f)) {
+          atomicExch(m.bounds + m.lines, 1);
+        } else if (x != 0.0f) {
+          const auto steps = static_cast<unsigned long long>(llrintf(x * m.steps(line)));
+          atomicAdd(reinterpret_cast<unsigned long long*>(m.sums + at + 8 * half), steps);
+        }
+      }
+    }
+}
+
 // Where a warpgroup waits for the other's G^T. One of two in turn: the other may be done with the next tile's before
 // all of this one's warps have left the barrier.
 __device__ __forceinline__ int grads_barrier(unsigned turn, int group) {
@@ -210,14 +240,13 @@ __device__ __forceinline__ int grads_barrier(unsigned turn, int group) {
 
 // A warpgroup's half of dQ^T = K^T G^T, begun.
 template <class S, class T, int D>
-__device__ __forceinline__ void begin_grad_query(Sums<1, S::part_rows>& part, const uint16_t* keys,
+__device__ __forceinline__ void begin_grad_query(Sums<1, S::Part::rows>& part, const uint16_t* keys,
                                                  const uint16_t* grads, int group) {
   constexpr int kSpanBytes = S::own * kSpan * 2, kPanelBytes = kGroupRows * 128;
   const auto a = ptx::matrix_descriptor(keys, 0, kEightRows, Swizzle::bytes_128);
   const auto b = ptx::matrix_descriptor(grads, kSpanBytes, 8 * kSpan * 2, Swizzle::bytes_64);
   const ptx::MatrixDescriptor columns{ptx::made_here(a.advanced(D <= 64 ? 0 : group * kPanelBytes).bits)};
-  const ptx::MatrixDescriptor rows{
-      ptx::made_here(b.advanced(D <= 64 ? group * (S::part_rows / kSpan) * kSpanBytes : 0).bits)};
+  const ptx::MatrixDescriptor rows{ptx::made_here(b.advanced(S::Part::first_row(group) / kSpan * kSpanBytes).bits)};
 #pragma unroll
   for (int k = 0; k < S::own / 16; ++k) {
     const int box = k * 16 / kGroupRows, within = k * 16 % kGroupRows;
@@ -231,15 +260,15 @@ __device__ __forceinline__ void begin_grad_query(Sums<1, S::part_rows>& part, co
 // Of the tile that passed at turn `number`.
 template <class S, class T, int D>
 __device__ __forceinline__ void add_to_grid(Room<S>& room, const OnePass<T>& p, unsigned number,
-                                            Sums<1, S::part_rows>& part, int group) {
+                                            Sums<1, S::Part::rows>& part, int group) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   int32_t* numbers = room.parts[group];
   if (thread == 0) ptx::wait_store_reads<0>();
   ptx::barrier_sync(1 + group, 128);  // the part before it has been read
-  const float* steps = room.steps[number % room.kept] + (D <= 64 ? group * S::part_rows : 0);
+  const float* steps = room.steps[number % room.kept] + S::Part::first_row(group);
   float strange = 0.0f;
 #pragma unroll
-  for (int j = 0; j < S::part_rows / 8; ++j) {
+  for (int j = 0; j < S::Part::rows / 8; ++j) {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -247,14 +276,17 @@ __device__ __forceinline__ void add_to_grid(Room<S>& room, const OnePass<T>& p, 
       strange = fmaf(x, 0.0f, strange);
       words[i] = static_cast<uint32_t>(ptx::nearest_integer(x));
     }
-    reinterpret_cast<uint4*>(numbers)[j * 128 + thread] = make_uint4(words[0], words[1], words[2], words[3]);
+    const int threads = S::Part::threads(group);
+    if (threads == 128 || thread < threads)
+      reinterpret_cast<uint4*>(numbers)[j * threads + thread] = make_uint4(words[0], words[1], words[2], words[3]);
   }
   const Tidings& tidings = room.tidings[number % room.kept];
   if (!(strange == 0.0f)) atomicExch(p.grid.remade + tidings.flag, 1);
   ptx::fence_async_shared();
   ptx::barrier_sync(1 + group, 128);  // the whole part is there
   if (thread == 0) {
-    ptx::add_bulk(p.grid.numbers + int64_t{D} * tidings.on_grid + group * S::part, numbers, S::part * 4);
+    int32_t* to = p.grid.numbers + int64_t{D} * tidings.on_grid + group * S::Part::numbers(0);
+    ptx::add_bulk(to, numbers, S::Part::numbers(group) * 4);
     ptx::commit_stores();
   }
 }
@@ -264,13 +296,11 @@ __device__ __forceinline__ void add_to_grid(Room<S>& room, const OnePass<T>& p, 
 template <class S, class T, int D, bool simple>
 __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const Work& w, int place, int group, int own,
                                        Turn<S::stages>& turn, Sums<1, D>& grad_key, Sums<1, D>& grad_value) {
-  const Options& o = p.walked.backward.options;
   const int key = w.first + group * kGroupRows + own;
-  const Span reach = rows_of_keys(w.s.band(o), key, 16);
-  const bool drops = !simple && o.dropout.seed != nullptr;
+  const Span reach = rows_of_keys(w.s.band(p.walked.backward.options), key, 16);
   int left = (w.to - w.from) * ((w.end - w.begin + S::passing - 1) / S::passing);  // tiles
   Sums<1, S::passing> x;
-  Sums<1, S::part_rows> part;
+  Sums<1, S::Part::rows> part;
   const auto begin_scores = [&] {
     ptx::mbarrier_wait(&room.full[turn.stage()][0], turn.parity());
     ptx::wgmma_fence(flat(x));
@@ -281,35 +311,23 @@ __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const
 #pragma unroll 1
   for (;;) {
     const int stage = turn.stage();
-    Sums<1, S::passing> grad, products;
+    Sums<1, S::passing> grad;
     uint32_t rounded[1][S::passing / 16][4], rounded_grad[1][S::passing / 16][4];
     ptx::mbarrier_wait(&room.full[stage][1], turn.parity());
     ptx::wgmma_fence(flat(grad));
     begin_product_of_rows<T, D>(grad, room.lines(ptx::made_here(place), 1, group), room.passing[stage][1]);
     const Tidings& tidings = room.tidings[turn.number % room.kept];
     const int head = simple ? 0 : tidings.head, row = tidings.row;
-    ptx::wgmma_wait<1>(flat(x));
-    to_probabilities<simple, S>(x, products, p.walked, w, reach, head, key, row, room.shift[stage], room.base[stage]);
-    if (const int keys = w.s.keys - key; keys < 16) {  // what lies behind the last may overflow, and dQ is for all 128
-      each(x, [&](float& u, int line, int) { u = line < keys ? u : 0.0f; });
-    }
-    Dropped<1, S::passing / 8> dropped;
-    if (drops) {
-      const auto stream = static_cast<uint32_t>(w.s.index * p.walked.backward.sizes.heads + head);
-      dropped = draw<true, 1, S::passing / 8, 1>(o.dropout, stream, key, row);
-    }
-    Sums<1, S::passing> kept;
-    copy(x, kept);
-    if (drops) drop(kept, dropped, 1.0f);
-    round_to_operands<T>(kept, rounded);
-    ptx::wgmma_fence(flat(grad_value));
-    begin_adding_product<T, D>(grad_value, rounded, room.passing[stage][1]);
-    ptx::wgmma_wait<1>(flat(grad));
-    if (drops) drop(grad, dropped, o.dropout.keep_scale);
-    const float* delta = room.delta[stage];
-    each(grad, [&](float& g, int, int c) { g -= delta[c]; });
-    through_softmax<simple>(grad, x, products, o);
-    round_to_operands<T>(grad, rounded_grad);
+    to_gradients<T, D, simple, S>(
+        x, grad, rounded, rounded_grad, grad_value, p.walked, w, reach,
+        {head, key, row, room.shift[stage], room.base[stage], room.delta[stage], room.passing[stage][1]},
+        [&] {  // what lies behind the last key may overflow, and dQ is for all 128
+          const int keys = w.s.keys - key;
+          if (keys < 16) each(x, [&](float& u, int line, int) { u = line < keys ? u : 0.0f; });
+        },
+        [&] {
+          if (!simple && (p.mask.each || p.mask.sums)) add_to_mask(p.mask, grad, x, w.s, head, key, row);
+        });
     uint16_t* grads = room.grads[turn.number % 2];
     store_grads<S>(grads, rounded_grad, group * kGroupRows + own);
     ptx::fence_async_shared();
@@ -378,18 +396,13 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 }  // namespace
 
 void run_one_pass(const AttentionBackwardOnePass& p, Stream stream) {
-  visit_hopper<64, 128>(
+  visit_hopper<64, 96, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
         using S = Shape<D, simple>;
-        const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-        const int64_t bytes = p.query.size(2) / sequences * (p.query.size(3) + p.value.size(3) + 2 * D) * 2 * p.group();
-        const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-        const OnePass<T> given{walked_of<S, T>(p, bytes, 1, begins && !ends),
-                               grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles)};
-        launch(launch_site<S, Room<S>>("attention_one_pass_sm90a", p, given.walked, stream),
-               attention_one_pass_sm90a<T, D, simple>, map_of_tokens("key", p.key, kGroupRows),
-               map_of_tokens("value", p.value, kGroupRows), map_of_tokens("query", p.query, S::passing),
-               map_of_tokens("grad_output", p.grad_output, S::passing), given);
+        const OnePass<T> given{walked_of<S, T>(p, 4 * D), grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles),
+                               mask_gradient_of(p)};
+        launch_walk<S, Room<S>>("attention_one_pass_sm90a", attention_one_pass_sm90a<T, D, simple>, p, given.walked,
+                                stream, given);
       });
 }
 

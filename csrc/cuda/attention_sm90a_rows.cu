@@ -24,6 +24,7 @@ namespace {
 
 template <int D, bool simple>
 inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
+                                : D <= 96  ? (simple ? 96 : 48)
                                 : D <= 128 ? (simple ? 80 : 48)
                                 : D <= 192 ? 64
                                            : (simple ? 48 : 32);
@@ -171,19 +172,14 @@ __global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
 }  // namespace
 
 void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade) {
-  visit_hopper<64, 128, 192, 256>(
+  visit_hopper<64, 96, 128, 192, 256>(
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
-        const int64_t sequences = p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1;
-        const int64_t bytes = p.key.size(2) / sequences * (p.key.size(3) + p.value.size(3)) * 2;
-        const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
-        auto walked = walked_of<S, T>(p, bytes, static_cast<int>(p.group()), ends && !begins);
+        auto walked = walked_of<S, T>(p);
         walked.remade = remade;
-        launch(launch_site<S, RowsShared<S, simple>>("attention_rows_sm90a", p, walked, stream),
-               attention_rows_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
-               map_of_tokens("grad_output", p.grad_output, kGroupRows), map_of_tokens("key", p.key, S::passing),
-               map_of_tokens("value", p.value, S::passing), walked);
+        launch_walk<S, RowsShared<S, simple>>("attention_rows_sm90a", attention_rows_sm90a<T, D, DV, simple>, p, walked,
+                                              stream, walked);
       });
 }
 

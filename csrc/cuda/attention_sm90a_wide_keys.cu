@@ -209,8 +209,9 @@ void run_wide_keys(const AttentionBackwardSm90a& p, Stream stream) {
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
-        launch_keys<S, WideShared<S>, T>("attention_wide_keys_sm90a", attention_wide_keys_sm90a<T, D, DV, simple>, p,
-                                         stream);
+        const auto walked = walked_of<S, T>(p);
+        launch_walk<S, WideShared<S>>("attention_wide_keys_sm90a", attention_wide_keys_sm90a<T, D, DV, simple>, p,
+                                      walked, stream, walked);
       });
 }
 

@@ -32,6 +32,8 @@ static int attribute(cudaDeviceAttr which) {
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
+int cache_bytes() { return attribute(cudaDevAttrL2CacheSize); }
+
 int compute_capability() {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }

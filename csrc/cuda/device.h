@@ -21,6 +21,7 @@ std::string device_problem();
 std::string problem_of_capability(int capability);
 
 int multiprocessors();     // of the current device
+int cache_bytes();         // its second-level cache
 int compute_capability();  // 90 for 9.0
 void check_is_hopper(const std::string& what);
 

@@ -2,7 +2,7 @@
 //
 //   forward    hidden_product   x w_up^T, and of a gated block x w_gate^T beside it, so that a thread has both sums
 //                               of a unit -> bias, activation, gate, dropout
-//              gemm             hidden w_down^T + b_down
+//              gemm             hidden w_down^T + b_down + residual
 //                               (without an output, the pre-activations alone, for a backward that was not left them)
 //   backward   hidden_gradient  grad_output w_down -> times dropout, slope, gate: grad_up, grad_gate, hidden once more,
 //                               and their sums over 64 tokens each for the biases, which column_sums adds up
@@ -10,8 +10,9 @@
 //                               grad_output^T hidden
 //
 //   flops      4 tokens d f forward, gated 6; twice that backward
-//   bytes      beside operands: hidden written and read, the pre-activations written where they are kept; backward the
-//              pre-activations read, grad_up, grad_gate and hidden written once and read by two products or one
+//   bytes      beside operands: hidden written and read, the pre-activations written where they are kept, a residual
+//              read by the second product's epilogue; backward the pre-activations read, grad_up, grad_gate and hidden
+//              written once and read by two products or one
 //   limit      the tensor cores, as of the products alone
 #include "cuda/ffn_products.cuh"
 #include "cuda/gemm.h"
@@ -68,7 +69,7 @@ void run(const FeedForwardForward& p, Stream stream) {
   }
   if (!p.output.defined()) return;
   Gemm down = product_of(p, p.hidden, transposed(p.w_down), p.output);
-  down.bias = p.b_down;
+  down.bias = p.b_down, down.added = p.residual;
   run(down, stream);
 }
 

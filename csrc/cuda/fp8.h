@@ -41,13 +41,14 @@ struct Fp8Quantise {
   }
 };
 
-// out = a b^T + bias
+// out = a b^T + bias + added
 struct Fp8Product {
   TensorView a, b;       // bytes (m, k), (n, k)
   std::string a_format;  // "e4m3" or "e5m2"; b is e4m3
   TensorView a_scales, b_scales;
-  TensorView bias;  // (n,), of out's dtype or float32, or none
-  TensorView out;   // (m, n), any float
+  TensorView bias;   // (n,), of out's dtype or float32, or none
+  TensorView added;  // float32 (m, n), or none; may be out
+  TensorView out;    // (m, n), any float
 
   static constexpr auto fields() {
     using P = Fp8Product;
@@ -57,6 +58,7 @@ struct Fp8Product {
                       ops::field("a_scales", &P::a_scales),
                       ops::field("b_scales", &P::b_scales),
                       ops::field("bias", &P::bias),
+                      ops::field("added", &P::added),
                       ops::field("out", &P::out)};
   }
 };

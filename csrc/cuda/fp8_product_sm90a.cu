@@ -1,4 +1,5 @@
-// Products of 8-bit floats on Hopper: out = a b^T + bias, scales and all (fp8.h), over the ring of gemm_sm90a.cuh.
+// Products of 8-bit floats on Hopper: out = a b^T + bias + added, scales and all (fp8.h), over the ring of
+// gemm_sm90a.cuh.
 //
 //   A stage's lines are 128 bytes, so 128 of k: those that share a scale. A block has 128 x 128 of out, a warpgroup
 //   64 x 128, twice: the products of a stage, four wgmma of 32 of k, and the sums, to which they are added when they
@@ -9,6 +10,8 @@
 //   A line of a has its scale in the threads that have the line's sums; b's, where there is one for 128 lines or for
 //   all, is the tile's; where each line has its own, they are out's columns, and go through shared memory
 //   (`by_column`): two rows of them in turn, so that one barrier a stage is enough.
+//
+//   `added`, what a weight's buffer holds of earlier gradients, joins the sums on their way out.
 //
 //   flops   2 m n k, and 2 (by_column: 3) m n k / 128 beside the tensor cores
 //   bytes   a stage: (128 + 64) 128 from the second-level cache, for 2 128 128 128 flops: 171 flops a byte
@@ -109,8 +112,11 @@ __device__ __forceinline__ void multiply_scaled(ScaledShared& shared, const Scal
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[4 * j + i] += products[4 * j + i] * (of_a[i / 2] * of_b(j, i % 2));
     }
-    each_vector<1>(sums, shared.room(group),
-                   [&](int r, int v, float (&x)[1][8]) { p.to.store(row + r, column + v, 0, x[0]); });
+    const auto load = [&](int r, int v) { return p.to.load(row + r, column + v); };
+    const auto store = [&](int r, int v, float (&x)[1][8], const typename Result<T>::Added& added) {
+      p.to.store(row + r, column + v, 0, x[0], added);
+    };
+    each_vector<1, kAddedAhead>(sums, shared.room(group), load, store, [](int) {});
   }
 }
 
@@ -139,18 +145,6 @@ Scales scales_of(const TensorView& scales, int64_t lines) {
           whole                       ? 31
           : is_by_line(scales, lines) ? 0
                                       : 7};
-}
-
-template <class T>
-Result<T> result_of(const Fp8Product& p) {
-  const bool wide = p.out.dtype == DType::f32;
-  return {static_cast<int>(p.out.size(0)),
-          static_cast<int>(p.out.size(1)),
-          line_of(p.bias),
-          {},
-          wide ? Rows<T>{} : rows_of<T>(p.out),
-          wide ? rows_of<float>(p.out) : Rows<float>{},
-          0};
 }
 
 void check_operand(const Checker& at, const TensorView& t, const char* name, const TensorView& scales,
@@ -195,6 +189,9 @@ void validate(const Fp8Product& p) {
   at.dtype(p.bias, "bias", {p.out.dtype, DType::f32});
   at.shape(p.bias, "bias", {n});
   at.contiguous(p.bias, "bias");
+  at.dtype(p.added, "added", {DType::f32});
+  at.shape(p.added, "added", {m, n});
+  at.unit_last_stride(p.added, "added");
 }
 
 void run(const Fp8Product& p, Stream stream) {
@@ -207,7 +204,11 @@ void run(const Fp8Product& p, Stream stream) {
                     ceil_divide(k, kScaleDepth)};
   const auto a = map_of_bytes("a", p.a, kRows), b = map_of_bytes("b", p.b, kTileColumns / kCluster);
   const auto visit = [&]<class T, class Format, bool by_column>() {
-    const Scaled<T> given{{{a, a}, {b, b}}, tiles, scales_of(p.a_scales, m), scales_of(p.b_scales, n), result_of<T>(p)};
+    const Scaled<T> given{{{a, a}, {b, b}},
+                          tiles,
+                          scales_of(p.a_scales, m),
+                          scales_of(p.b_scales, n),
+                          result_of<T>(p.bias, p.added, p.out)};
     launch(site("fp8_product_sm90a", tiles, p.out, sizeof(ScaledShared), stream),
            fp8_product_sm90a<T, Format, by_column>, given);
   };

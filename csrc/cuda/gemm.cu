@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * kPartLines)
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] += y[i];
     }
-    to.store(row, column, 0, x);
+    to.store(row, column, 0, x, to.load(row, column));
   }
 }
 
@@ -79,7 +79,7 @@ void add_parts(const Gemm& p, int parts, Stream stream) {
   gemm::visit_type(p.a.dtype, [&]<class T>(T) {
     const Rows<float> room = parts_result_of<T>(p).out_wide;
     launch(at, gemm_add_parts<T>, Rows<const float>{room.data, room.stride, room.aligned}, parts, m * n,
-           result_of<T>(p));
+           result_of<T>(p.bias, p.added, p.out));
   });
 }
 
@@ -111,7 +111,7 @@ void validate(const Gemm& p) {
   at.dtype(p.bias, "bias", {p.a.dtype, DType::f32});
   at.shape(p.bias, "bias", {n});
   at.contiguous(p.bias, "bias");
-  at.dtype(p.added, "added", {DType::f32});
+  at.dtype(p.added, "added", {p.a.dtype, DType::f32});
   at.shape(p.added, "added", {m, n});
   at.unit_last_stride(p.added, "added");
   at.dtype(p.out, "out", {p.a.dtype, DType::f32});

@@ -18,7 +18,7 @@ struct Gemm {
   TensorView a, b;    // (m, k), (k, n), of one dtype; each with a unit stride, a's along m only with b's along n
   TensorView a2, b2;  // once more, lying alike, or none
   TensorView bias;    // (n,), of their dtype or float32, or none
-  TensorView added;   // float32 (m, n), or none; may be out
+  TensorView added;   // (m, n), of their dtype or float32, or none; may be out
   TensorView out;     // (m, n), of their dtype or float32
   TensorView room;    // float32, for sums of parts of k, or none: it is not cut
   std::string core;   // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_cores.h)

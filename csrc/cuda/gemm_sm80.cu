@@ -1,7 +1,7 @@
 // Plain products: out = a b + a2 b2 + bias + added, b^T of gemm_sm80.cuh being b here (algorithm, flops and limit:
 // there). Of few tiles, k is cut into parts (gemm.cu).
 //
-//   bytes   beside the operands, out once, and `added` read once: 4 bytes an element. Stores are of 16 bytes.
+//   bytes   beside the operands, out once, and `added` read once: 2 or 4 bytes an element. Stores are of 16 bytes.
 #include <cstdint>
 
 #include "cuda/gemm.h"
@@ -36,7 +36,11 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) gemm_sm80(const Product<T, 
     if (i > 0) __syncthreads();  // every warp is done with the first product's stages
     gemm::multiply_add<T>(c, shared, i == 0 ? p.a : p.a2, i == 0 ? p.b : p.b2, row, column, from, to);
   }
-  gemm::each_vector<1>(c, shared, [&](int r, int v, float (&x)[1][8]) { p.to.store(row + r, column + v, part, x[0]); });
+  const auto load = [&](int r, int v) { return p.to.load(row + r, column + v); };
+  gemm::each_vector<1, kAddedAhead>(c, shared, load,
+                                    [&](int r, int v, float (&x)[1][8], const typename Result<T>::Added& added) {
+                                      p.to.store(row + r, column + v, part, x[0], added);
+                                    });
 }
 
 // body(T{}, whether a lies across, whether b does)
@@ -67,16 +71,17 @@ void multiply_sm80(const Gemm& p, Stream stream) {
   const LaunchSite at =
       gemm::site("gemm_sm80", gemm::blocks_of("gemm", row_tiles * int64_t{parts}, column_tiles), p.a, stream);
   visit(p, [&]<class T, bool a_across, bool b_across>(T, std::bool_constant<a_across>, std::bool_constant<b_across>) {
-    const Product<T, a_across, b_across> given{gemm::operand_of<T, a_across>(p.a),
-                                               gemm::operand_of<T, b_across>(transposed(p.b)),
-                                               gemm::operand_of<T, a_across>(p.a2.defined() ? p.a2 : p.a),
-                                               gemm::operand_of<T, b_across>(transposed(p.b2.defined() ? p.b2 : p.b)),
-                                               static_cast<int>(k),
-                                               part_depth,
-                                               p.a2.defined() ? 2 : 1,
-                                               row_tiles,
-                                               column_tiles,
-                                               parts > 1 ? parts_result_of<T>(p) : result_of<T>(p)};
+    const Product<T, a_across, b_across> given{
+        gemm::operand_of<T, a_across>(p.a),
+        gemm::operand_of<T, b_across>(transposed(p.b)),
+        gemm::operand_of<T, a_across>(p.a2.defined() ? p.a2 : p.a),
+        gemm::operand_of<T, b_across>(transposed(p.b2.defined() ? p.b2 : p.b)),
+        static_cast<int>(k),
+        part_depth,
+        p.a2.defined() ? 2 : 1,
+        row_tiles,
+        column_tiles,
+        parts > 1 ? parts_result_of<T>(p) : result_of<T>(p.bias, p.added, p.out)};
     launch(at, gemm_sm80<T, a_across, b_across>, given);
   });
   if (parts > 1) add_parts(p, parts, stream);

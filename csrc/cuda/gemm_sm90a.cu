@@ -44,8 +44,11 @@ struct StoreVectors : NoBeginNorEnd {
 
   template <int count>
   __device__ __forceinline__ void finish(float (&d)[count], Room& room, const Place& place) {
-    each_vector<1>(
-        d, room, [&](int r, int v, float (&x)[1][8]) { to.store(place.row + r, place.column + v, place.part, x[0]); });
+    const auto load = [&](int r, int v) { return to.load(place.row + r, place.column + v); };
+    const auto store = [&](int r, int v, float (&x)[1][8], const typename Result<T>::Added& added) {
+      to.store(place.row + r, place.column + v, place.part, x[0], added);
+    };
+    each_vector<1, kAddedAhead>(d, room, load, store, [](int) {});
   }
 };
 
@@ -84,7 +87,7 @@ void launch_vectors(const Gemm& p, Stream stream) {
   Tiles tiles = tiles_of_product<kColumns>(p);
   tiles.parts = parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth);
   const ToVectors<T> given{operands_of_product<kColumns, a_across, b_across>(p), tiles,
-                           tiles.parts > 1 ? parts_result_of<T>(p) : result_of<T>(p)};
+                           tiles.parts > 1 ? parts_result_of<T>(p) : result_of<T>(p.bias, p.added, p.out)};
   launch(site("gemm_sm90a", tiles, p.out, sizeof(Shared<kColumns>), stream), gemm_sm90a_vectors<T, a_across, b_across>,
          given);
   if (tiles.parts > 1) add_parts(p, tiles.parts, stream);

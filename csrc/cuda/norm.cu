@@ -6,7 +6,7 @@
 //
 //   forward    held: the row stays in registers as floats, at most 16 a thread (16384 columns at W = 32): one read of
 //              input and residual, the variance centred without a second one. Wider rows are read again, from the
-//              second-level cache, for the variance and for the output. Two barriers a row (rms: one).
+//              second-level cache, for the variance (rms: not) and for the output. Two barriers a row (rms: one).
 //              moves 2e bytes an element, 4e with a residual (e: bytes of an element)
 //   backward   persistent: as many blocks as fill the device, each taking every n-th row, so that a thread keeps its
 //              columns' sums for grad_weight and grad_bias in registers from row to row (at most 8 + 8, beside
@@ -158,7 +158,7 @@ __device__ __forceinline__ void h_again(const Forward<T>& p, uint64_t seed, int6
   if (!p.residual.data && p.dropout.seed) drop(p.dropout, seed, row, column, h);
 }
 
-// A row of any width, read three times.
+// A row of any width, read three times, or twice where its squares need no mean.
 template <class T>
 __global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_wide(const Forward<T> p) {
   constexpr int n = kLanes<T>;
@@ -168,23 +168,26 @@ __global__ void __launch_bounds__(32 * kForwardWarps) norm_forward_wide(const Fo
   const auto columns = static_cast<float>(p.columns);
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    float h[n], total[1] = {0.0f}, squares[1] = {0.0f};
+    float h[n], total[1] = {0.0f}, squares[1] = {0.0f}, mean = 0.0f;
     for (int64_t c = first; c < p.columns; c += step) {
       const int column = static_cast<int>(c);
       const uint4 input = load_vector(p.input[row], column, p.columns, p.input.aligned, false);
       uint4 residual = make_uint4(0, 0, 0, 0);
       if (p.residual.data) residual = load_vector(p.residual[row], column, p.columns, p.residual.aligned);
       make_h(p, seed, row, column, input, residual, h);
-      total[0] += sum_of(h);
+      if (p.subtract_mean) {
+        total[0] += sum_of(h);
+      } else {
+        squares[0] += squares_of(h, 0.0f, p.columns - column);
+      }
     }
-    float mean = 0.0f;
     if (p.subtract_mean) {
       row_reduce<Sum>(total, slots, turn);
       mean = total[0] / columns;
-    }
-    for (int64_t c = first; c < p.columns; c += step) {
-      h_again(p, seed, row, static_cast<int>(c), h);
-      squares[0] += squares_of(h, mean, static_cast<int>(p.columns - c));
+      for (int64_t c = first; c < p.columns; c += step) {
+        h_again(p, seed, row, static_cast<int>(c), h);
+        squares[0] += squares_of(h, mean, static_cast<int>(p.columns - c));
+      }
     }
     row_reduce<Sum>(squares, slots, turn);
     const float rstd = 1.0f / sqrtf(squares[0] / columns + p.eps);

@@ -4,7 +4,7 @@
 //   up = x w_up^T + b_up,  gate = x w_gate^T + b_gate              the pre-activations, kept for the backward or there
 //                                                                  made once more
 //   hidden = act(up) keep / (1 - p)          or, gated,  act(gate) up keep / (1 - p)
-//   output = hidden w_down^T + b_down
+//   output = hidden w_down^T + b_down + residual
 //   act: gelu x Phi(x); gelu_tanh x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); relu max(x, 0);
 //   relu_squared max(x, 0)^2 (So et al. 2021, "Primer"); silu x / (1 + exp(-x))
 //
@@ -41,6 +41,7 @@ struct FeedForwardForward {
   TensorView w_up, b_up;      // (f, d), (f,); every bias may be missing
   TensorView w_gate, b_gate;  // (f, d), (f,), or none
   TensorView w_down, b_down;  // (d, f), (d,)
+  TensorView residual;        // (tokens, d), or none; its gradient is grad_output
   TensorView seed;            // int64 (1,), where dropout_p > 0
   std::string activation;
   double dropout_p = 0.0;
@@ -57,6 +58,7 @@ struct FeedForwardForward {
                       field("b_gate", &P::b_gate),
                       field("w_down", &P::w_down),
                       field("b_down", &P::b_down),
+                      field("residual", &P::residual),
                       field("seed", &P::seed),
                       field("activation", &P::activation),
                       field("dropout_p", &P::dropout_p),
@@ -188,7 +190,7 @@ inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types 
   c.parameters({{&p.w_down, "w_down"}}, c.d, c.f);
   c.biases({{&p.b_up, "b_up"}, {&p.b_gate, "b_gate"}}, {c.dtype, DType::f32}, c.f);
   c.biases({{&p.b_down, "b_down"}}, {c.dtype, DType::f32}, c.d);
-  c.activations({{&p.output, "output"}}, c.d);
+  c.activations({{&p.residual, "residual"}, {&p.output, "output"}}, c.d);
   c.activations({{&p.hidden, "hidden"}, {&p.up, "up"}, {&p.gate, "gate"}}, c.f);
   c.gated_only(p.w_gate, {{&p.b_gate, "b_gate"}, {&p.gate, "gate"}});
   c.options(p.activation, p.dropout_p, p.seed);

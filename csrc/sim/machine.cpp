@@ -81,8 +81,9 @@ void Machine::run(const Launch& launch) {
     if (fault_.empty()) continue;
     // A test that breaks kernels loads a module for each, and a process may have so many mappings.
     fibres_.clear();
-    throw std::runtime_error(Image::own().function_name(number(launch.kernel)) + ": " + fault_);
+    throw std::runtime_error(name_of(launch.kernel) + ": " + fault_);
   }
+  memory.end_launch(launch);
 }
 
 void Machine::run_cluster() {
@@ -102,6 +103,7 @@ void Machine::run_cluster() {
   products_.assign(ready_.size(), {});
   products_under_way_ = 0;
   last_ = schedule.order == Order::reversed ? total_ : -1;
+  starved_ = static_cast<int>(schedule.seed % ready_.size());
   for (int t = 0; t < total_; ++t) {
     threads_[t].number = t, threads_[t].block = t / count_, threads_[t].index = index_of(t);
     fibres_[t].prepare(thread_body, this);
@@ -140,11 +142,6 @@ bool Machine::something_may_finish() {
   copies_.wait(arrivals_of_copies_.front().thread, arrivals_of_copies_.front().group);
   copies_have_come();
   return true;
-}
-
-Machine::Moment Machine::choose_moment() {
-  const auto choice = schedule.order == Order::random ? random_() % 4 : 0;
-  return {schedule.order == Order::reversed || choice == 1, schedule.order == Order::forward || choice == 2};
 }
 
 void Machine::thread_body(void* argument) {
@@ -190,58 +187,6 @@ void Machine::yield() { fibres_[current_->number].suspend(); }
 void Machine::fail(int thread, const std::string& what) {
   fault_ = position(thread) + " " + what;
   for (;;) yield();  // never resumed: the launch is over
-}
-
-// ---- the schedule ---------------------------------------------------------------------------------------------------
-
-int Machine::pick() {
-  switch (schedule.order) {
-    case Order::forward: return pick_warp_by_warp(false);
-    case Order::reversed: return pick_warp_by_warp(true);
-    case Order::round_robin: return pick_next();
-    case Order::random: return pick_random();
-  }
-  return -1;
-}
-
-// Stays in the warp of the thread that ran last while one of its lanes is ready.
-int Machine::pick_warp_by_warp(bool reversed) {
-  const int warps = static_cast<int>(ready_.size());
-  const int start = std::clamp(last_, 0, total_ - 1) / 32;
-  for (int i = 0; i < warps; ++i) {
-    const int warp = reversed ? (start - i + warps) % warps : (start + i) % warps;
-    if (const uint32_t lanes = ready_[warp]) {
-      return warp * 32 + (reversed ? 31 - std::countl_zero(lanes) : std::countr_zero(lanes));
-    }
-  }
-  return -1;
-}
-
-int Machine::pick_next() {
-  for (int i = 1; i <= total_; ++i) {
-    const int t = (last_ + i) % total_;
-    if (threads_[t].state == State::ready) return t;
-  }
-  return -1;
-}
-
-int Machine::pick_random() {
-  const auto is_ready = [](uint32_t lanes) { return lanes != 0; };
-  const auto warps = static_cast<uint64_t>(std::count_if(ready_.begin(), ready_.end(), is_ready));
-  if (warps == 0) return -1;
-  auto warp = std::find_if(ready_.begin(), ready_.end(), is_ready);
-  for (uint64_t skip = random_() % warps; skip > 0; --skip) warp = std::find_if(warp + 1, ready_.end(), is_ready);
-  uint32_t lanes = *warp;
-  for (uint64_t skip = random_() % std::popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
-  return static_cast<int>(warp - ready_.begin()) * 32 + std::countr_zero(lanes);
-}
-
-bool Machine::preempts() {
-  switch (schedule.order) {
-    case Order::round_robin: return ++touches_ % 4 == 0;
-    case Order::random: return random_() % 16 == 0;
-    default: return false;
-  }
 }
 
 // ---- meetings -------------------------------------------------------------------------------------------------------
@@ -368,12 +313,6 @@ void Machine::try_collective(const Thread& last) {
     if (!last.carry_out) other.gathered = gathered;
     make_ready(other);
   }
-}
-
-// Lane that elect_one chooses: always the same one in a launch, but which is the schedule's affair.
-int Machine::elected() const {
-  if (schedule.order == Order::reversed) return 31;
-  return schedule.order == Order::random ? static_cast<int>(schedule.seed % 32) : 0;
 }
 
 // Whether the running thread is the last one of its warpgroup; the others have stopped until it was.
@@ -611,6 +550,10 @@ void wait_copies(int pending) {
   Machine::the().wait_copies(pending);
 }
 
+const std::vector<Moved>& moved() { return Machine::the().memory.moved(); }
+
+std::string name_of(const void* kernel) { return Image::own().function_name(number(kernel)); }
+
 size_t static_shared_bytes(const void* kernel) { return Image::own().static_shared_bytes(number(kernel)); }
 
 void run(const Launch& launch) {
@@ -633,15 +576,6 @@ Tensors::Tensors(const std::vector<NamedView>& tensors) {
 Tensors::~Tensors() {
   Machine::the().memory.set_tensors({});
   lock().unlock();
-}
-
-void set_schedule(const std::string& order, uint64_t seed) {
-  const std::vector<std::string> names = {"forward", "reversed", "round_robin", "random"};
-  const auto found = std::find(names.begin(), names.end(), order);
-  if (found == names.end()) {
-    throw std::invalid_argument("schedule: '" + order + "' is not one of forward, reversed, round_robin, random");
-  }
-  Machine::the().schedule = {static_cast<Order>(found - names.begin()), seed};
 }
 
 }  // namespace llmengine::sim

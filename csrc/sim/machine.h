@@ -152,7 +152,8 @@ class Machine {
   bool something_may_finish();
 
   int pick();
-  int pick_warp_by_warp(bool reversed);
+  int pick_warp_by_warp(bool reversed, int last_of_all = -1);
+  bool others_are_ready(int warp) const;
   int pick_random();
   int pick_next();
   bool preempts();
@@ -217,6 +218,7 @@ class Machine {
   std::vector<Thread> threads_;
   Thread* current_ = nullptr;
   int last_ = -1;                                         // the thread that ran last
+  int starved_ = 0;                                       // the warp that `starved` keeps waiting
   std::vector<uint32_t> ready_, in_collective_, exited_;  // masks of lanes, one per warp
   std::vector<Block> blocks_;
   uint64_t touches_ = 0;

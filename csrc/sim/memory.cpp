@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 #include "sim/image.h"
 
@@ -60,6 +61,20 @@ void Memory::begin_launch(const Launch& launch) {
   parameters_end_ = parameters_ + launch.parameter_bytes;
 }
 
+void Memory::end_launch(const Launch& launch) {
+  for (const Region& r : regions_) {
+    if (r.moved.reads == 0 && r.moved.writes == 0) continue;
+    r.moved.kernel = launch.kernel, r.moved.tensor = r.name;
+    moved_.push_back(std::exchange(r.moved, {}));
+  }
+}
+
+// Counts an access that was found right.
+void Memory::count(const Access& access, const Region& region) {
+  if (access.kind != Kind::write) ++region.moved.reads, region.moved.bytes_read += access.size;
+  if (access.kind != Kind::read) ++region.moved.writes, region.moved.bytes_written += access.size;
+}
+
 void Memory::begin_cluster(int threads_of_block, int block_count) {
   threads_ = threads_of_block, block_count_ = block_count;
   known_to_all_ = {};
@@ -76,7 +91,8 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
   if (block_count_ > 1) {
     if (auto problem = foreign(access, thread)) return problem;
   }
-  if (!shared && !region_at(access.address, access.size)) {
+  const Region* const region = shared ? nullptr : region_at(access.address, access.size);
+  if (!shared && !region) {
     if (is_constant(access)) return {};
     return outside(access);
   }
@@ -106,6 +122,7 @@ std::optional<std::string> Memory::check(const Access& access, int thread, std::
     remember(byte, access, thread, site);
     present = byte;
   }
+  if (region) count(access, *region);
   return {};
 }
 
@@ -133,6 +150,7 @@ std::string Memory::outside(const Access& access) const {
 void Memory::set_tensors(const std::vector<NamedView>& tensors) {
   regions_.clear();
   last_region_ = nullptr;
+  if (!tensors.empty()) moved_.clear();  // what a call moved may be asked for when it is over
   for (const NamedView& t : tensors) {
     Region region(t);
     if (region.begin != region.end) regions_.push_back(std::move(region));

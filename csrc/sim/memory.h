@@ -56,6 +56,7 @@ std::pair<uintptr_t, uintptr_t> extent(const TensorView& tensor);
 class Memory {
  public:
   void begin_launch(const Launch& launch);
+  void end_launch(const Launch& launch);
   void begin_cluster(int threads_of_block, int block_count);
 
   // What is wrong with an access of `thread`, or nothing: then it is remembered. `conflict` tells the other side of a
@@ -71,6 +72,7 @@ class Memory {
   int first_of_warpgroup(int thread) const { return thread - thread % threads_ % 128; }
 
   void set_tensors(const std::vector<NamedView>& tensors);
+  const std::vector<Moved>& moved() const { return moved_; }
 
   Clocks clocks;
 
@@ -95,12 +97,14 @@ class Memory {
     uintptr_t begin, end;
     std::vector<int> by_stride;  // the dimensions of more than one element, the largest stride first
     bool dense;                  // every byte between begin and end is an element's
+    mutable Moved moved = {};    // by the launch
 
     explicit Region(const NamedView& view);
     bool holds(uintptr_t address, uint64_t size) const;
     int64_t run_at(int64_t offset) const;
   };
 
+  static void count(const Access& access, const Region& region);
   const Region* region_at(uintptr_t address, uint64_t size) const;
   std::string outside(const Access& access) const;
   std::string outside_tensors(const Access& access) const;
@@ -116,6 +120,7 @@ class Memory {
 
   int threads_ = 0, block_count_ = 1;  // of a block, of the cluster
   std::vector<Region> regions_;
+  std::vector<Moved> moved_;
   mutable const Region* last_region_ = nullptr;
   uintptr_t parameters_ = 0, parameters_end_ = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;

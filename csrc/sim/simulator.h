@@ -33,11 +33,12 @@ enum class Order : uint8_t {
   reversed,     // the same from the last warp, lanes downward
   round_robin,  // every thread a few memory accesses at a time
   random,       // any ready thread at every wait, and now and then at a memory access
+  starved,      // one warp, which the seed chooses, only where no other thread can go on; the others as in `forward`
 };
 
 struct Schedule {
   Order order = Order::random;
-  uint64_t seed = 0;  // of `random`
+  uint64_t seed = 0;  // of `random` and `starved`
 };
 
 // The schedule of the launches that follow. Throws std::invalid_argument for an order that it does not know.
@@ -82,10 +83,22 @@ struct Launch {
 void run(const Launch& launch);
 inline const void* last_stream = nullptr;  // of the last launch
 
+// What a launch moved to and from one tensor, as its threads and copies asked: there are no caches. An atomic counts on
+// both sides.
+struct Moved {
+  const void* kernel;
+  std::string tensor;
+  uint64_t reads = 0, bytes_read = 0, writes = 0, bytes_written = 0;
+};
+// Of the launches since the latest Tensors were told, in order.
+const std::vector<Moved>& moved();
+std::string name_of(const void* kernel);
+
 struct Device {
   int multiprocessors = 3;  // few, so that persistent blocks take several rows of small tests
   size_t shared_bytes_per_block = 227 << 10;
   int compute_capability = 90;
+  int cache_bytes = 50 << 20;
 };
 inline constexpr Device kDevice;
 inline int multiprocessors = kDevice.multiprocessors;  // tests may have more

@@ -36,7 +36,8 @@ Place place_in_d(int lane, int i) {
 Place place_in_a(int lane, int i, Element element) {
   const int row = 16 * (lane / 32) + lane % 32 / 4;
   if (element == Element::tf32) return {row + 8 * (i % 2), lane % 4 + 4 * (i / 2)};
-  return {row + 8 * (i / 2 % 2), 2 * (lane % 4) + i % 2 + 8 * (i / 4)};
+  const int n = 4 / size_of(element);  // of a register
+  return {row + 8 * (i / n % 2), n * (lane % 4) + i % n + 4 * n * (i / (2 * n))};
 }
 
 }  // namespace
@@ -81,7 +82,8 @@ void Product::take_effect() const {
     for (int i = 0; i < 4 * per_register && a_registers[l]; ++i) {
       const Place p = place_in_a(l, i, shape.left);
       const uint32_t word = a_registers[l][i / per_register];
-      left[p.row * k + p.column] = number_of(shape.left, per_register == 1 ? word : word >> 16 * (i % 2) & 0xffff);
+      const uint32_t from = word >> 8 * bytes * (i % per_register);
+      left[p.row * k + p.column] = number_of(shape.left, bytes == 4 ? from : from & ((1u << 8 * bytes) - 1));
     }
     for (int i = 0; i < n / 2; ++i) {
       const Place p = place_in_d(l, i);

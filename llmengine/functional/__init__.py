@@ -8,7 +8,7 @@ from llmengine.functional.cross_entropy import cross_entropy
 from llmengine.functional.decode_attention import decode_attention
 from llmengine.functional.embedding import TiedEmbedding, embedding
 from llmengine.functional.ffn import ffn
-from llmengine.functional.fp8_linear import fp8_linear
+from llmengine.functional.fp8_linear import Fp8Weight, fp8_linear
 from llmengine.functional.linear import linear
 from llmengine.functional.linear_cross_entropy import linear_cross_entropy
 from llmengine.functional.linear_cross_entropy_shard import VocabularyShard
@@ -18,6 +18,7 @@ from llmengine.functional.rotary import rotary_embedding
 from llmengine.functional.softmax import softmax
 
 __all__ = [
+    "Fp8Weight",
     "TiedEmbedding",
     "VocabularyShard",
     "add_layer_norm",

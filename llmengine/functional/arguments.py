@@ -1,4 +1,7 @@
-"""Checks and casts that the public operators share. A message names operator, argument, the given and the allowed."""
+"""Checks and casts that the public operators share. A message names operator, argument, the given and the allowed.
+
+What is right is found so by few questions, since small operators' calls consist of them; words are found afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ def check_tensor(op: str, argument: str, value: object) -> None:
 
 
 def check_float(op: str, argument: str, value: Tensor) -> None:
-    check_tensor(op, argument, value)
+    if not isinstance(value, Tensor):
+        check_tensor(op, argument, value)
     if value.dtype not in FLOATS:
         allowed = ", ".join(map(short, FLOATS))
         raise ValueError(f"{op}: {argument} has dtype {short(value.dtype)}; allowed: {allowed}")
@@ -28,10 +32,14 @@ def check_float(op: str, argument: str, value: Tensor) -> None:
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """The first tensor must be given."""
-    (first, other), *rest = tensors.items()
-    device = other.device  # type: ignore[union-attr]
-    for name, tensor in rest:
-        if tensor is not None and tensor.device != device:
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            first = next(iter(tensors))
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but {first} is on {device}; all must share one device"
             )
@@ -62,7 +70,20 @@ def check_boundaries(op: str, argument: str, value: Tensor) -> None:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def as_rows(input: Tensor, columns: int) -> Tensor:
+    """(rows, columns). A reshape costs a microsecond or two, which packed batches, so already, need not pay."""
+    return input if input.ndim == 2 and input.shape[1] == columns else input.reshape(-1, columns)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -108,10 +129,12 @@ def parameter_like(op: str, argument: str, parameter: Parameter, shape: tuple[in
     """A weight or bias of that shape, in input's dtype or float32; under autocast other floats are cast to input's."""
     if parameter is None:
         return None
+    if isinstance(parameter, Tensor) and parameter.dtype == input.dtype and parameter.shape == shape:
+        return parameter
     check_float(op, argument, parameter)
     if parameter.shape != shape:
         raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}; expected {shape}")
-    if parameter.dtype == input.dtype or (parameter.dtype == torch.float32 and input.dtype != torch.float64):
+    if parameter.dtype == torch.float32 and input.dtype != torch.float64:
         return parameter
     if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (parameter.dtype, input.dtype):
         return parameter.to(input.dtype)

@@ -29,6 +29,7 @@ from llmengine.functional.attention_options import (
     sinks_of,
     slopes_of,
 )
+from llmengine.functional.fp8_attention import run_fp8
 from llmengine.ops import attention as ops
 
 
@@ -37,7 +38,8 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
     window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    distance_bias: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[False] = False,
+    distance_bias: Tensor | None = None, sinks: Tensor | None = None, fp8: bool = False,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, causal: str | None = None,
     window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    distance_bias: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[True],
+    distance_bias: Tensor | None = None, sinks: Tensor | None = None, fp8: bool = False, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Tensor | None = None,
     distance_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    fp8: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale query key^T + bias) value without the score matrix, as `torch.nn.functional`'s of that name.
@@ -90,6 +93,13 @@ def scaled_dot_product_attention(
     sinks: (H,), in query's dtype or float32; exp(sinks[h]) joins the sum of exponentials by which each row of head h is
         divided, as a key without a value would (Agarwal et al. 2025, gpt-oss). Scale, softcap, masks, windows and
         dropout leave it alone; -inf is no sink. It gets its gradient, summed in a fixed order.
+    fp8: multiply numbers that are rounded to 8-bit floats, e4m3 (relative error at most 2^-4): queries and keys, turned
+        by a Walsh-Hadamard matrix so that outliers are spread over their rows, values, and probabilities; sums and
+        softmax are as ever (llmengine/backends/fp8.py). Outputs err by 3 to 9 per cent where values cancel
+        (MEASUREMENTS.md), lse by the errors of scores. Infinities and NaN become NaN. Of the options, causality,
+        windows, a scale above 0, shared heads and sinks go with it. There is no gradient: probabilities of operands
+        that are not rounded would not sum to 1 with this lse. On Hopper; elsewhere the reference computes the same,
+        which shows what it would be, and is slow.
     return_lse: also return the natural log of each row's sum of exponentials, that of the sink included, (..., H, L),
         in the scores' dtype; it is differentiable.
 
@@ -108,10 +118,9 @@ def scaled_dot_product_attention(
     )
     band = _band(op, is_causal, causal, window_size, "top_left")
     numbers = _numbers(op, scale, softcap, dropout_p, head_dim)
-    output, lse = _run(
-        query, key, value, mask, slopes, bias, sinks, None, None, rows, key.shape[2], _seed(query, dropout_p), *band,
-        *numbers,
-    )  # fmt: skip
+    run = run_fp8 if fp8 else _run
+    lengths = (None, None, rows, key.shape[2])
+    output, lse = run(op, query, key, value, mask, slopes, bias, sinks, lengths, band, numbers)
     if len(lead) != 2:
         output, lse = output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, rows)
     return (output, lse) if return_lse else output
@@ -123,7 +132,7 @@ def varlen_attention(
     max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
     scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[False] = False,
+    fp8: bool = False, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -133,7 +142,7 @@ def varlen_attention(
     max_seqlen_k: int, *, dropout_p: float = 0.0, is_causal: bool = False, causal: str | None = None,
     scale: float | None = None, window_size: Sequence[int] = UNBOUNDED, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, distance_bias: Tensor | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[True],
+    fp8: bool = False, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -155,6 +164,7 @@ def varlen_attention(
     alibi_slopes: Tensor | None = None,
     distance_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    fp8: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within each of N packed sequences: no padding is computed, nothing crosses a boundary.
@@ -192,17 +202,17 @@ def varlen_attention(
             raise ValueError(f"{op}: {name} must be at least 0, got {length}")
     band = _band(op, is_causal, causal, window_size, "bottom_right")
     numbers = _numbers(op, scale, softcap, dropout_p, query.shape[3])
-    output, lse = _run(
-        query, key, value, None, slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        _seed(query, dropout_p), *band, *numbers,
-    )  # fmt: skip
+    run = run_fp8 if fp8 else _run
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    output, lse = run(op, query, key, value, None, slopes, bias, sinks, lengths, band, numbers)
     output, lse = output.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (output, lse) if return_lse else output
 
 
-def _run(query, key, value, mask, slopes, bias, sinks, *options):
+def _run(op, query, key, value, mask, slopes, bias, sinks, lengths, band, numbers):
     run = ops.Attention.apply if needs_grad(query, key, value, mask, bias, sinks) else ops.attention_forward
-    output, lse, *_ = run(query, key, value, mask, slopes, bias, sinks, *options)
+    seed = _seed(query, numbers.dropout_p)
+    output, lse, *_ = run(query, key, value, mask, slopes, bias, sinks, *lengths, seed, *band, *numbers)
     return output, lse
 
 

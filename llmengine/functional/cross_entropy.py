@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmengine.functional.arguments import check_float, check_same_device, check_tensor, needs_grad, short
+from llmengine.functional.arguments import check_float, check_same_device, check_tensor, flat, needs_grad, short
 from llmengine.ops import cross_entropy as ops
 
 INDICES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -46,21 +46,22 @@ def cross_entropy(
     check_options(op, reduction, label_smoothing, z_loss, softcap)
     if input.ndim == 0:
         raise ValueError(f"{op}: input has shape (); expected (C,), (N, C) or (N, C, d1, ...)")
-    classes = input.shape[0 if input.ndim == 1 else 1]
-    expected = input.shape[:0] if input.ndim == 1 else (*input.shape[:1], *input.shape[2:])
+    shape = tuple(input.shape)
+    classes = shape[0 if len(shape) == 1 else 1]
+    expected = () if len(shape) == 1 else (*shape[:1], *shape[2:])
     target = check_targets(op, target, expected, ignore_index)
     check_weight(op, weight, classes, input)
     check_same_device(op, input=input, target=target, weight=weight)
     if classes == 0 and target.numel():
         raise ValueError(f"{op}: input of shape {tuple(input.shape)} has no classes")
-    last = input if input.ndim <= 2 else input.movedim(1, -1)
-    rows = last.reshape(math.prod(expected), classes)
+    last = input if len(shape) <= 2 else input.movedim(1, -1)
+    rows = last if len(shape) == 2 else last.reshape(math.prod(expected), classes)
     args = (
-        rows, target.reshape(-1), None if weight is None else weight.detach(), reduction, int(ignore_index),
+        rows, flat(target), None if weight is None else weight.detach(), reduction, int(ignore_index),
         float(label_smoothing), float(z_loss), float(softcap),
     )  # fmt: skip
     loss = ops.CrossEntropy.apply(*args) if needs_grad(rows) else ops.cross_entropy_forward(*args)[0]
-    return loss.view(expected) if reduction == "none" else loss
+    return loss.view(expected) if reduction == "none" and len(expected) != 1 else loss
 
 
 # ---- checks shared with linear_cross_entropy -------------------------------------------------------------------------
@@ -79,19 +80,19 @@ def check_options(op: str, reduction: str, label_smoothing: float, z_loss: float
 def check_targets(op: str, target: Tensor, expected: tuple[int, ...], ignore_index: int) -> Tensor:
     """The target as int64. Whether its values are in range, the kernels say: here it would cost a pass and a wait."""
     check_tensor(op, "target", target)
-    if target.is_floating_point():
-        raise ValueError(
-            f"{op}: target has dtype {short(target.dtype)}: class probabilities are not supported; give class indices "
-            "(int64), or use torch.nn.functional.cross_entropy"
-        )
     if target.dtype not in INDICES:
+        if target.is_floating_point():
+            raise ValueError(
+                f"{op}: target has dtype {short(target.dtype)}: class probabilities are not supported; give class "
+                "indices (int64), or use torch.nn.functional.cross_entropy"
+            )
         allowed = ", ".join(map(short, INDICES))
         raise ValueError(f"{op}: target has dtype {short(target.dtype)}; allowed: {allowed}")
-    if tuple(target.shape) != tuple(expected):
+    if target.shape != expected:
         raise ValueError(f"{op}: target has shape {tuple(target.shape)}; expected {tuple(expected)}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    return target.to(torch.int64)
+    return target if target.dtype == torch.int64 else target.to(torch.int64)
 
 
 def check_weight(op: str, weight: Tensor | None, classes: int, input: Tensor) -> None:

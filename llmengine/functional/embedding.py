@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmengine.functional.arguments import check_float, check_same_device, check_tensor, needs_grad, short
+from llmengine.functional.arguments import check_float, check_same_device, check_tensor, flat, needs_grad, short
 from llmengine.ops import embedding as ops
 
 INDICES = (torch.int64, torch.int32)
@@ -42,25 +42,21 @@ def embedding(
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected (V, D)")
     check_same_device(op, input=input, weight=weight)
-    for name, value in (
-        ("max_norm", max_norm is not None),
-        ("scale_grad_by_freq", scale_grad_by_freq),
-        ("sparse", sparse),
-    ):
-        if value:
-            raise ValueError(f"{op}: {name} is not supported; use torch.nn.functional.embedding")
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        name = "max_norm" if max_norm is not None else "scale_grad_by_freq" if scale_grad_by_freq else "sparse"
+        raise ValueError(f"{op}: {name} is not supported; use torch.nn.functional.embedding")
     rows, columns = weight.shape
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(f"{op}: padding_idx is {padding_idx}; allowed: {-rows} to {rows - 1}, or None")
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    ids = input.to(torch.int64).reshape(-1)
+    ids = flat(input if input.dtype == torch.int64 else input.to(torch.int64))
     if needs_grad(weight):
         padding = -1 if padding_idx is None else padding_idx % rows
         output = ops.Embedding.apply(ids, weight, padding, float(scale))
     else:
         output = ops.embedding_forward(ids, weight, float(scale))
-    return output.view(*input.shape, columns)
+    return output if input.ndim == 1 else output.view(*input.shape, columns)
 
 
 class TiedEmbedding:

@@ -26,6 +26,7 @@ def ffn(
     b_down: Tensor | None = None,
     w_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str = "gelu",
     dropout_p: float = 0.0,
     recompute: bool = False,
@@ -34,6 +35,9 @@ def ffn(
 
     activation: "gelu" (exact, by erf), "gelu_tanh" (its tanh approximation), "relu", "relu_squared" (So et al. 2021) or
     "silu"; a gate with silu is SwiGLU. Dropout falls on the hidden layer.
+
+    residual: like input, added to the result, as a pre-norm layer does: in the second product's epilogue, which rounds
+    once, where it has the result's dtype (PyTorch adds another, and the result has the dtype of their sum).
 
     Shapes: input (*, d); w_up and w_gate (f, d), w_down (d, f), as nn.Linear holds them; b_up and b_gate (f,), b_down
     (d,). The result is like input. Parameters are in input's dtype, or float32 beside a 16-bit input (as under
@@ -63,9 +67,12 @@ def ffn(
     w_up, b_up = parameter_like(op, "w_up", w_up, (f, d), x), parameter_like(op, "b_up", b_up, (f,), x)
     w_gate, b_gate = parameter_like(op, "w_gate", w_gate, (f, d), x), parameter_like(op, "b_gate", b_gate, (f,), x)
     w_down, b_down = parameter_like(op, "w_down", w_down, (d, f), x), parameter_like(op, "b_down", b_down, (d,), x)
-    check_same_device(op, input=input, w_up=w_up, b_up=b_up, w_gate=w_gate, b_gate=b_gate, w_down=w_down, b_down=b_down)
+    rows = None if residual is None else _rows_like(op, residual, x)
+    parameters = {"w_up": w_up, "b_up": b_up, "w_gate": w_gate, "b_gate": b_gate, "w_down": w_down, "b_down": b_down}
+    check_same_device(op, input=input, residual=residual, **parameters)
     seed = draw_seed(input.device) if dropout_p > 0 else None
-    tensors = (x.reshape(x.shape[:-1].numel(), d), w_up, b_up, w_gate, b_gate, w_down, b_down)
+    tokens = x.shape[:-1].numel()
+    tensors = (x.reshape(tokens, d), w_up, b_up, w_gate, b_gate, w_down, b_down, rows)
     options = (seed, activation, float(dropout_p))
     if needs_grad(*tensors):
         weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
@@ -73,4 +80,13 @@ def ffn(
         output = ops.FeedForward.apply(*tensors, *options, recompute, *mains)
     else:
         output = ops.ffn_forward(*tensors, *options, False)[0]
-    return output.view(x.shape)
+    output = output.view(x.shape)
+    return output if residual is None or rows is not None else residual + output
+
+
+def _rows_like(op: str, residual: Tensor, x: Tensor) -> Tensor | None:
+    """The residual as kernels take it, or None: it has another dtype than they would return."""
+    check_float(op, "residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; expected input's, {tuple(x.shape)}")
+    return residual.reshape(x.shape[:-1].numel(), x.shape[-1]) if residual.dtype == x.dtype else None

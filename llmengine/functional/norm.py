@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from llmengine.functional.arguments import (
+    as_rows,
     check_float,
     check_probability,
     check_same_device,
     check_same_dtype,
     draw_seed,
+    flat,
     needs_grad,
     parameter_like,
 )
@@ -78,14 +80,14 @@ def add_rms_norm(
 
 def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
     columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
-    rows = _rows(input, columns)
+    rows = as_rows(input, columns)
     weight, bias = _flat(weight), _flat(bias)
     eps = _epsilon(op, eps, input)
     if needs_grad(rows, weight, bias):
         output = ops.Norm.apply(rows, weight, bias, eps, subtract_mean)
     else:
         output = ops.norm_forward(rows, None, weight, bias, None, eps, 0.0, subtract_mean)[0]
-    return _like(output, input)
+    return output if rows is input else output.view(input.shape)
 
 
 def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_p, subtract_mean):
@@ -94,23 +96,26 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
         raise ValueError(
             f"{op}: residual has shape {tuple(residual.shape)} but input has {tuple(input.shape)}; they must be equal"
         )
-    if torch.is_autocast_enabled(input.device.type) and residual.dtype != input.dtype:
-        input, residual = (
-            input.to(torch.promote_types(input.dtype, residual.dtype)),
-            residual.to(torch.promote_types(input.dtype, residual.dtype)),
-        )
+    check_float(op, "input", input)
+    if residual.dtype != input.dtype:
+        if not torch.is_autocast_enabled(input.device.type):
+            check_same_dtype(op, input=input, residual=residual)
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
     columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
-    check_same_dtype(op, input=input, residual=residual)
     check_same_device(op, input=input, residual=residual)
     check_probability(op, "dropout_p", dropout_p)
     seed = draw_seed(input.device) if dropout_p > 0 else None
+    rows = as_rows(input, columns)
     args = (
-        _rows(input, columns), _rows(residual, columns), _flat(weight), _flat(bias), seed,
-        _epsilon(op, eps, input), float(dropout_p), subtract_mean,
+        rows, as_rows(residual, columns), _flat(weight), _flat(bias), seed, _epsilon(op, eps, input), float(dropout_p),
+        subtract_mean,
     )  # fmt: skip
     run = ops.AddNorm.apply if needs_grad(*args[:4]) else ops.norm_forward
     output, new_residual = run(*args)[:2]
-    return _like(output, input), _like(new_residual, input)
+    if rows is not input:
+        return output.view(input.shape), new_residual.view(input.shape)
+    return output, new_residual
 
 
 def _check(
@@ -122,7 +127,8 @@ def _check(
     if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}")
     weight, bias = parameter_like(op, "weight", weight, shape, input), parameter_like(op, "bias", bias, shape, input)
-    check_same_device(op, input=input, weight=weight, bias=bias)
+    if weight is not None or bias is not None:
+        check_same_device(op, input=input, weight=weight, bias=bias)
     columns = math.prod(shape)
     if columns == 0:
         raise ValueError(f"{op}: normalized_shape {shape} has no elements to normalise")
@@ -137,16 +143,5 @@ def _epsilon(op: str, eps: float | None, input: Tensor) -> float:
     return float(eps)
 
 
-# A reshape costs a microsecond or two, which packed batches, (tokens, columns) already, need not pay.
-
-
-def _rows(input: Tensor, columns: int) -> Tensor:
-    return input if input.ndim == 2 and input.shape[1] == columns else input.reshape(-1, columns)
-
-
-def _like(rows: Tensor, input: Tensor) -> Tensor:
-    return rows if rows.shape == input.shape else rows.view(input.shape)
-
-
 def _flat(parameter: Tensor | None) -> Tensor | None:
-    return parameter if parameter is None or parameter.ndim == 1 else parameter.reshape(-1)
+    return None if parameter is None else flat(parameter)

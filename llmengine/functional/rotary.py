@@ -41,6 +41,9 @@ def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     if cos.shape != sin.shape:
         raise ValueError(f"{op}: sin has shape {tuple(sin.shape)} but cos has {tuple(cos.shape)}; they must be equal")
     check_same_device(op, input=input, cos=cos, sin=sin)
-    batches = input.reshape(math.prod(input.shape[:-3]), *input.shape[-3:])
+    batches = input if input.ndim == 4 else input.reshape(math.prod(input.shape[:-3]), *input.shape[-3:])
+    if needs_grad(cos, sin):
+        cos, sin = cos.detach(), sin.detach()
     turn = ops.Rotary.apply if needs_grad(input) else ops.rotary_forward
-    return turn(batches, cos.detach(), sin.detach(), interleaved).view(input.shape)
+    output = turn(batches, cos, sin, interleaved)
+    return output if batches is input else output.view(input.shape)

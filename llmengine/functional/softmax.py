@@ -34,9 +34,9 @@ def softmax(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
         )
     if input.numel() == 0:
         return input.to(dtype, copy=True)
-    last = input.reshape(1, 1) if input.ndim == 0 else input.movedim(dim, -1)
-    rows = last.reshape(-1, last.shape[-1])
+    last = input if dim in (-1, ndim - 1) else input.movedim(dim, -1)
+    rows = last if last.ndim == 2 else last.reshape(-1, last.shape[-1] if last.ndim else 1)
     output = ops.Softmax.apply(rows, dtype) if needs_grad(rows) else ops.softmax_forward(rows, dtype)
-    if input.ndim == 0:
-        return output.view(())
-    return output.view(last.shape).movedim(-1, dim).contiguous()
+    if rows is not last:
+        output = output.view(last.shape)
+    return output if last is input else output.movedim(-1, dim).contiguous()

@@ -217,8 +217,9 @@ class Layer(Module):
         dropout_p = self.dropout if self.training else 0.0
         if self.place == "parallel":
             x, residual = next_norm(x, residual, self.attention_norm, dropout_p)
-            added = self.feed_forward(self.feed_forward_norm(residual))
-            return self.attention(x, context), add(added, residual, dropout_p)
+            drops = dropout_p > 0  # otherwise the feed-forward adds the residual itself
+            added = self.feed_forward(self.feed_forward_norm(residual), None if drops else residual)
+            return self.attention(x, context), add(added, residual if drops else None, dropout_p)
         for norm, block, post_norm in self.blocks(context):
             if self.place == "post":
                 x, _ = add_norm(block(x), x, norm, dropout_p)

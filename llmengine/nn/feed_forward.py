@@ -61,12 +61,14 @@ class FeedForward(Module):
         gate = {} if self.gate is None else {"gate": self.gate}
         return touched(up=self.up, down=self.down, **gate)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: added to the result (`functional.ffn`)."""
         dropout_p = self.dropout if self.training else 0.0
         if self.unfused_because() is not None:
             act = ACTIVATIONS[self.activation]
             hidden = act(self.up(input)) if self.gate is None else act(self.gate(input)) * self.up(input)
-            return self.down(_torch.dropout(hidden, dropout_p, dropout_p > 0))
+            output = self.down(_torch.dropout(hidden, dropout_p, dropout_p > 0))
+            return output if residual is None else residual + output
         return functional.ffn(
             input,
             self.up.weight,
@@ -75,6 +77,7 @@ class FeedForward(Module):
             b_down=self.down.bias,
             w_gate=None if self.gate is None else self.gate.weight,
             b_gate=None if self.gate is None else self.gate.bias,
+            residual=residual,
             activation=self.activation,
             dropout_p=dropout_p,
             recompute=self.recompute,

@@ -36,16 +36,25 @@ class _Layer(Module):
             return norm(x + dropout(block(x)))
         return add_norm(block(x), x, norm, dropout.p if self.training else 0.0)[0]
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward_step(self, x: Tensor, norm: Module, dropout: Dropout) -> Tensor:
+        """`_residual` of the feed-forward block, which itself adds what no dropout keeps it from."""
+        drops = (self.training and dropout.p > 0) or touched(dropout=dropout) is not None
+        if drops or not self.norm_first:
+            return self._residual(x, self._feed_forward, norm, dropout)
+        return self._feed_forward(norm(x), x)
+
+    def _feed_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         fused_activation = activation_name(self.activation)
         if fused_activation is None or self.unfused_because() is not None:
-            return self.linear2(self.dropout(self.activation(self.linear1(x))))
+            output = self.linear2(self.dropout(self.activation(self.linear1(x))))
+            return output if residual is None else residual + output
         return functional.ffn(
             x,
             self.linear1.weight,
             self.linear2.weight,
             b_up=self.linear1.bias,
             b_down=self.linear2.bias,
+            residual=residual,
             activation=fused_activation,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
@@ -101,7 +110,7 @@ class TransformerEncoderLayer(_Layer):
             return self.self_attn(x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal)[0]
 
         x = self._residual(src, attend, self.norm1, self.dropout1)
-        return self._residual(x, self._feed_forward, self.norm2, self.dropout2)
+        return self._feed_forward_step(x, self.norm2, self.dropout2)
 
 
 class TransformerDecoderLayer(_Layer):
@@ -158,7 +167,7 @@ class TransformerDecoderLayer(_Layer):
 
         x = self._residual(tgt, attend, self.norm1, self.dropout1)
         x = self._residual(x, attend_memory, self.norm2, self.dropout2)
-        return self._residual(x, self._feed_forward, self.norm3, self.dropout3)
+        return self._feed_forward_step(x, self.norm3, self.dropout3)
 
 
 def activation_function(module: str, activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -7,11 +7,10 @@ statistics are float32 on every backend (float64 for float64 inputs).
 
 from __future__ import annotations
 
-import torch
 from torch.autograd.function import once_differentiable
 
 from llmengine.ops.norm import statistics_dtype
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -42,7 +41,7 @@ cross_entropy_backward = define(
 )
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Function):
     """cross_entropy(input): -> loss. Weights are constants, as in PyTorch."""
 
     @staticmethod

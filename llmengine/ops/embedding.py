@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 embedding_forward = define(
     "embedding_forward(Tensor input, Tensor weight, float scale) -> Tensor output",
@@ -24,7 +24,7 @@ embedding_backward = define(
 )
 
 
-class Embedding(torch.autograd.Function):
+class Embedding(Function):
     """embedding(input, weight): -> output. The gradient of weight is dense."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class Embedding(torch.autograd.Function):
         return None, embedding_backward(grad_output, input, ctx.rows, ctx.padding_idx, ctx.scale), None, None
 
 
-class TiedWeight(torch.autograd.Function):
+class TiedWeight(Function):
     """A table as the weight of an output layer: -> the same weight. `lookups`: (ids, gradients of their rows) of the
     table's lookups, which are added into the output layer's gradient when that has come."""
 
@@ -66,7 +66,7 @@ class TiedWeight(torch.autograd.Function):
         return grad, None
 
 
-class TiedLookup(torch.autograd.Function):
+class TiedLookup(Function):
     """lookup(weight, ids) of TiedWeight's output: -> rows. Autograd runs TiedWeight's backward after all of these."""
 
     @staticmethod

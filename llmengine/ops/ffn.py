@@ -18,7 +18,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 
 
 def _forward_fake(
-    input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save
+    input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save
 ):  # fmt: skip
     hidden = (input.shape[0], w_up.shape[0])
     return (
@@ -42,10 +42,11 @@ def _backward_fake(
     return empty_gradients(input, gradients, wanted, {1: main_up, 3: main_gate, 5: main_down})
 
 
-# up and gate: the pre-activations, kept for the backward where `save` is set (gate only with w_gate), else empty.
+# residual: like input, added to the output. up and gate: the pre-activations, kept for the backward where `save` is set
+# (gate only with w_gate), else empty.
 ffn_forward = define(
     "ffn_forward(Tensor input, Tensor w_up, Tensor? b_up, Tensor? w_gate, Tensor? b_gate, Tensor w_down,"
-    " Tensor? b_down, Tensor? seed, str activation, float dropout_p, bool save)"
+    " Tensor? b_down, Tensor? residual, Tensor? seed, str activation, float dropout_p, bool save)"
     " -> (Tensor output, Tensor up, Tensor gate)",
     _forward_fake,
 )
@@ -65,12 +66,15 @@ ffn_backward = define(
 
 class FeedForward(torch.autograd.Function):
     """ffn(input): -> output. Keeps the pre-activations unless they are to be made again (`recompute`); the hidden layer
-    itself always is. mains: buffers of w_up, w_gate and w_down."""
+    itself always is. Of the residual nothing is kept: its gradient is the output's. mains: buffers of w_up, w_gate and
+    w_down."""
 
     @staticmethod
-    def forward(ctx, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, recompute, *mains):
+    def forward(
+        ctx, input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, recompute, *mains
+    ):
         output, up, gate = ffn_forward(
-            input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, not recompute
+            input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, not recompute
         )
         kept = (None, None) if recompute else (up, gate)
         ctx.save_for_backward(input, w_up, b_up, w_gate, b_gate, w_down, *kept, seed)
@@ -87,4 +91,4 @@ class FeedForward(torch.autograd.Function):
         return *(
             g.to(ctx.bias_dtypes.get(i, g.dtype)) if want and mains.get(i) is None else None
             for i, (g, want) in enumerate(zip(gradients, wanted, strict=True))
-        ), *(None,) * 7  # fmt: skip
+        ), grad_output if ctx.needs_input_grad[7] else None, *(None,) * 7  # fmt: skip

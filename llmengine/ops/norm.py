@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 
 def _forward_fake(input, residual, weight, bias, seed, eps, dropout_p, subtract_mean):
@@ -49,7 +49,7 @@ norm_backward = define(
 )
 
 
-class Norm(torch.autograd.Function):
+class Norm(Function):
     """norm(input): -> output."""
 
     @staticmethod
@@ -69,7 +69,7 @@ class Norm(torch.autograd.Function):
         return grad_input, _like(grad_weight, weight), _like(grad_bias, bias), None, None
 
 
-class AddNorm(torch.autograd.Function):
+class AddNorm(Function):
     """norm(residual + dropout(input)): -> (output, new_residual)."""
 
     @staticmethod

@@ -7,16 +7,19 @@ order of preference and the first that does not refuse runs it. A refusal is a s
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Backend", "backend", "define", "dispatch", "explain", "kernel", "known_backends", "pick", "report"]
+__all__ = [
+    "Backend", "Function", "backend", "define", "dispatch", "explain", "kernel", "known_backends", "pick", "report",
+]  # fmt: skip
 
 LIBRARY = torch.library.Library("llmengine", "DEF")
 
@@ -91,13 +94,61 @@ def known_backends() -> tuple[str, ...]:
 
 
 def define(schema: str, fake: Callable) -> Callable:
-    """Registers an operator with torch.library and returns its overload. The schema's name is the operator's."""
+    """Registers an operator with torch.library and returns the way to it. The schema's name is the operator's."""
     name = schema.split("(", 1)[0]
     OPERATORS[name] = schema
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: dispatch(name, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmengine::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.llmengine, name).default
+    node = getattr(torch.ops.llmengine, name).default
+    if "!" in schema:
+        return node
+
+    def call(*args):
+        return dispatch(name, args) if _unobserved(args) else node(*args)
+
+    return call
+
+
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype))
+_any_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _unobserved(args: Sequence) -> bool:
+    """Whether PyTorch's dispatcher has nothing to do with a call but to hand it on: then it may be passed by.
+
+    Nothing traces or compiles, no mode, transform or profiler wants to see the call, and each tensor is one of memory,
+    no subclass and no view that says its elements are negated. Asked one by one, this is a third of what the dispatcher
+    takes to box a call's arguments and to come back to Python with them.
+    """
+    if _is_compiling() or _dispatch_modes() or _function_modes() or _transforms() or _tracing() or _profiling():
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            if arg.is_neg() or _is_wrapped(arg):
+                return False
+        elif kind not in _SCALARS:
+            return False
+    return True
+
+
+class Function(torch.autograd.Function):
+    """An autograd.Function that is entered without what only functorch's transforms have need of."""
+
+    @classmethod
+    def apply(cls, *args):
+        if _unobserved(args):
+            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super().apply(*args)
 
 
 def kernel(table: dict[str, Kernel], op: str, refuses: Callable[..., str | None] | None = None) -> Callable:
@@ -134,14 +185,25 @@ def override(kernels: dict[str, Callable], dispatch_key: str) -> Overrides:
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
-_choice = threading.local()
+
+class _Choice(threading.local):
+    """What a thread has said: the backend that it demands, and where it wants told who ran."""
+
+    name: str | None = None
+    log: list[tuple[str, list[tuple[str, str | None]]]] | None = None
+
+
+_choice = _Choice()
 _warned: set[tuple[str, str]] = set()
+# Asked at every call. os.environ itself would raise and catch an error to say that it has no such variable.
+_environment = getattr(os.environ, "_data", os.environ)
+_variable = os.environ.encodekey(VARIABLE)
 
 
 def demanded() -> str | None:
     """The backend that ``with llmengine.backend(...)`` or LLMENGINE_BACKEND demands, if any."""
-    name = getattr(_choice, "name", None)
-    if name is None and VARIABLE in os.environ:  # asked at every call: os.environ.get would raise and catch an error
+    name = _choice.name
+    if name is None and _variable in _environment:
         name = os.environ[VARIABLE] or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
@@ -156,7 +218,7 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
-    previous = getattr(_choice, "name", None)
+    previous = _choice.name
     _choice.name = name
     try:
         with torch.autograd.set_multithreading_enabled(False):
@@ -167,10 +229,10 @@ def backend(name: str) -> Iterator[None]:
 
 def device_type(args: tuple) -> str:
     for arg in args:
-        if isinstance(arg, list) and arg:
-            arg = arg[0]
         if isinstance(arg, torch.Tensor):
             return arg.device.type
+        if isinstance(arg, list) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0].device.type
     return "cpu"
 
 
@@ -183,45 +245,48 @@ def pick(op: str, args: tuple, device: str | None = None) -> tuple[str, Kernel]:
         reason = chosen.refuses(op, args)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} was demanded but refuses: {reason}")
-        _record(op, [(wanted, None)])
+        _record(op, [], wanted)
         return wanted, chosen.kernels[op]
-    answers = []
-    for name, behind in _order(op, device):
-        candidate = load(name)
+    refusals: list[tuple[str, str]] = []
+    for name, behind in _order(op, PREFERENCE.get(device, FALLBACK)):
+        candidate = _loaded.get(name) or load(name)
         reason = candidate.refuses(op, args) or behind
-        if (name, reason) not in answers:
-            answers.append((name, reason))
         if reason is None:
-            if name == "reference" and len(answers) > 1:
-                _warn_fallback(op, device, answers[:-1])
-            _record(op, answers)
+            if name == "reference" and refusals:
+                _warn_fallback(op, device, refusals)
+            _record(op, refusals, name)
             return name, candidate.kernels[op]
-    raise RuntimeError(f"{op}: no backend accepts these arguments: " + "; ".join(f"{n}: {r}" for n, r in answers))
+        if (name, reason) not in refusals:
+            refusals.append((name, reason))
+    raise RuntimeError(f"{op}: no backend accepts these arguments: " + "; ".join(f"{n}: {r}" for n, r in refusals))
 
 
-def _order(op: str, device: str) -> Iterator[tuple[str, str | None]]:
+@functools.cache
+def _order(op: str, names: tuple[str, ...]) -> list[tuple[str, str | None]]:
     """The backends to ask; one that stands back is named first, with why, and asked before the reference."""
+    now: list[tuple[str, str | None]] = []
     later: list[tuple[str, str | None]] = []
-    for name in PREFERENCE.get(device, FALLBACK):
+    for name in names:
         behind = STAND_BACK.get((name, op))
         if name == "reference":
-            yield from later
+            now += later
         if behind:
             later.append((name, None))
-        yield name, behind
+        now.append((name, behind))
+    return now
 
 
 def dispatch(op: str, args: tuple):
     device = device_type(args)
     run = pick(op, args, device)[1].run
-    if not torch.is_autocast_enabled(device):
+    if not (_any_autocast() and torch.is_autocast_enabled(device)):
         return run(*args)
     # The public functions have cast what autocast casts; a kernel's own arithmetic keeps its precision.
     with torch.autocast(device, enabled=False):
         return run(*args)
 
 
-def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str | None]]) -> None:
+def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str]]) -> None:
     if (op, device) in _warned:
         return
     _warned.add((op, device))
@@ -232,16 +297,20 @@ def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str | None]])
 # ---- explanation -----------------------------------------------------------------------------------------------------
 
 
-def _record(op: str, answers: list[tuple[str, str | None]]) -> None:
-    log = getattr(_choice, "log", None)
-    if log is not None:
-        log.append((op, answers))
+def _record(op: str, refusals: list[tuple[str, str]], ran: str) -> None:
+    if (log := _choice.log) is not None:
+        log.append((op, [*refusals, (ran, None)]))
+
+
+def explaining() -> bool:
+    """Whether what is told is heard."""
+    return bool(getattr(_choice, "log", None))
 
 
 def tell(detail: str) -> None:
     """From within a kernel: what `explain` says beside its backend."""
-    if log := getattr(_choice, "log", None):
-        answers = log[-1][1]
+    if _choice.log:
+        answers = _choice.log[-1][1]
         name, before = answers[-1]
         answers[-1] = (name, f"{before}; {detail}" if before else detail)
 

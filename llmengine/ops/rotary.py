@@ -6,10 +6,9 @@ arithmetic's dtype; the result is contiguous. Semantics: csrc/ops/rotary.h.
 
 from __future__ import annotations
 
-import torch
 from torch.autograd.function import once_differentiable
 
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 
 def _fake(input, cos, sin, interleaved):
@@ -24,7 +23,7 @@ rotary_backward = define(
 )
 
 
-class Rotary(torch.autograd.Function):
+class Rotary(Function):
     """input with its features turned; the gradient is turned back."""
 
     @staticmethod

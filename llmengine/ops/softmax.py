@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch.autograd.function import once_differentiable
 
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 softmax_forward = define(
     "softmax_forward(Tensor input, ScalarType dtype) -> Tensor output",
@@ -17,7 +16,7 @@ softmax_backward = define(
 )
 
 
-class Softmax(torch.autograd.Function):
+class Softmax(Function):
     """softmax(input), computed in float32 or wider and rounded once to `dtype`."""
 
     @staticmethod

@@ -14,7 +14,7 @@ from llmengine import functional
 from llmengine.functional.linear import products
 from llmengine.optim import AdamW, gradient_norm
 from llmengine.roofline.choices import attention_kernels, by_own_products, in_8_bits
-from llmengine.roofline.peers import FLEX, flex, liger
+from llmengine.roofline.peers import FLEX, flash_attention, flex, liger
 
 Shape = tuple[int, ...]
 GELU = "gelu_tanh"
@@ -24,13 +24,19 @@ BOTH = "forward + backward"
 SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cuda": {
         "attention": [  # batch, heads, tokens, head_dim
-            (4, 16, 2048, 128),
+            (8, 16, 2048, 128),  # 16k tokens, 2048 wide
             (2, 16, 8192, 128),
-            (4, 32, 2048, 64),
-            (4, 16, 2048, 96),
-            (4, 8, 2048, 192),
+            (8, 32, 2048, 64),
+            (4, 8, 4096, 256),
+            (1, 16, 16384, 128),
+            (32, 16, 512, 128),
+            (1, 8, 16384, 256),
+            (2, 32, 8192, 64),
+            (8, 16, 2048, 96),
+            (8, 8, 2048, 192),
         ],
         "sinks": [(4, 16, 2048, 128)],  # as attention's
+        "options": [(8, 16, 2048, 128)],  # as attention's
         "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
         "linear": [(8192, 768, 2304), (8192, 4096, 4096)],  # tokens, in, out
         "linear_cross_entropy": [(8192, 4096, 32768), (8192, 4096, 128256)],  # tokens, d_model, classes
@@ -45,6 +51,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cpu": {
         "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
         "sinks": [(2, 12, 1024, 64)],
+        "options": [(2, 12, 1024, 64)],
         "ffn": [(2048, 768, 3072)],
         "linear": [(1024, 768, 2304), (2048, 768, 768)],
         "linear_cross_entropy": [(1024, 768, 50257)],
@@ -58,6 +65,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     "small": {
         "attention": [(1, 2, 40, 16)],
         "sinks": [(1, 2, 40, 16)],
+        "options": [(1, 2, 40, 16)],
         "ffn": [(8, 16, 32)],
         "linear": [(8, 16, 24)],
         "linear_cross_entropy": [(8, 16, 40)],
@@ -93,6 +101,12 @@ class Case:
     backward_flops: float = 0.0
     passes: tuple[str, ...] = ("forward", BOTH)
 
+    def work(self, which: str) -> tuple[float, float]:
+        """(bytes moved, operations) of a pass."""
+        if which != BOTH:
+            return self.bytes_moved, self.flops
+        return self.bytes_moved + self.backward_bytes, self.flops + self.backward_flops
+
 
 def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[str] | None = None) -> Iterator[Case]:
     """The cases of `SHAPES[shapes]`, one after another, those first that matter most should a budget cut them.
@@ -100,11 +114,15 @@ def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[st
     Args:
         operators: names of `OPERATORS`; None takes all.
     """
-    make = _Tensors(device, dtype)
-    for operator, (kind, build) in OPERATORS.items():
+    for operator, (kind, _) in OPERATORS.items():
         if operators is None or operator in operators:
             for shape in SHAPES[shapes][kind]:
-                yield from build(make, shape)
+                yield from cases_of(operator, shape, device, dtype)
+
+
+def cases_of(operator: str, shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """An operator's cases of one shape."""
+    return OPERATORS[operator][1](_Tensors(device, dtype), shape)
 
 
 class _Tensors:
@@ -151,6 +169,7 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     if q.is_cuda:
         peers |= {"torch flash": sdpa(backends.FLASH_ATTENTION), "cudnn": sdpa(backends.CUDNN_ATTENTION)}
         peers[FLEX] = flex(tokens, causal, False, make.device)
+    peers |= flash_attention(q, causal)
     flops = 4 * batch * heads * tokens * tokens * head_dim * (0.5 if causal else 1.0)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,6 +201,32 @@ def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
     flops, size = 2.0 * batch * heads * tokens * tokens * head_dim, make.bytes(q)
     name = _name(shape, "causal")
     yield Case("attention_sinks", name, make.dtype, run, [q, k, v, sinks], 4 * size, flops, 8 * size, 2.5 * flops)
+
+
+def _attention_options(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    """What else models ask for: to be held beside attention's case of that shape, which has none of it."""
+    batch, heads, tokens, head_dim = shape
+    shared = max(1, heads // 4)
+    q, k, v, bias = *(make.randn(*shape) for _ in range(3)), make.randn(1, heads, tokens, tokens)
+    few = [make.randn(batch, shared, tokens, head_dim) for _ in range(2)]
+    flops, rows, keys = 2.0 * batch * heads * tokens * tokens * head_dim, make.bytes(q), make.bytes(*few)
+
+    def case(name: str, tensors: list[Tensor], causal: bool, moved: int, back: int, **options: Any) -> Case:
+        def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, **options)
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            return torch_functional.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, **options)
+
+        run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain}
+        run |= {peer: call for peer, call in attention_kernels(ours, q).items() if peer.endswith("sm90a")}
+        work = flops if causal else 2 * flops
+        named = _name(shape, name)
+        return Case("attention_options", named, make.dtype, run, tensors, moved, work, back, 2.5 * work)
+
+    yield case("causal dropout", [q, k, v], True, 4 * rows, 8 * rows, dropout_p=0.1)
+    yield case("learned bias", [q, k, v, bias], False, 4 * rows + make.bytes(bias), 8 * rows + 2 * make.bytes(bias))
+    yield case("causal grouped", [q, *few], True, 2 * rows + keys, 4 * rows + 2 * keys, enable_gqa=True)
 
 
 def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -370,6 +415,7 @@ def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
 OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
     "attention_sinks": ("sinks", _attention_sinks),
+    "attention_options": ("options", _attention_options),
     "ffn": ("ffn", _ffn),
     "linear": ("linear", _linear),
     "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -64,6 +66,34 @@ class Clock:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def megahertz(self, call: Callable[[], Any]) -> int | None:
+        """The clock of a GPU's multiprocessors at work on the call, as its driver tells it: they slow down under load.
+        None where nobody tells (a CPU)."""
+        if self.device != "cuda" or (driver := _driver()) is None:
+            return None
+        for _ in range(10):
+            call()
+        handle, found = ctypes.c_void_p(), ctypes.c_uint()
+        name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+        failed = driver.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) or driver.nvmlDeviceGetClockInfo(
+            handle, _MULTIPROCESSORS, ctypes.byref(found)
+        )
+        torch.cuda.synchronize()
+        return None if failed else found.value
+
+
+_MULTIPROCESSORS = 1  # nvmlClockType_t's NVML_CLOCK_SM
+
+
+@functools.cache
+def _driver() -> Any:
+    """NVIDIA's management library, which comes with the driver; None where it is not or does not start."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    return None if library.nvmlInit_v2() else library
 
 
 def _events(call: Callable[[], Any], which: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import llmengine
+from llmengine.backends.cuda.native import PRODUCTS
 from llmengine.ops.registry import report
 
 ROOT = Path(llmengine.__file__).parent.parent
@@ -27,7 +28,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
         facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
-                  "memory": p.total_memory, "cuda": torch.version.cuda}  # fmt: skip
+                  "memory": p.total_memory, "cuda": torch.version.cuda,
+                  "products": os.environ.get(PRODUCTS) or "blas"}  # fmt: skip
     return facts
 
 

@@ -16,7 +16,8 @@ from llmengine.roofline.choices import Within
 from llmengine.roofline.clock import Clock
 from llmengine.roofline.peers import FLEX
 
-Row = dict[str, Any]  # operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes or error
+# operator, case, dtype, peer, pass; ms, tflops, gbytes_per_s, percent, limit, peak_bytes, sm_mhz or error
+Row = dict[str, Any]
 PEER_ERRORS = (Exception,)  # those of PyTorch, of its compiler and of Triton share no other class
 COMPILED = "torch.compile"
 
@@ -61,22 +62,22 @@ def _pass(
     case: Case, which: str, runs: dict[str, Callable[..., Tensor]], leaves: list[Tensor], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
     backward = which == BOTH
-    moved = case.bytes_moved + backward * case.backward_bytes
-    flops = case.flops + backward * case.backward_flops
+    moved, flops = case.work(which)
     floor = limits.floor_ms(case.dtype, moved, flops)
     limit = "memory" if limits.floor_ms(case.dtype, moved, 0) == floor else "multiply-adds"
     calls, failed = {}, {}
     for name, function in runs.items():
         try:
-            calls[name] = _call(function, leaves, backward)
+            calls[name] = call_of(function, leaves, backward)
             calls[name]()
             clock.wait()  # an error of a kernel is told late
         except PEER_ERRORS as error:
             calls.pop(name, None)
             failed[name] = _said(error)
-    times, peaks = {}, {}
+    times, peaks, clocks = {}, {}, {}
     try:
         times = clock.medians(calls)
+        clocks = {name: clock.megahertz(call) for name, call in calls.items()}
         peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
     except PEER_ERRORS as error:
         failed |= dict.fromkeys(calls, _said(error))
@@ -89,6 +90,7 @@ def _pass(
         yield row | {
             "ms": ms, "gbytes_per_s": moved / ms / 1e6, "tflops": flops / ms / 1e9, "percent": 100 * floor / ms,
             "limit": limit, "intensity": flops / moved, "peak_bytes": peaks[name],
+            "sm_mhz": clocks[name],
         }  # fmt: skip
 
 
@@ -96,7 +98,8 @@ def _said(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _call(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+def call_of(function: Callable[..., Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    """What is timed: the function on the leaves, without gradients or with its backward."""
     context = function.context if isinstance(function, Within) else contextlib.nullcontext
     if not backward:
 

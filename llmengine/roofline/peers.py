@@ -1,5 +1,5 @@
 """Peers that are not one call of PyTorch's: FlexAttention, compiled, its products of 8-bit floats, and Liger-Kernel
-where it is installed."""
+and FlashAttention where they are installed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def flex(tokens: int, causal: bool, sinks: bool, device: str, compiled: bool = T
         return output * torch.sigmoid(aux.lse - sink[0][:, None]).unsqueeze(-1).to(output.dtype)
 
     return call
+
+
+def flash_attention(q: Tensor, causal: bool) -> dict[str, Callable[..., Tensor]]:
+    """The packages of FlashAttention that are installed, of (query, key, value) as PyTorch has them; on a GPU alone."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    for name, module in (("flash-attn 2", "flash_attn"), ("flash-attn 3", "flash_attn_interface")):
+        if q.is_cuda and q.dtype != torch.float32 and importlib.util.find_spec(module) is not None:
+            attention = importlib.import_module(module).flash_attn_func
+
+            def call(q: Tensor, k: Tensor, v: Tensor, attention: Any = attention) -> Tensor:
+                output = attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)
+                return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+            found[name] = call
+    return found
 
 
 def liger(x: Tensor) -> Any:

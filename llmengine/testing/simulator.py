@@ -16,14 +16,14 @@ from pathlib import Path
 PACKAGE = Path(importlib.import_module("llmengine").__file__ or "").resolve().parent
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"sim-{sys.implementation.cache_tag}"
-SCHEDULES = ("forward", "reversed", "round_robin", "random")
+SCHEDULES = ("forward", "reversed", "round_robin", "random", "starved")
 
 
-def prepare(test: str) -> None:
+def prepare(test: str, schedules: tuple[str, ...] = SCHEDULES) -> None:
     """Backend cuda_sim for a test: each has a schedule of its own, and always the same one."""
     ready()
     number = zlib.crc32(test.encode())
-    importlib.import_module("llmengine._cuda_sim").set_schedule(SCHEDULES[number % len(SCHEDULES)], number)
+    importlib.import_module("llmengine._cuda_sim").set_schedule(schedules[number % len(schedules)], number)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from llmengine.testing.law import GRADIENT
 from llmengine.testing.sample import Operator
 
 # Nodes that CUDA takes in bfloat16 and float16 alone.
-HALVES_ONLY = ("attention", "decode_attention", "linear_cross_entropy", "linear_cross_entropy_shard")
+HALVES_ONLY = ("attention", "decode_attention", "fp8_attention", "linear_cross_entropy", "linear_cross_entropy_shard")
 # Nodes that CUDA takes on a Hopper alone.
 HOPPER_ONLY = ("fp8_linear",)
 

@@ -15,6 +15,7 @@ from torch.nn import Module
 from llmengine.data.batches import Step, StepBatches
 from llmengine.metrics import Judgement
 from llmengine.models import Transformer
+from llmengine.nn import keep_fp8_weights
 from llmengine.objectives.distillation import Distilled
 from llmengine.tasks import Answer, Row, Task
 from llmengine.training import lora, report, starting
@@ -61,6 +62,7 @@ class Finetuning(Run):
         selection = None
         if rows.held_out:
             selection = Selection(folder.best, patience=config.patience, min_delta=config.min_delta)
+        keep_fp8_weights(model, config.data.accumulation > 1)
         run = cls(
             config=config,
             title=config.task,

@@ -14,6 +14,7 @@ from llmengine.data.pairs import Pairs
 from llmengine.data.shards import Corpus, Shards, read_corpus, split_corpus
 from llmengine.data.tokenizer import Tokenizer
 from llmengine.models import Transformer, TransformerConfig
+from llmengine.nn import keep_fp8_weights
 from llmengine.objectives.electra import Electra
 from llmengine.training.config import RunConfig
 from llmengine.training.evaluation import evaluate
@@ -48,6 +49,7 @@ class Pretraining(Run):
         model = objectives.make_model(config.objective, shape, **config.data.options).to(
             device
         )  # drawn on the CPU: the same weights on every device
+        keep_fp8_weights(model, config.data.accumulation > 1)
         return cls(
             config=config,
             title=config.objective,

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <functional>
-#include <queue>
+#include <string_view>
 #include <vector>
 
 #include "ops/attention_band.h"
@@ -135,28 +134,6 @@ void try_shares(int length, int rows, int left, int round, int splits) {
   expect(most <= (seen + splits - 1) / splits + round, "a share longer by more than a round", most, seen);
 }
 
-// ---- balance --------------------------------------------------------------------------------------------------------
-
-// Blocks start in order as others end. Prints how much longer they take than an even division, in parts of 10000.
-void print_balance(const Case& c, int64_t tile_rows, int64_t tile_keys, int64_t heads, int64_t slots) {
-  const Band band(c.rows, c.keys, c.left, c.right, c.bottom_right);
-  const int64_t tiles = (c.rows + tile_rows - 1) / tile_rows;
-  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<>> free;
-  for (int64_t i = 0; i < slots; ++i) free.push(0);
-  int64_t all = 0, end = 0;
-  for (int64_t block = 0; block < tiles * heads; ++block) {
-    const int64_t first = (tiles - 1 - block % tiles) * tile_rows;
-    const auto keys = band.keys_of(first, std::min(first + tile_rows, c.rows));
-    int64_t cost = 1;  // what a block does beside its tiles
-    for (int64_t key = keys.begin / tile_keys * tile_keys; key < keys.end; key += tile_keys) ++cost;
-    const int64_t ends = free.top() + cost;
-    free.pop();
-    free.push(ends);
-    all += cost, end = std::max(end, ends);
-  }
-  std::printf("%lld\n", (long long)((end * slots - all) * 10000 / all));
-}
-
 }  // namespace
 
 int main() {
@@ -169,7 +146,6 @@ int main() {
     if (name == "spans") try_spans<int64_t>(c, v[5], v[6]), try_spans<int32_t>(c, v[5], v[6]);
     if (name == "visits") try_visits(c, v[5], v[6]);
     if (name == "widths") try_widths(c, v[5], v[6]);
-    if (name == "balance") print_balance(c, v[5], v[6], v[7], v[8]);
     if (name == "shares") {
       try_shares(static_cast<int>(v[0]), static_cast<int>(v[1]), static_cast<int>(v[2]), static_cast<int>(v[3]),
                  static_cast<int>(v[4]));

@@ -2,69 +2,11 @@
 // Compiled once per instruction set by tests/test_vec_math.py. Prints each worst error; the exit code counts failures.
 #include "cpu/vec_math.h"
 
-#include <cmath>
-#include <cstdio>
-#include <limits>
+#include "accuracy.h"
 
-using namespace llmengine::cpu::LLMENGINE_ISA;
 namespace vec = llmengine::cpu::LLMENGINE_ISA;
 
 namespace {
-
-constexpr uint32_t kStep = 487;  // prime: visits every exponent with all kinds of mantissas
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kSmallestNormal = std::numeric_limits<float>::min();
-int failures = 0;
-
-void expect(bool holds, const char* what, float x, float y) {
-  if (holds) return;
-  std::printf("FAILED %s at x = %.9g: %.9g\n", what, x, y);
-  ++failures;
-}
-
-double ulp(double value) {
-  const float magnitude = std::fmax(std::fabs(static_cast<float>(value)), kSmallestNormal);
-  return static_cast<double>(std::nextafter(magnitude, kInfinity)) - magnitude;
-}
-double in_ulps(float y, double exact) { return std::fabs(y - exact) / ulp(exact); }
-double relative(float y, double exact) { return std::fabs(y - exact) / std::fabs(exact); }
-
-// Calls body(x, y) for every kStep-th float x of [low, high], y = function(x).
-template <class Function, class Body>
-void sweep(Function function, float low, float high, Body body) {
-  float x[kLanes], y[kLanes];
-  int filled = 0;
-  for (uint64_t pattern = 0; pattern <= 0xffffffff; pattern += kStep) {
-    const float value = __builtin_bit_cast(float, static_cast<uint32_t>(pattern));
-    if (!(value >= low && value <= high)) continue;
-    x[filled++] = value;
-    if (filled < kLanes) continue;
-    filled = 0;
-    store(y, function(load(x)));
-    for (int i = 0; i < kLanes; ++i) body(x[i], y[i]);
-  }
-}
-
-template <class Function, class Exact, class Measure>
-void check(const char* what, double allowed, float low, float high, Function function, Exact exact, Measure measure) {
-  double worst = 0.0;
-  float where = 0.0f;
-  long count = 0;
-  sweep(function, low, high, [&](float x, float y) {
-    const double error = measure(y, exact(static_cast<double>(x)));
-    ++count;
-    if (!(error <= worst)) worst = error, where = x;
-  });
-  const bool holds = worst <= allowed && count > 100000;
-  std::printf("%s %s: worst error %.3g of %.3g allowed, at x = %.9g (%ld values)\n", holds ? "passed" : "FAILED", what,
-              worst, allowed, where, count);
-  failures += !holds;
-}
-
-template <class Function>
-float at(Function function, float x) {
-  return function(broadcast(x))[kLanes - 1];
-}
 
 void check_exponentials() {
   const auto exact = [](double x) { return std::exp(x); };
@@ -81,8 +23,8 @@ void check_exponentials() {
     expect(at(whole, x) == 1.0f, "exp is 1", x, at(whole, x));
     expect(at(nonpositive, x) == 1.0f, "exp_of_nonpositive is 1", x, at(nonpositive, x));
   }
-  expect(std::isnan(at(whole, NAN)), "exp keeps NaN", NAN, at(whole, NAN));
-  expect(std::isnan(at(nonpositive, NAN)), "exp_of_nonpositive keeps NaN", NAN, at(nonpositive, NAN));
+  expect_nan("exp", whole);
+  expect_nan("exp_of_nonpositive", nonpositive);
 }
 
 void check_log() {
@@ -91,7 +33,7 @@ void check_log() {
       "log, ulp", 2.0, kSmallestNormal, std::numeric_limits<float>::max(), function,
       [](double x) { return std::log(x); }, in_ulps);
   expect(at(function, 1.0f) == 0.0f, "log of 1", 1.0f, at(function, 1.0f));
-  expect(std::isnan(at(function, NAN)), "log keeps NaN", NAN, at(function, NAN));
+  expect_nan("log", function);
 }
 
 void check_tanh() {
@@ -103,7 +45,7 @@ void check_tanh() {
     }
     expect(at(function, sign * 0.0f) == 0.0f, "tanh of 0", sign * 0.0f, at(function, sign * 0.0f));
   }
-  expect(std::isnan(at(function, NAN)), "tanh keeps NaN", NAN, at(function, NAN));
+  expect_nan("tanh", function);
 }
 
 void check_normal() {
@@ -121,7 +63,8 @@ void check_normal() {
     expect(at(density, x) == 0.0f && at(density, -x) == 0.0f, "normal density ends", x, at(density, x));
   }
   expect(at(cdf, 0.0f) == 0.5f, "normal cdf of 0", 0.0f, at(cdf, 0.0f));
-  expect(std::isnan(at(cdf, NAN)) && std::isnan(at(density, NAN)), "normal keeps NaN", NAN, at(cdf, NAN));
+  expect_nan("normal cdf", cdf);
+  expect_nan("normal density", density);
 }
 
 // By absolute error, which stands in for both beyond the polynomials' ends.
@@ -139,7 +82,8 @@ void check_near_normal() {
   for (float x : {-5.01f, -1e30f, -kInfinity}) {
     expect(at(cdf, x) == 0.0f && at(slope, x) == 0.0f, "near normal ends", x, at(cdf, x));
   }
-  expect(std::isnan(at(cdf, NAN)) && std::isnan(at(slope, NAN)), "near normal keeps NaN", NAN, at(cdf, NAN));
+  expect_nan("near cdf", cdf);
+  expect_nan("near slope of gelu", slope);
 }
 
 void check_bf16() {

@@ -25,7 +25,10 @@ int main() {
     long long a, b, c, d;
     if (scanf("%lld %lld %lld %lld", &a, &b, &c, &d) != 4) return 1;
     const auto number = [](long long bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits)); };
-    if (question == 's') printf("%lld\\n", static_cast<long long>(std::bit_cast<uint32_t>(steps_of(number(a)))));
+    if (question == 's') {
+      const float steps = steps_of(number(a), b ? int(b) : kGridBits);
+      printf("%lld\\n", static_cast<long long>(std::bit_cast<uint32_t>(steps)));
+    }
     if (question == 'c') printf("%d\\n", is_too_coarse(number(a), number(b), static_cast<int>(c)));
     if (question == 't') printf("%d\\n", grid_tile(int(a), int(b), int(c), d != 0));
   }
@@ -55,8 +58,8 @@ def bits(x: Tensor) -> list[int]:
     return x.float().view(torch.int32).long().bitwise_and(0xFFFFFFFF).tolist()
 
 
-def steps_of(ask, bounds: Tensor) -> Tensor:
-    found = torch.tensor(ask("s", bits(bounds.flatten())), dtype=torch.int64)
+def steps_of(ask, bounds: Tensor, below: int = 0) -> Tensor:
+    found = torch.tensor(ask("s", bits(bounds.flatten()), [below] * bounds.numel()), dtype=torch.int64)
     return found.to(torch.int32).view(torch.float32).double().reshape(bounds.shape)
 
 
@@ -71,6 +74,16 @@ def test_steps_are_the_finest_powers_of_two_that_keep_a_bound_below_2_to_the_29(
     assert (steps_of(ask, least) == 2.0**126).all()  # the largest power whose inverse is a normal number
     strange = torch.tensor([0.0, -1.0, torch.inf, -torch.inf, torch.nan])
     assert not steps_of(ask, strange).any()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 8, 1000, 2**20])
+def test_a_masks_terms_together_stay_below_2_to_the_62(ask, terms: int):
+    """As attention_sm90a_grid.cuh asks for steps: 1.21 times the bound each, and half a step."""
+    bounds = torch.ldexp(torch.tensor([1.0, 1.5, 2 - 2**-23]), torch.tensor([[-90.0], [-40.0], [0.0], [100.0]]))
+    below = 60 - (terms - 1).bit_length()
+    steps = steps_of(ask, bounds, below)
+    assert ((steps * bounds < 2.0**below) & ((steps * bounds >= 2.0 ** (below - 1)) | (steps == 2.0**126))).all()
+    assert (terms * (1.21 * steps * bounds + 0.5) < 2.0**62).all()
 
 
 # How large queries, keys, values and gradients are, and how many of them are how much larger than the others.

@@ -152,6 +152,26 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups():
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
 
 
+@NEEDS_CUOBJDUMP
+def test_attention_of_8_bits_adds_products_of_128_keys_to_sums_of_its_own():
+    """Scores, 32 of head_dim a product; values in parts of at most 128 columns, the last with ones, 32 keys a product,
+    and a multiply-add for each sum. Probabilities are rounded in pairs. Tiles come in bulk: queries of both
+    warpgroups, keys, values."""
+    source = resources.ROOT / "csrc/cuda/attention_fp8_forward_sm90a.cu"
+    products = resources.instructions(source, "90a", r"\bQGMMA\.64x\d+x32\.F32\.E4M3\.E4M3 ")
+    with_ones = resources.instructions(source, "90a", r"\bQGMMA\.64x(?:72|136)x32\.F32")
+    roundings, sums = (resources.instructions(source, "90a", p) for p in (r"\bF2FP\.SATFINITE\.E4M3", r"\bFFMA "))
+    copies = resources.instructions(source, "90a", r"\bUBLKCP")
+    assert len(products) == 6
+    for name in products:
+        dim, keys, parts = {64: (64, 128, 1), 128: (128, 128, 1), 256: (256, 64, 2)}[
+            int(re.findall(r"(\d+)>", name)[0])
+        ]
+        assert products[name] == dim // 32 + parts * keys // 32 and with_ones[name] == keys // 32, name
+        assert roundings[name] == keys // 4 and sums[name] >= dim // 2 + keys // 2 and copies[name] == 4, name
+        assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
 PASSING = {  # lines of a tile that passes, by the class of the head dim: of simple kernels and of others
     "rows": {64: (112, 64), 128: (80, 48), 192: (64, 64), 256: (48, 32)},
     "keys": {64: (96, 48), 128: (48, 32)},

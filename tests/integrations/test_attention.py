@@ -125,6 +125,29 @@ def test_a_chunk_after_a_cache(kind):
     torch.testing.assert_close(output, plain(*operands(rows=4), allowed), **CLOSE)
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_in_inference_mode(padding, masks_given):
+    """Masks made there are bands as elsewhere, and still count what is written into them."""
+    with torch.inference_mode():
+        mask, allowed = made_mask("causal", padding)
+        output, _ = ours.attention(CAUSAL_MODULE, *operands(), mask, scaling=8**-0.5)
+        torch.testing.assert_close(output, plain(*operands(), allowed), **CLOSE)
+        mask[:, :, :, 0] = False
+        ours.attention(CAUSAL_MODULE, *operands(), mask, scaling=8**-0.5)
+    assert masks_given[0].shape == (3, 1, 1, 9) and masks_given[1] is mask
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_models_in_inference_mode(family):
+    model = build(family)
+    model.set_attn_implementation("llmengine")
+    given = batch(family, "left")
+    expected = model(**given)
+    with torch.inference_mode():
+        found = model(**given)
+    torch.testing.assert_close([found.loss, found.logits], [expected.loss, expected.logits])
+
+
 def test_without_a_mask():
     """`is_causal` goes before the module's own; a single query sees all keys, or its window's."""
     causal, everything = torch.ones(9, 9, dtype=torch.bool).tril(), torch.ones(9, 9, dtype=torch.bool)

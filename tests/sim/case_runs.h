@@ -78,7 +78,7 @@ int run_cases(int count, char** arguments, const Cases& broken, const Cases& fix
   if (count != 3) return 2;
   const Case& chosen = (std::string(arguments[2]) == "broken" ? broken : fixed).at(arguments[1]);
   uint64_t seed = 0;
-  for (const char* order : {"forward", "reversed", "round_robin", "random", "random", "random", "random"}) {
+  for (const char* order : {"forward", "reversed", "round_robin", "random", "random", "random", "random", "starved"}) {
     sim::set_schedule(order, ++seed);
     try {
       const double sum = run_once(chosen.body, chosen.shape);

@@ -8,6 +8,7 @@
 #include "case_runs.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/reduce.cuh"
 #include "tensor_cases.cuh"
@@ -310,6 +311,24 @@ __global__ void changes_of_warps(const float*, float* out) {
   if (threadIdx.x == 0) out[0] = static_cast<float>(changes);
 }
 
+// A thread of the first warp follows the rounds of the others by the parity of their mbarrier. Broken: no round waits
+// for it, so that two may pass by while it looks away; then the parity is what it was, and it waits for ever.
+template <bool broken>
+__global__ void watcher_of_rounds(const float*, float* out) {
+  __shared__ ptx::Mbarrier round_over;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&round_over, broken ? 96 : 97);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  const bool watches = threadIdx.x == 31, takes_part = threadIdx.x >= 32 || (!broken && watches);
+  for (int round = 0; round < 2; ++round) {
+    if (takes_part) ptx::mbarrier_arrive(&round_over);
+    if (takes_part || watches) ptx::mbarrier_wait(&round_over, round);
+  }
+  out[threadIdx.x] = 1.0f;
+}
+
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
 template <bool broken>
@@ -353,6 +372,7 @@ std::map<std::string, Case> all_cases() {
       {"partly_written_vector", plain(partly_written_vector<broken>, 32)},
       {"misaligned_vector", plain(misaligned_vector<broken>, 32)},
       {"count_threads", {[](const float*, float* out) { launch(count_threads<broken>, 1, 64, 0, out); }}},
+      {"watcher_of_rounds", plain(watcher_of_rounds<broken>, 128)},
       {"one_element_of_all_blocks",
        {[](const float*, float* out) { launch(one_element_of_all_blocks<broken>, 4, 32, 0, out); }}},
       {"forgotten_wait", plain(forgotten_wait<broken>, 128)},

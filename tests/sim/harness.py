@@ -23,6 +23,8 @@ from llmengine.testing.simulator import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Schedules of case_runs.h, in order.
+RUNS = [*SCHEDULES[:3], *["random"] * 4, "starved"]
 # kernel file, file to break, line, what it becomes, what must be said: a wrong result, or what the simulator found
 Break = tuple[str, str, str, str, str]
 
@@ -31,7 +33,7 @@ def schedule(request: pytest.FixtureRequest) -> None:
     """A schedule of the simulator for a test, and the simulator; a case on a GPU wants neither."""
     case = getattr(request.node, "callspec", None)
     if case is None or "cuda" not in [x for x in case.params.values() if isinstance(x, str)]:
-        simulator.prepare(request.node.name)
+        simulator.prepare(request.node.name, SCHEDULES[:4])  # the fifth is for kernels, not for mistakes in them
 
 
 def places() -> list[str]:

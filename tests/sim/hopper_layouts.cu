@@ -340,9 +340,7 @@ template <Multiplicand element>
 void add_products(std::map<std::string, Run>& runs, const std::string& type) {
   constexpr Major k = Major::k, mn = Major::mn;
   runs[type + "_64_k_k"] = start_product<element, 64, false, k, k>;
-  if constexpr (element <= Multiplicand::tf32) {
-    runs[type + "_64_registers_k"] = start_product<element, 64, true, k, k>;
-  }
+  runs[type + "_64_registers_k"] = start_product<element, 64, true, k, k>;
   if constexpr (element < Multiplicand::tf32) {
     runs[type + "_64_k_mn"] = start_product<element, 64, false, k, mn>;
     runs[type + "_64_mn_k"] = start_product<element, 64, false, mn, k>;

@@ -233,7 +233,7 @@ def test_what_is_not_supported_names_itself():
 # ---- one line broken -------------------------------------------------------------------------------------------------
 
 FORWARD, KEYS, ROWS, BIAS = (f"attention_sm80_{part}" for part in ("forward", "keys", "rows", "bias"))
-LOGITS, BACKWARD, TILES = "attention_sm80.cuh", "attention_sm80_backward.cuh", "matrix_tile.cuh"
+LOGITS, BACKWARD, TILES = "attention_logits.cuh", "attention_sm80_backward.cuh", "matrix_tile.cuh"
 SOFTMAX = "attention_forward.cuh"
 WAIT = "ptx::wait_copies<0>();\n    __syncthreads();  // "
 # (kernel file, header to break or none: the file, line, what it becomes, what must be said): a wrong result, or what
@@ -289,7 +289,7 @@ def test_whole_kernels_pass_what_broken_ones_must_fail():
 @pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 3 else ()) for i, n in enumerate(BREAKS)])
 def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
     source, header, line, broken, said = BREAKS[name]
-    narrow = tmp_path / "cuda" / "attention_sm80_call.h"  # one class of head dims compiles in a third of the time
+    narrow = tmp_path / "cuda" / "attention_call.h"  # one class of head dims compiles in a third of the time
     narrow.parent.mkdir()
     classes = (ROOT / "csrc/cuda" / narrow.name).read_text()
     assert classes.count("64, 128, 256") == 2  # those that serve, and those that are built ahead

@@ -37,9 +37,10 @@ def asked_for(request, monkeypatch):
 
 
 class Ran(list[str]):
-    """The kernels that ran, and of how many tiles the last pass over the grid left queries to those of two passes."""
+    """The kernels that ran; of how many tiles the last pass over the grid left queries to those of two passes; whether
+    it added a mask's gradient up on integers, and whether it left that to them."""
 
-    remade = 0
+    remade, on_integers, left = 0, False, False
 
 
 @pytest.fixture
@@ -51,6 +52,8 @@ def ran(monkeypatch) -> Ran:
         names.append(kernel)
         if "remade" in arguments:
             names.remade = int(arguments["remade"][0])
+            names.on_integers = arguments["mask_sums"] is not None
+            names.left = names.on_integers and bool(arguments["mask_bounds"][-1])
 
     monkeypatch.setattr(Native, "call", noted)
     return names
@@ -89,7 +92,7 @@ def test_edges_of_tiles(dim: int, rows: int, keys: int, backend: str, ran: Ran):
 
 
 def test_the_grid_is_fine_enough_for_what_is_usual(ran: Ran):
-    for dim, dtype in ((64, torch.bfloat16), (128, torch.float16)):
+    for dim, dtype in ((64, torch.bfloat16), (96, torch.bfloat16), (128, torch.float16)):
         assert_right(SDPA, sample_of("full", 256, 300, dim, 2, 1), dtype)
         assert ran[-1] == ONE_PASS and ran.remade == 0
 
@@ -119,6 +122,61 @@ def test_equal_bits_whatever_the_order_of_blocks_and_warps(dim: int, ran: Ran):
             results.append(list(evaluate(SDPA.function, given, "cuda_sim")[1].values()))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     assert ran.count(ONE_PASS) == len(results) and ran.remade == 0
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def masked(dim: int, shape: tuple[int, ...], **options) -> Sample:
+    """Two sequences, two heads; some keys are hidden from a row by the mask."""
+    m = attention._Maker(dim + len(shape))
+    mask = m.randn(*shape).masked_fill(m.chance(*shape, p=0.1), -torch.inf)
+    m.padded("x".join(map(str, shape)), 2, 2, 40, 140, dim, dim, 1, attn_mask=mask, **options)
+    return m.samples[0]
+
+
+@pytest.mark.parametrize("dim", [40, pytest.param(88, marks=HEAVY), pytest.param(104, marks=HEAVY)])
+@pytest.mark.parametrize(
+    "shape, on_integers",
+    [((2, 2, 40, 140), False), ((2, 1, 40, 140), True), ((2, 40, 140), True), ((40, 140), True), ((1, 140), False)],
+    ids=["scores", "heads-share", "sequences-share", "all-share", "rows-share"],
+)
+def test_gradients_of_masks(dim: int, shape: tuple[int, ...], on_integers: bool, ran: Ran):
+    options = ({}, {"softcap": 2.0, "dropout_p": 0.2}, {"window_size": (40, 90)})[(dim + len(shape)) // 2 % 3]
+    assert_right(SDPA, masked(dim, shape, **options), HALVES[dim % 16 > 0])
+    assert ran[-1] == ONE_PASS and ran.on_integers == on_integers and not ran.left
+
+
+@pytest.mark.parametrize("dim", [40, pytest.param(104, marks=HEAVY)])
+def test_equal_bits_of_a_mask_that_heads_and_sequences_share(dim: int, ran: Ran):
+    from llmengine import _cuda_sim
+
+    given = masked(dim, (40, 140)).rounded(torch.bfloat16)
+    results = []
+    for order in SCHEDULES:
+        _cuda_sim.set_schedule(order, 5)
+        with poison():
+            results.append(list(evaluate(SDPA.function, given, "cuda_sim")[1].values()))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert ran.count(ONE_PASS) == len(results) and ran.on_integers and not ran.left
+
+
+def test_a_mask_with_a_term_that_is_no_number_is_left_to_two_passes(ran: Ran):
+    g = torch.Generator().manual_seed(8)
+    tensors = [torch.randn(1, 2, 40, 40, generator=g).bfloat16() for _ in range(4)]
+    mask = torch.randn(40, 40, generator=g).bfloat16()
+    for which, strange in ((2, torch.nan), (3, torch.inf)):
+        mixed = [t.clone() for t in tensors]
+        mixed[which][0, 1, 33, 5] = strange
+        found = []
+        for passes in ("one_pass", "two_pass"):
+            given = mask.clone().requires_grad_()
+            with attention_backward_by(passes), llmengine.backend("cuda_sim"), poison():
+                y = functional.scaled_dot_product_attention(*mixed[:3], given)
+                found.append(torch.autograd.grad(y, given, mixed[3])[0])
+            assert ran.left
+        one, two = found
+        assert two.isnan().any() and torch.equal(one.isnan(), two.isnan()) and torch.equal(one.isinf(), two.isinf())
 
 
 # ---- outliers --------------------------------------------------------------------------------------------------------
@@ -348,7 +406,7 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
     "stage given back while multiplied": (
         PASS, "    ptx::wgmma_wait<1>(flat(grad_value));\n", "", "what a product of|accumulators of a product",
     ),
-    "neighbours' keys stay": (PASS, "if (from < kGroupRows) clear_rows", "if (false) clear_rows", "NaN|exceeds"),
+    "neighbours' keys stay": (PASS, "if (from < kGroupRows) clear_rows", "if (false) clear_rows", "tiles anew"),
     "neighbours' rows stay": (PASS, "[&] { clear_rows<S::panels, S::passing>", "[&] { (void)", "NaN|exceeds"),
     "cleared rows not shown to the unit": (
         PASS, "  clear();\n  ptx::fence_async_shared();", "  clear();", "with no fence_async between|races",
@@ -364,28 +422,43 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
     "coarse steps stay": (GRID, "is_too_coarse(largest_of", "is_too_coarse(1e30f + largest_of", "exceeds"),
     "a bound of keys alone": (GRID, "sqrtf(p.grad_squares[at]) *", "0.0f *", "exceeds"),
     "another row's steps": (GRID, "2 * passing + row + i]", "2 * passing + row]", "exceeds"),
-    "another head's keys": (GRID, "+ place.head / p.sizes.group);", "+ 0);", "exceeds"),
+    "one key of a mask for two": (PASS, "m.each[at + 8 * half] = x;", "m.each[at] = x;", "exceeds"),
+    "another row's steps of a mask": (PASS, "llrintf(x * m.steps(line))", "llrintf(x * m.steps(0))", "exceeds"),
+    "another head's keys": (GRID, "+ place.head / p.sizes.group);", "+ 0);", "one head alone"),
 }  # fmt: skip
 
 
-def try_one_pass() -> None:
-    try_attention()
-    sample = sample_of("outlier", 70, 140, 40, 2, 2)
+def unseen_outlier(name: str, **options) -> Sample:
+    """A key that is opposed to all queries, and 10^4 times as long as others."""
+    sample = sample_of(name, 70, 140, 40, 2, 2, **options)
     sample.args[0][..., 0] = sample.args[0][..., 0].abs() + 1.0
     sample.args[1][0, 0, 5] = 0.0
     sample.args[1][0, 0, 5, 0] = -3e4
+    return sample
+
+
+def try_one_pass(ran: Ran) -> None:
+    try_attention()
+    assert ran.remade == 0, "neighbours make tiles anew"  # those of packed sequences, which came last
+    assert_gradients_right(unseen_outlier("beyond the grid's reach"), torch.float16)
+    assert_gradients_right(unseen_outlier("coarse steps", scale=1e-3), torch.float16)
+    assert ran.remade == 1, "tiles of one head alone have such a key"
+    sample = sample_of("a head of large values", 70, 140, 40, 2, 2)
+    sample.args[2][:, 1] *= 1e3
     assert_gradients_right(sample, torch.float16)
     assert_overflow_shows()
+    for shape in ((2, 2, 40, 140), (40, 140)):
+        assert_gradients_right(masked(40, shape), torch.float16)
 
 
-def test_whole_kernels_pass_what_broken_ones_must_fail():
-    try_one_pass()
+def test_whole_kernels_pass_what_broken_ones_must_fail(ran: Ran):
+    try_one_pass(ran)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=HEAVY if i % 8 else ()) for i, n in enumerate(BREAKS)])
-def test_a_broken_line_is_caught(name: str, tmp_path: Path, monkeypatch):
+def test_a_broken_line_is_caught(name: str, ran: Ran, tmp_path: Path, monkeypatch):
     kernel, line, becomes, said = BREAKS[name]
-    module = broken(kernel, (line, becomes), ("visit_hopper<64, 128>", "visit_hopper<64>"), tmp_path)
+    module = broken(kernel, (line, becomes), ("visit_hopper<64, 96, 128>", "visit_hopper<64>"), tmp_path)
     monkeypatch.setattr(cuda_sim.NATIVE, "module", loaded(module, tmp_path.name))
     with pytest.raises((AssertionError, RuntimeError), match=said):
-        try_one_pass()
+        try_one_pass(ran)

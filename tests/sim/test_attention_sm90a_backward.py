@@ -179,7 +179,7 @@ BREAKS = {
     "statistics not waited for": (
         KEYS, "S::owner == Owner::keys ? 33 : 1", "1", "phase|arriv|no (mbarrier_)?wait|exceeds|no thread",
     ),
-    "scores read while under way": (KEYS, "    ptx::wgmma_wait<1>(flat(x));\n", "", "accumulators of a product"),
+    "scores read while under way": (KEYS, "  ptx::wgmma_wait<1>(flat(x));\n", "", "accumulators of a product"),
     "keys given back while multiplied": (
         ROWS, "    ptx::wgmma_wait<1>(flat(grad_query));\n    give_back_by_warps(&shared.free[before.stage()][0]);",
         "    give_back_by_warps(&shared.free[before.stage()][0]);\n    ptx::wgmma_wait<1>(flat(grad_query));",
@@ -194,7 +194,7 @@ BREAKS = {
     ),
     "one head of a group": (KEYS, "keys ? from + group : from + 1", "from + 1", "exceeds"),
     "keys of another head": (ROWS, "keys ? head * group : head / group", "keys ? head * group : 0", "exceeds"),
-    "delta of another tile": (KEYS, "shared.delta[stage];", "shared.delta[stage ^ 1];", "exceeds|no thread|between"),
+    "delta of another tile": (KEYS, "shared.delta[stage],", "shared.delta[stage ^ 1],", "exceeds|no thread|between"),
     "delta is forgotten": (ROWS, "(grad[0][j][i] - statistics.delta[0][i / 2])", "grad[0][j][i]", "exceeds"),
     "dropped scores pass": (KEYS, "if (drops) drop(kept, dropped, 1.0f);", "", "exceeds"),
     "the rest is not cleared": (KEYS, "rest.key0, rest.keys,", "rest.key0, 0,", "exceeds|NaN"),
@@ -277,8 +277,8 @@ def test_whole_kernels_pass_what_broken_ones_must_fail():
 
 
 CLASSES = {  # one compiles in a fraction of the time
-    ROWS: ("visit_hopper<64, 128, 192, 256>", "visit_hopper<64>"),
-    KEYS: ("visit_hopper<64, 128>", "visit_hopper<64>"),
+    ROWS: ("visit_hopper<64, 96, 128, 192, 256>", "visit_hopper<64>"),
+    KEYS: ("visit_hopper<64, 96, 128>", "visit_hopper<64>"),
     WIDE: ("visit_hopper<192, 256>", "visit_hopper<192>"),
 }
 

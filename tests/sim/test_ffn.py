@@ -36,9 +36,11 @@ def sample_of(tokens: int, d: int, f: int, *, gated: bool = False, biases: bool 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=g, dtype=torch.float64)
 
-    kwargs: dict = dict(options)
+    kwargs: dict = {k: v for k, v in options.items() if k != "residual"}
     if biases:
         kwargs |= {"b_up": randn(f), "b_down": randn(d)} | ({"b_gate": randn(f)} if gated else {})
+    if options.pop("residual", False):
+        kwargs["residual"] = randn(tokens, d)
     if gated:
         kwargs["w_gate"] = randn(f, d, scale=2 * d**-0.5)
     tensors = (randn(tokens, d), randn(f, d, scale=2 * d**-0.5), randn(d, f, scale=f**-0.5))
@@ -66,7 +68,8 @@ SIZES = [(128, 32, 128), (129, 40, 65), (64, 129, 64), (3, 24, 200), (257, 16, 1
 @pytest.mark.parametrize("backend, core", places_of_products())
 def test_edges_of_tiles(tokens: int, d: int, f: int, gated: bool, backend: str, core: str):
     for dtype, activation, p in zip(HALVES, ("gelu", "silu"), (0.2, 0.0), strict=True):
-        assert_right(sample_of(tokens, d, f, gated=gated, activation=activation, dropout_p=p), dtype, backend, core)
+        options = {"activation": activation, "dropout_p": p, "residual": gated == (p > 0)}
+        assert_right(sample_of(tokens, d, f, gated=gated, **options), dtype, backend, core)
 
 
 @pytest.mark.parametrize("activation", sorted(ffn.ACTIVATIONS))
@@ -91,7 +94,7 @@ def close(ours, other) -> bool:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 def test_every_layout_is_right(core: str, layout: str, tokens: int, d: int, f: int):
     """In the bits of any other, where one core multiplies all; what TMA cannot fetch the other one does."""
-    sample = sample_of(tokens, d, f, gated=True, dropout_p=0.3)
+    sample = sample_of(tokens, d, f, gated=True, dropout_p=0.3, residual=True)
     expected = evaluate(functional.ffn, sample.rounded(torch.bfloat16), "cuda_sim")
     for key in sample.tensors():
         moved = sample.rounded(torch.bfloat16, LAYOUTS[layout], key)
@@ -168,7 +171,7 @@ def test_few_tokens_and_a_deep_k_are_multiplied_in_parts(core: str):
 
     _cuda_sim.set_multiprocessors(count=8)
     try:
-        assert_right(sample_of(20, 16, 1200), torch.bfloat16, core=core)
+        assert_right(sample_of(20, 16, 1200, residual=True), torch.bfloat16, core=core)
         assert_right(sample_of(1100, 16, 24), torch.bfloat16, core=core)
     finally:
         _cuda_sim.set_multiprocessors(count=3)
@@ -179,7 +182,9 @@ def test_few_tokens_and_a_deep_k_are_multiplied_in_parts(core: str):
 
 def attempt(core: str) -> None:
     assert_right(sample_of(133, 40, 136, activation="gelu", dropout_p=0.3), HALVES[0], core=core)
-    assert_right(sample_of(70, 24, 136, gated=True, activation="silu", dropout_p=0.2), HALVES[1], core=core)
+    assert_right(
+        sample_of(70, 24, 136, gated=True, activation="silu", dropout_p=0.2, residual=True), HALVES[1], core=core
+    )
     assert_right(sample_of(70, 24, 40, biases=False, activation="relu"), HALVES[0], core=core)
     if core == "sm80":
         assert_right(sample_of(70, 24, 135, gated=True, activation="silu", dropout_p=0.2), HALVES[1])
@@ -215,6 +220,7 @@ BREAKS: dict[str, Break] = {
     "the gate's share of the input": (
         "ffn_products", "ffn_products.cu", "product.a2 = p.grad_gate, product.b2 = p.w_gate;", "{}", "exceeds",
     ),
+    "no residual": ("ffn_products", "ffn_products.cu", ", down.added = p.residual;", ";", "exceeds"),
     "sides of a pair change places": (*HOPPER_CORE, "pair ? block : product", "pair ? 1 - block : product", "exceeds"),
     "lines of a pair": (*HOPPER_CORE, "pair ? column * kShare", "pair ? column * columns", "exceeds"),
     "a side's part of a panel": (*HOPPER_CORE, "side * (count / sides) + first", "side * 4 + first", "exceeds"),

@@ -121,6 +121,7 @@ def pair(lines: int, k: int, format: str, block: int, seed: int) -> tuple[Tensor
 def product(a, b, /, a_format: str = "e4m3", dtype=torch.float32, bias=None, pad: int = 0, **change) -> Tensor:
     out = torch.full((a[0].shape[0], b[0].shape[0] + pad), torch.nan, dtype=dtype)[:, : b[0].shape[0]]
     given = {"a": a[0], "b": b[0], "a_format": a_format, "a_scales": a[1], "b_scales": b[1], "bias": bias, "out": out}
+    given["added"] = None
     module().fp8_product(**given | change, stream=0)
     return out
 
@@ -185,6 +186,34 @@ def test_nan_reaches_its_row_or_column_alone(native):
         assert torch.equal(found.isnan(), expected)
 
 
+def test_products_are_added_to_a_buffer(native):
+    """In float32, in the bits of the product and one addition; rows of the buffer begin anywhere."""
+    for i, (m, n, k) in enumerate([(5, 3, 16), (260, 130, 144), (131, 40, 784), (64, 128, 256)]):
+        native.set_schedule(SCHEDULES[i], 11)
+        pad = (0, 1, 3, 4)[i]
+        a, b = pair(m, k, "e5m2", 1, 1), pair(n, k, "e4m3", 1, 2)
+        whole = randn(m, n + pad)
+        buffer, rest = whole[:, :n], whole[:, n:].clone()
+        expected = buffer + product(a, b, "e5m2")
+        product(a, b, "e5m2", added=buffer, out=buffer)
+        assert torch.equal(buffer, expected), f"{m} x {n} x {k}: not the sum"
+        assert torch.equal(whole[:, n:], rest)
+
+
+def test_gradients_of_weights_go_into_their_buffers(native):
+    """Twice, beside none; of no tokens, too."""
+    for scaling, tokens in (("tensor", 70), ("block", 140), ("block", 0)):
+        x, w = randn(tokens, 48).bfloat16(), [torch.nn.Parameter(randn(72, 48).bfloat16()) for _ in range(2)]
+        w[0].main_grad = torch.full((72, 48), 0.5)
+        wide = torch.nn.Parameter(w[1].detach().float())  # whose gradient is not rounded
+        for weight in (w[0], w[0], wide):
+            native.set_schedule("random", 3)
+            with llmengine.backend("cuda_sim"):
+                functional.fp8_linear(x, weight, scaling=scaling).float().square().sum().backward()
+        assert w[0].grad is None and wide.grad is not None
+        assert torch.equal(w[0].main_grad, 0.5 + wide.grad + wide.grad)
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -198,6 +227,9 @@ def test_nan_reaches_its_row_or_column_alone(native):
         ({"a": torch.zeros(20 * 160 + 8, dtype=torch.uint8)[8:].view(20, 160)}, "a has data at an odd address"),
         ({"b": torch.zeros(30, 168, dtype=torch.uint8)[:, :160]}, "b has dimension 0 has a stride of 168 bytes"),
         ({"b": torch.zeros(30, 144, dtype=torch.uint8)}, r"b has shape \(30, 144\); expected \(30, 160\)"),
+        ({"added": torch.zeros(20, 30).bfloat16()}, "added has dtype bfloat16; allowed: float32"),
+        ({"added": torch.zeros(30, 20)}, r"added has shape \(30, 20\); expected \(20, 30\)"),
+        ({"added": torch.zeros(20, 60)[:, ::2]}, "added must have last stride 1"),
         ({"bias": torch.zeros(20)}, r"bias has shape \(20,\); expected \(30,\)"),
         ({"out": torch.zeros(30, 20)}, r"out has shape \(30, 20\); expected \(20, 30\)"),
     ],
@@ -276,6 +308,9 @@ BREAKS: dict[str, Break] = {
     "sums begin with what was there": (
         PRODUCT, f"{PRODUCT}.cu", "shared.b[s], false);", "shared.b[s], step > item.from);", "exceeds",
     ),
+    "what other columns hold is added": (
+        PRODUCT, f"{PRODUCT}.cu", "p.to.load(row + r, column + v)", "p.to.load(row + r, v)", "not the sum|exceeds",
+    ),
     "no barrier before the transpose": (
         QUANTISE, f"{QUANTISE}.cu", "  __syncthreads();\n  for (int i =", "  for (int i =",
         "races|reads shared memory that no thread",
@@ -316,6 +351,9 @@ def attempt() -> None:
         assert_reference(x, "e4m3", block)
     for blocks in ((0, 0), (1, 128), (1, 1)):
         assert_right(140, 140, 656, blocks)
+    a, b, buffer = pair(40, 32, "e4m3", 0, 1), pair(140, 32, "e4m3", 0, 2), randn(40, 140)
+    expected = buffer + product(a, b)
+    assert torch.equal(product(a, b, added=buffer), expected), "not the sum"
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail(native):

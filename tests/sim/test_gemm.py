@@ -60,19 +60,24 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, *, pad: int = 0, multiple:
 
 def assert_right(
     m: int, n: int, k: int, way: str, dtype: torch.dtype, *, wide: bool = False, offset: int = 0, multiple: int = 1,
-    **given,
+    residual: bool = False, **given,
 ) -> None:  # fmt: skip
-    """Against float64, with a bias and a matrix added to a result in float32, a bias alone to one in 16 bits."""
+    """Against float64, with a bias and a matrix added to a result in float32, a bias alone to one in 16 bits; residual:
+    added to either is a matrix of the operands' dtype."""
     a, b = operands(m, n, k, dtype)
-    bias, added = torch.randn(n).to(torch.float32 if m % 2 else dtype), torch.randn(m, n) if wide else None
+    bias = torch.randn(n).to(torch.float32 if m % 2 else dtype)
+    added = torch.randn(m, n).to(dtype if residual else torch.float32) if wide or residual else None
     first, second = way.split()
     out = torch.float32 if wide else dtype
     lies = [lying(x, how, offset, multiple) for x, how in ((a, first), (b, second))]
-    ours = product(*lies, out, pad=offset, multiple=multiple, bias=bias, added=added, **given)
+    more = None if added is None else lying(added, "rows", offset, multiple)
+    ours = product(*lies, out, pad=offset, multiple=multiple, bias=bias, added=more, **given)
     what, oracle = f"{m} x {n} x {k} {way} {dtype}", a.double() @ b.double() + bias.double()
+    plain = (a @ b + bias).to(dtype)
+    if added is not None:
+        oracle, plain = oracle + added.double(), plain + added
     if not wide:
-        return assert_law(ours, (a @ b + bias).to(dtype), oracle, OUTPUT, what)
-    oracle += added.double()
+        return assert_law(ours, plain, oracle, OUTPUT, what)
     # tensor cores cut a sum to a float after every 8 of k; two additions are rounded
     allowed = (k / 8 + 3) * 2**-23 * (a.double().abs() @ b.double().abs() + bias.double().abs() + added.double().abs())
     assert ((ours - oracle).abs() <= allowed).all(), f"{what}: error exceeds {allowed.max()}"
@@ -87,13 +92,14 @@ SIZES = [(1, 1, 1), (5, 40, 24), (127, 64, 32), (128, 128, 96), (129, 130, 65), 
 def test_edges_of_tiles(native, m: int, n: int, k: int, way: str):
     for dtype, wide in zip(HALVES, (m % 2 == 0, m % 2 == 1), strict=True):
         assert_right(m, n, k, way, dtype, wide=wide)
+        assert_right(m, n, k, way, dtype, wide=wide, residual=True)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("offset", [1, 4, 8])
 def test_rows_that_begin_anywhere(native, way: str, offset: int):
     for wide in (False, True):
-        assert_right(67, 140, 75, way, HALVES[offset % 2], wide=wide, offset=offset)
+        assert_right(67, 140, 75, way, HALVES[offset % 2], wide=wide, offset=offset, residual=offset > 1)
 
 
 def test_rows_that_lie_beyond_32_bits(native):
@@ -183,7 +189,7 @@ DEEP = [(40, 72, 1000, 0), (40, 72, 3100, 6), (60, 33, 1600, 3), (300, 100, 1100
 def test_parts_of_a_deep_k(native, way: str, m: int, n: int, k: int, parts: int):
     for dtype, wide in zip(HALVES, (False, True), strict=True):
         sums = room()
-        assert_right(m, n, k, way, dtype, wide=wide, room=sums)
+        assert_right(m, n, k, way, dtype, wide=wide, room=sums, residual=not wide)
         assert parts_of(torch.empty(m, n), sums) == parts
 
 
@@ -218,7 +224,8 @@ def test_what_is_not_supported_names_itself(native):
         ({"a": a.T, "b": b.T}, "b must have last stride 1 where a has not, got 8"),
         ({"a2": a}, "b2 is wanted with a2, and only with it"),
         ({"a2": a.T, "b2": b}, "a2 must have its unit stride where the first operand has"),
-        ({"added": torch.ones(8, 8).half()}, "added has dtype float16; allowed: float32"),
+        ({"added": torch.ones(8, 8).bfloat16()}, "added has dtype bfloat16; allowed: float16, float32"),
+        ({"added": torch.ones(8, 9)}, r"added has shape \(8, 9\); expected \(8, 8\)"),
         ({"room": torch.ones(8).half()}, "room has dtype float16; allowed: float32"),
         ({"core": "sm70"}, "core is 'sm70'; allowed: 'sm80', 'sm90a'"),
     ]:
@@ -249,7 +256,7 @@ def test_sums_of_columns(native, dtype: torch.dtype):
 
 def attempt() -> None:
     for way, wide in (("rows rows", False), ("rows columns", True), ("columns rows", True)):
-        assert_right(133, 140, 105, way, HALVES[wide], wide=wide)
+        assert_right(133, 140, 105, way, HALVES[wide], wide=wide, residual=way == "rows rows")
     assert_right(67, 70, 75, "columns rows", HALVES[0], offset=3)
     assert_right(9 * 128, 129, 8, "rows columns", HALVES[1])
     assert_two_products(40, 70, 64, "rows rows", HALVES[1])
@@ -285,6 +292,9 @@ BREAKS: dict[str, Break] = {
     "tiles of a lower group": (*PRODUCT, "? rows - first : kGroup,", "? kGroup : kGroup,", "races|exceeds|nan"),
     "a row past the last": (*RESULT, "if (row >= rows) return;", "", "past the end of out"),
     "bias of other columns": (*RESULT, "add_line<T>(bias, column,", "add_line<T>(bias, column / 16 * 16,", "exceeds"),
+    "rows of `added` past the last": (*RESULT, "if (row >= rows) return x;", "", "past the end of added"),
+    "other rows of `added`": (*RESULT, "load_vector(added[row]", "load_vector(added[row / 2]", "exceeds"),
+    "the same half of `added`": (*RESULT, "column + 4, columns, added_wide", "column, columns, added_wide", "exceeds"),
     "no barrier between products": (*KERNEL, "if (i > 0) __syncthreads();", "", "races"),
     "the first product twice": (*KERNEL, "i == 0 ? p.b : p.b2", "p.b", "two products differ"),
     "no aligned rows": (*RESULT, "out.aligned, pack", "true, pack", "not a multiple of 16"),
@@ -292,7 +302,9 @@ BREAKS: dict[str, Break] = {
     "parts of k end with the last": (*KERNEL, "from + p.part_depth < p.depth ?", "false ?", "exceeds"),
     "all parts in one place": (*RESULT, "+ part * part_stride", "", "races|exceeds"),
     "a part is left out": (*PARTS, "part < parts; ++part", "part < parts - 1; ++part", "exceeds"),
-    "parts have no bias": (*PARTS, "result_of<T>(p));", "parts_result_of<T>(p));", "exceeds|races|NaN|nan"),
+    "parts have no bias": (
+        *PARTS, "result_of<T>(p.bias, p.added, p.out));", "parts_result_of<T>(p));", "exceeds|races|NaN|nan",
+    ),
     "sums of seven warps": (SUMS, "column_sums.cu", "w < kSumWarps; ++w", "w < kSumWarps - 1; ++w", "exceeds"),
     "sums are read too soon": (SUMS, "column_sums.cu", "__syncthreads();", "", "races|no thread"),
     "rows of one part": (SUMS, "column_sums.cu", "(gridDim.y) * kSumWarps", "(1) * kSumWarps", "exceeds"),

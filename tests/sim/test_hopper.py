@@ -281,6 +281,10 @@ def a_registers(a: np.ndarray, kind: str) -> Words:
     if kind == "tf32":
         i = np.arange(4)
         return bits_of(a, kind)[ROWS[:, None] + 8 * (i % 2), t + 4 * (i // 2)]
+    if a.shape[1] == 32:
+        i = np.arange(16)
+        bytes = bits_of(a, kind.split("_")[0])[ROWS[:, None] + 8 * (i // 4 % 2), 4 * t + i % 4 + 16 * (i // 8)]
+        return np.ascontiguousarray(bytes.astype(np.uint8)).view(np.uint32)
     i = np.arange(8)
     halves = bits_of(a, kind)[ROWS[:, None] + 8 * (i // 2 % 2), 2 * t + i % 2 + 8 * (i // 4)]
     return np.ascontiguousarray(halves.astype(np.uint16)).view(np.uint32)
@@ -370,13 +374,14 @@ EIGHT_BITS = pytest.mark.parametrize("kind", ["e4m3", "e5m2_e4m3"])
 
 @SWIZZLES
 @EIGHT_BITS
-def test_products_of_8_bits_are_plain_products(run, kind, swizzle):
+@pytest.mark.parametrize("a_form", ["k", "registers"])
+def test_products_of_8_bits_are_plain_products(run, a_form, kind, swizzle):
     """Of small numbers, one step of 32 of k, and as many as a swizzle's row has; with and without what was there."""
     rng = np.random.default_rng(8)
     for products in {1, SPANS[swizzle] // 32 or 4}:
         a, b, d = exact(kind, rng, 64, 32 * products), exact(kind, rng, 32 * products, 64), exact(kind, rng, 64, 64)
         for add in (False, True):
-            found = multiply(run, kind, 64, "k", "k", swizzle, a, b, d, add, products)
+            found = multiply(run, kind, 64, a_form, "k", swizzle, a, b, d, add, products)
             np.testing.assert_array_equal(found, a @ b + d * add)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from llmengine.testing import simulator
-from llmengine.testing.simulator import SCHEDULES
+
+from .harness import RUNS
 
 BLOCK = r"block \(\d, 0, 0\)"
 PLACE = rf"thread \(\d+, 0, 0\) of {BLOCK}"
@@ -123,7 +124,7 @@ def findings(case: str, version: str) -> list[str]:
     done = subprocess.run([program(), case, version], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [*SCHEDULES, "random", "random", "random"]
+    assert [line.split()[0] for line in lines] == RUNS
     return [line.split(": ", 1)[1] for line in lines]
 
 
@@ -143,7 +144,7 @@ def test_products_are_made_at_any_lawful_moment():
     """How many of 32 are there though none needs to be."""
     made = [float(found.removeprefix("ok ")) for found in findings("one_look_at_each_product", "fixed")]
     assert made[:2] == [0, 32], "forward: as late as possible; reversed: at once"
-    assert all(0 < count < 32 for count in made[3:]), "random: some"
+    assert all(0 < count < 32 for count in made[3:7]), "random: some"
 
 
 # ---- shared variables of clusters ------------------------------------------------------------------------------------

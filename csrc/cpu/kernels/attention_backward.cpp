@@ -14,7 +14,8 @@
 //
 //   Where there are few key heads for many processors, the row tiles are dealt out to several tasks, each with
 //   accumulators of its own, which are added in a fixed order: how many is a matter of the shapes, never of the number
-//   of threads, so that this changes no bit. Limit: the multiply-add ports.
+//   of threads, so that this changes no bit. They take kTasks times the memory of all keys, in floats; in a window a
+//   task has neighbouring rows, and accumulators for the keys alone that those see. Limit: the multiply-add ports.
 //
 //   The gradient of a mask is made by tasks of its own, each owning a tile of it and going through all batch entries,
 //   heads or rows that share the tile: two products more where it is asked for, and no quadratic buffer. A bias that is
@@ -31,6 +32,21 @@
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
+// ---- shares ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTasks = 16;  // about so many of equal work, where there is so much, and no more heads
+
+// How the row tiles of a sequence's key heads are dealt out: one by one, so that all shares have equal work, or in runs
+// of neighbours, where those see less than half of the keys.
+struct Deal {
+  int64_t shares, tiles;
+  bool runs = false;
+
+  int64_t begin(int64_t share) const { return runs ? tiles * share / shares : share; }
+  int64_t end(int64_t share) const { return runs ? tiles * (share + 1) / shares : tiles; }
+  int64_t step() const { return runs ? 1 : shares; }
+};
+
 // ---- grad_distance_bias ---------------------------------------------------------------------------------------------
 
 // Of each sequence and head, a table for each share of its rows (Backward::shares) of the entries that its distances
@@ -38,7 +54,7 @@ namespace {
 class DistanceSums {
  public:
   DistanceSums(const ops::AttentionBackward& p, const std::vector<ops::Sequence>& sequences,
-               const std::vector<int64_t>& shares)
+               const std::vector<Deal>& deals)
       : p_(p) {
     if (!wanted()) return;
     int64_t total = 0;
@@ -47,8 +63,8 @@ class DistanceSums {
       const int64_t shift = p.band(s).shift, most = p.farthest();
       const int64_t first = ops::clamp_index(1 - s.rows - shift, -most, most) + most;
       const int64_t end = ops::clamp_index(s.keys - 1 - shift, -most, most) + most + 1;
-      tables_.push_back({total, first, s.rows && s.keys ? end - first : 0, shares[n]});
-      total += tables_.back().entries * p.heads() * shares[n];
+      tables_.push_back({total, first, s.rows && s.keys ? end - first : 0, deals[n].shares});
+      total += tables_.back().entries * p.heads() * deals[n].shares;
     }
     sums_ = std::make_unique<float[]>(static_cast<size_t>(total));
   }
@@ -128,8 +144,6 @@ class SinkSums {
 
 // ---- grad_query, grad_key, grad_value -------------------------------------------------------------------------------
 
-constexpr int64_t kTasks = 16;  // about so many of equal work, where there is so much, and no more heads
-
 class Backward {
  public:
   explicit Backward(const ops::AttentionBackward& p)
@@ -139,22 +153,27 @@ class Backward {
         tiled_(tiles(p)),
         value_factor_(tiled_ ? Dropout(p.dropout_p, p.seed).keep_scale : 1.0f),
         sequences_(ops::sequences_of(p)),
-        shares_(shares()),
-        distances_(p, sequences_, shares_),
+        deals_(deals()),
+        distances_(p, sequences_, deals_),
         sinks_(p, sequences_),
-        tasks_(sequences_, [&](size_t s) { return p.key_heads() * shares_[s]; }) {
+        tasks_(sequences_, [&](size_t s) { return p.key_heads() * deals_[s].shares; }) {
+    int64_t total = 0;
     for (size_t s = 0; s < sequences_.size(); ++s) {
-      const int64_t partials = shares_[s] > 1 ? p.key_heads() * shares_[s] : 0;
-      first_partial_.push_back(first_partial_.back() + partials * floats(sequences_[s]));
+      first_share_.push_back(std::ssize(offsets_));
+      if (deals_[s].shares == 1) continue;
+      for (int64_t i = 0; i < p.key_heads() * deals_[s].shares; ++i) {
+        offsets_.push_back(total);
+        total += floats(keys_of(sequences_[s], deals_[s], i % deals_[s].shares));
+      }
     }
-    take_partials(first_partial_.back());
+    take_partials(total);
   }
 
   template <class T>
   void run() const {
     parallel_each(tasks_.size(), [&](int64_t index) { task<T>(tasks_[index]); });
     const SequenceTasks sums(sequences_, [&](size_t s) {
-      return shares_[s] > 1 ? p_.key_heads() * count_of(sequences_[s].keys, kKeys) : 0;
+      return deals_[s].shares > 1 ? p_.key_heads() * count_of(sequences_[s].keys, kKeys) : 0;
     });
     parallel_each(sums.size(), [&](int64_t index) { add_partials<T>(sums[index]); });
     if (distances_.wanted()) distances_.write();
@@ -162,16 +181,29 @@ class Backward {
   }
 
  private:
-  // Among how many tasks the row tiles of a key head are shared out, for each sequence.
-  std::vector<int64_t> shares() const {
+  std::vector<Deal> deals() const {
     int64_t total = 0;
     for (const ops::Sequence& s : sequences_) total += p_.key_heads() * s.rows * s.keys;
-    std::vector<int64_t> shares;
+    std::vector<Deal> deals;
     for (const ops::Sequence& s : sequences_) {
-      const int64_t wanted = total ? (kTasks * s.rows * s.keys + total / 2) / total : 1;
-      shares.push_back(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, row_tiles(s))));
+      const int64_t wanted = total ? (kTasks * s.rows * s.keys + total / 2) / total : 1, tiles = row_tiles(s);
+      Deal deal{std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, tiles)), tiles, true};
+      int64_t seen = 0;
+      for (int64_t share = 0; share < deal.shares; ++share) seen += keys_of(s, deal, share).count();
+      deal.runs = 2 * seen < deal.shares * s.keys;
+      deals.push_back(deal);
     }
-    return shares;
+    return deals;
+  }
+
+  // The keys that a share's rows may see, in whole tiles.
+  Span keys_of(const ops::Sequence& s, const Deal& deal, int64_t share) const {
+    if (!deal.runs) return {0, s.keys};
+    const int64_t group = p_.group(), size = tile_rows(), blocks = deal.tiles / group;  // the last rows come first
+    const int64_t row = (blocks - 1 - (deal.end(share) - 1) / group) * size;
+    const int64_t row_end = std::min((blocks - deal.begin(share) / group) * size, s.rows);
+    const auto seen = p_.band(s).keys_of(row, row_end);
+    return {seen.begin / kKeys * kKeys, std::min(round_up(std::max(seen.end, seen.begin), kKeys), s.keys)};
   }
 
   // Kept between calls, where they are few: their fresh pages would cost as much as the products.
@@ -186,37 +218,39 @@ class Backward {
     }
   }
 
-  // Accumulators of a key head: grad_key (keys, depth_), then grad_value (keys, width_).
-  int64_t floats(const ops::Sequence& s) const { return s.keys * (depth_ + width_); }
+  // Accumulators of a key head's keys: grad_key (keys, depth_), then grad_value (keys, width_).
+  int64_t floats(Span keys) const { return keys.count() * (depth_ + width_); }
+  KeySums sums(float* memory, Span keys) const { return {memory, memory + keys.count() * depth_, keys.begin}; }
   float* partial(const SequenceTasks::Task& at, int64_t key_head, int64_t share) const {
-    return partials_ + first_partial_[at.which] + (key_head * shares_[at.which] + share) * floats(at.sequence);
+    return partials_ + offsets_[first_share_[at.which] + key_head * deals_[at.which].shares + share];
   }
 
   template <class T>
   void task(const SequenceTasks::Task& at) const {
     const ops::Sequence& s = at.sequence;
-    const int64_t shares = shares_[at.which], key_head = at.number / shares, share = at.number % shares;
+    const Deal& deal = deals_[at.which];
+    const int64_t key_head = at.number / deal.shares, share = at.number % deal.shares;
+    const Span keys = deal.shares > 1 ? keys_of(s, deal, share) : Span{0, s.keys};
     thread_local Scratch accumulators;
-    float* grad_key = shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(s))[0];
-    float* grad_value = grad_key + s.keys * depth_;
-    std::fill_n(grad_key, floats(s), 0.0f);
+    float* memory = deal.shares > 1 ? partial(at, key_head, share) : accumulators.take(floats(keys))[0];
+    std::fill_n(memory, floats(keys), 0.0f);
     [[maybe_unused]] const typename Products<T>::Session session;
     if (tiled_) {
-      tile_rows(at, key_head, share, grad_key, grad_value);
+      add_tiled_rows(at, key_head, share, sums(memory, keys));
     } else {
-      add_rows<T>(at, key_head, share, grad_key, grad_value);
+      add_rows<T>(at, key_head, share, sums(memory, keys));
     }
-    if (shares == 1) write(grad_key, grad_value, s, key_head, 0, s.keys, T{});
+    if (deal.shares == 1) write<T>(sums(memory, keys), s, key_head, s.keys);
   }
 
   // What a share of the rows gives to their keys.
   template <class T>
-  void add_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, float* grad_key,
-                float* grad_value) const {
+  void add_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, const KeySums& to) const {
     using RowTile = BackwardRows<T, ops::AttentionBackward, Scores>;
     const ops::Sequence& s = at.sequence;
     const RowTiles places(p_, s);
-    const int64_t shares = shares_[at.which], together = tiles_together(RowTile::floats(p_));
+    const Deal& deal = deals_[at.which];
+    const int64_t together = tiles_together(RowTile::floats(p_)), end = deal.end(share);
     using Keys = KeyTiles<T, ops::AttentionBackward>;
     thread_local Scratch scratch;
     const auto [keys, memory, scores] =
@@ -225,9 +259,9 @@ class Backward {
     const TileBuffers<T> tiles(scores);
     std::vector<RowTile> all;
     all.reserve(static_cast<size_t>(together));
-    for (int64_t n = share; n < places.count();) {
+    for (int64_t n = deal.begin(share); n < end;) {
       all.clear();
-      for (float* own = memory; n < places.count() && std::ssize(all) < together; n += shares) {
+      for (float* own = memory; n < end && std::ssize(all) < together; n += deal.step()) {
         const int64_t head = places.head(n, key_head);
         all.emplace_back(p_, s, head, places.row(n), Scores(p_, s, head), own);
         own += RowTile::floats(p_);
@@ -236,7 +270,7 @@ class Backward {
       for_key_tiles(s.keys, all, make, [&](RowTile& rows, const KeyTile<T>& tile) {
         const TilePlace place = rows.make_tiles(tile, tiles);
         if (distances_.wanted()) distances_.add(at, rows.head(), share, place, tiles.g);
-        rows.accumulate(place, tile, tiles, grad_key, grad_value);
+        rows.accumulate(place, tile, tiles, to);
       });
       for (const RowTile& rows : all) {
         rows.write();
@@ -247,16 +281,14 @@ class Backward {
 
 #if defined(LLMENGINE_AMX)
   static bool tiles(const ops::AttentionBackward& p) { return amx_takes(p) && !p.grad_distance_bias.defined(); }
-  int64_t row_tiles(const ops::Sequence& s) const {
-    return tiled_ ? p_.group() * count_of(s.rows, AmxBackward<1>::kBlockRows) : RowTiles(p_, s).count();
-  }
-  void tile_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, float* grad_key,
-                 float* grad_value) const {
+  int64_t tile_rows() const { return tiled_ ? AmxBackward<1>::kBlockRows : kRows; }
+  void add_tiled_rows(const SequenceTasks::Task& at, int64_t key_head, int64_t share, const KeySums& to) const {
     const auto tile = [&]<int steps>(std::integral_constant<int, steps>) {
       AmxBackward<steps> all(p_, at.sequence, key_head);
-      const int64_t group = p_.group(), blocks = row_tiles(at.sequence) / group;
-      for (int64_t n = share; n < blocks * group; n += shares_[at.which]) {
-        all.add_rows(key_head * group + n % group, (blocks - 1 - n / group) * all.kBlockRows, grad_key, grad_value);
+      const Deal& deal = deals_[at.which];
+      const int64_t group = p_.group(), blocks = deal.tiles / group;
+      for (int64_t n = deal.begin(share); n < deal.end(share); n += deal.step()) {
+        all.add_rows(key_head * group + n % group, (blocks - 1 - n / group) * all.kBlockRows, to);
         if (sinks_.wanted()) sinks_.set(at, all);
       }
     };
@@ -264,35 +296,39 @@ class Backward {
   }
 #else
   static bool tiles(const ops::AttentionBackward&) { return false; }
-  int64_t row_tiles(const ops::Sequence& s) const { return RowTiles(p_, s).count(); }
-  void tile_rows(const SequenceTasks::Task&, int64_t, int64_t, float*, float*) const {}
+  int64_t tile_rows() const { return kRows; }
+  void add_tiled_rows(const SequenceTasks::Task&, int64_t, int64_t, const KeySums&) const {}
 #endif
+  int64_t row_tiles(const ops::Sequence& s) const { return p_.group() * count_of(s.rows, tile_rows()); }
 
-  // keys [first, first + count) of a key head, from accumulators that begin there
+  // `count` keys of a key head
   template <class T>
-  void write(const float* grad_key, const float* grad_value, const ops::Sequence& s, int64_t key_head, int64_t first,
-             int64_t count, T) const {
-    const int64_t key = s.key0 + first;
-    store_rows(grad_key, depth_, count, static_cast<float>(p_.scale), Rows<T>(p_.grad_key, s.batch, key_head, key));
-    store_rows(grad_value, width_, count, value_factor_, Rows<T>(p_.grad_value, s.batch, key_head, key));
+  void write(const KeySums& from, const ops::Sequence& s, int64_t key_head, int64_t count) const {
+    const int64_t key = s.key0 + from.first;
+    store_rows(from.key, depth_, count, static_cast<float>(p_.scale), Rows<T>(p_.grad_key, s.batch, key_head, key));
+    store_rows(from.value, width_, count, value_factor_, Rows<T>(p_.grad_value, s.batch, key_head, key));
   }
 
   template <class T>
   void add_partials(const SequenceTasks::Task& at) const {
     const ops::Sequence& s = at.sequence;
     const int64_t tiles = count_of(s.keys, kKeys), key_head = at.number / tiles;
-    const int64_t first = at.number % tiles * kKeys, count = std::min(kKeys, s.keys - first);
-    const auto add = [&](int64_t offset, int64_t floats) {
-      float* into = partial(at, key_head, 0) + offset;
-      for (int64_t share = 1; share < shares_[at.which]; ++share) {
-        const float* from = partial(at, key_head, share) + offset;
-        for (int64_t i = 0; i < floats; ++i) into[i] += from[i];
-      }
-      return into;
-    };
-    const float* grad_key = add(first * depth_, count * depth_);
-    const float* grad_value = add(s.keys * depth_ + first * width_, count * width_);
-    write(grad_key, grad_value, s, key_head, first, count, T{});
+    const Span mine{at.number % tiles * kKeys, std::min(at.number % tiles * kKeys + kKeys, s.keys)};
+    thread_local Scratch scratch;
+    float* memory = scratch.take(kKeys * (depth_ + width_))[0];
+    std::fill_n(memory, floats(mine), 0.0f);
+    const KeySums to = sums(memory, mine);
+    for (int64_t share = 0; share < deals_[at.which].shares; ++share) {
+      const Span keys = keys_of(s, deals_[at.which], share);
+      if (common(keys, mine).count() <= 0) continue;  // all of them or none: shares have whole tiles
+      const KeySums from = sums(partial(at, key_head, share), keys);
+      add(from.key + (mine.begin - keys.begin) * depth_, mine.count() * depth_, to.key);
+      add(from.value + (mine.begin - keys.begin) * width_, mine.count() * width_, to.value);
+    }
+    write<T>(to, s, key_head, mine.count());
+  }
+  static void add(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 
   const ops::AttentionBackward& p_;
@@ -300,11 +336,11 @@ class Backward {
   bool tiled_;  // by cpu/attention_amx_backward.h
   float value_factor_;
   std::vector<ops::Sequence> sequences_;
-  std::vector<int64_t> shares_;
+  std::vector<Deal> deals_;
   DistanceSums distances_;
   SinkSums sinks_;
   SequenceTasks tasks_;
-  std::vector<int64_t> first_partial_{0};
+  std::vector<int64_t> first_share_, offsets_;  // of a sequence's shares, where they have accumulators of their own
   std::unique_ptr<float[]> fresh_;
   float* partials_ = nullptr;
 };

@@ -38,18 +38,17 @@ constexpr int64_t kGrain = 1 << 16;  // multiply-adds for which a thread is woke
 // x[0] = x[0]'s and x[step]'s sums over lanes that differ in bit `step`, those of x[step] where the bit is set.
 template <int step, int... lane>
 inline void add_halves(F (&x)[kLanes], std::integer_sequence<int, lane...>) {
-  constexpr I own = {(lane & step ? kLanes + lane : lane)...};
-  constexpr I other = {(lane & step ? kLanes + (lane ^ step) : lane ^ step)...};
 #pragma GCC unroll 16
   for (int i = 0; i < step; ++i) {
-    x[i] = __builtin_shuffle(x[i], x[i + step], own) + __builtin_shuffle(x[i], x[i + step], other);
+    const F own = shuffle<(lane & step ? kLanes + lane : lane)...>(x[i], x[i + step]);
+    x[i] = own + shuffle<(lane & step ? kLanes + (lane ^ step) : lane ^ step)...>(x[i], x[i + step]);
   }
 }
 
 // Lane i is the sum of the lanes of x[i].
 template <int step = kLanes / 2>
 inline F sums_of_lanes(F (&x)[kLanes]) {
-  add_halves<step>(x, std::make_integer_sequence<int, kLanes>());
+  add_halves<step>(x, Lanes());
   if constexpr (step > 1) return sums_of_lanes<step / 2>(x);
   return x[0];
 }

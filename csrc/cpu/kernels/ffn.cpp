@@ -2,7 +2,7 @@
 //
 //   forward    1  x w_up^T (and x w_gate^T in the same tiles)  -> bias, activation, gate, dropout -> hidden,
 //   pre-activations
-//              2  hidden w_down^T                              -> bias -> output
+//              2  hidden w_down^T                              -> bias, residual -> output
 //   backward   1  grad_output w_down   -> dropout, act' -> grad_up, grad_gate, and the hidden layer once more
 //              2  grad_output^T hidden, grad_up^T x, grad_gate^T x, grad_up w_up + grad_gate w_gate
 //
@@ -176,15 +176,16 @@ void ffn_forward(const ops::FeedForwardForward& p) {
   const auto b_up = as_floats(p.b_up, f, 0.0f), b_gate = as_floats(p.b_gate, f, 0.0f);
   const auto b_down = as_floats(p.b_down, d, 0.0f);
   const Matrix x{p.input};
+  const bool gated = p.w_gate.defined();
   visit_float(p.input.dtype, [&]<class T>(T) {
     visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
-      gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), p.w_gate.defined() ? d : 0, 1}},
+      gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), gated ? d : 0, gated}},
            [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); });
     });
   });
   if (!p.output.defined()) return;
   gemm(tokens, d, {{Matrix(p.hidden), Matrix(p.w_down).t(), f}},
-       [&](const Tile& tile) { store_tile(tile, p.output, b_down.data()); });
+       [&](const Tile& tile) { store_tile(tile, p.output, b_down.data(), p.residual); });
 }
 
 // grad^T x, for a parameter (out, in) that x (tokens, in) went through to where `grad` (tokens, out) comes from

@@ -239,6 +239,7 @@ class Gemm {
                   strip.tiles() * (part + 1) / parts);
       });
     }
+    scratch.release_large();  // a tile's columns of a weight gradient's tokens
   }
 
  private:
@@ -270,12 +271,12 @@ class Gemm {
     const bool pairs = kPairsPay && (term.a.dtype == DType::bf16 || term.b.dtype == DType::bf16);
     const int64_t step = pairs ? 2 * kBlockPairs : kBlockFloats;
     tall_ &= pairs || term.depth == 0;
+    accumulators_ = std::max(accumulators_, term.into + 1);
     for (int64_t k = 0; k < term.depth; k += step) {
       const Into into = begun_[term.into] ? Into::add : Into::place;
       blocks_.push_back({&term, pairs, k, std::min(step, term.depth - k), floats_, into});
       floats_ += blocks_.back().floats();
       begun_[term.into] = true;
-      accumulators_ = std::max(accumulators_, term.into + 1);
     }
   }
 

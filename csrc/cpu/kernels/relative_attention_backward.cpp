@@ -93,7 +93,7 @@ class Backward {
     const auto make = [&](int64_t first) { return key_tiles.backward(first); };
     for_key_tiles(s.keys, one, make, [&](RowTile& tile, const KeyTile<T>& of) {
       const TilePlace at = tile.make_tiles(of, tiles);
-      tile.accumulate(at, of, tiles, grad_key, grad_value);
+      tile.accumulate(at, of, tiles, {grad_key, grad_value});
       tile.scores().accumulate_positions(at, tiles.g, grad_query, grad_distances, a.first);
       if (p_.segment_scores.defined()) tile.scores().accumulate_segments(at, tiles.p, tiles.g, segments);
     });

@@ -39,15 +39,14 @@ void turn_halves(const T* x, const float* cos, const float* sin, float sign, int
 
 template <int... lane>
 F swapped(F x, std::integer_sequence<int, lane...>) {
-  constexpr I order = {(lane ^ 1)...};
-  return __builtin_shuffle(x, order);
+  return shuffle<(lane ^ 1)...>(x, x);
 }
 
 template <class T>
 void turn_neighbours(const T* x, const float* cos2, const float* sin2, int64_t features, T* y) {
   for_lanes(features, [&](int64_t k, auto n) {
     const F pair = load_n(x + k, n);
-    const F other = swapped(pair, std::make_integer_sequence<int, kLanes>());
+    const F other = swapped(pair, Lanes());
     store_n(y + k, pair * load_n(cos2 + k, n) + other * load_n(sin2 + k, n), n);
   });
 }

@@ -2,11 +2,14 @@
 // d += a b asynchronously, with the sums in float32 (PTX ISA, "wgmma.mma_async"; sm_90a).
 //
 //   a is 64 x k, b is k x n, d is 64 x n; k is 32 bytes, so 16 (bf16, f16), 8 (tf32) or 32 (e4m3, e5m2), n twice the
-//   accumulators of a thread. b lies in shared memory, a there or (but of 8-bit elements here) in registers. Warp w of
-//   the warpgroup has rows 16w to 16w + 15 of d and a, its lanes as in mma.cuh: with g = lane / 4 and t = lane % 4,
+//   accumulators of a thread. b lies in shared memory, a there or in registers. Warp w of the warpgroup has rows 16w to
+//   16w + 15 of d and a, its lanes as in mma.cuh: with g = lane / 4 and t = lane % 4,
 //
 //     d[4j], d[4j + 1]       (16w + g, 8j + 2t), and the column after it      a[0] .. a[3]   as mma_16x8x16 (tf32:
 //     d[4j + 2], d[4j + 3]   (16w + g + 8, 8j + 2t), ...                                     mma_16x8x8_tf32) has them
+//
+//     a of 8-bit elements, four in a register, the first in its lowest byte:
+//     a[0]   (16w + g, 4t ..), a[1] 8 rows below        a[2]   (16w + g, 16 + 4t ..), a[3] 8 rows below
 //
 //   An operand in shared memory is made of 16-byte chunks: of k ("k-major", rows are those of m or n) or of m or n
 //   ("mn-major", 16-bit elements only; rows are those of k). Eight rows of a swizzle's span are its pattern, as a box

@@ -12,7 +12,7 @@ namespace llmengine::ptx {
 template <Multiplicand element, Major b_major, int count>
 __device__ __forceinline__ void wgmma(float (&d)[count], const uint32_t (&a)[4], MatrixDescriptor b, bool add) {
   static_assert(count % 4 == 0 && count >= 4 && count <= 128);
-  static_assert(detail::has_sixteen_bits(element) || (element == Multiplicand::tf32 && b_major == Major::k));
+  static_assert(detail::has_sixteen_bits(element) || b_major == Major::k);
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Types = detail::WgmmaTypes<element>;
   using Majors = detail::WgmmaMajors<detail::has_sixteen_bits(element), b_major>;

@@ -198,6 +198,7 @@ struct cudaLaunchConfig_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
 };
@@ -211,6 +212,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const auto& device = llmengine::sim::kDevice;
   *value = which == cudaDevAttrMultiProcessorCount      ? llmengine::sim::multiprocessors
+           : which == cudaDevAttrL2CacheSize            ? device.cache_bytes
            : which == cudaDevAttrComputeCapabilityMajor ? device.compute_capability / 10
                                                         : device.compute_capability % 10;
   return cudaSuccess;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
+from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, scalar, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
@@ -24,9 +24,10 @@ def _class_weights(weight):
 
 @kernel(KERNELS, "cross_entropy_forward", _refuses_forward)
 def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap):
-    losses, lse = torch.empty(input.shape[0]), torch.empty(input.shape[0])
-    loss = losses if reduction == "none" else torch.empty(())
-    normaliser = torch.empty(())
+    rows = input.shape[0]
+    losses, lse = torch.empty(rows), torch.empty(rows)
+    loss = losses if reduction == "none" else scalar()
+    normaliser = scalar()
     module.cross_entropy_forward(
         input=unit_last_stride(input), target=contiguous(target), weight=_class_weights(weight), reduction=reduction,
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
@@ -39,7 +40,7 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
 def cross_entropy_backward(
     grad_loss, input, target, weight, lse, normaliser, reduction, ignore_index, label_smoothing, z_loss, softcap
 ):
-    grad_input = torch.empty(input.shape, dtype=input.dtype)
+    grad_input = input.new_empty(*input.shape)
     module.cross_entropy_backward(
         grad_loss=grad_loss, input=unit_last_stride(input), target=contiguous(target), weight=_class_weights(weight),
         lse=lse, normaliser=normaliser, reduction=reduction, ignore_index=ignore_index,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from llmengine.backends.cpu.native import module, refuses_tensors, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -16,7 +14,7 @@ def _forward_refuses(input, weight, scale):
 
 @kernel(KERNELS, "embedding_forward", _forward_refuses)
 def embedding_forward(input, weight, scale):
-    output = torch.empty((input.shape[0], weight.shape[1]), dtype=weight.dtype)
+    output = weight.new_empty(input.shape[0], weight.shape[1])
     module.embedding_forward(input=input.contiguous(), weight=unit_last_stride(weight), scale=scale, output=output)
     return output
 
@@ -27,7 +25,7 @@ def _backward_refuses(grad_output, input, *_):
 
 @kernel(KERNELS, "embedding_backward", _backward_refuses)
 def embedding_backward(grad_output, input, rows, padding_idx, scale):
-    grad_weight = torch.empty((rows, grad_output.shape[1]), dtype=grad_output.dtype)
+    grad_weight = grad_output.new_empty(rows, grad_output.shape[1])
     module.embedding_backward(
         grad_output=unit_last_stride(grad_output), input=input.contiguous(), padding_idx=padding_idx, scale=scale,
         grad_weight=grad_weight,

@@ -11,8 +11,8 @@ from llmengine.ops.registry import Kernel, kernel
 KERNELS: dict[str, Kernel] = {}
 
 
-def _forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, *_):
-    return refuses_tensors(input, w_up, b_up, w_gate, b_gate, w_down, b_down)
+def _forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, *_):
+    return refuses_tensors(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual)
 
 
 def _backward_refuses(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, *_):
@@ -20,13 +20,13 @@ def _backward_refuses(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up
 
 
 @kernel(KERNELS, "ffn_forward", _forward_refuses)
-def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save):
     output, hidden = input.new_empty(input.shape), input.new_empty(input.shape[0], w_up.shape[0])
     up = torch.empty_like(hidden) if save else None
     gate = torch.empty_like(hidden) if save and w_gate is not None else None
     _forward(
-        input, w_up, b_up, w_gate, b_gate, w_down, b_down, up, gate, seed=seed, activation=activation,
-        dropout_p=dropout_p, output=output, hidden=hidden,
+        input, w_up, b_up, w_gate, b_gate, w_down, b_down, up, gate, residual=unit_last_stride(residual), seed=seed,
+        activation=activation, dropout_p=dropout_p, output=output, hidden=hidden,
     )  # fmt: skip
     return output, *(input.new_empty(0) if h is None else h for h in (up, gate))
 
@@ -44,8 +44,8 @@ def _pre_activations(input, w_up, b_up, w_gate, b_gate, w_down):
     up = input.new_empty(input.shape[0], w_up.shape[0])
     gate = None if w_gate is None else torch.empty_like(up)
     _forward(
-        input, w_up, b_up, w_gate, b_gate, w_down, None, up, gate, seed=None, activation="relu", dropout_p=0.0,
-        output=None, hidden=None,
+        input, w_up, b_up, w_gate, b_gate, w_down, None, up, gate, residual=None, seed=None, activation="relu",
+        dropout_p=0.0, output=None, hidden=None,
     )  # fmt: skip
     return up, gate
 

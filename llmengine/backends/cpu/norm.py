@@ -20,9 +20,9 @@ def _backward_refuses(grad_output, grad_new_residual, h, weight, mean, rstd, *_)
 
 @kernel(KERNELS, "norm_forward", _forward_refuses)
 def norm_forward(input, residual, weight, bias, seed, eps, dropout_p, subtract_mean):
-    rows = input.shape[0]
-    output = torch.empty(input.shape, dtype=input.dtype)
-    new_residual = torch.empty(input.shape if residual is not None else (0,), dtype=input.dtype)
+    rows, columns = input.shape
+    output = input.new_empty(rows, columns)
+    new_residual = input.new_empty(0) if residual is None else input.new_empty(rows, columns)
     mean = torch.empty(rows if subtract_mean else 0)
     rstd = torch.empty(rows)
     module.norm_forward(
@@ -35,9 +35,10 @@ def norm_forward(input, residual, weight, bias, seed, eps, dropout_p, subtract_m
 
 @kernel(KERNELS, "norm_backward", _backward_refuses)
 def norm_backward(grad_output, grad_new_residual, h, weight, mean, rstd, seed, dropout_p, subtract_mean, split):
-    grad_input = torch.empty(h.shape, dtype=h.dtype)
-    grad_residual = torch.empty(h.shape if split else (0,), dtype=h.dtype)
-    grad_weight, grad_bias = torch.empty(h.shape[1]), torch.empty(h.shape[1])
+    rows, columns = h.shape
+    grad_input = h.new_empty(rows, columns)
+    grad_residual = h.new_empty(rows, columns) if split else h.new_empty(0)
+    grad_weight, grad_bias = torch.empty(columns), torch.empty(columns)
     module.norm_backward(
         grad_output=unit_last_stride(grad_output), grad_new_residual=unit_last_stride(grad_new_residual),
         h=unit_last_stride(h), weight=contiguous(weight), mean=mean if subtract_mean else None, rstd=rstd, seed=seed,

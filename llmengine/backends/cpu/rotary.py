@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from llmengine.backends.cpu.native import contiguous, module, refuses_tensors, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -16,7 +14,7 @@ def _refuses(x, cos, sin, interleaved):
 
 @kernel(KERNELS, "rotary_forward", _refuses)
 def rotary_forward(input, cos, sin, interleaved):
-    output = torch.empty(input.shape, dtype=input.dtype)
+    output = input.new_empty(*input.shape)
     module.rotary_forward(
         input=unit_last_stride(input), cos=contiguous(cos), sin=contiguous(sin), output=output, interleaved=interleaved
     )
@@ -25,7 +23,7 @@ def rotary_forward(input, cos, sin, interleaved):
 
 @kernel(KERNELS, "rotary_backward", _refuses)
 def rotary_backward(grad_output, cos, sin, interleaved):
-    grad_input = torch.empty(grad_output.shape, dtype=grad_output.dtype)
+    grad_input = grad_output.new_empty(*grad_output.shape)
     module.rotary_backward(
         grad_output=unit_last_stride(grad_output), cos=contiguous(cos), sin=contiguous(sin), grad_input=grad_input,
         interleaved=interleaved,

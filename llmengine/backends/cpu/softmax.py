@@ -24,14 +24,14 @@ def _refuses_dtype(dtype):
 
 @kernel(KERNELS, "softmax_forward", _forward_refuses)
 def softmax_forward(input, dtype):
-    output = torch.empty(input.shape, dtype=dtype)
+    output = torch.empty(*input.shape, dtype=dtype)
     module.softmax_forward(input=unit_last_stride(input), output=output)
     return output
 
 
 @kernel(KERNELS, "softmax_backward", _backward_refuses)
 def softmax_backward(grad_output, output, dtype):
-    grad_input = torch.empty(output.shape, dtype=dtype)
+    grad_input = torch.empty(*output.shape, dtype=dtype)
     module.softmax_backward(
         grad_output=unit_last_stride(grad_output), output=unit_last_stride(output), grad_input=grad_input
     )

@@ -79,7 +79,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
                 reason = one_pass_refuses(query, value, arguments["cu_seqlens_q"])
                 registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
                 if reason is None:
-                    kernel, of_hopper = "attention_backward_one_pass", of_hopper | _grid(**arguments)
+                    kernel = "attention_backward_one_pass"
+                    of_hopper |= _grid(**arguments) | _mask_sums(query, grad_mask if by_kernel else None)
         elif native.wants_one_pass():
             registry.tell("in two passes: one is for Hopper's kernels")
         native.call(
@@ -142,7 +143,8 @@ def _grid_tiles(query, cu_seqlens_q) -> int:
 def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
     """What one pass adds up on, and its room (csrc/cuda/attention_sm90a.h, attention_grid.h)."""
     batch, heads, rows, _ = query.shape
-    dim = 64 if max(query.shape[3], value.shape[3]) <= 64 else 128
+    widest = max(query.shape[3], value.shape[3])
+    dim = 64 if widest <= 64 else 96 if widest <= 96 else 128
     tiles, sequences, longest = _grid_tiles(query, cu_seqlens_q), batch, rows
     if cu_seqlens_q is not None:
         sequences, longest = len(cu_seqlens_q) - 1, max(1, min(max_seqlen_q, rows))
@@ -154,6 +156,20 @@ def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
         "squares": torch.empty(2, batch, heads, rows, **floats),
         "of_rows": torch.empty(tiles, heads, 4, GRID_ROWS, **floats),
     }
+
+
+def _mask_sums(query, grad_mask):
+    """One pass leaves a mask's gradient behind where it has a row for each of the queries', and zeros where no key is
+    seen. Where sequences or heads share those rows, it adds them up on integers."""
+    batch, heads, rows, _ = query.shape
+    none = {"mask_sums": None, "mask_bounds": None}
+    if grad_mask is None or grad_mask.shape[2] != rows:
+        return none
+    grad_mask.zero_()
+    if grad_mask.shape[:2] == (batch, heads):
+        return none
+    sums = torch.zeros_like(grad_mask, dtype=torch.int64)
+    return {"mask_sums": sums, "mask_bounds": _zeros(query, grad_mask.shape[:3].numel() + 1)}
 
 
 def _grad_of_row_bias(grad_lse, lse, taken):

@@ -31,7 +31,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
     @kernel(table, "embedding_backward", backward_refuses)
     def embedding_backward(grad_output, input, rows, padding_idx, scale):
         tokens, columns = grad_output.shape
-        ids, order = input.to(torch.int32).sort(stable=True)  # of half as many bits: half as many passes
+        # of half as many bits: half as many passes; what is no row stays none
+        ids, order = input.clamp(-1, rows).to(torch.int32).sort(stable=True)
         grad_weight = grad_output.new_zeros((rows, columns))
         native.call(
             "embedding_backward", grad_output, grad_output=unit_last_stride(grad_output), ids=ids, tokens=order,

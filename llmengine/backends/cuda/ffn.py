@@ -1,5 +1,5 @@
 """Feed-forward block in CUDA: PyTorch's products (cuBLAS), which add the biases, and what lies between them in one
-kernel each way, csrc/cuda/ffn.cu; or, where `Native.own_products` says so, all of it by csrc/cuda/ffn_products.cu."""
+kernel each way, csrc/cuda/ffn.cu; or, where `Native.core_of` says so, all of it by csrc/cuda/ffn_products.cu."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llmengine.ops.registry import Kernel, kernel
 def kernels(native: Native) -> dict[str, Kernel]:
     table: dict[str, Kernel] = {}
 
-    def forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, *_):
-        tensors = (input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed)
+    def forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, *_):
+        tensors = (input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed)
         return native.refuses_tensors(*tensors) or native.refuses_products(input)
 
     def backward_refuses(grad_output, input, w_up, b_up, w_gate, b_gate, w_down, up, gate, seed, *_):
@@ -29,11 +29,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
         return linear(input, w_up, b_up), None if w_gate is None else linear(input, w_gate, b_gate)
 
     @kernel(table, "ffn_forward", forward_refuses)
-    def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
-        if native.own_products(input.dtype):
+    def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save):
+        if core := native.core_of("ffn", input, w_up, w_gate):
             return fused_forward(
-                native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save
-            )
+                native, core, input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p,
+                save,
+            )  # fmt: skip
         up, gate = pre_activations(input, w_up, b_up, w_gate, b_gate)
         hidden = torch.empty_like(up)
         native.call(
@@ -41,7 +42,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
             hidden=hidden,
         )  # fmt: skip
         kept = [x if save and x is not None else input.new_empty(0) for x in (up, gate)]
-        return linear(hidden, w_down, b_down), *kept
+        output = linear(hidden, w_down, residual if b_down is None else b_down)
+        if residual is not None and b_down is not None:  # which cuBLAS adds one of
+            output.add_(residual)
+        return output, *kept
 
     @kernel(table, "ffn_backward", backward_refuses)
     def ffn_backward(
@@ -49,12 +53,13 @@ def kernels(native: Native) -> dict[str, Kernel]:
         main_gate, main_down, wanted,
     ):  # fmt: skip
         mains = {1: main_up, 3: main_gate, 5: main_down}
-        if native.own_products(input.dtype):
+        if core := native.core_of("ffn", input, w_up, w_gate, backward=True):
             if up is None:
-                up, gate = fused_pre_activations(native, input, w_up, b_up, w_gate, b_gate, w_down)
+                up, gate = fused_pre_activations(native, core, input, w_up, b_up, w_gate, b_gate, w_down)
             return fused_backward(
-                native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
-            )
+                native, core, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains,
+                wanted,
+            )  # fmt: skip
         if up is None:
             up, gate = pre_activations(input, w_up, b_up, w_gate, b_gate)
         gated, dtype = w_gate is not None, input.dtype
@@ -101,35 +106,38 @@ def kernels(native: Native) -> dict[str, Kernel]:
 TILE = 128  # tokens of a tile, two rows of partial sums, as in csrc/cuda/ffn_products.cuh
 
 
-def fused_forward(native, input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+def fused_forward(
+    native, core, input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save
+):
     hidden = input.new_empty(input.shape[0], w_up.shape[0])
     up, gate = (torch.empty_like(hidden) if save and w is not None else input.new_empty(0) for w in (w_up, w_gate))
     output = input.new_empty(input.shape)
     native.call(
         "ffn_forward", input, input=unit_last_stride(input), w_up=_operand(w_up, input), b_up=parameter(b_up, input),
         w_gate=_operand(w_gate, input), b_gate=parameter(b_gate, input), w_down=_operand(w_down, input),
-        b_down=parameter(b_down, input), seed=seed, activation=activation, dropout_p=dropout_p, output=output,
-        hidden=hidden, up=up if save else None, gate=gate if save and w_gate is not None else None,
-        **native.products(input),
+        b_down=parameter(b_down, input), residual=unit_last_stride(residual), seed=seed, activation=activation,
+        dropout_p=dropout_p, output=output, hidden=hidden, up=up if save else None,
+        gate=gate if save and w_gate is not None else None,
+        **native.products(input, core),
     )  # fmt: skip
     return output, up, gate
 
 
-def fused_pre_activations(native, input, w_up, b_up, w_gate, b_gate, w_down):
+def fused_pre_activations(native, core, input, w_up, b_up, w_gate, b_gate, w_down):
     """As a forward that keeps them makes them, by its own first product."""
     up = input.new_empty(input.shape[0], w_up.shape[0])
     gate = None if w_gate is None else torch.empty_like(up)
     native.call(
         "ffn_forward", input, input=unit_last_stride(input), w_up=_operand(w_up, input), b_up=parameter(b_up, input),
         w_gate=_operand(w_gate, input), b_gate=parameter(b_gate, input), w_down=_operand(w_down, input), b_down=None,
-        seed=None, activation="relu", dropout_p=0.0, output=None, hidden=None, up=up, gate=gate,
-        **native.products(input),
+        residual=None, seed=None, activation="relu", dropout_p=0.0, output=None, hidden=None, up=up, gate=gate,
+        **native.products(input, core),
     )  # fmt: skip
     return up, gate
 
 
 def fused_backward(
-    native, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
+    native, core, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
 ):
     (tokens, d), f, gated = input.shape, w_up.shape[0], w_gate is not None
     hidden, grad_up = input.new_empty(tokens, f), input.new_empty(tokens, f)
@@ -149,7 +157,7 @@ def fused_backward(
         **{f"add_{names[i]}": main is not None for i, main in mains.items()},
         **{f"partial_{n}": input.new_empty(shape, dtype=torch.float32) if want else None
            for n, (want, *shape) in rooms.items()},
-        **native.products(input),
+        **native.products(input, core),
     )  # fmt: skip
     return gradients
 

@@ -31,15 +31,19 @@ def kernels(native: Native) -> dict[str, Kernel]:
         )  # fmt: skip
         return as_rows, as_columns
 
-    def product(a, format, b, dtype, bias=None):
+    def product(a, format, b, dtype, bias=None, out=None):
+        """Onto what `out` holds, where it is given."""
         (left, left_scales), (right, right_scales) = a, b
-        out = left.new_empty(left.shape[0], right.shape[0], dtype=dtype)
-        if left.shape[1] == 0:
-            return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-        native.call(
-            "fp8_product", out, a=left, b=right, a_format=format, a_scales=left_scales, b_scales=right_scales,
-            bias=bias, out=out,
-        )  # fmt: skip
+        added = out
+        if out is None:
+            out = left.new_empty(left.shape[0], right.shape[0], dtype=dtype)
+        if left.shape[1] > 0:
+            native.call(
+                "fp8_product", out, a=left, b=right, a_format=format, a_scales=left_scales, b_scales=right_scales,
+                bias=bias, added=added, out=out,
+            )  # fmt: skip
+        elif added is None:
+            out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return out
 
     def refuses(*tensors):
@@ -49,32 +53,40 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return f"products of 8-bit floats are for compute capability 9.0, the device has {found[0]}.{found[1]}"
         return None
 
-    @kernel(table, "fp8_linear_forward", lambda input, weight, bias, *_: refuses(input, weight, bias))
-    def fp8_linear_forward(input, weight, bias, scaling, kept):
-        blocks = lines_of_block(scaling, False), lines_of_block(scaling, True)
-        x, x_columns = quantised(input, "e4m3", blocks[0], True, kept[0])
-        w, w_columns = quantised(weight, "e4m3", blocks[1], True, kept[1])
-        empty = input.new_empty(0, dtype=torch.uint8), input.new_empty(0, dtype=torch.float32)
-        saved = ((x_columns if kept[0] else empty), (w_columns if kept[1] else empty))
-        return product(x, "e4m3", w, input.dtype, parameter(bias, input)), *saved[0], *saved[1]
+    def or_empty(quantity, like):
+        nothing = like.new_empty(0, dtype=torch.uint8), like.new_empty(0, dtype=torch.float32)
+        return nothing if quantity is NOTHING else quantity
+
+    @kernel(table, "fp8_weight", lambda weight, *_: refuses(weight))
+    def fp8_weight(weight, scaling, transposed):
+        rows, columns = quantised(weight, "e4m3", lines_of_block(scaling, True), True, transposed)
+        return *rows, *or_empty(columns, weight)
+
+    @kernel(table, "fp8_linear_forward", lambda input, rows, row_scales, bias, *_: refuses(input, bias))
+    def fp8_linear_forward(input, rows, row_scales, bias, scaling, transposed):
+        x, columns = quantised(input, "e4m3", lines_of_block(scaling, False), True, transposed)
+        output = product(x, "e4m3", (rows, row_scales), input.dtype, parameter(bias, input))
+        return output, *or_empty(columns, input)
 
     @kernel(table, "fp8_linear_backward", lambda grad_output, *_: refuses(grad_output))
     def fp8_linear_backward(
         grad_output, input_columns, input_scales, weight_columns, weight_scales, scaling, grad_format, weight_dtype,
-        wanted,
+        main, wanted,
     ):  # fmt: skip
         dtype, block = grad_output.dtype, lines_of_block(scaling, False)
         rows, columns = NOTHING, NOTHING
         if wanted[0] or wanted[1]:
             rows, columns = quantised(grad_output, grad_format, block, wanted[0], wanted[1])
+        of_input, of_weight = (input_columns, input_scales), (weight_columns, weight_scales)
         gradients = (
-            (lambda: product(rows, grad_format, (weight_columns, weight_scales), dtype), dtype),
-            (lambda: product(columns, grad_format, (input_columns, input_scales), weight_dtype), weight_dtype),
+            (lambda: product(rows, grad_format, of_weight, dtype), dtype),
+            (lambda: product(columns, grad_format, of_input, weight_dtype, out=main), weight_dtype),
             (lambda: grad_output.sum(0, dtype=torch.float32), torch.float32),
         )
-        return tuple(
+        made = [
             gradient() if want else grad_output.new_empty(0, dtype=of)
             for (gradient, of), want in zip(gradients, wanted, strict=True)
-        )
+        ]
+        return made[0], made[1] if main is None else grad_output.new_empty(0, dtype=weight_dtype), made[2]
 
     return table

@@ -1,4 +1,4 @@
-"""Linear layer in CUDA: PyTorch's products (cuBLAS), or, where `Native.own_products` says so, csrc/cuda/gemm.cu."""
+"""Linear layer in CUDA: PyTorch's products (cuBLAS), or, where `Native.core_of` says so, csrc/cuda/gemm.cu."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def kernels(native: Native) -> dict[str, Kernel]:
         """In the precision of the products, which are taken in that of `on`."""
         return unit_last_stride(x.to(on.dtype))
 
-    def gemm(on, a, b, dtype, bias=None, out=None):
+    def gemm(core, on, a, b, dtype, bias=None, out=None):
         """Onto what `out` holds, where it is given."""
         added = out
         if out is None:
             out = on.new_empty(a.shape[0], b.shape[1], dtype=dtype)
         native.call(
             "gemm", on, a=a, b=b, a2=None, b2=None, bias=parameter(bias, on), added=added, out=out,
-            **native.products(on),
+            **native.products(on, core),
         )  # fmt: skip
         return out
 
@@ -40,8 +40,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
     @kernel(table, "linear_forward", forward_refuses)
     def linear_forward(input, weight, bias):
         dtype = input.dtype
-        if native.own_products(dtype):
-            return gemm(input, operand(input, input), operand(weight, input).T, dtype, bias)
+        if core := native.core_of("linear", input, weight):
+            return gemm(core, input, operand(input, input), operand(weight, input).T, dtype, bias)
         return native.product(input, weight.to(dtype).T, None if bias is None else bias.to(dtype))
 
     def backward_refuses(grad_output, input, weight, *_):
@@ -49,12 +49,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     @kernel(table, "linear_backward", backward_refuses)
     def linear_backward(grad_output, input, weight, main, wanted):
-        dtype, own = input.dtype, native.own_products(input.dtype)
-        if own:
+        dtype = input.dtype
+        if core := native.core_of("linear", input, weight, backward=True):
             grad_output, input, narrow = (operand(t, input) for t in (grad_output, input, weight))
             gradients = (
-                (lambda: gemm(input, grad_output, narrow, dtype), dtype),
-                (lambda: gemm(input, grad_output.T, input, weight.dtype, out=main), weight.dtype),
+                (lambda: gemm(core, input, grad_output, narrow, dtype), dtype),
+                (lambda: gemm(core, input, grad_output.T, input, weight.dtype, out=main), weight.dtype),
                 (lambda: column_sums(grad_output), torch.float32),
             )
         else:

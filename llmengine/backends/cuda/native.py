@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmengine.backends.cuda import makers
 from llmengine.ops import registry
 
 HALVES = (torch.bfloat16, torch.float16)  # what our products multiply
 DTYPES = (torch.float32, *HALVES)
 # Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
 # over csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16; "sm90a", those over gemm_sm90a.cuh, and sm80's for what TMA
-# cannot fetch; "own", the one of the two that is made for the device. No GPU has timed them yet: until then cuBLAS
-# multiplies, and sm80 where it cannot; in the simulator, which has no cuBLAS, sm80.
+# cannot fetch; "own", the one of the two that is made for the device; a bench.json: whoever was quickest (makers.py).
+# No GPU has timed them yet: until then cuBLAS multiplies, and sm80 where it cannot; in the simulator, which has no
+# cuBLAS, sm80.
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own", "sm80", "sm90a")
 # Whose attention runs: "sm80", every GPU's, or "sm90a", Hopper's (csrc/cuda/attention_sm90a_*.cu) where a call's layout
@@ -107,27 +109,53 @@ class Native:
             return getattr(self.module, function)(**arguments)
 
     def _maker(self) -> str:
+        given = os.environ.get(PRODUCTS) or ""
+        if makers.is_table(given):
+            return given
         return _chosen(PRODUCTS, MAKERS, "sm80" if self.device_type == "cpu" else "blas")
-
-    def own_products(self, dtype: torch.dtype) -> bool:
-        return self._maker() != "blas" and dtype in HALVES
 
     def core(self, on: Tensor) -> str:
         """Whose kernels multiply where cuBLAS does not."""
         maker = self._maker()
-        if maker == "own":
+        if maker == "own" or makers.is_table(maker):
             return "sm90a" if self.capability(on) == HOPPER else "sm80"
         return "sm80" if maker == "blas" else maker
 
-    def products(self, on: Tensor) -> dict[str, Any]:
+    def core_of(self, operator: str, x: Tensor, *weights: Tensor | None, backward: bool = False) -> str | None:
+        """Whose kernels multiply x (tokens, in) by weights (out, in) in a call of an operator that can do with cuBLAS;
+        None: cuBLAS does. `explain` says who, and why."""
+        maker, given = self._maker(), [w for w in weights if w is not None]
+        why = f"{PRODUCTS}={maker}" if os.environ.get(PRODUCTS) else "the default; no GPU has timed ours yet"
+        if x.dtype not in HALVES:
+            maker, why = "blas", "ours are of bfloat16 and float16"
+        elif makers.is_table(maker):
+            name = operator if len(given) == 1 else f"gated {operator}"
+            layer = makers.Layer(name, makers.DTYPES.get(x.dtype, "fp16"), (x.shape[1], given[0].shape[0]))
+            maker, why = makers.quickest(maker, self.device_name(x), layer, backward, x.shape[0])
+        core = None if maker == "blas" else self.core(x) if maker == "own" else maker
+        if registry.explaining():
+            registry.tell(f"products by {core or 'cuBLAS'} ({why})" + self._left_to_sm80(core, x, *given))
+        return core
+
+    def _left_to_sm80(self, core: str | None, *matrices: Tensor) -> str:
+        """Why Hopper's core leaves a call's first product to the other."""
+        if core != "sm90a":
+            return ""
+        reasons = (
+            self.module.sm90a_refuses(matrix=unit_last_stride(m.detach().to(matrices[0].dtype))) for m in matrices
+        )
+        reason = next(filter(None, reasons), None)
+        return f", but sm80 where TMA cannot fetch: {reason}" if reason else ""
+
+    def products(self, on: Tensor, core: str | None = None) -> dict[str, Any]:
         """What kernels with products of our own are given: the core, and room for sums of parts of k, as many as the
         tiles that are made at once (csrc/cuda/gemm.cu)."""
         tiles = 2 * self.multiprocessors(on)
-        return {"core": self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
+        return {"core": core or self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
 
     def refuses_products(self, on: Tensor) -> str | None:
         """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
-        return self._not_hopper(PRODUCTS, on) if self.own_products(on.dtype) and self._maker() == "sm90a" else None
+        return self._not_hopper(PRODUCTS, on) if on.dtype in HALVES and self._maker() == "sm90a" else None
 
     def refuses_attention(self, on: Tensor) -> str | None:
         return self._not_hopper(ATTENTION, on) if self.wants_hopper_attention() else None
@@ -151,6 +179,9 @@ class Native:
         """To `explain`: which of this thread's last kernels were compiled when they were first used."""
         if kernels := self.module.take_launched():
             registry.tell("compiled at first use: " + ", ".join(k.replace("llmengine::", "") for k in kernels))
+
+    def device_name(self, on: Tensor) -> str:
+        return torch.cuda.get_device_properties(on.device).name if on.is_cuda else "simulator"
 
     def capability(self, on: Tensor) -> tuple[int, int]:
         """Of the device that `on` lies on; the simulator's is a Hopper (csrc/sim/simulator.h)."""

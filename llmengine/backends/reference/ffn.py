@@ -62,16 +62,18 @@ def _pre_activations(input, w_up, b_up, w_gate, b_gate):
 
 
 @kernel(KERNELS, "ffn_forward")
-def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save):
     act = ACTIVATIONS[activation]
     up, gate = _pre_activations(input, w_up, b_up, w_gate, b_gate)
     hidden = act(up)[0] if gate is None else act(gate)[0] * up
     if dropout_p > 0:
         hidden = hidden * _keep(hidden, seed, dropout_p)
-    output = _linear(hidden, w_down, b_down).to(input.dtype)
+    output = _linear(hidden, w_down, b_down)
+    if residual is not None:
+        output = output + _wide(residual)
     nothing = input.new_empty(0)
     return (
-        output,
+        output.to(input.dtype),
         up.to(input.dtype) if save else nothing,
         gate.to(input.dtype) if save and gate is not None else nothing.clone(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmengine.backends.buffers import added
 from llmengine.backends.fp8 import ALIGNED, DEPTH, FORMATS, lines_of_block
 from llmengine.ops.registry import Kernel, kernel
 
@@ -56,21 +57,30 @@ def rounded(x, format, block):
     return values(numbers, scales, format, block, wide_of(x))
 
 
+def _if_wanted(wanted, matrix, block):
+    """Numbers and scales of a matrix's transpose."""
+    nothing = matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.float32)
+    return quantise(matrix.T, "e4m3", block) if wanted else nothing
+
+
+@kernel(KERNELS, "fp8_weight")
+def fp8_weight(weight, scaling, transposed):
+    block = lines_of_block(scaling, True)
+    return *quantise(weight, "e4m3", block), *_if_wanted(transposed, weight, block)
+
+
 @kernel(KERNELS, "fp8_linear_forward")
-def fp8_linear_forward(input, weight, bias, scaling, kept):
-    blocks, wide = [lines_of_block(scaling, weight) for weight in (False, True)], wide_of(input)
-    x, w = (rounded(matrix.to(wide), "e4m3", block) for matrix, block in zip((input, weight), blocks, strict=True))
-    saved: list[torch.Tensor] = []
-    for keep, matrix, block in zip(kept, (input, weight), blocks, strict=True):
-        empty = input.new_empty(0, dtype=torch.uint8), input.new_empty(0, dtype=torch.float32)
-        saved += quantise(matrix.T, "e4m3", block) if keep else empty
+def fp8_linear_forward(input, rows, row_scales, bias, scaling, transposed):
+    block, wide = lines_of_block(scaling, False), wide_of(input)
+    x, w = rounded(input, "e4m3", block), values(rows, row_scales, "e4m3", lines_of_block(scaling, True), wide)
     output = torch.nn.functional.linear(x, w, None if bias is None else bias.to(wide))
-    return output.to(input.dtype), *saved
+    return output.to(input.dtype), *_if_wanted(transposed, input, block)
 
 
 @kernel(KERNELS, "fp8_linear_backward")
 def fp8_linear_backward(
-    grad_output, input_columns, input_scales, weight_columns, weight_scales, scaling, grad_format, weight_dtype, wanted
+    grad_output, input_columns, input_scales, weight_columns, weight_scales, scaling, grad_format, weight_dtype, main,
+    wanted,
 ):  # fmt: skip
     of_grad, of_weight = lines_of_block(scaling, False), lines_of_block(scaling, True)
     dtype, wide = grad_output.dtype, wide_of(grad_output)
@@ -80,7 +90,10 @@ def fp8_linear_backward(
 
     gradients = (
         (lambda: product(grad_output, weight_columns, weight_scales, of_weight).to(dtype), dtype),
-        (lambda: product(grad_output.T, input_columns, input_scales, of_grad).to(weight_dtype), weight_dtype),
+        (
+            lambda: added(product(grad_output.T, input_columns, input_scales, of_grad), main).to(weight_dtype),
+            weight_dtype,
+        ),
         (lambda: grad_output.sum(0, dtype=wide), wide),
     )
     return tuple(

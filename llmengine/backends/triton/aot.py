@@ -1,11 +1,15 @@
 """Compiles the kernels for GPUs that need not be here, and reads from the machine code what they take of one.
 
     python -m llmengine.backends.triton.aot [--quick] [--architectures sm_90 ...] [--operators norm ...] [--json FILE]
+    python -m llmengine.backends.triton.aot --budget tests/triton_budget.json [--architectures ...] [--dtypes ...]
 
 An operator's file offers `aot_calls(dtype)`: named calls of its own entry points on meta tensors, which between them
 reach every kernel and tile class. They choose tiles as they would on the architecture in question; a launch is recorded
 instead of made. So what is compiled here is what is launched there, down to the specialisation on strides and
 alignment. The exit status is 1 where a kernel spills registers or asks for more shared memory than there is.
+
+The second form writes what the chosen architectures and dtypes take into the committed budget, that tests hold every
+kernel to: of each call and kernel [warps, registers, bytes spilled, bytes of shared memory], the most of its launches.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,6 +97,11 @@ class Compiled:
     shared: int  # bytes of a program
     matrix_instruction: str | None
     seconds: float
+    repeated: bool = False  # compiled already, for another call
+
+    def takes(self) -> list[int]:
+        """As the budget has it."""
+        return [self.num_warps, self.registers, self.spilled, self.shared]
 
     def problem(self) -> str | None:
         if self.spilled:
@@ -138,8 +147,8 @@ def compile_launch(launch: Launch, architecture: str) -> tuple[tuple, Any]:
 def compile_all(
     operators: tuple[str, ...], architectures: tuple[str, ...], dtypes: tuple[torch.dtype, ...], quick: bool = False
 ) -> Iterator[Compiled]:
-    """Every distinct kernel, as it is compiled; quick: of each operator's first call alone."""
-    seen = set()
+    """Every launch, as its kernel is compiled; quick: of each operator's first call alone."""
+    known: dict[tuple, Compiled] = {}
     for operator in operators:
         for dtype in dtypes:
             for architecture in architectures:
@@ -148,9 +157,42 @@ def compile_all(
                         break
                     for launch in made:
                         identity, build = compile_launch(launch, architecture)
-                        if identity not in seen:
-                            seen.add(identity)
-                            yield _compiled(operator, call, launch, dtype, architecture, build)
+                        if found := known.get(identity):
+                            yield replace(found, operator=operator, call=call, dtype=_name(dtype), repeated=True)
+                        else:
+                            known[identity] = _compiled(operator, call, launch, dtype, architecture, build)
+                            yield known[identity]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+Budget = dict[str, Any]  # architecture: dtype: "operator, call": kernel: what it takes; and "triton": the version
+
+
+def budget_of(rows: Iterable[Compiled]) -> Budget:
+    budget: Budget = {"triton": triton.__version__}
+    for row in rows:
+        of_dtype = budget.setdefault(row.architecture, {}).setdefault(row.dtype, {})
+        kernels = of_dtype.setdefault(f"{row.operator}, {row.call}", {})
+        kernels[row.kernel] = list(map(max, row.takes(), kernels.get(row.kernel, row.takes())))
+    return budget
+
+
+def add_to_budget(path: Path, budget: Budget) -> None:
+    """In the place of what the file has of the same architectures and dtypes. What another Triton compiled goes."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("triton") == budget["triton"]:
+        budget = budget | {name: before.get(name, {}) | budget.get(name, {}) for name in ARCHITECTURES}
+    path.write_text(_text(budget, 3) + "\n")
+
+
+def _text(value: Any, levels: int) -> str:
+    """JSON, of which that many levels have a line for each key."""
+    if not levels or not isinstance(value, dict):
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(k)}: {_text(v, levels - 1)}" for k, v in sorted(value.items())) + "\n}"
 
 
 def _compiled(operator, call, launch, dtype, architecture, build) -> Compiled:
@@ -163,7 +205,7 @@ def _compiled(operator, call, launch, dtype, architecture, build) -> Compiled:
     found = [word for word in ARCHITECTURES[architecture].matrix_instructions if word in assembly]
     constants = {k: v for k, v in launch.keywords.items() if isinstance(v, (int, str)) and k != "num_warps"}
     return Compiled(
-        operator, call, launch.kernel(), str(dtype).removeprefix("torch."), architecture, constants,
+        operator, call, launch.kernel(), _name(dtype), architecture, constants,
         binary.metadata.num_warps, registers, spilled, binary.metadata.shared, found[0] if found else None,
         round(seconds, 2),
     )  # fmt: skip
@@ -201,13 +243,18 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=None)
     parser.add_argument("--quick", action="store_true", help="each operator's first call, in bfloat16 unless told")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--budget", type=Path, help="put the architectures and dtypes into this file")
     given = parser.parse_args()
+    if given.budget and (given.quick or len(given.operators) < len(OPERATORS)):
+        parser.error("--budget holds every call of every operator; leave out --quick and --operators")
     names = given.dtypes or (("bfloat16",) if given.quick else ("float32", "bfloat16", "float16"))
     dtypes = tuple(getattr(torch, name) for name in names)
     rows = []
     print(f"{'kernel':32} {'dtype':9} {'arch':7} warps  regs spill  shared  dot       call")
     for row in compile_all(tuple(given.operators), tuple(given.architectures), dtypes, given.quick):
         rows.append(row)
+        if row.repeated:
+            continue
         print(
             f"{row.kernel:32} {row.dtype:9} {row.architecture:7} {row.num_warps:5} "
             f"{row.registers:5} {row.spilled:5} {row.shared:7}  {row.matrix_instruction or '-':9} {row.call}"
@@ -216,6 +263,9 @@ def main() -> int:
         )
     if given.json:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if given.budget:
+        add_to_budget(given.budget, budget_of(rows))
+    rows = [row for row in rows if not row.repeated]
     wrong = sum(row.problem() is not None for row in rows)
     print(f"{len(rows)} kernels compiled in {sum(row.seconds for row in rows):.0f} s, {wrong} with problems")
     return 1 if wrong else 0

@@ -15,7 +15,7 @@ from llmengine.backends.triton.attention_distance import distance_kernel
 from llmengine.backends.triton.attention_forward import forward_kernel
 from llmengine.backends.triton.attention_table import DISTANCE, FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Distances, Mask, Options, Rows, Shape, Sizes
-from llmengine.backends.triton.device import dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import all_registers, dropped_below, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.rows import power_of_2
 from llmengine.ops.registry import Kernel, kernel
 
@@ -113,7 +113,10 @@ class _Call:
             programs = batch * mask_heads * _ceil(mask_rows, launch.rows) * _ceil(keys, launch.keys)
         if programs:
             sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
-            kernel[(programs,)](*operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages)
+            registers = all_registers(self.query.device, launch.warps) if self.crowded else {}
+            kernel[(programs,)](
+                *operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages, **registers
+            )
 
     def distance_sums(self) -> _DistanceSums:
         heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)

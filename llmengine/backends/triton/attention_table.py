@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from llmengine.backends.triton import tuned
-from llmengine.backends.triton.device import architecture
+from llmengine.backends.triton.device import architecture, is_amd
 
 
 class Tile(NamedTuple):
@@ -100,7 +100,8 @@ _CDNA = {
         MASK: {256: Tile(16, 32, 4, 1)},
     },
 }
-# Others, consumer GPUs among them, have 99 KiB of shared memory for a program, which the tiles of Ampere respect.
+# Other GPUs of NVIDIA, consumers' among them, have 99 KiB of shared memory for a program, which the tiles of Ampere
+# respect; all of AMD's have the 64 KiB of CDNA.
 _TABLES = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942": _CDNA, "gfx950": _CDNA}
 # Square tiles of every edge in samples of a hundred rows: what the interpreter takes time for is programs.
 _INTERPRETER = Tile(64, 64, 1, 1)
@@ -125,7 +126,7 @@ def tile_for(x: torch.Tensor, kernel: str, head_dim: int, plain: bool) -> Tile:
 
 def table(place: str) -> dict[str, dict[str, dict[int, Tile]]]:
     """Of an architecture: operands, kernel, widest head dim: tile."""
-    return _TABLES.get(place, _AMPERE)
+    return _TABLES.get(place, _CDNA if is_amd(place) else _AMPERE)
 
 
 def slot(operands: str, kernel: str, widest: int) -> str:

@@ -83,6 +83,18 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def is_amd(name: str) -> bool:
+    """Of an architecture."""
+    return name.startswith("gfx")
+
+
+def all_registers(device: torch.device, warps: int) -> dict[str, int]:
+    """The launch option by which a program may take all of a multiprocessor's registers. Left alone, NVIDIA's assembler
+    spills a few bytes of a large kernel where that makes room for one more program."""
+    place = architecture(device)
+    return {} if INTERPRETED or is_amd(place) else {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def device_name(device: torch.device) -> str:
     """What files about a GPU are named by."""
     return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)

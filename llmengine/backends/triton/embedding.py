@@ -122,7 +122,8 @@ def embedding_backward(grad_output, input, rows, padding_idx, scale):
     tokens, columns = grad_output.shape
     grad_weight = grad_output.new_zeros((rows, columns))
     if grad_output.numel():
-        ids, order = input.to(torch.int32).sort(stable=True)  # of half as many bits: half as many passes
+        # of half as many bits: half as many passes; what is no row stays none
+        ids, order = input.clamp(-1, rows).to(torch.int32).sort(stable=True)
         chunks = triton.cdiv(tokens, CHUNK)
         ends = torch.searchsorted(ids, ids[CHUNK - 1 :: CHUNK].contiguous(), right=True)  # of whole chunks' last runs
         partial = grad_output.new_empty((chunks, 2, columns), dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 Forward: one kernel forms the hidden layer: a product (two over the same rows where there is a gate, with two
 accumulators, so that the input is read once), and on the accumulators, before anything is stored, bias, activation,
-gate and dropout. A second product with bias gives the output. 4 d f tokens flops (6 gated).
+gate and dropout. A second product with bias and residual gives the output. 4 d f tokens flops (6 gated).
 
 Backward: one kernel multiplies the output's gradient by w_down and, on the accumulators, turns it into the gradients of
 the pre-activations, forming the hidden layer again for w_down's gradient. Products give the gradients of the input (up
@@ -155,18 +155,19 @@ def _line(bias):
     return None if bias is None else bias.contiguous()
 
 
-def _forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, *_):
-    return refuses_tensors(input, w_up, b_up, w_gate, b_gate, w_down, b_down)
+def _forward_refuses(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, *_):
+    return refuses_tensors(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual)
 
 
 @kernel(KERNELS, "ffn_forward", _forward_refuses)
-def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, activation, dropout_p, save):
+def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save):
     hidden = input.new_empty(input.shape[0], w_up.shape[0])
     up = torch.empty_like(hidden) if save else None
     gate = torch.empty_like(hidden) if save and w_gate is not None else None
     _form_hidden(input, w_up, b_up, w_gate, b_gate, seed, activation, dropout_p, up, gate, hidden)
     kept = (input.new_empty(0) if h is None else h for h in (up, gate))
-    return gemm(hidden, _in(input.dtype, w_down).T, bias=_line(b_down)), *kept
+    stream = None if residual is None else unit_last_stride(residual)
+    return gemm(hidden, _in(input.dtype, w_down).T, bias=_line(b_down), residual=stream), *kept
 
 
 def _form_hidden(input, w_up, b_up, w_gate, b_gate, seed, activation, dropout_p, up, gate, hidden):
@@ -247,7 +248,8 @@ def aot_calls(dtype: torch.dtype):
         x, w_up, w_down, b_up, b_down = empty(tokens, d), empty(f, d), empty(d, f), empty(f), empty(d)
         w_gate, b_gate = (w_up, b_up) if gated else (None, None)
         seed, options = empty(1, dtype=torch.int64), (activation, dropout_p)
-        output, up, gate = ffn_forward(x, w_up, b_up, w_gate, b_gate, w_down, b_down, seed, *options, True)
+        residual = None if gated else x
+        output, up, gate = ffn_forward(x, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, *options, True)
         wanted = [True, True, True, gated, gated, True, True]
         given, mains = (output, x, w_up, b_up, w_gate, b_gate, w_down), (None, None, None)
         ffn_backward(*given, up, gate, seed, *options, *mains, wanted)

@@ -95,7 +95,8 @@ def store_sums(sums, c, low, at, inside, LAST: tl.constexpr):
 
 @triton.jit
 def _gemm(
-    a, b, a2, b2, bias, c, low, M, N, K, a_m, a_k, b_k, b_n, b2_k, b2_n, c_m, part_stride, part_length,
+    a, b, a2, b2, bias, residual, c, low, M, N, K, a_m, a_k, b_k, b_n, b2_k, b2_n, residual_m, c_m, part_stride,
+    part_length,
     ADDED: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,16 +113,20 @@ def _gemm(
         sums += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
     at = tl.program_id(1).to(tl.int64) * part_stride + m[:, None] * c_m + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
+    if residual is not None:
+        sums += tl.load(residual + m[:, None] * residual_m + n[None, :], inside, 0.0).to(tl.float32)
     if ADDED:
         sums += stored_sums(c, low, at, inside)
     store_sums(sums, c, low, at, inside, LAST)
 
 
-def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False, between: Between | None = None):
-    """a b (+ a2 b2 for second = (a2, b2)) + bias, in `dtype` (a's unless told), into `out` where given.
+def gemm(
+    a, b, *, out=None, dtype=None, bias=None, residual=None, second=None, added=False, between: Between | None = None
+):
+    """a b (+ a2 b2 for second = (a2, b2)) + bias + residual, in `dtype` (a's unless told), into `out` where given.
 
-    a (M, K), b (K, N), of one dtype and any strides; a2 is laid out as a. added: onto what `out` holds, in float32 or
-    as `between` says.
+    a (M, K), b (K, N), of one dtype and any strides; a2 is laid out as a; residual (M, N), of unit last stride. added:
+    onto what `out` holds, in float32 or as `between` says.
     """
     (M, K), N = a.shape, b.shape[1]
     if out is None:
@@ -131,7 +136,7 @@ def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False, bet
     tile = pick("fused" if added or between else "plain", a, b)
     parts = (
         1
-        if added or between or bias is not None or second is not None
+        if added or between or bias is not None or residual is not None or second is not None
         else _parts(tile, M, N, K, multiprocessors(a.device))
     )
     steps = -(-K // tile.k)
@@ -139,8 +144,9 @@ def gemm(a, b, *, out=None, dtype=None, bias=None, second=None, added=False, bet
     target = out if parts == 1 else a.new_empty((parts, M, N), dtype=torch.float32)
     a2, b2 = second or (None, b)
     _gemm[(tile.programs(M, N), parts)](
-        a, b, a2, None if a2 is None else b2, bias, target, between and between.low, M, N, K, *a.stride(), *b.stride(),
-        *b2.stride(), target.stride(-2), M * N, length, added, between is None or between.last,
+        a, b, a2, None if a2 is None else b2, bias, residual, target, between and between.low, M, N, K, *a.stride(),
+        *b.stride(), *b2.stride(), 0 if residual is None else residual.stride(0), target.stride(-2), M * N, length,
+        added, between is None or between.last,
         EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype), **tile.constants(),
     )  # fmt: skip
     if parts > 1:

@@ -12,7 +12,7 @@ from llmengine.backends.triton.attention import MOST_TOKENS, WIDEST
 from llmengine.backends.triton.attention_backward import statistics_kernel
 from llmengine.backends.triton.attention_table import FORWARD, KEYS, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Rows, Shape, Sizes
-from llmengine.backends.triton.device import architecture, dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import architecture, dropped_below, is_amd, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.relative_backward import distances_kernel, keys_kernel, rows_kernel
 from llmengine.backends.triton.relative_forward import forward_kernel
 from llmengine.backends.triton.relative_tile import Relative
@@ -48,7 +48,7 @@ _INTERPRETER = Tile(64, 64, 1, 1)
 def slot_of(kind: str, query: Tensor, widest: int) -> tuple[str, Tile]:
     """The place in the tables that serves heads of that dim, by name, and the tile there."""
     place = architecture(query.device)
-    cdna = place.startswith("gfx")  # tiles of wider heads there, and four warps, which have more registers
+    cdna = is_amd(place)  # tiles of wider heads there, and four warps, which have more registers
     table = TILES[query.element_size()][kind]
     if query.element_size() == 2 and not cdna and place not in _DATACENTRE:
         table = table | AMPERE.get(kind, {})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmengine.backends.triton import tuned
-from llmengine.backends.triton.device import architecture, multiprocessors
+from llmengine.backends.triton.device import architecture, is_amd, multiprocessors
 from llmengine.backends.triton.rows import power_of_2
 
 # tl.dot wants at least this many of each.
@@ -43,10 +43,10 @@ class Tile(NamedTuple):
 # Each was compiled for its architectures without spilling (aot.py); none has been timed: `llmengine tune` does.
 Table = dict[str, tuple[Tile, ...]]
 _FLOAT32: Table = {
-    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
+    "plain": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 8, 2)),
     "fused": (Tile(64, 64, 16, 8, 2),),
     "pair": (Tile(64, 32, 16, 8, 2),),
-    "ragged": (Tile(64, 64, 16, 8, 2),),
+    "ragged": (Tile(64, 32, 16, 8, 2),),
 }
 _AMPERE: Table = {
     "plain": (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
@@ -73,7 +73,7 @@ _CDNA3: Table = {
 }
 # Few programs, and every loop and edge of a matrix of a hundred rows: what the interpreter takes is programs.
 _INTERPRETER: Table = dict.fromkeys(("plain", "fused", "pair", "ragged"), (Tile(64, 128, 64, 4, 1),))
-# For 16-bit floats; NVIDIA before sm_90 and consumer GPUs (sm_120) have the shared memory of Ampere.
+# For 16-bit floats; NVIDIA before sm_90 and consumer GPUs (sm_120) have the shared memory of Ampere, AMD's of CDNA3.
 TABLE = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "gfx942": _CDNA3, "gfx950": _CDNA3}
 
 
@@ -94,7 +94,7 @@ def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
     elif a.dtype == torch.float32:
         table = _FLOAT32
     else:
-        table = TABLE.get(place, _AMPERE)
+        table = TABLE.get(place, _CDNA3 if is_amd(place) else _AMPERE)
     if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):
         kind = "ragged"
     enough = multiprocessors(a.device)

@@ -165,12 +165,12 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], list[Call]]] = {
 
 def _ffn(x: Tensor, w: Tensor, gated: bool) -> Call:
     gate, down = w.flip(0) if gated else None, w.T.contiguous()
-    return lambda: ffn_forward(x, w, None, gate, None, down, None, None, "silu", 0.0, True)
+    return lambda: ffn_forward(x, w, None, gate, None, down, None, None, None, "silu", 0.0, True)
 
 
 def _ffn_gradients(x: Tensor, w: Tensor) -> Call:
     gate, down, seed = w.flip(0), w.T.contiguous(), torch.ones(1, dtype=torch.int64, device=x.device)
-    output, *saved = ffn_forward(x, w, None, gate, None, down, None, seed, "silu", 0.1, True)
+    output, *saved = ffn_forward(x, w, None, gate, None, down, None, None, seed, "silu", 0.1, True)
     wanted = [True, True, False, True, False, True, False]
     return lambda: ffn_backward(
         output, x, w, None, gate, None, down, *saved, seed, "silu", 0.1, None, None, None, wanted

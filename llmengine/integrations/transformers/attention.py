@@ -9,6 +9,7 @@ description, and whatever else looks at the mask, or makes another from it, has 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,10 +55,13 @@ def attention_mask(
     **options,
 ) -> Tensor | None:
     """Transformers' mask for `scaled_dot_product_attention`, with its `Band` attached where it is one."""
-    mask = masking_utils.sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, **options,
-    )  # fmt: skip
+    # A tensor made in inference mode counts no writes (`Band.version`).
+    ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with ordinary:
+        mask = masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, **options,
+        )  # fmt: skip
     edges = band_edges(mask_function)
     static = isinstance(q_offset, int) and isinstance(kv_offset, int)
     if mask is None or edges is None or not static or torch.compiler.is_compiling():

@@ -22,7 +22,8 @@ ACTIVATIONS = {
 
 
 def plain(
-    input, w_up, w_down, *, b_up=None, b_down=None, w_gate=None, b_gate=None, activation="gelu", dropout_p=0.0
+    input, w_up, w_down, *, b_up=None, b_down=None, w_gate=None, b_gate=None, residual=None, activation="gelu",
+    dropout_p=0.0,
 ):  # fmt: skip
     """The contract in PyTorch's own operators, with the engine's dropout."""
     act = ACTIVATIONS[activation]
@@ -35,7 +36,8 @@ def plain(
         rows = torch.arange(hidden.shape[:-1].numel())
         keep = keep_multiplier(draw_seed(input.device), dropout_p, 0, rows, hidden.shape[-1], hidden.dtype)
         hidden = hidden * keep.view(hidden.shape)
-    return torch_functional.linear(hidden, w_down, b_down)
+    output = torch_functional.linear(hidden, w_down, b_down)
+    return output if residual is None else residual + output
 
 
 def _samples() -> list[Sample]:
@@ -68,7 +70,14 @@ def _samples() -> list[Sample]:
             ((33, 96), 1030),
         ]:  # fmt: skip
             samples.append(sample(shape, f, "gelu", gated=gated, dropout_p=p))
-    return [*samples, *with_options("relu_squared")]  # last: what is drawn for the others stays as it was
+    samples += with_options("relu_squared")  # last: what is drawn for the others stays as it was
+    for shape, f, gated, biases, p in [
+        ((11, 7), 5, True, True, 0.0), ((2, 3, 24), 40, False, True, 0.3), ((130, 65), 129, False, False, 0.0),
+        ((0, 8), 16, False, True, 0.0), ((64,), 70, True, False, 0.0),
+    ]:  # fmt: skip
+        added = sample(shape, f, "silu", gated=gated, biases=biases, dropout_p=p)
+        samples.append(Sample(f"{added.name} residual", added.args, added.kwargs | {"residual": randn(*shape)}))
+    return samples
 
 
 OPERATORS = [Operator("ffn", functional.ffn, _samples, plain)]

@@ -84,7 +84,7 @@ template <Multiplicand element, Major b_major = Major::k, int count>
 __forceinline__ void wgmma(float (&d)[count], const uint32_t (&a)[4], MatrixDescriptor b, bool add,
                            sim::Site site = sim::Site::current()) {
   static_assert(count % 4 == 0 && count >= 4 && count <= 128);
-  static_assert(twin::has_sixteen_bits(element) || (element == Multiplicand::tf32 && b_major == Major::k));
+  static_assert(twin::has_sixteen_bits(element) || b_major == Major::k);
   const sim::WgmmaShape shape{twin::left_of(element), twin::right_of(element), 2 * count, false, b_major == Major::mn};
   twin::multiply("wgmma", shape, {d, a, 0, b.bits, add, nullptr}, site);
 }

@@ -9,7 +9,9 @@
 #include <utility>
 
 #include "cuda/attention.h"
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention_logits.cuh"
+#include "cuda/attention_schedule.h"
+#include "cuda/device.h"
 #include "cuda/dispatch.h"
 
 namespace llmengine::cuda::attention {
@@ -100,6 +102,24 @@ inline dim3 grid_of_tiles(int64_t tiles, int64_t beyond = 0) {
 // A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
 inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners, int64_t beyond = 0) {
   return grid_of_tiles(tiles * owners * (p.sequences() + p.packed()), beyond);
+}
+
+// Of sm_80's kernels, of which a multiprocessor has room for two.
+inline int blocks_at_once() { return 2 * multiprocessors(); }
+
+// The order of tiles of rows, `blocks` of which run at once, of all heads of `sequences`; and that of tiles of keys,
+// past which what is `row_bytes` of each row goes.
+inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks) {
+  const int64_t keys = p.key.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
+  const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * 2, static_cast<int>(p.group())};
+  return schedule_of_rows(tiles, static_cast<int>(p.heads() * sequences), p.window_left >= 0, p.window_right >= 0,
+                          streams, {cache_bytes(), blocks});
+}
+inline Schedule order_of_keys(const ops::AttentionOptions& p, int tiles, int64_t sequences, int64_t row_bytes,
+                              int blocks) {
+  const int64_t rows = p.query.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
+  return schedule_of_keys(tiles, static_cast<int>(p.key_heads() * sequences), p.window_right >= 0,
+                          {rows * row_bytes * p.group(), 1}, {cache_bytes(), blocks});
 }
 
 // body(T{}, the class of the head dim, of those that kernels are made for)

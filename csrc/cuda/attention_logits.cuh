@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/attention_schedule.h"
 #include "cuda/dropout.cuh"
 #include "cuda/maths.cuh"
 #include "cuda/matrix_tile.cuh"
@@ -81,10 +82,15 @@ struct Place {
   int tile, head, sequence;  // head: of those that own tiles
 };
 
-// The tiles of a head run side by side and share its keys in the cache.
+// For kernels whose tiles are all alike.
 __device__ __forceinline__ Place place_of(int tiles, int heads) {
   const int block = static_cast<int>(blockIdx.x);
   return {block % tiles, block / tiles % heads, block / tiles / heads};
+}
+
+__device__ __forceinline__ Place place_of(const Schedule& schedule, int heads) {
+  const auto [tile, owner] = schedule.at(static_cast<int>(blockIdx.x));
+  return {tile, owner % heads, owner / heads};
 }
 
 struct Cut {
