@@ -33,7 +33,7 @@
 
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_fp8.h"
-#include "cuda/attention_sm90a.cuh"
+#include "cuda/attention_sm90a_forward.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/warp.cuh"
@@ -331,13 +331,10 @@ void launch_forward(const AttentionFp8Forward& p, Stream stream) {
   using S = Shape<D>;
   static_assert(sizeof(Shared<S>) <= 227 << 10);
   const Sizes sizes = sizes_of_rows(p, S::rows);
-  const int owners = sizes.heads * sizes.sequences;
-  const int64_t bytes = p.key.size(2) / std::max<int64_t>(p.packed() ? sizes.sequences : 1, 1) * 2 * D;
-  const bool ends = p.window_right >= 0, begins = p.window_left >= 0;
   const Forward<T> given{results_of<T>(p),
                          options_of(p),
                          sizes,
-                         Schedule{sizes.tiles, owners, owners_together(bytes, sizes.group, owners), ends && !begins},
+                         order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors(), 1),
                          bytes_of(p.query_numbers, p.query_scales, p.query),
                          bytes_of(p.key_numbers, p.key_scales, p.key),
                          bytes_of(p.value_numbers, p.value_scales, p.value),

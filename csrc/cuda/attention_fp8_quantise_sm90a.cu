@@ -24,9 +24,9 @@
 #include <limits>
 #include <string>
 
+#include "cuda/attention_call.h"
 #include "cuda/attention_fp8.h"
 #include "cuda/attention_logits.cuh"
-#include "cuda/attention_call.h"
 #include "cuda/launch.cuh"
 
 namespace llmengine::cuda {

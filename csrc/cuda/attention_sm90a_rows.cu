@@ -31,11 +31,13 @@ inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
 template <int D, int DV, bool simple>
 using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
 
-// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap, shift and base.
+// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap and, of wide heads,
+// shift and base.
 template <class S, bool simple>
 struct RowsShared : Shared<S> {
   float4 slopes[simple ? 1 : S::passing / 8 * S::groups * 128];
-  float statistics[4][simple ? 1 : S::groups * 128];
+  static constexpr bool waits = !simple && S::wide;
+  float statistics[4][waits ? S::groups * 128 : 1];
 
   __device__ __forceinline__ float4* own_slopes() { return slopes + threadIdx.x - 128; }
   __device__ __forceinline__ float& own_shift(int half) { return statistics[half][threadIdx.x - 128]; }
@@ -51,7 +53,7 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsSha
   if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
-  for (int half = 0; half < 2 && !simple; ++half) {
+  for (int half = 0; half < 2 && shared.waits; ++half) {
     statistics.shift[0][half] = shared.own_shift(half), statistics.base[0][half] = shared.own_base(half);
   }
   statistics.to_probabilities(x, o.factor);
@@ -83,7 +85,7 @@ __device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walk
   const Span reach = keys_of_rows(w.s.band(b.options), row, 16);
   const int64_t lines = (w.s.batch * b.sizes.heads + w.head) * b.sizes.rows + w.s.row0 + row;
   const RowStatistics<1, simple> statistics(b, lines, least(16, w.s.rows - row));
-  for (int half = 0; half < 2 && !simple; ++half) {
+  for (int half = 0; half < 2 && shared.waits; ++half) {
     shared.own_shift(half) = statistics.shift[0][half], shared.own_base(half) = statistics.base[0][half];
   }
   Sums<1, S::passing> x, grad;
