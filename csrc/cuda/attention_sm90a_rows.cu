@@ -31,12 +31,12 @@ inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
 template <int D, int DV, bool simple>
 using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
 
-// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap and, of wide heads,
-// shift and base.
+// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap and, of head dims
+// above 192, shift and base.
 template <class S, bool simple>
 struct RowsShared : Shared<S> {
   float4 slopes[simple ? 1 : S::passing / 8 * S::groups * 128];
-  static constexpr bool waits = !simple && S::wide;
+  static constexpr bool waits = !simple && S::panels == 4;
   float statistics[4][waits ? S::groups * 128 : 1];
 
   __device__ __forceinline__ float4* own_slopes() { return slopes + threadIdx.x - 128; }
