@@ -53,7 +53,10 @@ HUNG = 20  # after which a test is taken to hang
 
 OPERATORS = ("tests/test_ops.py", "tests/test_cuda_graphs.py")
 ATTENTION = ("tests/sim/test_attention.py", "tests/sim/test_decode_attention.py")
-HOPPERS_ATTENTION = tuple(f"tests/sim/test_attention_{x}.py" for x in ("sm90a", "sm90a_backward", "one_pass"))
+HOPPERS_ATTENTION = tuple(
+    f"tests/sim/test_{x}.py"
+    for x in ("attention_sm90a", "attention_sm90a_backward", "attention_one_pass", "fp8_attention")
+)
 PRODUCTS = tuple(
     f"tests/sim/test_{x}.py"
     for x in ("ffn", "linear", "linear_cross_entropy", "linear_cross_entropy_shard", "main_grad")

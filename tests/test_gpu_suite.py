@@ -34,7 +34,8 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     operators = {row["operator"] for row in rows}
     assert operators == {
         "attention", "attention_sinks", "attention_options", "decode_attention", "layer_norm", "rms_norm",
-        "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy", "ffn", "rotary", "embedding", "adamw", "gradient_norm",
+        "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
+        "ffn", "rotary", "embedding", "adamw", "gradient_norm",
     }  # fmt: skip
     for operator in operators:
         for which in PASSES.get(operator, ("forward", "forward + backward")):
@@ -142,6 +143,7 @@ def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(col
         "attention_sm90a_backward",
         "attention_one_pass",
         "ffn",
+        "fp8_attention",
         "linear",
         "linear_cross_entropy",
         "linear_cross_entropy_shard",

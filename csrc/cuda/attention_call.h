@@ -108,11 +108,10 @@ inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owner
 inline int blocks_at_once() { return 2 * multiprocessors(); }
 
 // The order of tiles of rows, `blocks` of which run at once, of all heads of `sequences`; and that of tiles of keys,
-// past which what is `row_bytes` of each row goes.
-inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks,
-                              int number_bytes = 2) {
+// past which what is `row_bytes` of each row goes. Numbers of keys and values have `bytes` each.
+inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks, int bytes = 2) {
   const int64_t keys = p.key.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
-  const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * number_bytes, static_cast<int>(p.group())};
+  const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * bytes, static_cast<int>(p.group())};
   return schedule_of_rows(tiles, static_cast<int>(p.heads() * sequences), p.window_left >= 0, p.window_right >= 0,
                           streams, {cache_bytes(), blocks});
 }

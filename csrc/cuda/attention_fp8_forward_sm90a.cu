@@ -21,12 +21,13 @@
 //
 //   query_full[q], key_full[s], value_full[s]   bytes have come
 //   query_free[q]                               every warp has stored what it made of the queries, by way of their
-//   place, of which they take half              key_free[s], value_free[s]   every warpgroup has multiplied them
+//   place, of which they take half
+//   key_free[s], value_free[s]                  every warpgroup has multiplied them
 //
 //   flops   4 rows keys D a tile, at 8192 a clock and multiprocessor
 //   bytes   2 D a key and block, from the second-level cache: 128 rows do 256 flops a byte
-//   limit   exponentials, 16 a clock: as long as the products at head dim 128, twice as long at 64, half at 256; beside
-//           them rounding to bytes, and adding to O: 4 D / 128 instructions a key and warpgroup more
+//   limit   exponentials, 16 a clock: as long as the products at head dim 128, twice as long at 64, half at 256.
+//           Beside them a score wants half an instruction to become a byte, and a number of O a multiply-add a step
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -35,13 +36,9 @@
 #include "cuda/attention_fp8.h"
 #include "cuda/attention_sm90a_forward.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/warp.cuh"
 
 namespace llmengine::cuda {
-
-struct E4m3 {};
-
 namespace attention {
 namespace {
 
@@ -270,7 +267,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     Sums<1, D> output;
     clear(output);
     if (w.some()) attend<S, T, D>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
-    ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
+    // at its last turn all warps of the warpgroup were done with the queries
     const Work again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {

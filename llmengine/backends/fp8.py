@@ -9,7 +9,7 @@ its largest finite magnitude, are x / 2^e, where e is the least integer that kee
 Queries and keys are turned first: filled up with zeros to a class of widths, times signs of their columns, times the
 Walsh-Hadamard matrix of 1 and -1. A score is then the product over the width. All in float32.
 Probabilities are rounded to e4m3 as 2^8 exp(logit - the largest of the row so far), a step of keys after the other;
-what outputs are divided by is the sum of these.
+outputs are divided by the sum of these.
 """
 
 from __future__ import annotations

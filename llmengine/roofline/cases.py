@@ -172,8 +172,8 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
     peers |= flash_attention(q, causal)
     flops = 4 * batch * heads * tokens * tokens * head_dim * (0.5 if causal else 1.0)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    def ours(q: Tensor, k: Tensor, v: Tensor, fp8: bool = False) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, fp8=fp8)
 
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
     run |= attention_kernels(ours, q) | peers

@@ -57,7 +57,8 @@ def in_one_pass() -> Iterator[None]:
 
 
 def attention_kernels(ours: Callable[..., Tensor], q: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """Hopper's, backward in one pass too, and those of exactly this head dim, which are compiled here."""
+    """Hopper's, backward in one pass too, and forward in 8 bits, rounding among what is timed; and those of exactly
+    this head dim, which are compiled here."""
     run: dict[str, Callable[..., Tensor]] = {}
     if not q.is_cuda or q.dtype == torch.float32:
         return run
@@ -66,6 +67,7 @@ def attention_kernels(ours: Callable[..., Tensor], q: Tensor) -> dict[str, Calla
         run["llmengine cuda sm90a"] = Within(ours, on_cuda(lambda: attention_by("sm90a")))
         if head_dim <= WIDEST_IN_ONE_PASS:
             run["llmengine cuda one pass"] = Within(ours, on_cuda(in_one_pass))
+        run["llmengine cuda fp8"] = Within(partial(ours, fp8=True), on_cuda(contextlib.nullcontext))
     if head_dim not in BUILT_AHEAD and _compiler_is_here():
         run["llmengine cuda exact"] = Within(ours, on_cuda(exact_kernels))
     return run

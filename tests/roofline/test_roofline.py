@@ -299,7 +299,7 @@ def test_only_kernels_that_take_the_call_are_timed_by_their_names(capability, he
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 8, head_dim), device="cuda")
     found = {name.removeprefix("llmengine cuda ") for name in choices.attention_kernels(torch.relu, q)}
-    hopper = {"sm90a"} | ({"one pass"} if head_dim <= 128 else set()) if capability == (9, 0) else set()
+    hopper = {"sm90a", "fp8"} | ({"one pass"} if head_dim <= 128 else set()) if capability == (9, 0) else set()
     assert found == hopper | ({"exact"} if compiler and head_dim in (96, 192) else set())
 
 

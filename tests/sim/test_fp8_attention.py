@@ -26,7 +26,7 @@ from .harness import Break, built_with, device_of, loaded, on_hopper, schedule
 from .test_attention import HALVES, HEAVY, assert_lse
 from .test_fp8 import one_nan
 
-PLACES = pytest.mark.parametrize("backend", ["cuda_sim", *(["cuda"] if on_hopper() else [])])
+PLACES = pytest.mark.parametrize("backend", ["cuda_sim", *(["cuda"] if on_hopper() else [])], ids="{}-sm90a".format)
 SDPA, VARLEN = samples.OPERATORS
 
 
@@ -138,7 +138,8 @@ def test_extremes(native):
 
 def assert_right(op: Operator, sample: Sample, dtype: torch.dtype, backend: str = "cuda_sim") -> None:
     """By the law, of which the oracle has the same numbers but does not round probabilities; and near the reference,
-    which does: what lies between them are a few that exponentials off by 2^-22 round to the other side."""
+    which does: what lies between them are a few that exponentials off by 2^-22 round to the other side. On a device
+    scores are off by 2^-13 of their terms, and it is more than a few."""
     given = sample.on(device_of(backend)).rounded(dtype)
     oracle = evaluate(op.function, given.rounded(torch.float64), "reference")[0]
     plain = evaluate(op.function, given, "reference")[0]
@@ -149,7 +150,9 @@ def assert_right(op: Operator, sample: Sample, dtype: torch.dtype, backend: str 
         rounding, apart = ((y.double() - x.double()).square().mean().sqrt() for y, x in (
             (plain[0], oracle[0]), (ours[0], plain[0]),
         ))  # fmt: skip
-        assert apart <= rounding / 8 + 2**-9 * oracle[0].abs().max() / 8, "not the reference's numbers"
+        assert apart <= rounding / (8 if backend == "cuda_sim" else 1) + 2**-9 * oracle[0].abs().max() / 8, (
+            "not the reference's numbers"
+        )
     if sample.kwargs.get("return_lse"):
         assert_lse(*(outputs[1].double() for outputs in (ours, plain, oracle)))
 
@@ -338,12 +341,9 @@ BREAKS: dict[str, Break] = {
         FORWARD, f"{FORWARD}.cu", "    ptx::fence_async_shared();\n    give_back_by_warps(", "    give_back_by_warps(",
         "with no fence_async between",
     ),
-    "outputs over queries of other warps": (
-        FORWARD, f"{FORWARD}.cu", "    ptx::barrier_sync(1 + group, 128); ", "",
-        "races|what a product of|with no barrier",
-    ),
     "scores read while under way": (
-        FORWARD, f"{FORWARD}.cu", "    ptx::wgmma_wait<0>(flat(x));\n", "", "accumulators of a product",
+        FORWARD, f"{FORWARD}.cu", "    ptx::wgmma_wait<0>(flat(x));\n", "",
+        "accumulators of a product|copy writes .* what a product of|deadlock",
     ),
     "keys given back while multiplied": (
         FORWARD, f"{FORWARD}.cu", "    ptx::wgmma_wait<0>(flat(x));\n    give_back(&shared.key_free[stage]);",
@@ -361,9 +361,7 @@ BREAKS: dict[str, Break] = {
     ),
     "a turn is not passed on": (FORWARD, f"{FORWARD}.cu", "    order.pass();\n", "", "deadlock"),
     "outputs are not rescaled": (FORWARD, f"{FORWARD}.cu", "rescale(output, rescaling);", "{}", WRONG),
-    "rows are rescaled where the first is": (
-        FORWARD, f"{FORWARD}.cu", " || rescaling[0][1] != 1.0f", "", WRONG,
-    ),
+    "rescaled where all rows have a new maximum": (FORWARD, f"{FORWARD}.cu", "__any_sync(", "__all_sync(", WRONG),
     "values in the order of keys": (
         FORWARD, f"{FORWARD}.cu", "x[0][4 * step + r / 2 * 2 + 1]", "x[0][4 * step + (r / 2 * 2 + 2) % 4]", WRONG,
     ),
@@ -373,9 +371,9 @@ BREAKS: dict[str, Break] = {
     ),
     "another tile's keys' scale": (FORWARD, f"{FORWARD}.cu", "p.key.scales[tile]", "p.key.scales[tiles]", WRONG),
     "keys of another head": (FORWARD, f"{FORWARD}.cu", "w.head / sizes.group", "w.head % sizes.group", WRONG),
-    "sums begin with what was there": (
+    "the first product of a part is lost": (
         FORWARD, f"{FORWARD}.cu", "b.advanced(first * S::keys + 32 * k), k > 0)",
-        "b.advanced(first * S::keys + 32 * k), true)", f"{WRONG}|reads",
+        "b.advanced(first * S::keys + 32 * k), k > 1)", WRONG,
     ),
     "a lift that sinks do not have": (
         FORWARD, "attention_forward.cuh", "static_cast<float>(1 << lift)", "1.0f", f"{WRONG}|lse",
@@ -417,7 +415,7 @@ def try_tiles() -> None:
 
 def try_attention() -> None:
     """Rings go around, tiles differ in their scales, blocks take more tiles of queries than they hold."""
-    sinks = samples._Maker8.sinks(2)
+    sinks = 6 * samples._Maker8.sinks(2)
     two = sample_of(70, 560, 24, heads=2, causal="bottom_right", sinks=sinks, return_lse=True)
     for i, large in ((1, 500.0), (2, 40.0)):
         two.args[i][:, :, 300] *= large
