@@ -55,10 +55,10 @@ def options(draw, heads: int) -> dict:
 
 
 @st.composite
-def padded_calls(draw, lengths=LENGTHS) -> Sample:
+def padded_calls(draw, lengths=LENGTHS, dims=DIMS, layout=LAYOUT) -> Sample:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    rows, keys, dim, value_dim = draw(lengths), draw(lengths), draw(DIMS), draw(DIMS)
+    rows, keys, dim, value_dim = draw(lengths), draw(lengths), draw(dims), draw(dims)
     # the law compares largest and mean errors: every gradient gets the elements that make them meaningful, of rows
     # enough, since the elements of one row share the error of its statistics
     batch = -(-256 // (min(rows, keys) * min(dim, value_dim, 8))) + draw(st.integers(0, 1))
@@ -70,21 +70,21 @@ def padded_calls(draw, lengths=LENGTHS) -> Sample:
         chosen["attn_mask"] = draw(LAYOUT)(draw(st.sampled_from([mask, mask > -0.5, infinite])))
     operands = [(batch, heads, rows, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, value_dim)]
     constants = tuple(name for name in CONSTANTS if name in chosen)
-    return Sample("random", tuple(draw(LAYOUT)(randn(g, *shape)) for shape in operands), chosen, constants, constants)
+    return Sample("random", tuple(draw(layout)(randn(g, *shape)) for shape in operands), chosen, constants, constants)
 
 
 @st.composite
-def packed_calls(draw, most=5) -> Sample:
+def packed_calls(draw, most=5, dims=DIMS, layout=LAYOUT) -> Sample:
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     lengths = [(13, 15), *draw(st.lists(st.tuples(st.integers(0, 110), st.integers(0, 110)), max_size=most - 1))]
-    dim, value_dim, spare = draw(DIMS) + 8, draw(DIMS) + 8, draw(st.integers(0, 3))
+    dim, value_dim, spare = draw(dims) + 8, draw(dims) + 8, draw(st.integers(0, 3))
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in zip(*lengths, strict=True))
     rows, keys = int(cu_q[-1]) + spare, int(cu_k[-1]) + spare
     shapes = [(rows, key_heads * group, dim), (keys, key_heads, dim), (keys, key_heads, value_dim)]
     chosen = draw(options(key_heads * group))
     constants = tuple(name for name in CONSTANTS if name in chosen)
-    operands = (draw(LAYOUT)(randn(g, *shape)) for shape in shapes)
+    operands = (draw(layout)(randn(g, *shape)) for shape in shapes)
     longest = (max(q for q, _ in lengths), max(k for _, k in lengths))
     return Sample("random", (*operands, cu_q, cu_k, *longest), chosen, constants, constants)
 

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_cuda_sim, module) {
   module.def("set_schedule", &sim::set_schedule, pybind11::arg("order"), pybind11::arg("seed") = 0);
   module.def("set_multiprocessors", [](int count) { sim::multiprocessors = count; }, pybind11::arg("count"));
   module.def("last_stream", [] { return reinterpret_cast<uintptr_t>(sim::last_stream); });
+  module.def("problem_of_capability", &cuda::problem_of_capability);
   // (kernel, tensor, reads, bytes read, writes, bytes written) of the latest call's launches
   module.def("moved", [] {
     pybind11::list result;

@@ -209,10 +209,11 @@ class ForwardRows {
     for (int64_t r = 0; r < rows_; ++r) {
       const float total = statistics_.total[r];
       factors[r] = total == 0.0f ? 0.0f : 1.0f / total;
-      const double lse = std::log(static_cast<double>(total)) + (total == 0.0f ? 0.0 : statistics_.largest[r]);
-      const float high = static_cast<float>(lse);
+      const double log = std::log(static_cast<double>(total)), largest = total == 0.0f ? 0.0 : statistics_.largest[r];
+      const float high = static_cast<float>(largest + log);
       p_.lse.template as<float>()[statistic + r] = high;
-      p_.lse_low.template as<float>()[statistic + r] = std::isinf(high) ? 0.0f : static_cast<float>(lse - high);
+      p_.lse_low.template as<float>()[statistic + r] =
+          std::isinf(high) ? 0.0f : static_cast<float>((largest - high) + log);  // no sum beyond 2^53 holds log
     }
     P::write_rows(sums_, rows_, factors, Rows<T>(p_.output, s_.batch, head_, s_.row0 + row_));
   }

@@ -18,16 +18,16 @@ struct AttentionForward : ops::AttentionForward {
 };
 
 struct AttentionBackward : ops::AttentionBackward {
-  TensorView base, delta;        // room, like lse: what the kernels read of each row beside its operands
-  TensorView partial_distances;  // float32 (sequences, heads, tiles of kDistanceRows, 2 M + 1): what is yet to be
-                                 // added up along the third for grad_distance_bias, which is not looked at; or none
+  TensorView shift, base, delta;  // room, like lse: what the kernels read of each row beside its operands
+  TensorView partial_distances;   // float32 (sequences, heads, tiles of kDistanceRows, 2 M + 1): what is yet to be
+                                  // added up along the third for grad_distance_bias, which is not looked at; or none
   bool exact = false;
 
   static constexpr auto fields() {
     using P = AttentionBackward;
     return std::tuple_cat(
         ops::AttentionBackward::fields(),
-        std::tuple{ops::field("base", &P::base), ops::field("delta", &P::delta),
+        std::tuple{ops::field("shift", &P::shift), ops::field("base", &P::base), ops::field("delta", &P::delta),
                    ops::field("partial_distances", &P::partial_distances), ops::field("exact", &P::exact)});
   }
 };

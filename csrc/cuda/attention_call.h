@@ -45,9 +45,10 @@ inline Mask mask_of(const ops::AttentionOptions& p) {
   return {p.mask.data, step(0), step(1), step(2), step(3), kind};
 }
 
-// Logits are positive multiples of the products, and stay those.
+// Logits are positive multiples of the products, also as floats, and stay those.
 inline bool is_plain(const ops::AttentionOptions& p) {
-  return p.scale > 0 && p.softcap == 0 && !p.mask.defined() && !p.alibi_slopes.defined() && !p.distance_bias.defined();
+  return static_cast<float>(p.scale) > 0 && p.softcap == 0 && !p.mask.defined() && !p.alibi_slopes.defined() &&
+         !p.distance_bias.defined();
 }
 
 inline Options options_of(const ops::AttentionOptions& p) {
@@ -92,13 +93,15 @@ inline Sizes sizes_of_keys(const ops::AttentionOptions& p, int tile) {
   return sizes_of(p, p.max_seqlen_k, p.key.size(2), tile);
 }
 
-// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over. Numbers
-// of tiles are ints, also those `beyond` the last that blocks draw before they end.
+// Numbers of tiles are ints, also those `beyond` the last that blocks draw before they end.
+inline dim3 grid_of_tiles(int64_t tiles, int64_t beyond = 0) {
+  check(tiles <= std::numeric_limits<int>::max() - beyond, "attention: more than 2^31 tiles are not supported on CUDA");
+  return dim3(static_cast<unsigned>(tiles));
+}
+
+// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
 inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners, int64_t beyond = 0) {
-  const int64_t blocks = tiles * owners * (p.sequences() + p.packed());
-  check(blocks <= std::numeric_limits<int>::max() - beyond,
-        "attention: more than 2^31 tiles are not supported on CUDA");
-  return dim3(static_cast<unsigned>(blocks));
+  return grid_of_tiles(tiles * owners * (p.sequences() + p.packed()), beyond);
 }
 
 // Of sm_80's kernels, of which a multiprocessor has room for two.

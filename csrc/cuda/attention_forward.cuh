@@ -29,19 +29,20 @@ Results<T> results_of(const ops::AttentionForward& p) {
 }
 #endif
 
-// The softmax of a warp's rows so far; `sum` is over this thread's columns. Exponentials are at most 2^lift: the base
-// is so far below the maximum.
+// The softmax of a warp's rows so far; `sum` is over this thread's columns, `base` the maximum: of plain logits, which
+// are products, in units of log 2, else a logit (attention_logits.cuh). Exponentials are at most 2^lift: the base is so
+// far below the maximum, of plain logits alone.
 template <int blocks, int lift = 0>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
   // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
-  __device__ explicit Softmax(float sink) {
+  __device__ Softmax(float sink, bool plain = true) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        base[m][half] = lowered(__fmul_rn(sink, kLog2e));
+        base[m][half] = plain ? lowered(__fmul_rn(sink, kLog2e)) : sink;
         sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : static_cast<float>(1 << lift);
       }
   }
@@ -49,7 +50,8 @@ struct Softmax {
   // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
   // They are added up here, or elsewhere.
   template <bool here = true, int n>
-  __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2]) {
+  __device__ __forceinline__ void add(float (&x)[blocks][n][4], float factor, float (&rescaling)[blocks][2],
+                                      bool plain = true) {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
@@ -60,16 +62,17 @@ struct Softmax {
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
         // rounded, as it is compared and subtracted: the same maximum must give a rescaling of exactly 1
-        const float higher = fmaxf(base[m][half], lowered(__fmul_rn(most, factor)));
+        const float higher = fmaxf(base[m][half], plain ? lowered(__fmul_rn(most, factor)) : most);
         const float from = higher == -INFINITY ? 0.0f : higher;  // no key seen yet: exp2(-inf - 0) is 0, not NaN
-        rescaling[m][half] = ptx::exp2_approx(base[m][half] - from);
+        const float before = plain ? 0.0f : from, behind = plain ? from : 0.0f;  // the multiplication
+        rescaling[m][half] = ptx::exp2_approx((base[m][half] - from) * (plain ? 1.0f : factor));
         base[m][half] = higher;
         sum[m][half] *= rescaling[m][half];
 #pragma unroll
         for (int j = 0; j < n; ++j)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i], factor, -from));
+            x[m][j][i] = ptx::exp2_approx(fmaf(x[m][j][i] - before, factor, -behind));
             if constexpr (here) sum[m][half] += x[m][j][i];
           }
       }
@@ -98,16 +101,17 @@ __device__ __forceinline__ void rescale(float (&x)[blocks][n][4], const float (&
       for (int i = 0; i < 4; ++i) x[m][j][i] *= by[m][i / 2];
 }
 
-__device__ __forceinline__ double lse_of(float base, float sum) {
-  return sum == 0.0f ? -INFINITY : 0.693147180559945309 * base + log(static_cast<double>(sum));
+__device__ __forceinline__ double lse_of(double largest, float sum) {
+  return sum == 0.0f ? -INFINITY : largest + log(static_cast<double>(sum));
 }
 
-// lse of a row, and what rounding takes from it.
-__device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base, float sum) {
-  const double exact = lse_of(base, sum);
-  const float high = static_cast<float>(exact);
+// lse of a row, and what rounding takes from it: of logits beyond 2^53 all that the sum adds.
+__device__ __forceinline__ void store_lse(float* lse, float* lse_low, double largest, float sum) {
+  const float high = static_cast<float>(lse_of(largest, sum));
   *lse = high;
-  *lse_low = high == INFINITY || high == -INFINITY ? 0.0f : static_cast<float>(exact - high);
+  *lse_low = high == INFINITY || high == -INFINITY
+                 ? 0.0f
+                 : static_cast<float>((largest - high) + log(static_cast<double>(sum)));
 }
 
 // A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums. They pass
@@ -115,9 +119,16 @@ __device__ __forceinline__ void store_lse(float* lse, float* lse_low, float base
 template <class T, int blocks, int lift, int rows, int columns>
 __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head,
                                               int row, int count, Softmax<blocks, lift>& softmax, float keep_scale,
-                                              const Sums<blocks, columns>& output,
-                                              const Tile<T, rows, columns>& through, int own) {
+                                              Sums<blocks, columns>& output, const Tile<T, rows, columns>& through,
+                                              int own, bool plain = true) {
   softmax.gather();
+#pragma unroll
+  for (int m = 0; m < blocks; ++m)
+#pragma unroll
+    for (int j = 0; j < columns / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (softmax.sum[m][i / 2] == 0.0f) output[m][j][i] = 0.0f;  // also where values nobody sees are NaN
   const auto share = [&](int m, int half) {
     const float sum = softmax.sum[m][half];
     return sum == 0.0f ? 0.0f : keep_scale / sum;
@@ -130,7 +141,8 @@ __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes&
     for (int half = 0; half < 2; ++half) {
       const int line = 16 * m + 8 * half + lane_of() / 4;
       if (lane_of() % 4 != 0 || line >= count) continue;
-      store_lse(to.lse + statistics + line, to.lse_low + statistics + line, softmax.base[m][half],
+      const double unit = plain ? 0.693147180559945309 : 1.0;
+      store_lse(to.lse + statistics + line, to.lse_low + statistics + line, unit * softmax.base[m][half],
                 softmax.sum[m][half]);
     }
 }

@@ -3,8 +3,10 @@
 // the probabilities (ops/attention.h, ops/attention_band.h).
 //
 //   Logits are kept as products where they are positive multiples of those ("plain": scale > 0, no softcap, bias or
-//   mask), else in natural units; either way P = exp2(x factor - base) is one multiply-add and one exponential, with
-//   base, the maximum or lse, in units of log 2.
+//   mask): P = exp2(x factor - base) is one multiply-add and one exponential, with base, the maximum or lse, in units
+//   of log 2. Else they are natural, and P = exp2((x - shift) factor - base), with the maximum, or lse, as shift and
+//   what rounding took from lse as base. Biases may be as large as floats are: a difference of logits is exact, or
+//   small beside them, where a rounded multiple of one is off by as much as other logits are apart.
 //
 //   Tiles of scores lie in accumulators (matrix_tile.cuh) as (rows, keys), or `transposed` as (keys, rows). `first` is
 //   the row, or key, of the accumulators' first row, `across` the key, or row, of their first column.
@@ -125,6 +127,11 @@ __device__ __forceinline__ Span keys_of_rows(const Band& band, int first, int co
 }
 __device__ __forceinline__ Span rows_of_keys(const Band& band, int first, int count) {
   return band.rows_of(first, least(first + count, band.keys));
+}
+
+// Where a walk in tiles through what a tile sees begins; at its end, where it sees nothing.
+__device__ __forceinline__ int begin_of_walk(const Span& seen, int tile) {
+  return seen.begin < seen.end ? seen.begin / tile * tile : seen.end;
 }
 
 // ---- logits ---------------------------------------------------------------------------------------------------------

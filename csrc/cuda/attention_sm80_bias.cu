@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_gradient(Sums<1, Shape<D>::keys>& sum, const
   const Span reach = keys_of_rows(s.band(p.options), row + own, 16);
   if (!reach.some(key, key + kKeys)) return;
   const int64_t lines = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + row + own;
-  const RowStatistics<1> statistics(p.base + lines, p.delta + lines, s.rows - row - own);
+  const RowStatistics<1, false> statistics(p, lines, s.rows - row - own);
   Sums<1, kKeys> products, probabilities, grad;
   scores_of_rows<false, 1>(products, probabilities, grad, tiles.query, tiles.grad, own, tiles.key, tiles.value,
                            p.options, p.sizes, s, {head, row + own, key, reach.all(key, key + kKeys)}, statistics);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
   const Sequence s = sequence_of(p.sizes, place.sequence);
   const int row = place.tile * kRows, farthest = p.options.distances ? p.options.farthest : 0;
   const Span block = keys_of_rows(s.band(p.options), row, kRows);
-  const int begin = block.begin / kKeys * kKeys, shift = p.options.bottom_right ? s.keys - s.rows : 0;
+  const int begin = begin_of_walk(block, kKeys), shift = p.options.bottom_right ? s.keys - s.rows : 0;
 
   for (int i = static_cast<int>(threadIdx.x); i <= 2 * farthest; i += kThreads) diagonals.table[i] = 0.0f;
   if (begin < block.end) tiles.begin_rows(p, s, place.head, row);
@@ -254,9 +254,11 @@ void run_mask(const AttentionBackward& p, Stream stream, const int* wanted) {
                         static_cast<int>((grad.size(2) + kRows - 1) / kRows),
                         static_cast<int>((grad.size(3) + kKeys - 1) / kKeys),
                         wanted};
-    const int64_t blocks = grad.size(0) * grad.size(1) * sums.row_tiles * sums.key_tiles;
-    check(blocks <= std::numeric_limits<int>::max(), "attention: more than 2^31 tiles are not supported on CUDA");
-    const LaunchSite at{"attention_mask_sm80", dim3(static_cast<unsigned>(blocks)), kThreads, cuda_stream(stream), grad,
+    const LaunchSite at{"attention_mask_sm80",
+                        grid_of_tiles(grad.size(0) * grad.size(1) * sums.row_tiles * sums.key_tiles),
+                        kThreads,
+                        cuda_stream(stream),
+                        grad,
                         Tiles<T, D>::bytes};
     if constexpr (kBuiltAhead<D>) {
       launch(at, attention_mask_sm80<T, D>, given, sums);
@@ -276,7 +278,7 @@ void run_distances(const AttentionBackward& p, Stream stream) {
                                         {p.sequences(), p.heads(), given.sizes.tiles, p.distance_bias.size(1)});
     const size_t table = p.distance_bias.size(1) * sizeof(float);
     const LaunchSite at{"attention_distances_sm80",
-                        dim3(static_cast<unsigned>(p.sequences() * p.heads() * given.sizes.tiles)),
+                        grid_of_tiles(p.sequences() * p.heads() * given.sizes.tiles),
                         kThreads,
                         cuda_stream(stream),
                         partial,

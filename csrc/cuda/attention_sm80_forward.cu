@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_
   const int own = warp_of() * 16 * S::blocks, row = first + own;  // this warp's first row, in the tile and at all
   const Span block = keys_of_rows(s.band(p.options), first, S::rows);
   const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
-  const int begin = block.begin / S::keys * S::keys;
+  const int begin = begin_of_walk(block, S::keys);
 
-  Softmax<S::blocks> softmax(p.options.sinks ? p.options.sinks[place.head] : -INFINITY);
+  Softmax<S::blocks> softmax(p.options.sinks ? p.options.sinks[place.head] : -INFINITY, plain);
   Sums<S::blocks, D> output;
   clear(output);
   if (begin < block.end) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_
       if constexpr (!plain) make_logits<T, false>(x, p.options, s, place.head, row, key);
       if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, s.band(p.options), row, key);
       float rescaling[S::blocks][2];
-      softmax.add(x, p.options.factor, rescaling);
+      softmax.add(x, p.options.factor, rescaling, plain);
       rescale(output, rescaling);
       if (p.options.dropout.seed) {
         const auto stream = static_cast<uint32_t>(s.index * p.sizes.heads + place.head);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_
   const int count = least(16 * S::blocks, s.rows - row);
   if (count <= 0) return;
   store_results(p.results, p.sizes, s, place.head, row, count, softmax, p.options.dropout.keep_scale, output,
-                tiles.query, own);
+                tiles.query, own, plain);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct Tiles {
   char* stages;
 
   static constexpr int kLines = S::keys * D * 2, kTile = S::rows * D * 2;
-  static constexpr int kStage = 2 * kTile + 2 * S::rows * static_cast<int>(sizeof(float));
+  static constexpr int kStage = 2 * kTile + (plain ? 2 : 3) * S::rows * static_cast<int>(sizeof(float));
   static constexpr int kStages = kLines * (wanted != kValue ? 2 : 1), bytes = kStages + 2 * kStage;
 
   __device__ explicit Tiles(void* shared)
@@ -53,6 +53,7 @@ struct Tiles {
   __device__ Tile<T, S::rows, D> grad(int stage) const { return query(stage).at(stages, stage * kStage + kTile); }
   __device__ float* base(int stage) const { return reinterpret_cast<float*>(stages + stage * kStage + 2 * kTile); }
   __device__ float* delta(int stage) const { return base(stage) + S::rows; }
+  __device__ float* shift(int stage) const { return base(stage) + 2 * S::rows; }  // where logits are not plain
 };
 
 template <class T, int D, bool plain, int wanted>
@@ -62,10 +63,11 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
   const Place place = place_of(schedule, p.sizes.heads / p.sizes.group);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {  // keys that belong to none
-    for (int first = place.tile * S::keys; first < s.keys; first += p.sizes.tiles * S::keys) {
-      const int count = least(S::keys, s.keys - first);
-      if (of_keys) zero_rows<kThreads>(p.grad_key.lines(s.batch, place.head, s.key0 + first), count);
-      if (of_values) zero_rows<kThreads>(p.grad_value.lines(s.batch, place.head, s.key0 + first), count);
+    const int64_t step = int64_t{p.sizes.tiles} * S::keys;
+    for (int64_t first = int64_t{place.tile} * S::keys; first < s.keys; first += step) {
+      const int key = static_cast<int>(first), count = least(S::keys, s.keys - key);
+      if (of_keys) zero_rows<kThreads>(p.grad_key.lines(s.batch, place.head, s.key0 + key), count);
+      if (of_values) zero_rows<kThreads>(p.grad_value.lines(s.batch, place.head, s.key0 + key), count);
     }
     return;
   }
@@ -87,6 +89,7 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
       const int64_t at = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + row + line;
       ptx::copy_async_4(tiles.base(stage) + line, p.base + at, line < left ? 4 : 0);
       if (of_keys) ptx::copy_async_4(tiles.delta(stage) + line, p.delta + at, line < left ? 4 : 0);
+      if (!plain) ptx::copy_async_4(tiles.shift(stage) + line, p.shift + at, line < left ? 4 : 0);
     }
     ptx::commit_copies();
   };
@@ -115,8 +118,7 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
     copy(products, x);
     if constexpr (!plain) make_logits<T, true>(x, p.options, s, head, key, row);
     if (!reach.all(row, row + S::rows)) hide_unseen<true>(x, s.band(p.options), key, row);
-    const float *base = tiles.base(stage), *delta = tiles.delta(stage);
-    each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, p.options.factor, -base[c])); });
+    to_probabilities_of_columns<plain>(x, p.options.factor, plain ? nullptr : tiles.shift(stage), tiles.base(stage));
 
     Dropped<S::blocks, S::rows / 8> dropped;
     if (p.options.dropout.seed) {
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T
       Scores grad;
       product_of_rows<S::blocks>(grad, tiles.value, own, tiles.grad(stage));
       if (p.options.dropout.seed) drop(grad, dropped, p.options.dropout.keep_scale);
+      const float* delta = tiles.delta(stage);
       each(grad, [&](float& g, int, int c) { g -= delta[c]; });
       through_softmax<plain>(grad, x, products, p.options);
       round_to_operands<T>(grad, rounded);

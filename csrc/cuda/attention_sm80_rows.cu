@@ -1,7 +1,9 @@
 // Attention, backward, of queries (formulas and flops: attention_sm80_backward.cuh), and what both halves of the
 // backward read of each row.
 //
-//   attention_statistics_sm80   base: lse in units of log 2, and infinite where a row sees no key, so that its P are 0;
+//   attention_statistics_sm80   shift and base: of plain logits 0 and lse in units of log 2, of others lse and its
+//                               second part (attention_logits.cuh). base is infinite where a row sees no key, so that
+//                               its P are 0;
 //                               delta = rowsum(dO O) - grad_lse. The sum is the diagonal of dO O^T by the same tensor
 //                               core products as dO V^T: where a row has one key, and O is its value, both err alike
 //                               and their difference is 0. Bytes: dO and O once; limit: memory.
@@ -35,8 +37,9 @@ inline constexpr int kStatisticsRows = 16 * kWarps;
 template <class T>
 struct Statistics {
   Operand<const T> output, grad_output;
-  const float *lse, *grad_lse;  // grad_lse: null where there is none
-  float *base, *delta;
+  const float *lse, *lse_low, *grad_lse;  // grad_lse: null where there is none
+  float *shift, *base, *delta;
+  bool plain;
   int tiles, heads, rows;
   Operand<const T> query;
   float *grad_squares, *query_squares;  // null where they are not wanted
@@ -105,7 +108,9 @@ __global__ void __launch_bounds__(kThreads) attention_statistics_sm80(const Stat
     const int64_t at = statistics + row;
     const float sum = line % 2 ? (half ? lower[3] : upper[1]) : half ? lower[2] : upper[0], lse = p.lse[at];
     p.delta[at] = p.grad_lse ? sum - p.grad_lse[at] : sum;
-    p.base[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+    const bool sees = lse != -INFINITY;
+    p.shift[at] = sees && !p.plain ? lse : 0.0f;
+    p.base[at] = sees ? (p.plain ? lse : p.lse_low[at]) * kLog2e : INFINITY;
   }
 }
 
@@ -139,8 +144,10 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
   const Place place = place_of(schedule, p.sizes.heads);
   const Sequence s = sequence_of(p.sizes, place.sequence);
   if (place.sequence == p.sizes.sequences) {  // rows that belong to none
-    for (int first = place.tile * S::rows; first < s.rows; first += p.sizes.tiles * S::rows) {
-      zero_rows<kThreads>(p.grad_query.lines(s.batch, place.head, s.row0 + first), least(S::rows, s.rows - first));
+    const int64_t step = int64_t{p.sizes.tiles} * S::rows;
+    for (int64_t first = int64_t{place.tile} * S::rows; first < s.rows; first += step) {
+      const int row = static_cast<int>(first);
+      zero_rows<kThreads>(p.grad_query.lines(s.batch, place.head, s.row0 + row), least(S::rows, s.rows - row));
     }
     return;
   }
@@ -153,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
   const int count = least(16 * S::blocks, s.rows - row);
   const Span block = keys_of_rows(s.band(p.options), first, S::rows);
   const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
-  const int begin = block.begin / S::keys * S::keys;
+  const int begin = begin_of_walk(block, S::keys);
   const auto begin_stage = [&](int key) {
     const int left = s.keys - key, stage = key / S::keys % 2;
     copy_rows<kThreads>(tiles.key(stage), p.key.lines(s.batch, key_head, s.key0 + key), left);
@@ -162,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
   };
 
   const int64_t lines = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
-  const RowStatistics<S::blocks> statistics(p.base + lines, p.delta + lines, count);
+  const RowStatistics<S::blocks, plain> statistics(p, lines, count);
   Sums<S::blocks, D> grad_query;
   clear(grad_query);
   if (begin < block.end) {
@@ -205,16 +212,19 @@ void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
     const Statistics<T> given{operand_of<const T>(p.output),
                               operand_of<const T>(p.grad_output),
                               p.lse.as<float>(),
+                              p.lse_low.as<float>(),
                               p.grad_lse.defined() ? p.grad_lse.as<float>() : nullptr,
+                              p.shift.as<float>(),
                               p.base.as<float>(),
                               p.delta.as<float>(),
+                              is_plain(p),
                               tiles,
                               static_cast<int>(p.heads()),
                               static_cast<int>(p.query.size(2)),
                               operand_of<const T>(p.query),
                               squares,
                               squares ? squares + p.heads() * p.query.size(0) * p.query.size(2) : nullptr};
-    const dim3 grid(static_cast<unsigned>(tiles * p.heads() * p.query.size(0)));
+    const dim3 grid = grid_of_tiles(tiles * p.heads() * p.query.size(0));
     launch({"attention_statistics_sm80", grid, kThreads, cuda_stream(stream), p.output}, attention_statistics_sm80<T>,
            given);
   };
@@ -243,7 +253,7 @@ void run_rows(const AttentionBackward& p, Stream stream) {
 void validate(const AttentionBackward& p) {
   ops::validate(p, attention::kTypes);
   const Checker at{"attention backward"};
-  for (auto [t, argument] : NamedTensors{{&p.base, "base"}, {&p.delta, "delta"}}) {
+  for (auto [t, argument] : NamedTensors{{&p.shift, "shift"}, {&p.base, "base"}, {&p.delta, "delta"}}) {
     at.defined(*t, argument);
     ops::check_statistics(at, *t, argument, p.query);
   }

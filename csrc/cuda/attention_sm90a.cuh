@@ -15,11 +15,6 @@
 
 namespace llmengine::cuda::attention {
 
-// Where a walk in tiles through what a tile sees begins; at its end, where it sees nothing.
-__device__ __forceinline__ int begin_of_walk(const Span& seen, int tile) {
-  return seen.begin < seen.end ? seen.begin / tile * tile : seen.end;
-}
-
 // Tokens from `row` on, as panels that lie `panel_bytes` apart.
 template <int panels>
 __device__ __forceinline__ void fetch(uint16_t* to, int panel_bytes, const ptx::TensorMap* map, ptx::Mbarrier* full,

@@ -37,7 +37,7 @@ struct AttentionBackwardOnePass : AttentionBackwardSm90a {
   TensorView remade;   // int32 (1 + sequences * heads * tiles of kRemadeRows of the longest sequence,)
   TensorView largest;  // int32 (sequences, key heads, 3)
   TensorView squares;  // float32 (2, batch, heads, rows), room
-  TensorView of_rows;  // float32 (tiles, heads, 3, kGridRows), room
+  TensorView of_rows;  // float32 (tiles, heads, 4, kGridRows), room
   // Where grad_mask is not each score's own and has a row for each: int64, like it, and int32 (its rows + 1,).
   TensorView mask_sums, mask_bounds;
 

@@ -32,12 +32,12 @@ namespace llmengine::cuda::attention {
 enum class Owner : uint8_t { rows, keys };
 
 // Of head dims up to D, values' up to DV, with `passing` lines in a tile that passes. Of a pair the first tile is D
-// wide, the second, values or gradients of outputs, DV.
-template <Owner owner_, int D, int passing_, int DV = D>
+// wide, the second, values or gradients of outputs, DV. `simple`: of visit_hopper().
+template <Owner owner_, int D, int passing_, int DV, bool simple_>
 struct Walk {
   static_assert(DV <= D);  // both tiles have the first one's room
   static constexpr Owner owner = owner_;
-  static constexpr bool wide = D > 128;
+  static constexpr bool wide = D > 128, simple = simple_;
   static constexpr int groups = 2, boxes = wide && owner == Owner::keys ? 1 : groups;  // boxes of 64 lines
   static constexpr int own = boxes * kGroupRows, threads = 128 * (1 + groups);
   static constexpr int passing = passing_;
@@ -49,6 +49,7 @@ struct Walk {
   static constexpr int many_registers = owner == Owner::keys ? 224 : kManyRegisters;
   static constexpr int statistics =
       owner == Owner::keys ? passing : 1;  // of a stage: rows' owners read them themselves
+  static constexpr int shifts = simple ? 1 : statistics;
 };
 
 template <class S>
@@ -56,6 +57,7 @@ struct Shared {
   uint16_t own[S::owned][2][S::own_bytes / 2];  // a warpgroup's lines lie together, in panels
   uint16_t passing[S::stages][2][S::stage_bytes / 2];
   float base[S::stages][S::statistics], delta[S::stages][S::statistics];  // they come with the first of a pair
+  float shift[S::stages][S::shifts];                                      // unless simple
   ptx::Mbarrier own_full[S::owned], own_free[S::owned];
   ptx::Mbarrier full[S::stages][2], free[S::stages][2];
   ptx::Mbarrier landed;  // a tile that is to be cleared in part
@@ -138,7 +140,7 @@ __device__ __forceinline__ void fetch_passing(Shared<S>& shared, const Turn<S::s
   if (elected) ptx::mbarrier_arrive(full);
 }
 
-// base and delta of a stage's rows; every lane arrives when its own have come.
+// base, delta and shift of a stage's rows; every lane arrives when its own have come.
 template <class S, class T>
 __device__ __forceinline__ void fetch_statistics(Shared<S>& shared, const Backward<T>& p, int stage, int64_t from,
                                                  int left) {
@@ -146,6 +148,7 @@ __device__ __forceinline__ void fetch_statistics(Shared<S>& shared, const Backwa
     const int bytes = line < left ? 4 : 0;
     ptx::copy_async_4(shared.base[stage] + line, p.base + from + line, bytes);
     ptx::copy_async_4(shared.delta[stage] + line, p.delta + from + line, bytes);
+    if (!S::simple) ptx::copy_async_4(shared.shift[stage] + line, p.shift + from + line, bytes);
   }
   ptx::mbarrier_arrive_for_copies(&shared.full[stage][0]);
 }

@@ -150,7 +150,7 @@ __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1]
                                       const Forward<T>& p, const Work& w, const Span& reach, int row, int key) {
   if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
-  softmax.add(x, p.options.factor, rescaling);
+  softmax.add(x, p.options.factor, rescaling, simple || p.plain);
   if (!simple && p.options.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
     drop(x, draw<false, 1, S::keys / 8, 1>(p.options.dropout, stream, row, key), 1.0f);
@@ -221,7 +221,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     const Work w = work_of<S>(p, shared.turn[stage]);
     const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
     uint16_t* tile = shared.query[stage] + group * (S::query_bytes / 2 / S::groups);
-    Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
+    Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY, simple || p.plain);
     Sums<1, DV> output;
     clear(output);
     if (w.some())
@@ -231,7 +231,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
-                    Tile<T, kGroupRows, DV>::at(tile, 0), own);
+                    Tile<T, kGroupRows, DV>::at(tile, 0), own, simple || p.plain);
     }
     ptx::fence_async_shared();
     give_back_by_warps(&shared.query_free[stage]);

@@ -3,8 +3,8 @@
 //
 //   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|. Keys and
 //                                values once; limit: memory
-//   attention_of_rows_sm90a      base, delta and steps (attention_grid.h) as tiles of the grid's rows have them. A
-//                                thread a row, 28 bytes
+//   attention_of_rows_sm90a      base, delta, steps (attention_grid.h) and shift as tiles of the grid's rows have them.
+//                                A thread a row, 36 bytes
 //   attention_mask_from_sums_sm90a   of a mask that is shared, integers to its gradient; limit: memory
 //   attention_from_grid_sm90a    the grid's integers to dQ, and which tiles are to be made anew. A block has 128 rows;
 //                                bytes: 4 head_dim a row, and dQ once; limit: memory
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- what is known of rows ------------------------------------------------------------------------------------------
 
 struct OfRows {
-  const float *base, *delta, *grad_squares, *query_squares;
+  const float *shift, *base, *delta, *grad_squares, *query_squares;
   Sizes sizes;
   Grid grid;
   MaskGradient mask;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfR
   const Sequence s = sequence_of(p.sizes, place.sequence);
   const int row = place.tile * kRemadeRows + static_cast<int>(threadIdx.x);
   if (row >= (s.rows + kGridRows - 1) / kGridRows * kGridRows) return;
-  float base = INFINITY, delta = 0.0f, steps = 0.0f;
+  float base = INFINITY, delta = 0.0f, steps = 0.0f, shift = 0.0f;
   if (row < s.rows) {
     const int64_t at = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
     const int heads = p.sizes.heads / p.sizes.group;
@@ -99,12 +99,13 @@ __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfR
     const float key = __uint_as_float(static_cast<uint32_t>(sizes[0]));
     const float key_square = __uint_as_float(static_cast<uint32_t>(sizes[1]));
     const float value_square = __uint_as_float(static_cast<uint32_t>(sizes[2]));
-    base = p.base[at], delta = p.delta[at];
+    base = p.base[at], delta = p.delta[at], shift = p.shift[at];
     const float of_score = p.keep_scale * sqrtf(p.grad_squares[at]) * sqrtf(value_square) + fabsf(delta);
     const float bound = of_score * key;
     const float reach = kLog2e * (fabsf(p.scale) * sqrtf(p.query_squares[at]) * sqrtf(key_square) + p.softcap);
     const bool seen = base != INFINITY;
-    const bool strange = seen && !(bound < INFINITY && reach <= kGridReach && fabsf(base) <= kGridReach);
+    const bool strange =
+        seen && !(bound < INFINITY && reach <= kGridReach && fabsf(shift * kLog2e + base) <= kGridReach);
     if (seen && !strange) steps = steps_of(bound);
     if (strange) atomicExch(p.grid.remade + p.grid.flag_of(p.sizes, s, place.head, row), 1);
     if (seen && p.mask.sums) {
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfR
     }
   }
   const int64_t tile = Grid::row_of(p.sizes, s, place.head, row / p.passing * p.passing);
-  float* to = p.grid.rows + 3 * tile + row % p.passing;
-  to[0] = base, to[p.passing] = delta, to[2 * p.passing] = steps;
+  float* to = p.grid.rows + kOfRow * tile + row % p.passing;
+  to[0] = base, to[p.passing] = delta, to[2 * p.passing] = steps, to[3 * p.passing] = shift;
 }
 
 // ---- from the grid --------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ __device__ __forceinline__ void rows_from_grid(const Tile<T, kGridRows, D>& tile
   using P = Part<D, passing>;
   constexpr int kQuads = passing * D / 4, kFirst = P::numbers(0) / 4;  // of a tile that passes, of its first part
   const uint4* numbers = reinterpret_cast<const uint4*>(p.grid.numbers + on_grid * D);
-  const float* rows = p.grid.rows + 3 * on_grid;
+  const float* rows = p.grid.rows + kOfRow * on_grid;
 #pragma unroll 1
   for (int q = static_cast<int>(threadIdx.x); q < kGridRows / passing * kQuads; q += kFromGridThreads) {
     const int tile_that_passed = q / kQuads, group = q % kQuads >= kFirst, within = q % kQuads - group * kFirst;
@@ -153,7 +154,7 @@ __device__ __forceinline__ void rows_from_grid(const Tile<T, kGridRows, D>& tile
     const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float steps = rows[tile_that_passed * 3 * passing + 2 * passing + row + i];
+      const float steps = rows[tile_that_passed * kOfRow * passing + 2 * passing + row + i];
       const float step = steps > 0.0f ? 1.0f / steps : 0.0f;
       coarsest = fmaxf(coarsest, step);
 #pragma unroll
@@ -228,7 +229,8 @@ void run_largest(const AttentionBackwardOnePass& p, Stream stream) {
 void run_of_rows(const AttentionBackwardOnePass& p, Stream stream, int passing) {
   const Sizes sizes = sizes_of_rows(p, kRemadeRows);
   const float* squares = p.squares.as<float>();
-  const OfRows given{p.base.as<float>(),
+  const OfRows given{p.shift.as<float>(),
+                     p.base.as<float>(),
                      p.delta.as<float>(),
                      squares,
                      squares + p.heads() * p.query.size(0) * p.query.size(2),
@@ -286,13 +288,13 @@ void validate(const AttentionBackwardOnePass& p) {
   }
   if (widest > 128) at.fail_at("query", "has head dims above 128");
   if (tiles * heads * attention::kGridRows > std::numeric_limits<int>::max()) {
-    at.fail_at("query", "has more than 2^31 rows in all");
+    at.fail_at("query", "has 2^31 rows of all heads or more");
   }
   at.shape(p.grid, "grid", {tiles, heads, attention::kGridRows, dim});
   at.shape(p.remade, "remade", {1 + p.sequences() * heads * remade});
   at.shape(p.largest, "largest", {p.sequences(), p.key_heads(), 3});
   at.shape(p.squares, "squares", {2, p.query.size(0), heads, rows});
-  at.shape(p.of_rows, "of_rows", {tiles, heads, 3, attention::kGridRows});
+  at.shape(p.of_rows, "of_rows", {tiles, heads, attention::kOfRow, attention::kGridRows});
   const TensorView& grad = p.grad_mask;
   if (!attention::is_gradient_of_the_pass(p) || (grad.size(0) == p.query.size(0) && grad.size(1) == heads)) return;
   for (auto [t, argument] : NamedTensors{{&p.mask_sums, "mask_sums"}, {&p.mask_bounds, "mask_bounds"}}) {

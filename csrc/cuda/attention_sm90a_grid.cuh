@@ -26,11 +26,13 @@ struct Part {
   static constexpr int first_column(int group) { return D <= 64 ? 0 : group * kPanel; }
 };
 
+inline constexpr int kOfRow = 4;  // numbers that are known of a row
+
 // For each tile of each head: its numbers, D columns of kGridRows rows as attention_one_pass_sm90a has them, and of its
-// rows base, delta and steps, `passing` of each, then those of the next.
+// rows base, delta, steps and shift, `passing` of each, then those of the next.
 struct Grid {
   int32_t* numbers;
-  float* rows;
+  float* rows;       // kOfRow of each
   int32_t* remade;   // [0]: how many tiles of kRemadeRows rows; then for each head of each sequence, which
   int32_t* largest;  // of each head of keys of each sequence, bits of the largest |k_jd|, |k_j|^2, |v_j|^2
   int row_tiles;     // of kRemadeRows rows, of the longest sequence

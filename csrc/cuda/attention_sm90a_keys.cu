@@ -24,7 +24,7 @@ inline constexpr int kPassing = D <= 64   ? (simple ? 96 : 48)
                                 : D <= 96 ? (simple ? 64 : 32)
                                           : (simple ? 48 : 32);
 template <int D, bool simple>
-using Shape = Walk<Owner::keys, D, kPassing<D, simple>>;
+using Shape = Walk<Owner::keys, D, kPassing<D, simple>, D, simple>;
 
 // dK, but for scale, and dV, but for what is kept, of a warpgroup's keys, each a sum over the group's heads.
 template <class S, class T, int D, bool simple>
@@ -46,7 +46,8 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
     begin_product_of_rows<T, D>(grad, shared.lines(here, 1, group), shared.passing[stage][1]);
     to_gradients<T, D, simple, S>(
         x, grad, rounded, rounded_grad, grad_value, p, w, reach,
-        {head, key, row, shared.base[stage], shared.delta[stage], shared.passing[stage][1]}, [] {}, [] {});
+        {head, key, row, shared.shift[stage], shared.base[stage], shared.delta[stage], shared.passing[stage][1]}, [] {},
+        [] {});
     ptx::wgmma_fence(flat(grad_key));
     begin_adding_product<T, D>(grad_key, rounded_grad, shared.passing[stage][0]);
     ptx::wgmma_wait<1>(flat(grad_value));

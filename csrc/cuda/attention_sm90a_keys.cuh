@@ -13,7 +13,7 @@ namespace llmengine::cuda::attention {
 template <bool simple, class S, class T>
 __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1, S::passing>& products,
                                                  const Walked<T>& p, const Work& w, const Span& reach, int head,
-                                                 int key, int row, const float* base) {
+                                                 int key, int row, const float* shift, const float* base) {
   const Options& o = p.backward.options;
   if (!simple) copy(x, products);
   if (!simple && !p.plain) {
@@ -23,13 +23,13 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, Sums<1,
     make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
   }
   if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
-  each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, o.factor, -base[c])); });
+  to_probabilities_of_columns<simple>(x, o.factor, shift, base);
 }
 
 // Rows that pass a warp's 16 keys.
 struct PassingRows {
   int head, key, row;
-  const float *base, *delta;
+  const float *shift, *base, *delta;
   const uint16_t* grad_output;
 };
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ void to_gradients(Sums<1, S::passing>& x, Sums<1, S::
   const bool drops = !simple && o.dropout.seed != nullptr;
   Sums<1, S::passing> products, kept;
   ptx::wgmma_wait<1>(flat(x));
-  to_probabilities<simple, S>(x, products, p, w, reach, at.head, at.key, at.row, at.base);
+  to_probabilities<simple, S>(x, products, p, w, reach, at.head, at.key, at.row, at.shift, at.base);
   on_probabilities();
   Dropped<1, S::passing / 8> dropped;
   if (drops) {

@@ -34,7 +34,7 @@ namespace {
 inline constexpr int kSpan = 32;  // rows of G^T that lie together: 64 bytes, and a swizzle over them
 
 template <int D, bool simple>
-struct Shape : Walk<Owner::keys, D, kGridPassing<D, simple>> {
+struct Shape : Walk<Owner::keys, D, kGridPassing<D, simple>, D, simple> {
   static constexpr int passing = kGridPassing<D, simple>, owned = D <= 64 ? 2 : 1;
   using Part = attention::Part<D, passing>;  // of dQ
   static constexpr int few_registers = 24, many_registers = 240;
@@ -141,11 +141,12 @@ __device__ __forceinline__ void fetch_passing(Room<S>& room, const Maps& maps, c
         const int on_grid = Grid::row_of(sizes, w.s, way.head, way.row);
         room.tidings[turn.number % room.kept] = {way.head, way.row, on_grid,
                                                  p.grid.flag_of(sizes, w.s, way.head, way.row)};
-        const float* rows = p.grid.rows + int64_t{3} * on_grid;
-        ptx::mbarrier_expect_tx(full, 3 * kBytes);
+        const float* rows = p.grid.rows + int64_t{kOfRow} * on_grid;
+        ptx::mbarrier_expect_tx(full, (S::simple ? 3 : 4) * kBytes);
         ptx::copy_bulk(room.base[stage], rows, kBytes, full);
         ptx::copy_bulk(room.delta[stage], rows + S::passing, kBytes, full);
         ptx::copy_bulk(room.steps[turn.number % room.kept], rows + 2 * S::passing, kBytes, full);
+        if (!S::simple) ptx::copy_bulk(room.shift[stage], rows + 3 * S::passing, kBytes, full);
       }
       ptx::mbarrier_arrive_expect_tx(told, S::stage_bytes);
       fetch<S::panels>(room.passing[stage][tile], S::passing * 128, maps.passing[tile], told, w.s.row0 + way.row,
@@ -319,7 +320,7 @@ __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const
     const int head = simple ? 0 : tidings.head, row = tidings.row;
     to_gradients<T, D, simple, S>(
         x, grad, rounded, rounded_grad, grad_value, p.walked, w, reach,
-        {head, key, row, room.base[stage], room.delta[stage], room.passing[stage][1]},
+        {head, key, row, room.shift[stage], room.base[stage], room.delta[stage], room.passing[stage][1]},
         [&] {  // what lies behind the last key may overflow, and dQ is for all 128
           const int keys = w.s.keys - key;
           if (keys < 16) each(x, [&](float& u, int line, int) { u = line < keys ? u : 0.0f; });

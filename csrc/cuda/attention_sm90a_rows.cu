@@ -29,36 +29,41 @@ inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
                                 : D <= 192 ? 64
                                            : (simple ? 48 : 32);
 template <int D, int DV, bool simple>
-using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV>;
+using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
 
-// Where the slopes of the soft cap wait, a thread's own, while the registers hold logits.
+// Where what a thread's logits meet waits for them, registers being few: slopes of the soft cap and, of head dims
+// above 192, shift and base.
 template <class S, bool simple>
 struct RowsShared : Shared<S> {
   float4 slopes[simple ? 1 : S::passing / 8 * S::groups * 128];
+  static constexpr bool waits = !simple && S::panels == 4;
+  float statistics[4][waits ? S::groups * 128 : 1];
 
   __device__ __forceinline__ float4* own_slopes() { return slopes + threadIdx.x - 128; }
+  __device__ __forceinline__ float& own_shift(int half) { return statistics[half][threadIdx.x - 128]; }
+  __device__ __forceinline__ float& own_base(int half) { return statistics[2 + half][threadIdx.x - 128]; }
 };
 
 // P of a warp's 16 rows.
 template <bool simple, class S, class T>
 __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsShared<S, simple>& shared,
                                                  const Walked<T>& p, const Work& w, const Span& reach, int row, int key,
-                                                 const RowStatistics<1>& statistics) {
+                                                 RowStatistics<1, simple> statistics) {
   const Options& o = p.backward.options;
   if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
-#pragma unroll
-  for (int j = 0; j < S::passing / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[0][j][i] = ptx::exp2_approx(fmaf(x[0][j][i], o.factor, -statistics.base[0][i / 2]));
+  for (int half = 0; half < 2 && shared.waits; ++half) {
+    statistics.shift[0][half] = shared.own_shift(half), statistics.base[0][half] = shared.own_base(half);
+  }
+  statistics.to_probabilities(x, o.factor);
 }
 
 // dO V^T of them to G.
 template <bool simple, class S, class T>
 __device__ __forceinline__ void to_gradient(Sums<1, S::passing>& grad, Sums<1, S::passing>& x,
                                             RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w, int row,
-                                            int key, const RowStatistics<1>& statistics) {
+                                            int key, const RowStatistics<1, simple>& statistics) {
   const Options& o = p.backward.options;
   if (!simple && o.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.backward.sizes.heads + w.head);
@@ -79,7 +84,10 @@ __device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walk
   const Backward<T>& b = p.backward;
   const Span reach = keys_of_rows(w.s.band(b.options), row, 16);
   const int64_t lines = (w.s.batch * b.sizes.heads + w.head) * b.sizes.rows + w.s.row0 + row;
-  const RowStatistics<1> statistics(b.base + lines, b.delta + lines, least(16, w.s.rows - row));
+  const RowStatistics<1, simple> statistics(b, lines, least(16, w.s.rows - row));
+  for (int half = 0; half < 2 && shared.waits; ++half) {
+    shared.own_shift(half) = statistics.shift[0][half], shared.own_base(half) = statistics.base[0][half];
+  }
   Sums<1, S::passing> x, grad;
   uint32_t rounded[1][S::passing / 16][4];
 

@@ -30,8 +30,8 @@
 namespace llmengine::cuda::attention {
 namespace {
 
-template <int D, int DV>
-using Shape = Walk<Owner::keys, D, 64, DV>;
+template <int D, int DV, bool simple>
+using Shape = Walk<Owner::keys, D, 64, DV, simple>;
 
 template <class S>
 struct WideShared : Shared<S> {
@@ -59,8 +59,7 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, WideSha
     make_logits<T, true>(x, o, s, ptx::made_here(head), key, row);
   }
   if (!reach.all(row, row + S::passing)) hide_unseen<true>(x, w.s.band(o), key, row);
-  const float* base = shared.base[stage];
-  each(x, [&](float& u, int, int c) { u = ptx::exp2_approx(fmaf(u, o.factor, -base[c])); });
+  to_probabilities_of_columns<simple>(x, o.factor, shared.shift[stage], shared.base[stage]);
 
   Dropped<1, S::passing / 8> dropped{};
   if (drops) {
@@ -186,11 +185,11 @@ __device__ __forceinline__ void multiply(WideShared<S>& shared, const Walked<T>&
 }
 
 template <class T, int D, int DV, bool simple>
-__global__ void __launch_bounds__(Shape<D, DV>::threads, 1)
+__global__ void __launch_bounds__(Shape<D, DV, simple>::threads, 1)
     attention_wide_keys_sm90a(const __grid_constant__ ptx::TensorMap key, const __grid_constant__ ptx::TensorMap value,
                               const __grid_constant__ ptx::TensorMap query,
                               const __grid_constant__ ptx::TensorMap grad_output, const __grid_constant__ Walked<T> p) {
-  using S = Shape<D, DV>;
+  using S = Shape<D, DV, simple>;
   auto& shared = *static_cast<WideShared<S>*>(ptx::dynamic_shared_1024());
   if (threadIdx.x == 0) {  // told to others as those of walk() are
     for (ptx::Mbarrier& full : shared.handed_full) ptx::mbarrier_init(&full, 4);
@@ -209,7 +208,7 @@ void run_wide_keys(const AttentionBackwardSm90a& p, Stream stream) {
   visit_hopper<192, 256>(
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
-        using S = Shape<D, DV>;
+        using S = Shape<D, DV, simple>;
         const auto walked = walked_of<S, T>(p);
         launch_walk<S, WideShared<S>>("attention_wide_keys_sm90a", attention_wide_keys_sm90a<T, D, DV, simple>, p,
                                       walked, stream, walked);

@@ -161,16 +161,16 @@ struct Merged {
 
   __device__ Merged(int parts, const float* statistics, int64_t statistics_step, const float* sums, int64_t sums_step,
                     float sink) {
-    base = sink * kLog2e;
+    base = sink;
     for (int n = 0; n < parts; ++n) base = fmaxf(base, statistics[n * statistics_step]);
     const float from = base == -INFINITY ? 0.0f : base;
-    sum = ptx::exp2_approx(sink * kLog2e - from);
+    sum = ptx::exp2_approx((sink - from) * kLog2e);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 0.0f;
 #pragma unroll 4
     for (int n = 0; n < parts; ++n) {
       const float* part = statistics + n * statistics_step;
-      const float weight = ptx::exp2_approx(part[0] - from);
+      const float weight = ptx::exp2_approx((part[0] - from) * kLog2e);
       sum = fmaf(part[1], weight, sum);
 #pragma unroll
       for (int four = 0; four < 8; four += 4) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     ptx::commit_copies();
   };
   const Scores scores(p, b, key_head, first, length);
-  Softmax<1> softmax(-INFINITY);  // sinks join what all parts together make
+  Softmax<1> softmax(-INFINITY, false);  // sinks join what all parts together make
   Sums<1, D> output;
   clear(output);
   int stage = 0;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     product_of_rows<1>(x, query, 0, tile_of(stage, 0));
     scores.to_logits(x, p.options, key);
     float rescaling[1][2];
-    softmax.add(x, kLog2e, rescaling);
+    softmax.add(x, kLog2e, rescaling, false);
     rescale(output, rescaling);
     uint32_t probabilities[1][kKeys / 16][4];
     round_to_operands<T>(x, probabilities);

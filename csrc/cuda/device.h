@@ -15,9 +15,10 @@ struct Stream {
 
 inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::bf16, DType::f16};
 
-// Why nothing can run here, or nothing: no driver, no device. The runtime is linked statically and finds the driver
-// when first asked, so the module loads everywhere.
+// Why nothing can run here, or nothing: no driver, no device, one that is too old. The runtime is linked statically and
+// finds the driver when first asked, so the module loads everywhere.
 std::string device_problem();
+std::string problem_of_capability(int capability);
 
 int multiprocessors();     // of the current device
 int cache_bytes();         // its second-level cache

@@ -9,7 +9,7 @@
 //   output = (P keep / (1 - dropout_p)) value
 //   A row that sees no key: output 0, lse -inf, or the sink's logit, and no gradients of query, key and value.
 //   lse_low is what rounding took from lse (0 where lse is infinite): with |lse| in the hundreds, float32 lse alone
-//   would make every P of a row wrong by 1e-5.
+//   would make every P of a row wrong by 1e-5. Where a bias is larger than all else, lse_low is the sum's logarithm.
 //
 //   backward, with Z = keep / (1 - dropout_p) and delta = rowsum(grad_output output) - grad_lse:
 //     grad_value = (P Z)^T grad_output

@@ -173,6 +173,8 @@ def varlen_attention(
     (H, T). cu_seqlens_q and cu_seqlens_k are int32 (N + 1,): sequence n owns the tokens cu_seqlens[n] ...
     cu_seqlens[n + 1] - 1, of which there may be none. Tokens after the last boundary belong to no sequence: they are
     never read, and their outputs and gradients are 0. max_seqlen_q and max_seqlen_k bound the sequences' lengths.
+    Boundaries begin with 0 and never fall. GPUs do not read them back to check: where they do not hold, or a sequence
+    is longer than told, the rows that they leave out are whatever the memory held, in results and in gradients.
 
     Options: as `scaled_dot_product_attention`, with rows and keys counted from each sequence's beginning. is_causal
     and window_size are aligned "bottom_right": the last row stands at the last key; `causal` says otherwise.

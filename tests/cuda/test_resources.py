@@ -201,6 +201,26 @@ def test_hoppers_attention_multiplies_boxes_by_warpgroups_backward(owner: str):
         assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
 
 
+@NEEDS_CUOBJDUMP
+def test_hoppers_attention_makes_all_gradients_in_one_pass_by_warpgroups():
+    """In the loop over rows: scores, once before it and once at its end, and dO V^T, 16 of head_dim a product; dK and
+    dV, 16 rows a product; dQ, 16 of a block's 128 keys. Pairs of tiles come by boxes, what is known of rows in bulk;
+    in bulk parts of dQ are added."""
+    source = resources.ROOT / "csrc/cuda/attention_sm90a_one_pass.cu"
+    products = resources.instructions(source, "90a", r"\bHGMMA\.64x\d+x16\.F32")
+    boxes = resources.instructions(source, "90a", r"\bUTMALDG\.4D ")
+    copies = resources.instructions(source, "90a", r"\bUBLKCP")
+    sums = resources.instructions(source, "90a", r"\bUBLKRED")
+    assert len(products) == 12
+    for name in products:
+        dim, _, simple = classes_of(name)
+        passing = 64 if dim == 64 or simple else 32
+        assert products[name] == 3 * dim // 16 + 2 * passing // 16 + 128 // 16, name
+        assert boxes[name] == 4 * -(-dim // 64), name
+        assert copies[name] == (3 if simple else 4) and sums[name] >= 1, name
+        assert resources.report(source, "90a")[name]["wide_stores"] > 0, name
+
+
 def classes_of(name: str) -> tuple[int, int, bool]:
     """Of head dim and values' dim that a kernel is made for, one where they are the same; whether it is simple."""
     *dims, simple = (word.strip(" >") for word in name.split(",")[1:])

@@ -62,7 +62,8 @@ __device__ __forceinline__ void copy_words(uint32_t* to, const uint32_t* from, i
 
 // ---- boxes ----------------------------------------------------------------------------------------------------------
 
-enum BoxNumber { kRank, kDtype, kSwizzle, kSizes, kBox = kSizes + 5, kSteps = kBox + 5, kPlace = kSteps + 5 };
+// kSwapped: whether the two dimensions before the last lie in memory the other way round.
+enum BoxNumber { kRank, kDtype, kSwizzle, kSizes, kBox = 8, kSteps = 13, kPlace = 18, kSwapped = 23 };
 
 template <class Call>
 __device__ __forceinline__ void with_place(const Numbers& n, const Call& call) {
@@ -308,6 +309,10 @@ TensorMapFields box_map(void* data, const Numbers& n) {
   for (int d = rank - 1; d >= 0; --d) {
     tensor.sizes[d] = n.at[kSizes + d], tensor.strides[d] = stride;
     stride *= tensor.sizes[d];
+  }
+  if (n.at[kSwapped]) {
+    const int inner = rank - 2, outer = rank - 3;
+    tensor.strides[outer] = tensor.strides[inner], tensor.strides[inner] *= tensor.sizes[outer];
   }
   for (int d = 0; d < rank; ++d) box.push_back(n.at[kBox + d]), steps.push_back(n.at[kSteps + d]);
   return tensor_map_fields("tensor", tensor, box, static_cast<Swizzle>(n.at[kSwizzle]), steps);

@@ -139,6 +139,19 @@ def test_a_box_lies_in_shared_memory_as_its_swizzle_has_it(run, swizzle, dtype, 
 
 
 @SWIZZLES
+def test_a_box_of_a_head_whose_tokens_lie_between_those_of_others(run, swizzle):
+    """A step from head to head is smaller than one from token to token."""
+    sizes, steps, place = (2, 3, 20, 128), (1, 1, 1, 1), (64, 15, 2, 1)
+    box = swizzled_box("bfloat16", swizzle, (1, 1, 8, 16))
+    tensor = np.random.default_rng(3).integers(1, 2**15, sizes).astype(np.uint16)
+    indices, inside = box_indices(sizes, box, steps, place)
+    expected = image(np.where(inside, tensor.ravel()[indices], 0).astype(np.uint16), swizzle).view(np.uint32)
+    given = np.ascontiguousarray(tensor.swapaxes(1, 2)).ravel().view(np.uint32)
+    numbers = [*box_numbers("bfloat16", swizzle, sizes, box, steps, place), 1]
+    np.testing.assert_array_equal(run("load_box", given, len(expected), numbers), expected)
+
+
+@SWIZZLES
 @pytest.mark.parametrize("dtype, sizes, box, steps, place", BOXES, ids=str)
 def test_a_box_is_stored_where_it_lies_in_the_tensor(run, swizzle, dtype, sizes, box, steps, place):
     box = swizzled_box(dtype, swizzle, box)

@@ -43,7 +43,9 @@ def kernels(native: Native) -> dict[str, Kernel]:
         *given, _, want_grad_distance_bias, _ = options
         if want_grad_distance_bias and (farthest := given[2].shape[1] // 2) > FARTHEST:
             return f"the {native.backend} attention has gradients of distances up to {FARTHEST}, got {farthest}"
-        return native.refuses_tensors(grad_output, grad_lse, output, lse) or forward_refuses(query, key, value, *given)
+        return native.refuses_tensors(grad_output, grad_lse, output, lse, lse_low) or forward_refuses(
+            query, key, value, *given
+        )
 
     @kernel(table, "attention_forward", forward_refuses)
     def attention_forward(query, key, value, *options):
@@ -64,7 +66,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
         arguments = _arguments(query, key, value, given)
         mask, bias, sinks = given[0], arguments["distance_bias"], arguments["sinks"]
-        base, delta = torch.empty_like(lse), torch.empty_like(lse)
+        shift, base, delta = (torch.empty_like(lse) for _ in range(3))
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
         by_kernel = want_grad_mask and mask.shape[3] != 1
@@ -74,7 +76,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         if by_hopper(native, **{name: arguments[name] for name in ("query", "key", "value", "grad_output")}):
             kernel, of_hopper = "attention_backward_sm90a", {"turns": _zeros(query, 2)}
             if native.wants_one_pass():
-                reason = one_pass_refuses(query, value)
+                reason = one_pass_refuses(query, value, arguments["cu_seqlens_q"])
                 registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
                 if reason is None:
                     kernel = "attention_backward_one_pass"
@@ -85,12 +87,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
             kernel, query, **arguments, **of_hopper,
             grad_lse=None if grad_lse is None else grad_lse.contiguous(), output=output, lse=lse, lse_low=lse_low,
             grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_mask=grad_mask if by_kernel else None,
-            grad_distance_bias=None, grad_sinks=None, base=base, delta=delta, partial_distances=partial,
-            exact=native.wants_exact(),
+            grad_distance_bias=None, grad_sinks=None, shift=shift, base=base, delta=delta,
+            partial_distances=partial, exact=native.wants_exact(),
         )  # fmt: skip
         native.tell_launched()
         # what the sink's probability takes of each row's gradient
-        taken = None if sinks is None else torch.exp(sinks[:, None] - lse) * delta
+        taken = None if sinks is None else torch.exp(sinks[:, None] - lse - lse_low) * delta
         if want_grad_mask and not by_kernel:
             grad_mask = _grad_of_row_bias(grad_lse, lse, taken).sum_to_size(mask.shape).contiguous()
         grad_sinks = lse.new_empty(0)
@@ -119,9 +121,11 @@ def hopper_refuses(native: Native, **operands) -> str | None:
     return None
 
 
-def one_pass_refuses(query, value) -> str | None:
+def one_pass_refuses(query, value, cu_seqlens_q) -> str | None:
     if (widest := max(query.shape[3], value.shape[3])) > WIDEST_IN_ONE_PASS:
         return f"one takes head dims up to {WIDEST_IN_ONE_PASS}, got {widest}"
+    if (rows := _grid_tiles(query, cu_seqlens_q) * query.shape[1] * GRID_ROWS) >= 2**31:
+        return f"one takes less than 2^31 rows of all heads, in tiles of {GRID_ROWS}, got {rows}"
     return None
 
 
@@ -129,23 +133,28 @@ def _zeros(on, *sizes):
     return torch.zeros(sizes, dtype=torch.int32, device=on.device)
 
 
+def _grid_tiles(query, cu_seqlens_q) -> int:
+    batch, _, rows, _ = query.shape
+    if cu_seqlens_q is None:
+        return batch * -(-rows // GRID_ROWS)
+    return rows // GRID_ROWS + len(cu_seqlens_q) - 1
+
+
 def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
     """What one pass adds up on, and its room (csrc/cuda/attention_sm90a.h, attention_grid.h)."""
     batch, heads, rows, _ = query.shape
     widest = max(query.shape[3], value.shape[3])
     dim = 64 if widest <= 64 else 96 if widest <= 96 else 128
-    if cu_seqlens_q is None:
-        sequences, tiles, longest = batch, batch * -(-rows // GRID_ROWS), rows
-    else:
-        sequences = len(cu_seqlens_q) - 1
-        tiles, longest = rows // GRID_ROWS + sequences, max(1, min(max_seqlen_q, rows))
+    tiles, sequences, longest = _grid_tiles(query, cu_seqlens_q), batch, rows
+    if cu_seqlens_q is not None:
+        sequences, longest = len(cu_seqlens_q) - 1, max(1, min(max_seqlen_q, rows))
     floats = {"dtype": torch.float32, "device": query.device}
     return {
         "grid": _zeros(query, tiles, heads, GRID_ROWS, dim),
         "remade": _zeros(query, 1 + sequences * heads * -(-longest // REMADE_ROWS)),
         "largest": _zeros(query, sequences, key.shape[1], 3),
         "squares": torch.empty(2, batch, heads, rows, **floats),
-        "of_rows": torch.empty(tiles, heads, 3, GRID_ROWS, **floats),
+        "of_rows": torch.empty(tiles, heads, 4, GRID_ROWS, **floats),
     }
 
 

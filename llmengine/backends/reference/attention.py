@@ -81,6 +81,10 @@ class Softmax:
         low = exponentials(logits, high, torch.zeros_like(high)).sum(-1).log()
         return high, torch.where(high.isinf(), 0.0, low)
 
+    def sees(self) -> Tensor:
+        """Of each row whether it sees a key. Where it sees none, it has zeros, also where keys or values are NaN."""
+        return (self.logits != -torch.inf).any(-1, keepdim=True)
+
     def probabilities(self, lse: Tensor, lse_low: Tensor) -> Tensor:
         return exponentials(self.logits, lse, lse_low)
 
@@ -156,7 +160,7 @@ def attention_forward(query, key, value, *options):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
         lse[b, :, rows], lse_low[b, :, rows] = block.lse(sinks)
         p = block.dropped(block.probabilities(lse[b, :, rows], lse_low[b, :, rows]))
-        output[b, :, rows] = (p @ _repeat(v[b, :, keys], group)).to(output.dtype)
+        output[b, :, rows] = torch.where(block.sees(), p @ _repeat(v[b, :, keys], group), 0.0).to(output.dtype)
     return output, lse, lse_low
 
 
@@ -183,7 +187,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)
         p = block.probabilities(lse[b, :, rows].to(q.dtype), lse_low[b, :, rows].to(q.dtype))
         grad_p = block.dropped(do[b, :, rows] @ _repeat(v[b, :, keys], group).mT)
-        grad_logits = p * (grad_p - delta[b, :, rows, None])
+        grad_logits = torch.where(block.sees(), p * (grad_p - delta[b, :, rows, None]), 0.0)
         if want_grad_mask:
             grad_mask += grad_logits.sum_to_size(grad_mask.shape)
         if o.distance_bias is not None and want_grad_distance_bias:

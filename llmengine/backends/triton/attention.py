@@ -24,6 +24,7 @@ KERNELS: dict[str, Kernel] = {}
 WIDEST = 256  # the widest head that leaves registers and shared memory for tiles worth their name
 MOST_TOKENS = 2**30  # positions, and windows beside them, are 32-bit numbers
 LOG2E = math.log2(math.e)
+TINY = 2.0**-126  # the least float whose products with others are not 0
 
 
 def _refuses(query, key, value, mask, *options):
@@ -67,7 +68,7 @@ class _Call:
         self.sequences = cu_seqlens_q.shape[0] - 1 if self.packed else query.shape[0]
         self.farthest = 0 if distance_bias is None else distance_bias.shape[1] // 2
         biased = any(x is not None for x in (mask, alibi_slopes, distance_bias))
-        self.fold = scale > 0 and query.dtype != torch.float32 and not softcap and not biased
+        self.fold = scale >= TINY and query.dtype != torch.float32 and not softcap and not biased
         # A bias by distance beside other work on the logits, or beside exact products, takes a wider head's registers,
         # and so does all that other work at once.
         others = mask is not None or alibi_slopes is not None or softcap > 0 or query.dtype == torch.float32
@@ -189,7 +190,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
     *given, want_grad_mask, want_grad_distance_bias, want_grad_sinks = options
     call = _Call(query, key, value, mask, *given)
     grad_output = unit_last_stride(grad_output)
-    low = lse_low.contiguous() if query.dtype == torch.float32 else None  # float32 alone sees it
+    low = None if call.fold else lse_low.contiguous()  # of natural logits, which biases may make large
     base, delta, grad_sinks = call.statistics(output, grad_output, lse, low, grad_lse, want_grad_sinks)
     statistics = base, low, delta
     operands = [_rows(x) for x in (call.query, call.key, call.value, grad_output)]

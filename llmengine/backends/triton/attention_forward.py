@@ -75,7 +75,9 @@ def forward_kernel(query, key, value, output, lse, lse_low, sizes, option, shape
             shape, edges == 1,
         )  # fmt: skip
 
-    sums *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+    none = total == 0.0
+    sums *= tl.where(none, 0.0, 1.0 / total)[:, None]
+    sums = tl.where(none[:, None], 0.0, sums)  # also where values that nobody sees are NaN
     store_rows(address(output, batch, head, row0 + first), output.row, rows - first, sums, shape.value_dim)
     row = first + tl.arange(0, shape.rows)
     high, low = _logarithm(largest, total, shape.fold)
@@ -121,7 +123,8 @@ def _logarithm(largest, total, FOLD: tl.constexpr):
     """The logarithm of the sum of exponentials, and what rounding takes from it."""
     some = total != 0.0
     shift = tl.where(some, largest, 0.0).to(tl.float64) * (LN2 if FOLD else 1.0)
-    exact = shift + tl.log(tl.where(some, total, 1.0).to(tl.float64))
-    high = tl.where(some, exact, -float("inf")).to(tl.float32)
-    low = tl.where(tl.abs(high) == float("inf"), 0.0, exact - high.to(tl.float64))
+    added = tl.log(tl.where(some, total, 1.0).to(tl.float64))
+    high = tl.where(some, shift + added, -float("inf")).to(tl.float32)
+    # beyond 2^53 no sum holds what total adds
+    low = tl.where(tl.abs(high) == float("inf"), 0.0, shift - high.to(tl.float64) + added)
     return high, low.to(tl.float32)
