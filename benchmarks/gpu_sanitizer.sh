@@ -11,7 +11,7 @@ command -v compute-sanitizer > /dev/null || { echo "gpu_sanitizer: compute-sanit
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_sanitizer: PyTorch sees no GPU" >&2; exit 2; }
 # Names in parts of ids, that no case on a CPU has; attention, decode_attention and products of 16 bits have files apart.
 [ $# -gt 0 ] || set -- -k "[triton- or [cuda- or cuda-sm80 or cuda-sm90a or cuda-blas or cuda-torch." -m "not heavy"
-files=(tests/test_ops.py tests/sim/test_attention{,_sm90a,_sm90a_backward,_one_pass}.py tests/sim/test_decode_attention.py
+files=(tests/test_ops.py tests/sim/test_attention{,_sm90a,_sm90a_backward,_one_pass}.py tests/sim/test_{decode,fp8}_attention.py
   tests/sim/test_{ffn,linear,linear_cross_entropy,linear_cross_entropy_shard,main_grad}.py)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # each tensor an allocation of its own, whose bounds are known
 for tool in memcheck racecheck synccheck initcheck; do

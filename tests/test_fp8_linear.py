@@ -276,6 +276,16 @@ def test_numbers_for_a_forward_alone_are_completed_for_a_backward(monkeypatch):
     assert counted.during(lambda: layer(x.detach())) == 0
 
 
+def test_numbers_of_inference_mode_serve_a_backward():
+    layer = nn.Fp8Linear(40, 24, keep_weight=True)
+    x = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = layer(x)
+    output = layer(x)
+    output.sum().backward()
+    assert torch.equal(output, expected) and layer.weight.grad.any()
+
+
 def test_copies_keep_nothing_and_files_hold_nothing():
     layer = nn.Fp8Linear(40, 24, keep_weight=True)
     layer(torch.randn(7, 40))

@@ -1,6 +1,6 @@
 """NaN stays NaN, whatever its bits: a kernel that works on the bits of floats must not take those of one for a number.
 
-Wherever plain PyTorch has NaN, in results and gradients, kernels have it, and nowhere else."""
+Wherever the reference, plain PyTorch, has NaN, in results and gradients, kernels have it, and nowhere else."""
 
 from __future__ import annotations
 

@@ -175,6 +175,24 @@ def test_a_subclass_sees_the_node_and_stays_itself():
     assert isinstance(y, Wrapped) and "llmengine.softmax_forward.default" in Wrapped.seen
 
 
+def test_zeros_without_memory_are_zeros():
+    found = functional.softmax(torch._efficientzerotensor((3, 8)), -1)
+    assert torch.equal(found, torch.full((3, 8), 0.125))
+
+
+def test_wrappers_of_functionalization_are_taken_off():
+    wrapped = torch._to_functional_tensor(X)
+    found = functional.softmax(wrapped, -1)
+    assert torch._is_functional_tensor(found)
+    assert torch.equal(torch._from_functional_tensor(found), functional.softmax(X, -1))
+
+
+def test_shapes_alone_have_results_of_shapes():
+    ids, table = torch.zeros(3, dtype=torch.int64, device="meta"), torch.zeros(5, 8, device="meta")
+    assert functional.embedding(ids, table).shape == (3, 8)
+    assert functional.cross_entropy(table, torch.zeros(5, dtype=torch.int64, device="meta")).shape == ()
+
+
 def test_views_that_say_negated_are_negated():
     for negated in (torch._neg_view(X), torch.complex(X, X).conj().imag):
         assert negated.is_neg()

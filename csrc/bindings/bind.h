@@ -34,7 +34,7 @@ constexpr const char* python_type() {
   if constexpr (std::is_same_v<T, std::vector<int64_t>>) return "list[int]";
 }
 
-// A field's value; None and what has another type than the field's are errors that name it.
+// A field's value; what has another type than the field's is an error that names it (of a bool, what has no truth).
 template <class T>
 T taken(const Argument& argument, pybind11::handle value) {
   if constexpr (std::is_same_v<T, TensorView>) {

@@ -29,6 +29,7 @@
 //   limit   exponentials, 16 a clock: as long as the products at head dim 128, twice as long at 64, half at 256.
 //           Beside them a score wants half an instruction to become a byte, and a number of O a multiply-add a step
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -92,10 +93,10 @@ struct Forward {
   float factor;  // of products of queries and keys, but for their scales
   int* turns;    // drawn so far, beside each block's first
 
-  __device__ __forceinline__ int64_t tile_of_queries(const Work& w) const {
+  __device__ __forceinline__ int64_t tile_of_queries(const RowsWork& w) const {
     return query.number(sizes, w.s, w.s.row0, w.first, w.head);
   }
-  __device__ __forceinline__ int64_t tile_of_keys(const Work& w, int from) const {
+  __device__ __forceinline__ int64_t tile_of_keys(const RowsWork& w, int from) const {
     return key.number(sizes, w.s, w.s.key0, from, w.head / sizes.group);
   }
 };
@@ -116,7 +117,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Forward<T>& p
       shared.turn[stage] = number;
     }
     if (number >= p.schedule.count()) break;
-    const Work w = work_of<S>(p, number);
+    const RowsWork w = work_of<S>(p, number);
     if (elected) {
       ptx::Mbarrier* full = &shared.query_full[stage];
       if (w.some()) {
@@ -214,7 +215,7 @@ __device__ __forceinline__ void add_values(Sums<1, D>& output, Softmax<1, kLift>
 }
 
 template <class S, class T, int D>
-__device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const Work& w, const uint8_t* query,
+__device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const RowsWork& w, const uint8_t* query,
                                        int row, const Order<S>& order, Turn<S::stages>& turn,
                                        Softmax<1, kLift>& softmax, Sums<1, D>& output) {
   const Span reach = keys_of_rows(w.s.band(p.options), row, 16);
@@ -237,7 +238,8 @@ __device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, c
 
     order.take();
     if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
-    softmax.template add<false>(x, factor * key_scale, rescaling);
+    // Not 0, as it is for tiles of zeros: a hidden key's logit is -inf.
+    softmax.template add<false>(x, fmaxf(factor * key_scale, FLT_MIN), rescaling);
     order.pass();
     round_to_bytes<S::keys>(x, probabilities);
 
@@ -260,7 +262,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     const int stage = query.stage();
     ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
     if (shared.turn[stage] >= p.schedule.count()) break;
-    const Work w = work_of<S>(p, shared.turn[stage]);
+    const RowsWork w = work_of<S>(p, shared.turn[stage]);
     const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
     uint8_t* tile = shared.query[stage][group];
     Softmax<1, kLift> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
@@ -268,7 +270,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     clear(output);
     if (w.some()) attend<S, T, D>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
     // at its last turn all warps of the warpgroup were done with the queries
-    const Work again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
+    const RowsWork again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, 1.0f, output,

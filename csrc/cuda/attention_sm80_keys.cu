@@ -11,8 +11,9 @@
 //   Above head dims of 128 dK and dV do not both fit into registers: a pass for each, which makes S twice, 16 products'
 //   flops in all.
 //
-//   bytes   keys, values and their gradients once; query, dO, base and delta once a block, from the second-level cache
-//   limit   shared memory: a warp reads 4 tiles of rows and twice its own keys, 1/13 to 1/16 byte a flop; its 128 bytes
+//   bytes   keys, values and their gradients once; query, dO, base, delta and shift once a block, from the second-level
+//   cache limit   shared memory: a warp reads 4 tiles of rows and twice its own keys, 1/13 to 1/16 byte a flop; its 128
+//   bytes
 //           a clock feed 1640 to 2048 flops, where an A100's tensor cores do 2048
 #include <cmath>
 #include <cstdint>

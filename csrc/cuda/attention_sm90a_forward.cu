@@ -16,8 +16,9 @@
 //   products, so that one's softmax lies under another's.
 //
 //   query_full[q], key_full[s], value_full[s]   bytes have come
-//   query_free[q]                               every warp has stored what it made of the queries, by way of their
-//   place key_free[s], value_free[s]                  every warpgroup has multiplied them
+//   query_free[q]                               every warp has stored what it made of the queries, by way of
+//                                               their place
+//   key_free[s], value_free[s]                  every warpgroup has multiplied them
 //
 //   Blocks are persistent: the fetching warp draws one tile after another (attention_schedule.h) and tells which beside
 //   its queries. The rings go on through tiles: the next one's operands come while the last one's outputs are stored.
@@ -100,7 +101,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
       shared.turn[stage] = number;
     }
     if (number >= p.schedule.count()) break;
-    const Work w = work_of<S>(p, number);
+    const RowsWork w = work_of<S>(p, number);
     const int key_head = w.head / p.sizes.group;
     if (elected) {
       ptx::Mbarrier* full = &shared.query_full[stage];
@@ -147,7 +148,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
 // Scores of a warp's rows to what their values weigh.
 template <class S, class T, bool simple>
 __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1][2], Softmax<1>& softmax,
-                                      const Forward<T>& p, const Work& w, const Span& reach, int row, int key) {
+                                      const Forward<T>& p, const RowsWork& w, const Span& reach, int row, int key) {
   if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
   softmax.add(x, p.options.factor, rescaling, simple || p.plain);
@@ -158,7 +159,7 @@ __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1]
 }
 
 template <class S, class T, int D, int DV, bool simple>
-__device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const Work& w, const uint16_t* query,
+__device__ __forceinline__ void attend(Shared<S>& shared, const Forward<T>& p, const RowsWork& w, const uint16_t* query,
                                        int row, const Order<S>& order, Turn<S::stages>& turn, Softmax<1>& softmax,
                                        Sums<1, DV>& output) {
   const Span reach = keys_of_rows(w.s.band(p.options), row, 16);
@@ -218,7 +219,7 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     const int stage = query.stage();
     ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
     if (shared.turn[stage] >= p.schedule.count()) break;
-    const Work w = work_of<S>(p, shared.turn[stage]);
+    const RowsWork w = work_of<S>(p, shared.turn[stage]);
     const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
     uint16_t* tile = shared.query[stage] + group * (S::query_bytes / 2 / S::groups);
     Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY, simple || p.plain);
@@ -226,8 +227,8 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     clear(output);
     if (w.some())
       attend<S, T, D, DV, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
-    ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
-    const Work again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
+    ptx::barrier_sync(1 + group, 128);                         // all its warps are done with the queries
+    const RowsWork again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
     const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,

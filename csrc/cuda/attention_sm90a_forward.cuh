@@ -8,7 +8,7 @@
 namespace llmengine::cuda::attention {
 
 // A tile of rows from `first` on of a head of a sequence, and the keys [begin, end) that it goes through.
-struct Work {
+struct RowsWork {
   Sequence s;
   int head, first, begin, end;
 
@@ -16,7 +16,7 @@ struct Work {
 };
 
 template <class S, class P>
-__device__ __forceinline__ Work work_of(const P& p, int turn) {
+__device__ __forceinline__ RowsWork work_of(const P& p, int turn) {
   const auto [tile, owner] = p.schedule.at(turn);
   const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
   const int first = tile * S::rows;

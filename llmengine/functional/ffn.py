@@ -37,7 +37,8 @@ def ffn(
     "silu"; a gate with silu is SwiGLU. Dropout falls on the hidden layer.
 
     residual: like input, added to the result, as a pre-norm layer does: in the second product's epilogue, which rounds
-    once, where it has the result's dtype (PyTorch adds another, and the result has the dtype of their sum).
+    once (twice beside cuBLAS, with b_down), where it has the result's dtype (PyTorch adds another, and the result has
+    the dtype of their sum).
 
     Shapes: input (*, d); w_up and w_gate (f, d), w_down (d, f), as nn.Linear holds them; b_up and b_gate (f,), b_down
     (d,). The result is like input. Parameters are in input's dtype, or float32 beside a 16-bit input (as under

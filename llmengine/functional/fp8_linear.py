@@ -25,8 +25,9 @@ class Fp8Weight:
     forward, evaluation) rounds the weight once. Two bytes a number are held, one where no gradient passed to the input.
 
     Changes are those that autograd knows of (`Tensor._version`, or another memory): by operators, optimizers and
-    load_state_dict. Of one by way of `.data` only `clear()` tells. Nothing is kept under torch.compile nor while a CUDA
-    graph is captured, which would go on with the numbers of its capture.
+    load_state_dict. Of one by way of `.data` only `clear()` tells, and of FSDP's, which fills a weight's memory anew
+    without a new version: do not keep weights there, or clear after every step. Nothing is kept under torch.compile nor
+    while a CUDA graph is captured, which would go on with the numbers of its capture.
     """
 
     def __init__(self) -> None:
@@ -38,11 +39,14 @@ class Fp8Weight:
     def numbers(self, weight: Tensor, scaling: str, transposed: bool) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling() or weight.is_inference() or _is_captured(weight):
             return ops.fp8_weight(weight, scaling, transposed)
-        if self._kept is None or not self._kept.serves(weight, scaling, transposed):
-            self._kept = None  # before room for others is taken
+        kept = self._kept  # another thread may replace it
+        if kept is None or not kept.serves(weight, scaling, transposed):
+            kept = self._kept = None  # before room for others is taken
             version = weight._version
-            self._kept = _Kept(weight, version, scaling, transposed, ops.fp8_weight(weight, scaling, transposed))
-        return self._kept.numbers
+            with torch.inference_mode(False):  # else they would serve no backward
+                numbers = ops.fp8_weight(weight, scaling, transposed)
+            kept = self._kept = _Kept(weight, version, scaling, transposed, numbers)
+        return kept.numbers
 
     def __reduce__(self):
         return Fp8Weight, ()  # a copy is another weight's

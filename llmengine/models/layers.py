@@ -217,7 +217,8 @@ class Layer(Module):
         dropout_p = self.dropout if self.training else 0.0
         if self.place == "parallel":
             x, residual = next_norm(x, residual, self.attention_norm, dropout_p)
-            drops = dropout_p > 0  # otherwise the feed-forward adds the residual itself
+            # The feed-forward adds the residual itself, unless somebody looks on or it is dropped out.
+            drops = dropout_p > 0 or watched("feed_forward", self.feed_forward) is not None
             added = self.feed_forward(self.feed_forward_norm(residual), None if drops else residual)
             return self.attention(x, context), add(added, residual if drops else None, dropout_p)
         for norm, block, post_norm in self.blocks(context):

@@ -119,26 +119,43 @@ _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_keys_of = torch._C._dispatch_keys
+# What a tensor of type torch.Tensor may be beside numbers in memory, and the dispatcher knows how to take.
+_OTHER = tuple(
+    getattr(torch._C.DispatchKey, name)
+    for name in (
+        "Negative", "Conjugate", "ZeroTensor", "Functionalize", "FuncTorchBatched", "FuncTorchGradWrapper", "Meta",
+    )
+)  # fmt: skip
+_plain: dict[int, bool] = {}  # by the bits of a tensor's keys
 
 
 def _unobserved(args: Sequence) -> bool:
     """Whether PyTorch's dispatcher has nothing to do with a call but to hand it on: then it may be passed by.
 
-    Nothing traces or compiles, no mode, transform or profiler wants to see the call, and each tensor is one of memory,
-    no subclass and no view that says its elements are negated. Asked one by one, this is a third of what the dispatcher
-    takes to box a call's arguments and to come back to Python with them.
+    Nothing traces or compiles, no mode, transform or profiler wants to see the call, and each tensor is plain: no
+    subclass, no wrapper, of memory that holds its elements as they are. Asked one by one, this is a third of what the
+    dispatcher takes to box a call's arguments and to come back to Python with them.
     """
     if _is_compiling() or _dispatch_modes() or _function_modes() or _transforms() or _tracing() or _profiling():
         return False
     for arg in args:
         kind = type(arg)
         if kind in _TENSORS:
-            if arg.is_neg() or _is_wrapped(arg):
+            if not _is_plain(arg):
                 return False
         elif kind not in _SCALARS:
             return False
     return True
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    keys = _keys_of(tensor)
+    bits = keys.raw_repr()
+    known = _plain.get(bits)
+    if known is None:
+        known = _plain[bits] = not any(keys.has(other) for other in _OTHER)
+    return known
 
 
 class Function(torch.autograd.Function):

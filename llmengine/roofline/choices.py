@@ -32,6 +32,7 @@ class Within:
 
     function: Callable[..., Tensor]
     context: Callable[[], contextlib.AbstractContextManager]
+    has_gradient: bool = True
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         return self.function(*tensors)
@@ -67,7 +68,7 @@ def attention_kernels(ours: Callable[..., Tensor], q: Tensor) -> dict[str, Calla
         run["llmengine cuda sm90a"] = Within(ours, on_cuda(lambda: attention_by("sm90a")))
         if head_dim <= WIDEST_IN_ONE_PASS:
             run["llmengine cuda one pass"] = Within(ours, on_cuda(in_one_pass))
-        run["llmengine cuda fp8"] = Within(partial(ours, fp8=True), on_cuda(contextlib.nullcontext))
+        run["llmengine cuda fp8"] = Within(partial(ours, fp8=True), on_cuda(contextlib.nullcontext), False)
     if head_dim not in BUILT_AHEAD and _compiler_is_here():
         run["llmengine cuda exact"] = Within(ours, on_cuda(exact_kernels))
     return run

@@ -72,13 +72,13 @@ class Clock:
         None where nobody tells (a CPU)."""
         if self.device != "cuda" or (driver := _driver()) is None:
             return None
-        for _ in range(10):
+        for _ in range(3):
             call()
         handle, found = ctypes.c_void_p(), ctypes.c_uint()
         name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
         failed = driver.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) or driver.nvmlDeviceGetClockInfo(
             handle, _MULTIPROCESSORS, ctypes.byref(found)
-        )
+        )  # numbers, both: they raise nothing
         torch.cuda.synchronize()
         return None if failed else found.value
 
@@ -91,9 +91,10 @@ def _driver() -> Any:
     """NVIDIA's management library, which comes with the driver; None where it is not or does not start."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        started = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByUUID and library.nvmlDeviceGetClockInfo
+    except (OSError, AttributeError):  # not there, or without that function
         return None
-    return None if library.nvmlInit_v2() else library
+    return library if started else None
 
 
 def _events(call: Callable[[], Any], which: str) -> float:

@@ -50,8 +50,15 @@ def measure(
     for which in case.passes:
         groups = [{name: function} for name, function in runs.items()] if clock.alone else [runs]
         for group in groups:
-            chosen = {name: function for name, function in group.items() if wanted(which, name)}
+            chosen = {
+                name: function for name, function in group.items() if has(function, which) and wanted(which, name)
+            }
             yield from _pass(case, which, chosen, leaves, clock, ceilings)
+
+
+def has(peer: Callable[..., Tensor], which: str) -> bool:
+    """Whether a peer has that pass."""
+    return which != BOTH or not isinstance(peer, Within) or peer.has_gradient
 
 
 def _demanding(backend: str, function: Callable[..., Tensor]) -> Within:

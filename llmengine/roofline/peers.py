@@ -37,7 +37,10 @@ def flash_attention(q: Tensor, causal: bool) -> dict[str, Callable[..., Tensor]]
     found: dict[str, Callable[..., Tensor]] = {}
     for name, module in (("flash-attn 2", "flash_attn"), ("flash-attn 3", "flash_attn_interface")):
         if q.is_cuda and q.dtype != torch.float32 and importlib.util.find_spec(module) is not None:
-            attention = importlib.import_module(module).flash_attn_func
+            try:
+                attention = importlib.import_module(module).flash_attn_func
+            except (ImportError, AttributeError):  # made for another PyTorch
+                continue
 
             def call(q: Tensor, k: Tensor, v: Tensor, attention: Any = attention) -> Tensor:
                 output = attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)

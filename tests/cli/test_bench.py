@@ -36,7 +36,7 @@ def test_stops_in_time_and_says_before_what(tmp_path):
 
 def test_what_is_unknown_is_named(tmp_path):
     for given, said in [
-        (["convolution"], "'convolution' is unknown; allowed are attention, attention_sinks, attention_options"),
+        (["convolution"], "'convolution' is unknown; allowed are attention, ffn, linear, linear_cross_entropy"),
         (["ffn", "--dtype", "int4"], "'int4' is unknown; allowed are fp32, bf16"),
         (["ffn", "--device", "tpu"], "--device tpu: allowed are auto, cpu, cuda"),
         (["ffn", "--threads", "0"], "--threads 0: must be at least 1"),

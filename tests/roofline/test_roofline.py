@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -276,6 +277,15 @@ def test_a_peer_is_run_where_it_is_wanted_and_asked_for_before():
         (both, "torch"),
     ]
     assert asked == [(which, peer) for which in ("forward", both) for peer in ("llmengine", "torch")]
+
+
+def test_a_peer_without_a_gradient_is_timed_forward_alone():
+    case = small("softmax")
+    within = choices.Within(case.run["torch"], contextlib.nullcontext, has_gradient=False)
+    case.run.clear()
+    case.run["llmengine 8 bits"] = within
+    rows = list(roofline.measure(case, CLOCK, CEILINGS))
+    assert [row["pass"] for row in rows] == ["forward"] and "error" not in rows[0]
 
 
 def test_flex_attention_is_compiled_where_pytorchs_call_is():

@@ -248,6 +248,20 @@ def test_nan_and_infinity_become_nan_in_their_rows_and_columns_alone():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_zeros_have_no_scale_that_is_none(causal: bool):
+    """Two of them at once: the product of their scales is less than a float can be, and hidden logits are -inf."""
+    query, key = torch.zeros(2, 1, 1, 40, 32, dtype=torch.bfloat16)
+    value = torch.randn(1, 1, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for backend in ("cuda_sim", "reference"):
+        with llmengine.backend(backend):
+            found.append(
+                functional.scaled_dot_product_attention(query, key, value, is_causal=causal, fp8=True, return_lse=True)
+            )
+    torch.testing.assert_close(found[0], found[1], rtol=2**-4, atol=2**-6)
+
+
 def test_rows_that_see_no_key_are_zero_and_only_the_sink_counts():
     query, key, value = (randn(1, 2, n, 64).bfloat16() for n in (200, 40, 40))
     sinks = torch.tensor([0.5, -1.0])

@@ -209,15 +209,16 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
         sizes = tuple(mask.shape[:3])
         call.run(mask_kernel, MASK, *operands, grad_mask, *statistics, sizes, mask_sizes=sizes)
     else:
-        grad_mask = _grad_of_row_bias(grad_lse, lse, delta, call.options.sinks).sum_to_size(mask.shape).contiguous()
+        grad_mask = _grad_of_row_bias(grad_lse, lse, lse_low, delta, call.options.sinks)
+        grad_mask = grad_mask.sum_to_size(mask.shape).contiguous()
     return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
 
-def _grad_of_row_bias(grad_lse, lse, delta, sinks):
+def _grad_of_row_bias(grad_lse, lse, lse_low, delta, sinks):
     """A bias that is one for all keys of a row moves lse and, where there is a sink, what it leaves to the keys."""
     grad = torch.zeros_like(lse) if grad_lse is None else grad_lse
     if sinks is not None:
-        grad = grad + torch.exp(sinks[:, None] - lse) * delta
+        grad = grad + torch.exp(sinks[:, None] - lse - lse_low) * delta
     return grad.masked_fill(lse == -math.inf, 0.0)[..., None]
 
 
