@@ -61,14 +61,17 @@ def test_only_who_asks_for_the_wheels_gets_them(monkeypatch, hook):
 
 def test_cmake_builds_what_the_budget_reports_and_code_for_what_comes_after():
     text = (ROOT / "CMakeLists.txt").read_text()
-    (listed,) = re.findall(r'set\(CMAKE_CUDA_ARCHITECTURES "([^"]*)"\)', text)
-    *older, newest = listed.split(";")
-    assert (*(entry.removesuffix("-real") for entry in older), newest) == resources.ARCHITECTURES
-    assert all(entry.endswith("-real") for entry in older), "machine code alone"
-    numbers = [int(re.sub(r"\D", "", entry)) for entry in (*older, newest)]
-    assert newest.isdecimal() and numbers[-1] == max(numbers), "machine code and PTX, which later GPUs compile"
-    (hopper,) = re.findall(r"set_target_properties\(cuda_hopper PROPERTIES CUDA_ARCHITECTURES (\S+)\)", text)
-    assert hopper in older
+    made = [
+        (virtual, code)
+        for virtual, codes in re.findall(r"--generate-code=arch=compute_(\w+),code=\[([^]]*)\]", text)
+        for code in codes.split(",")
+    ]
+    real = {code.removeprefix("sm_"): virtual for virtual, code in made if code.startswith("sm_")}
+    assert real == {a: resources.virtual(Path("norm.cu"), a) for a in resources.ARCHITECTURES}
+    (ptx,) = (code.removeprefix("compute_") for _, code in made if code.startswith("compute_"))
+    assert ptx.isdecimal() and int(ptx) == max(int(re.sub(r"\D", "", a)) for a in real), "which later GPUs compile"
+    (hopper,) = re.findall(r"set_target_properties\(cuda_hopper PROPERTIES CUDA_ARCHITECTURES (\S+)-real\)", text)
+    assert hopper in real and resources.virtual(Path("gemm_sm90a.cu"), hopper) == hopper
 
 
 # ---- setup.py --------------------------------------------------------------------------------------------------------

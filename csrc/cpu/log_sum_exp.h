@@ -20,7 +20,9 @@ inline float shift_for(float largest) { return largest == -INFINITY ? 0.0f : lar
 struct LogSumExp {
   float largest = -INFINITY, total = 0.0f;  // total = sum of exp(z - shift_for(largest))
 
-  void add(const float* z, int64_t n) {
+  // next: n elements that will be wanted after these. Memory would rest while exponentials are computed.
+  template <class T = float>
+  void add(const float* z, int64_t n, const T* next = nullptr) {
     const float block = largest_of(z, n);
     if (block > largest) {
       total *= std::exp(largest - block);
@@ -29,6 +31,7 @@ struct LogSumExp {
     const float shift = shift_for(largest);
     F sums[4] = {};
     for_lanes_by_4(n, [&](int64_t i, auto count, auto k) {
+      if (next) __builtin_prefetch(next + i);
       sums[k] = sums[k] + exp_of_nonpositive(load_n(z + i, count, -INFINITY) - shift);
     });
     total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));

@@ -34,7 +34,7 @@
 
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_fp8.h"
-#include "cuda/attention_sm90a.cuh"
+#include "cuda/attention_sm90a_forward.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/warp.cuh"
 

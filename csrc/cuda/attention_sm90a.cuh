@@ -10,7 +10,6 @@
 #include "cuda/attention_call.h"
 #include "cuda/attention_logits.cuh"
 #include "cuda/attention_schedule.h"
-#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/wgmma_tile.cuh"
 
@@ -20,51 +19,6 @@ namespace llmengine::cuda::attention {
 __device__ __forceinline__ int begin_of_walk(const Span& seen, int tile) {
   return seen.begin < seen.end ? seen.begin / tile * tile : seen.end;
 }
-
-// ---- work of the forward kernels
-// -------------------------------------------------------------------------------------
-
-// A tile of rows from `first` on of a head of a sequence, and the keys [begin, end) that it goes through.
-struct Work {
-  Sequence s;
-  int head, first, begin, end;
-
-  __device__ bool some() const { return begin < end; }
-};
-
-template <class S, class P>
-__device__ __forceinline__ Work work_of(const P& p, int turn) {
-  const auto [tile, owner] = p.schedule.at(turn);
-  const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
-  const int first = tile * S::rows;
-  const Span span = keys_of_rows(s.band(p.options), first, S::rows);
-  return {s, owner % p.sizes.heads, first, begin_of_walk(span, S::keys), span.end};
-}
-
-// Whose turn it is, to begin products or to make exponentials: a warpgroup's after the one before it, the first one's
-// after the last one.
-template <class S>
-struct Order {
-  int group;
-
-  static constexpr int kFirst = 1 + S::groups, kThreads = 256;  // ids of barriers; those who wait and who let go on
-
-  __device__ __forceinline__ void begin() const {
-    if (S::by_turns && group == S::groups - 1) ptx::barrier_arrive(kFirst, kThreads);
-  }
-  __device__ __forceinline__ void take() const {
-    if constexpr (S::by_turns) ptx::barrier_sync(kFirst + group, kThreads);
-  }
-  __device__ __forceinline__ void pass() const {
-    if constexpr (S::by_turns) ptx::barrier_arrive(kFirst + (group + 1) % S::groups, kThreads);
-  }
-  __device__ __forceinline__ void end() const {
-    if (S::by_turns && group == 0) ptx::barrier_sync(kFirst, kThreads);
-  }
-};
-
-// ---- tiles
-// -----------------------------------------------------------------------------------------------------------
 
 // Tokens from `row` on, as panels that lie `panel_bytes` apart.
 template <int panels>

@@ -35,8 +35,8 @@
 #include <cstdint>
 
 #include "cuda/attention_forward.cuh"
-#include "cuda/attention_sm90a.cuh"
 #include "cuda/attention_sm90a.h"
+#include "cuda/attention_sm90a_forward.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/warp.cuh"

@@ -304,7 +304,7 @@ def _record(op: str, refusals: list[tuple[str, str]], ran: str) -> None:
 
 def explaining() -> bool:
     """Whether what is told is heard."""
-    return bool(getattr(_choice, "log", None))
+    return bool(_choice.log)
 
 
 def tell(detail: str) -> None:

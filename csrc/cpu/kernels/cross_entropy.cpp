@@ -30,7 +30,7 @@ struct Forward {
       const bool labelled = token.labelled("cross_entropy", target, row, p.ignore_index);
       const T* x = p.input.as<T>() + row * p.input.stride(0);
       double weighted = 0.0;
-      const double lse = labelled ? log_sum_exp(x, weighted) : 0.0;
+      const double lse = labelled ? log_sum_exp(x, row + 1 < end ? x + p.input.stride(0) : x, weighted) : 0.0;
       p.lse.as<float>()[row] = static_cast<float>(lse);
       p.losses.as<float>()[row] = labelled ? token.value(target, lse, logit(x[target]), weighted) : 0.0f;
     }
@@ -38,14 +38,14 @@ struct Forward {
 
   float logit(T x) const { return cap.active() ? cap(broadcast(widen(x)))[0] : widen(x); }
 
-  // of one row; with label smoothing also the sum of w_c z_c
-  double log_sum_exp(const T* x, double& weighted) const {
+  // of one row, after which comes `next`; with label smoothing also the sum of w_c z_c
+  double log_sum_exp(const T* x, const T* next, double& weighted) const {
     float scratch[kBlock];
     LogSumExp lse;
     for (int64_t first = 0; first < token.classes; first += kBlock) {
       const int64_t n = std::min(kBlock, token.classes - first);
       const float* z = block(x + first, n, scratch);
-      lse.add(z, n);
+      lse.add(z, n, first + n < token.classes ? x + first + n : next);
       if (token.label_smoothing > 0) weighted += weighted_sum(token.weight ? token.weight + first : nullptr, z, n);
     }
     return lse.value();

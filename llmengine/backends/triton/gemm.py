@@ -133,7 +133,7 @@ def gemm(
         out = a.new_empty((M, N), dtype=dtype or a.dtype)
     if not out.numel():
         return out
-    tile = pick("fused" if added or between else "plain", a, b)
+    tile = pick("fused" if added or between or residual is not None else "plain", a, b)
     parts = (
         1
         if added or between or bias is not None or residual is not None or second is not None
@@ -145,7 +145,7 @@ def gemm(
     a2, b2 = second or (None, b)
     _gemm[(tile.programs(M, N), parts)](
         a, b, a2, None if a2 is None else b2, bias, residual, target, between and between.low, M, N, K, *a.stride(),
-        *b.stride(), *b2.stride(), 0 if residual is None else residual.stride(0), target.stride(-2), M * N, length,
+        *b.stride(), *b2.stride(), 1 if residual is None else residual.stride(0), target.stride(-2), M * N, length,
         added, between is None or between.last,
         EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype), **tile.constants(),
     )  # fmt: skip

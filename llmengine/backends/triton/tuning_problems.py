@@ -147,7 +147,8 @@ def _plain(x: Tensor, w: Tensor) -> list[Call]:
 
 def _fused(x: Tensor, w: Tensor) -> list[Call]:
     sums = torch.zeros(x.shape[0], w.shape[0], device=x.device)
-    return [_ffn(x, w, False), lambda: [gemm(x, w.T, out=sums.clone(), added=True)], _loss(x, w)]
+    more = [lambda: [gemm(x, w.T, out=sums.clone(), added=True)], lambda: [gemm(x, w.T, residual=sums.to(x.dtype))]]
+    return [_ffn(x, w, False), *more, _loss(x, w)]
 
 
 def _pair(x: Tensor, w: Tensor) -> list[Call]:
