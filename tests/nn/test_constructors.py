@@ -32,7 +32,7 @@ def arguments(function) -> list[tuple]:
 
 
 def test_every_public_module_is_compared():
-    assert set(SIZES) | {"FeedForward", "Fp8Linear"} == set(nn.__all__)
+    assert set(SIZES) | {"FeedForward", "Fp8Linear", "keep_fp8_weights"} == set(nn.__all__)
     assert set(SIZES) - set(PEERS) <= {"LinearCrossEntropyLoss"}
 
 

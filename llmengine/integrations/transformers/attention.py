@@ -56,8 +56,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Transformers' mask for `scaled_dot_product_attention`, with its `Band` attached where it is one."""
     # A tensor made in inference mode counts no writes (`Band.version`).
-    ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with ordinary:
+    counted = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if counted else contextlib.nullcontext():
         mask = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, **options,
