@@ -68,8 +68,13 @@ _HOPPER = {
         MASK: {128: Tile(16, 16, 8, 1), 256: Tile(16, 32, 8, 1)},
     },
 }  # fmt: skip
-# Its compiler keeps fewer of float32's tiles in registers, and fewer of those that a bias by distance crosses.
+# Its compiler keeps fewer of float32's tiles in registers, of those that a bias by distance crosses, and the largest.
 _BLACKWELL = _HOPPER | {
+    "plain": _HOPPER["plain"]
+    | {
+        FORWARD: _HOPPER["plain"][FORWARD] | {128: Tile(128, 64, 8, 3)},
+        KEYS: _HOPPER["plain"][KEYS] | {128: Tile(64, 128, 8, 2)},
+    },
     "busy": _HOPPER["busy"]
     | {
         FORWARD: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},

@@ -39,9 +39,10 @@ TILES = {
         DISTANCES: {256: Tile(16, 16, 8, 1)},
     },
 }
-# Where 16-bit tiles of those sizes spill: NVIDIA's GPUs before Hopper, and consumer ones.
+# Where 16-bit tiles of those sizes spill: NVIDIA's GPUs before Hopper, and consumer ones; one of Blackwell's.
 AMPERE = {FORWARD: {64: Tile(64, 32, 8, 1)}, ROWS: {64: Tile(32, 32, 8, 1)}}
-_DATACENTRE = ("sm_90", "sm_100", "sm_103")
+_BLACKWELL = {ROWS: AMPERE[ROWS]}
+_DATACENTRE = {"sm_90": {}, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL}
 _INTERPRETER = Tile(64, 64, 1, 1)
 
 
@@ -50,8 +51,8 @@ def slot_of(kind: str, query: Tensor, widest: int) -> tuple[str, Tile]:
     place = architecture(query.device)
     cdna = is_amd(place)  # tiles of wider heads there, and four warps, which have more registers
     table = TILES[query.element_size()][kind]
-    if query.element_size() == 2 and not cdna and place not in _DATACENTRE:
-        table = table | AMPERE.get(kind, {})
+    if query.element_size() == 2 and not cdna:
+        table = table | _DATACENTRE.get(place, AMPERE).get(kind, {})
     served = min(s for s in table if s >= min(widest * (1 + cdna), WIDEST))
     operands = "16-bit" if query.element_size() == 2 else "float32"
     return f"relative {kind} {operands} {served}", table[served]._replace(warps=4) if cdna else table[served]
