@@ -15,7 +15,7 @@ from llmengine.backends.triton.attention_distance import distance_kernel
 from llmengine.backends.triton.attention_forward import forward_kernel
 from llmengine.backends.triton.attention_table import DISTANCE, FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Distances, Mask, Options, Rows, Shape, Sizes
-from llmengine.backends.triton.device import all_registers, dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import all_registers, dropped_below, precision, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.rows import power_of_2
 from llmengine.ops.registry import Kernel, kernel
 
@@ -148,7 +148,8 @@ class _Call:
         if kind != MASK and (self.crowded or (self.ragged and widest > 64)):
             widest = WIDEST
         tile = tile_for(self.query, kind, widest, plain)
-        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
+        products = precision(self.query.dtype, self.query.device)
+        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, products, self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
 
 
@@ -167,11 +168,6 @@ def _mask(x) -> Mask:
 
 def _window(side: int) -> int | None:
     return None if side < 0 else min(side, MOST_TOKENS)
-
-
-def _precision() -> str:
-    """Of products of float32: TensorFloat-32 where PyTorch may use it too."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @kernel(KERNELS, "attention_forward", _refuses)

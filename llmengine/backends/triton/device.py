@@ -88,6 +88,16 @@ def is_amd(name: str) -> bool:
     return name.startswith("gfx")
 
 
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What tl.dot makes of float32: exact products, unless PyTorch has been told that its own may be TF32's, and the
+    GPU has such (of AMD's, Triton gives them to CDNA3 alone). The switch is read by its newer name, which knows of
+    both: the older one raises once the newer has been set."""
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    place = architecture(device)
+    return "ieee" if is_amd(place) and place != "gfx942" else "tf32"
+
+
 def all_registers(device: torch.device, warps: int) -> dict[str, int]:
     """The launch option by which a program may take all of a multiprocessor's registers. Left alone, NVIDIA's assembler
     spills a few bytes of a large kernel where that makes room for one more program."""

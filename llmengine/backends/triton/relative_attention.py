@@ -12,7 +12,14 @@ from llmengine.backends.triton.attention import MOST_TOKENS, WIDEST
 from llmengine.backends.triton.attention_backward import statistics_kernel
 from llmengine.backends.triton.attention_table import FORWARD, KEYS, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Rows, Shape, Sizes
-from llmengine.backends.triton.device import architecture, dropped_below, is_amd, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import (
+    architecture,
+    dropped_below,
+    is_amd,
+    precision,
+    refuses_tensors,
+    unit_last_stride,
+)
 from llmengine.backends.triton.relative_backward import distances_kernel, keys_kernel, rows_kernel
 from llmengine.backends.triton.relative_forward import forward_kernel
 from llmengine.backends.triton.relative_tile import Relative
@@ -133,8 +140,8 @@ class _Call:
             tile = _INTERPRETER
         else:
             tile = tuned.tile(*slot_of(kind, self.query, widest), self.query.device)
-        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, precision, False)
+        products = precision(self.query.dtype, self.query.device)
+        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, products, False)
         return Shape(*map(tl.constexpr, constants)), tile
 
 

@@ -101,8 +101,3 @@ def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
     tiles = table[kind]
     index = next((i for i, t in enumerate(tiles) if t.programs(rows, columns) >= enough), len(tiles) - 1)
     return f"products {kind} {'float32' if a.dtype == torch.float32 else '16-bit'} {index}", tiles[index]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """What tl.dot makes of float32: exact products, unless PyTorch has been told that its own may use TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
