@@ -159,6 +159,27 @@ def test_a_tile_that_fails_is_no_candidate(run):
     assert tuning.search(problem(run), modelled).tile == Tile(128, 256, 4, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_results_are_compared_row_by_row(dtype: torch.dtype):
+    """Of causal attention over 4096 random values, whose last rows are means, and so small beside the first."""
+    values = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    exact = values.cumsum(0) / torch.arange(1, 4097)[:, None]
+    expected = exact.to(dtype)
+    rounded = (exact * (1 + 2**-20)).to(dtype)
+    assert tuning.same(rounded, expected) and tuning.same(rounded[None, :, :1], expected[None, :, :1])
+    for broken in (slice(-64, None), slice(2000, 2001), (slice(-64, None), slice(32, None))):
+        zeroed = expected.clone()
+        zeroed[broken] = 0
+        assert not tuning.same(zeroed, expected)
+    nothing, noise = torch.zeros(4096, 64, dtype=dtype), expected.clone()
+    nothing[:2048] = noise[:2048] = 1
+    noise[2048:] *= 2**-20
+    assert tuning.same(noise, nothing), "what is 0 but for rounding"
+    one = torch.tensor(3.0, dtype=dtype)
+    assert tuning.same(one * (1 + 2**-9), one) == (dtype != torch.float32) and not tuning.same(one * 1.1, one)
+    assert tuning.same(expected[:0], expected[:0]) and tuning.same(expected[:, :0], expected[:, :0])
+
+
 def test_the_search_stops_in_time():
     left = iter([False, True])
     found = tuning.search(problem(), modelled, lambda: next(left))
