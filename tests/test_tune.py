@@ -186,6 +186,26 @@ def test_the_search_stops_in_time():
     assert found.ms == cost(Tile()) - 1  # one step
 
 
+def test_what_is_known_is_lost_to_a_faster_tile_alone():
+    """However short the time: here none is left once the built-in tile has run."""
+
+    def found(known, cost=cost, left=()):
+        left = iter(left)
+        measure = functools.partial(modelled, cost=cost)
+        return tuning.search(problem(), measure, lambda: next(left, True), known).tile
+
+    earlier = Tile(64, 256, 4, 3)
+    assert cost(earlier) < cost(Tile())
+    assert found(None) == Tile()
+    assert found(earlier) == earlier
+    assert found(earlier, left=[False]) in tuning.neighbours(earlier), "a step on from there"
+    assert found(earlier, left=[False] * 9) == BEST
+    assert found(earlier, cost=lambda tile: 2.0 if tile == earlier else 1.0) == Tile(), "as it is measured now"
+    assert found(earlier, cost=lambda tile: 1.0 if tile == earlier else 0.99, left=[False] * 9) == Tile()
+    wrong = problem(lambda tile: [torch.ones(3) * (1 if tile.stages == 2 else 2)])
+    assert tuning.search(wrong, modelled, lambda: True, earlier).tile == Tile()
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 TINY = tuning_problems.Place(CPU, torch.float16, batch=1, heads=1, tokens=40)
@@ -278,6 +298,10 @@ def test_a_later_run_keeps_what_it_does_not_measure(file):
     slow = Problem(SLOT, Tile(), lambda: [torch.ones(3)])
     tune(iter([slow]), file, CPU, modelled, lambda: False)
     assert tuned.read(file, CPU).keys() == {"attention keys busy 256", SLOT}
+    best = tuned.read(file, CPU)[SLOT]
+    left = iter([False])  # it is over when the slot has begun
+    tune(iter([slow]), file, CPU, modelled, lambda: next(left, True))
+    assert tuned.read(file, CPU)[SLOT] == best
     tune(iter([slow]), file, CPU, functools.partial(modelled, cost=lambda tile: 1.0), lambda: False)
     assert tuned.read(file, CPU).keys() == {"attention keys busy 256"}
     tune(iter([slow]), file, CPU, modelled, lambda: True)  # no time

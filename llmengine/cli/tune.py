@@ -60,7 +60,7 @@ def command(
 
 
 def tune(problems: Iterator[Problem], path: Path, device: Any, measure: Any, expired: Any) -> None:
-    """Searches slot by slot until the time has expired; the file is written after each that improved."""
+    """Searches slot by slot until the time has expired, from what the file has; it is written anew after each."""
     from llmengine.backends.triton import tuned, tuning
 
     tiles = _known(path, device)
@@ -71,9 +71,10 @@ def tune(problems: Iterator[Problem], path: Path, device: Any, measure: Any, exp
         if expired():
             typer.echo(f"stopped before {problem.slot}: the time is over (--seconds)")
             break
-        found = tuning.search(problem, measure, expired)
+        before = tiles.pop(problem.slot, None)
+        known = before and problem.built_in._replace(**{name: before[name] for name in problem.built_in._fields})
+        found = tuning.search(problem, measure, expired, known)
         done, improved = done + 1, improved + found.improved
-        tiles.pop(found.slot, None)
         if found.improved:
             tiles[found.slot] = found.record()
         tuned.write(path, device, tiles)

@@ -1,12 +1,13 @@
-"""The search behind `llmengine tune`: from the built-in tile of a slot to its fastest neighbour, and so on.
+"""The search behind `llmengine tune`: from the tile of a slot to its fastest neighbour, and so on.
 
-    tile = built-in
+    tile = what an earlier run found, or built-in
     repeat: measure the neighbours of the tile (one field a step up or down) beside it, by turns
             the fastest becomes the tile, if it is faster by MARGIN; else stop
 
 A neighbour takes part if every call of the problem runs with it and agrees with the built-in tile's results. At the end
-built-in and tile are measured once more, side by side: what is kept has been faster twice. What a call takes is up to
-`measure`, so that the search runs without a GPU.
+built-in, the earlier run's and tile are measured once more, side by side: what is kept has been faster twice, and what was
+known is lost to nothing but a faster one, however short the time. What a call takes is up to `measure`, so that the search
+runs without a GPU.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ class Found:
         return {**self.tile._asdict(), "ms": self.ms, "built_in_ms": self.built_in_ms}
 
 
-def search(problem: Problem, measure: Measure, expired: Callable[[], bool] = lambda: False) -> Found:
-    """The fastest tile that was found before the time expired."""
+def search(problem: Problem, measure: Measure, expired: Callable[[], bool] = lambda: False, known: Any = None) -> Found:
+    """The fastest tile that was found before the time expired, beginning with the one that is known, if it is right."""
     expected = problem.results(problem.built_in)
-    best, tried = problem.built_in, {problem.built_in}
+    begin = known if known is not None and agrees(problem, known, expected) else problem.built_in
+    best, tried = begin, {problem.built_in, begin}
     while not expired():
         around = [tile for tile in neighbours(best) if tile not in tried]
         tried.update(around)
@@ -81,11 +83,11 @@ def search(problem: Problem, measure: Measure, expired: Callable[[], bool] = lam
         if times[fastest] > times[best] * (1 - MARGIN):
             break
         best = fastest
-    times = measure({tile: problem.under(tile) for tile in dict.fromkeys((problem.built_in, best))})
-    before = times[problem.built_in]
-    if times[best] > before * (1 - MARGIN):
-        best = problem.built_in
-    return Found(problem.slot, problem.built_in, best, before, times[best])
+    times = measure({tile: problem.under(tile) for tile in dict.fromkeys((problem.built_in, begin, best))})
+    for before in (begin, problem.built_in):
+        if times[best] > times[before] * (1 - MARGIN):
+            best = before
+    return Found(problem.slot, problem.built_in, best, times[problem.built_in], times[best])
 
 
 def neighbours(tile: Any) -> Iterator[Any]:
