@@ -119,7 +119,7 @@ def modelled(calls, cost=cost):
 
 def problem(run=lambda tile: [torch.ones(3)]) -> Problem:
     """One whose result depends on the tile that its slot holds."""
-    return Problem(SLOT, Tile(), lambda: run(tuned.tile(SLOT, Tile(), torch.device("meta"))))
+    return Problem(SLOT, Tile(), lambda: [lambda: run(tuned.tile(SLOT, Tile(), torch.device("meta")))])
 
 
 def test_the_search_ends_at_the_fastest_tile():
@@ -143,20 +143,63 @@ def test_what_is_not_faster_again_is_not_taken():
     assert not tuning.search(problem(), measure).improved
 
 
-def refusing(tile):
-    if tile.rows < 128:
-        raise OutOfResources(300, 200, "shared memory")
-    return [torch.ones(3)]
+def raising(error: Exception, wrong=lambda tile: tile.rows < 128):
+    def run(tile):
+        if wrong(tile):
+            raise error
+        return [torch.ones(3)]
+
+    return run
 
 
-@pytest.mark.parametrize(
-    "run",
-    [refusing, lambda t: [torch.ones(3) * (1.1 if t.rows < 128 else 1)], lambda t: [torch.ones(3) / (t.rows >= 128)]],
-    ids=["does not fit", "is wrong", "is infinite"],
-)
-def test_a_tile_that_fails_is_no_candidate(run):
-    """However fast it is, and so nothing beyond it is reached."""
-    assert tuning.search(problem(run), modelled).tile == Tile(128, 256, 4, 4)
+OTHER = "other results than with the built-in tile"
+FAULTS = {
+    "does not fit": (raising(OutOfResources(300, 200, "shared memory")), "out of resource: shared memory, Required"),
+    "is not compiled": (raising(RuntimeError("\nPassManager::run failed\nat 3")), "PassManager::run failed"),
+    "is too much": (raising(torch.OutOfMemoryError("CUDA out of memory. Tried")), "CUDA out of memory. Tried"),
+    "is wrong": (lambda tile: [torch.ones(3) * (1.1 if tile.rows < 128 else 1)], OTHER),
+    "is infinite": (lambda tile: [torch.ones(3) / (tile.rows >= 128)], OTHER),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_tile_that_fails_is_no_candidate(case):
+    """However fast it is, and so nothing beyond it is reached; why not is told."""
+    run, reason = FAULTS[case]
+    told: list[str] = []
+    assert tuning.search(problem(run), modelled, tell=told.append).tile == Tile(128, 256, 4, 4)
+    assert told[0].startswith(f"{SLOT}: not rows 64, keys 128, warps 8, stages 2: {reason}")
+
+
+def test_a_tile_that_breaks_the_device_ends_the_search():
+    with pytest.raises(torch.AcceleratorError):
+        tuning.search(problem(raising(torch.AcceleratorError("illegal memory access"))), modelled)
+
+
+@pytest.mark.parametrize("fails", ["run", "make"])
+def test_a_built_in_tile_that_fails_costs_its_slot_alone(fails, file, capsys):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 3 GiB")
+
+    other = "attention forward plain 128"
+    bad = Problem(other, Tile(), (lambda: [run_out]) if fails == "run" else run_out)
+    tuned.write(file, CPU, {other: FIELDS})
+    tune(iter([bad, problem()]), file, CPU, modelled, lambda: False)
+    said = capsys.readouterr().out
+    assert f"{other}: skipped, for its built-in tile fails: CUDA out of memory. Tried to allocate\n" in said
+    assert "1 of 1 tiles are faster than built in" in said
+    tiles = tuned.read(file, CPU)
+    assert tiles[other] == FIELDS and tiles[SLOT]["ms"] == 1.0
+    with pytest.raises(torch.AcceleratorError):
+        broken = problem(raising(torch.AcceleratorError("lost"), lambda tile: True))
+        tune(iter([broken, problem()]), file, CPU, modelled, lambda: False)
+
+
+def test_problems_are_as_large_as_there_is_room_for(monkeypatch):
+    for gigabytes, tokens, most in ((80, 4096, 2**28), (8, 4096, 2**27), (6, 2048, 3 * 2**25), (0.1, 256, 1677721)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=gigabytes: (int(free * 2**30), 0))
+        place = tuning_problems.Place.on(CPU)
+        assert (place.tokens, place.most) == (tokens, most)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -237,7 +280,7 @@ def test_every_slot_is_read_by_the_calls_that_stand_for_it(architecture, monkeyp
     slots = []
     with device.assume(architecture):
         for p in all_problems():
-            for one in (p.timed, *p.others):
+            for one in p.calls:
                 asked.clear()
                 assert all(t.isfinite().all() for t in one())
                 assert p.slot in asked, p.slot
@@ -295,7 +338,7 @@ def test_from_the_search_to_the_kernels(file, capsys):
 @interpreted
 def test_a_later_run_keeps_what_it_does_not_measure(file):
     tuned.write(file, CPU, {"attention keys busy 256": FIELDS})
-    slow = Problem(SLOT, Tile(), lambda: [torch.ones(3)])
+    slow = problem()
     tune(iter([slow]), file, CPU, modelled, lambda: False)
     assert tuned.read(file, CPU).keys() == {"attention keys busy 256", SLOT}
     best = tuned.read(file, CPU)[SLOT]

@@ -4,16 +4,17 @@
     repeat: measure the neighbours of the tile (one field a step up or down) beside it, by turns
             the fastest becomes the tile, if it is faster by MARGIN; else stop
 
-A neighbour takes part if every call of the problem runs with it and agrees with the built-in tile's results. At the end
-built-in, the earlier run's and tile are measured once more, side by side: what is kept has been faster twice, and what was
-known is lost to nothing but a faster one, however short the time. What a call takes is up to `measure`, so that the search
-runs without a GPU.
+A neighbour takes part if every call of the problem runs with it and agrees with the built-in tile's results; one that
+does not is told. At the end built-in, the earlier run's and tile are measured once more, side by side: what is kept has
+been faster twice, and what was known is lost to a faster one alone, however short the time. What a call takes is up to
+`measure`, so that the search runs without a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,24 +34,28 @@ LEAST = 2**-5  # of the mean norm of rows: what a row's own is raised by where i
 
 @dataclass(frozen=True)
 class Problem:
-    """A slot of the tables, and what runs with its tile: `timed` is measured, and `others` must run, too."""
+    """A slot of the tables, and what makes the calls that run with its tile: the first is measured, and the others must
+    run, too. They hold their operands, and so are not made before they are asked for."""
 
     slot: str
     built_in: Any
-    timed: Call
-    others: tuple[Call, ...] = ()
+    make: Callable[[], Iterable[Call]]
+
+    @functools.cached_property
+    def calls(self) -> tuple[Call, ...]:
+        return tuple(self.make())
 
     def under(self, tile: Any) -> Call:
         def call() -> Sequence[Tensor]:
             with tuned.trial(self.slot, tile):
-                return self.timed()
+                return self.calls[0]()
 
         return call
 
     def results(self, tile: Any) -> list[list[Tensor]]:
         """Of all calls."""
         with tuned.trial(self.slot, tile):
-            return [list(call()) for call in (self.timed, *self.others)]
+            return [list(call()) for call in self.calls]
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,29 @@ class Found:
         return {**self.tile._asdict(), "ms": self.ms, "built_in_ms": self.built_in_ms}
 
 
-def search(problem: Problem, measure: Measure, expired: Callable[[], bool] = lambda: False, known: Any = None) -> Found:
-    """The fastest tile that was found before the time expired, beginning with the one that is known, if it is right."""
+def search(
+    problem: Problem,
+    measure: Measure,
+    expired: Callable[[], bool] = lambda: False,
+    known: Any = None,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Found:
+    """The fastest tile that was found before the time expired, beginning with the one that is known, if it is right.
+    `tell` is given a line for each that is not. Raises what the built-in tile does."""
     expected = problem.results(problem.built_in)
-    begin = known if known is not None and agrees(problem, known, expected) else problem.built_in
+
+    def right(tile: Any) -> bool:
+        wrong = fault(problem, tile, expected)
+        if wrong:
+            tell(f"{problem.slot}: not {text_of(tile)}: {wrong}")
+        return not wrong
+
+    begin = known if known is not None and right(known) else problem.built_in
     best, tried = begin, {problem.built_in, begin}
     while not expired():
         around = [tile for tile in neighbours(best) if tile not in tried]
         tried.update(around)
-        right = [tile for tile in around if agrees(problem, tile, expected)]
-        times = measure({tile: problem.under(tile) for tile in (best, *right)})
+        times = measure({tile: problem.under(tile) for tile in (best, *filter(right, around))})
         fastest = min(times, key=times.__getitem__)
         if times[fastest] > times[best] * (1 - MARGIN):
             break
@@ -99,15 +117,30 @@ def neighbours(tile: Any) -> Iterator[Any]:
                 yield tile._replace(**{field: choices[step]})
 
 
-def agrees(problem: Problem, tile: Any, expected: list[list[Tensor]]) -> bool:
-    """Whether all calls run with the tile, and give what they give with the built-in one."""
+# Too much shared memory, or of the device's; no code for a tile, or a compiler that fails of it; a launch that is
+# refused. What has broken the device is a RuntimeError, too, and ends everything: torch.AcceleratorError.
+FAILURES = (TritonError, RuntimeError)
+
+
+def fault(problem: Problem, tile: Any, expected: list[list[Tensor]]) -> str | None:
+    """Why a tile is none to be used: a call fails with it, or gives what it does not give with the built-in one."""
     try:
         found = problem.results(tile)
-    except TritonError:  # too much shared memory, or no code for it
-        return False
-    return all(
-        same(a, b) for got, wanted in zip(found, expected, strict=True) for a, b in zip(got, wanted, strict=True)
-    )
+    except torch.AcceleratorError:
+        raise
+    except FAILURES as error:
+        return reason_of(error)
+    pairs = (pair for got, wanted in zip(found, expected, strict=True) for pair in zip(got, wanted, strict=True))
+    return None if all(same(a, b) for a, b in pairs) else "other results than with the built-in tile"
+
+
+def reason_of(error: Exception) -> str:
+    """A line of it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def text_of(tile: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in tile._asdict().items())
 
 
 def same(a: Tensor, b: Tensor) -> bool:
