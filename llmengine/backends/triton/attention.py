@@ -248,11 +248,16 @@ def aot_calls(dtype: torch.dtype):
     yield "packed 64, distances", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1, farthest=128)
     yield "packed 128, distances", lambda: _aot_call(dtype, 128, packed=True, farthest=128)
     yield "padding 64", lambda: _aot_call(dtype, 64, mask=(2, 1, 1, 2048), mask_dtype=torch.bool)
+    yield "learned bias 128", lambda: _aot_call(dtype, 128, mask=(1, 16, 2048, 2048))
+    yield "softcap 128, window", lambda: _aot_call(dtype, 128, softcap=30.0, window_left=512, window_right=0)
+    yield "causal 192, values 128", lambda: _aot_call(dtype, 192, value_dim=128, window_right=0)
+    if dtype == torch.float32:
+        yield "causal 128, TF32", lambda: _aot_call(dtype, 128, window_right=0)
 
 
 def _aot_call(
     dtype, head_dim, packed=False, mask=None, mask_dtype=None, alibi=False, window_left=-1, window_right=-1,
-    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None, sinks=False,
+    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None, sinks=False, value_dim=None,
 ):  # fmt: skip
     """Forward and backward of 16 query heads over 4 key heads; a float mask and a bias by distance get theirs."""
     batch, heads, key_heads, tokens = 1 if packed else 2, 16, 4, 2048
@@ -261,7 +266,7 @@ def _aot_call(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     query = meta(batch, tokens, heads, head_dim).transpose(1, 2)
-    key, value = (meta(batch, tokens, key_heads, head_dim).transpose(1, 2) for _ in range(2))
+    key, value = (meta(batch, tokens, key_heads, n).transpose(1, 2) for n in (head_dim, value_dim or head_dim))
     options = (
         meta(*mask, dtype=mask_dtype or dtype) if mask else None,
         meta(batch, heads, dtype=torch.float32) if alibi else None,

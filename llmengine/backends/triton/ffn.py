@@ -264,3 +264,5 @@ def aot_calls(dtype: torch.dtype):
     ]:  # fmt: skip
         kind = f"{tokens} x {d} x {f} {activation}" + " gated" * gated + " dropout" * (dropout_p > 0)
         yield kind, functools.partial(call, tokens, d, f, activation, gated, dropout_p)
+    if dtype == torch.float32:
+        yield "TF32", functools.partial(call, 8192, 1024, 4096, "gelu_tanh", True, 0.1)

@@ -357,3 +357,5 @@ def aot_calls(dtype: torch.dtype):
     ]:  # fmt: skip
         kind = f"{tokens} x {d} x {classes}" + " options" * options
         yield kind, functools.partial(call, tokens, d, classes, options)
+    if dtype == torch.float32:
+        yield "TF32", functools.partial(call, 8192, 4096, 128256, True)

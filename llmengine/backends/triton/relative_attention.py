@@ -186,6 +186,8 @@ def aot_calls(dtype: torch.dtype):
     yield "query stream 64", lambda: _aot_call(dtype, 64, segments=True, ranks=True, positions=True, dropout_p=0.1)
     for head_dim in (64, 128) if dtype == torch.float32 else (64, 128, 256):
         yield f"causal {head_dim}", lambda head_dim=head_dim: _aot_call(dtype, head_dim, is_causal=True)
+    if dtype == torch.float32:
+        yield "causal 64, TF32", lambda: _aot_call(dtype, 64, is_causal=True)
 
 
 def _aot_call(dtype, head_dim, segments=False, ranks=False, positions=False, is_causal=False, include_self=False,
