@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -356,5 +358,8 @@ def test_the_program_says_what_it_needs():
     done = call("tune")
     assert done.exit_code == 2
     assert "error: tune needs a GPU that Triton compiles for (NVIDIA from Ampere on, AMD CDNA3): " in done.output
+    script = "import sys; sys.modules['triton'] = None; from llmengine.cli import main; sys.argv[1:] = ['tune']; main()"
+    without = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert without.returncode == 2 and "AMD CDNA3): Triton cannot be imported (" in without.stderr, without.stderr
     done = call("tune", "--operator", "softmax")
     assert done.exit_code == 2 and "--operator softmax: allowed are attention, products" in done.output

@@ -40,15 +40,16 @@ def command(
     Goes through the places of the Triton kernels' tables, measures the neighbours of each tile beside it, and writes
     what was faster to a file that the kernels read from then on ($LLMENGINE_TUNED, or in ~/.cache/llmengine).
     """
-    import torch
-
-    from llmengine.backends.triton import tuned, tuning
-
     names = operator or list(OPERATORS)
     for name in names:
         if name not in OPERATORS:
             raise ValueError(f"--operator {name}: allowed are {', '.join(OPERATORS)}")
     _require_gpu()
+
+    import torch
+
+    from llmengine.backends.triton import tuned, tuning
+
     device = torch.device("cuda", torch.cuda.current_device())
     path = output or tuned.path_for(device)
     if path is None:
