@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,9 +128,15 @@ def test_gpus_before_ampere_are_refused(monkeypatch):
     monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    for capability, reason in (((7, 5), "the GPU has compute capability 7.5; the kernels need 8.0"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
-        assert device.unavailable.__wrapped__() == reason
+    old = "the GPU has compute capability 7.5; the kernels need 8.0"
+    for capabilities, refused in (([(7, 5)], [old]), ([(8, 0), (7, 5)], [None, old]), ([(7, 5), (9, 0)], [old, None])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=capabilities: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, found=capabilities: found[i])
+        monkeypatch.setattr(device, "too_old", functools.cache(device.too_old.__wrapped__))
+        assert device.unavailable.__wrapped__() == (old if len(refused) == 1 else None)
+        for number, reason in enumerate(refused):
+            tensor = SimpleNamespace(is_cpu=False, device=torch.device("cuda", number), is_floating_point=bool)
+            assert device.refuses_tensors(None, tensor) == reason
 
 
 def option_values(sample: Sample) -> set[tuple]:
