@@ -276,7 +276,7 @@ def test_time_is_shared_by_weight(suite, monkeypatch):
 
 def test_the_parts_of_the_budget_end_before_a_lent_machines_command_does(suite):
     parts = suite.BUILDING + suite.TESTING + suite.TIMING + suite.DRAWING
-    assert parts <= suite.BUDGET <= 600 - 2 * suite.GRACE - apart.ENDING
+    assert parts == suite.BUDGET == 8 * 60 <= 600 - 2 * suite.GRACE - apart.ENDING
 
 
 def options(**given) -> argparse.Namespace:
