@@ -34,7 +34,7 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     operators = {row["operator"] for row in rows}
     assert operators == {
         "attention", "attention_sinks", "attention_options", "decode_attention", "layer_norm", "rms_norm",
-        "add_layer_norm", "softmax", "cross_entropy", "linear_cross_entropy",
+        "add_layer_norm", "add_rms_norm", "softmax", "cross_entropy", "linear_cross_entropy",
         "ffn", "rotary", "embedding", "adamw", "gradient_norm",
     }  # fmt: skip
     for operator in operators:
