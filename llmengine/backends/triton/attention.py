@@ -113,10 +113,15 @@ class _Call:
             programs = batch * mask_heads * _ceil(mask_rows, launch.rows) * _ceil(keys, launch.keys)
         if programs:
             sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
-            registers = all_registers(self.query.device, launch.warps) if self.crowded else {}
+            registers = all_registers(self.query.device, launch.warps) if self.full(shape) else {}
             kernel[(programs,)](
                 *operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages, **registers
             )
+
+    def full(self, shape: Shape) -> bool:
+        """Whether a program wants all registers that there are: TF32's fragments have 32 bits an element, and tiles of
+        two widths are those of the wider."""
+        return self.crowded or shape.precision.value == "tf32" or shape.depth.value != shape.width.value
 
     def distance_sums(self) -> _DistanceSums:
         heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)
