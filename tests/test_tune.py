@@ -24,7 +24,8 @@ from tests.cli.conftest import call
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not device.INTERPRETED, reason="needs Triton's interpreter")
 SLOT = "attention forward plain 64"
-FIELDS = {"rows": 64, "keys": 32, "warps": 4, "stages": 3, "ms": 1.0, "built_in_ms": 2.0}
+FIELDS = {"rows": 64, "keys": 32, "warps": 4, "stages": 3}
+FIELDS |= {"built_in": [128, 128, 8, 2], "ms": 1.0, "built_in_ms": 2.0}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_what_is_written_is_used(file):
 BROKEN = {
     "JSON": (lambda r: "{", "is not JSON"),
     "an object": (lambda r: "[]", "holds a list"),
-    "format": (lambda r: r | {"format": 0}, "made for format 0; here it is 1"),
+    "format": (lambda r: r | {"format": 0}, "made for format 0; here it is 2"),
     "another GPU": (lambda r: r | {"device": "X"}, "made for device 'X'; here it is"),
     "another Triton": (lambda r: r | {"triton": "1.0"}, "made for triton '1.0'"),
     "no tiles": (lambda r: r | {"tiles": None}, "has no object 'tiles'"),
@@ -67,6 +68,7 @@ BROKEN = {
     "a field less": (lambda r: r | {"tiles": {SLOT: {"rows": 64}}}, "must have the fields rows, keys, warps, stages"),
     "no power of 2": (lambda r: r | {"tiles": {SLOT: FIELDS | {"rows": 48}}}, r"has rows 48; allowed: \(16, 32,"),
     "a boolean": (lambda r: r | {"tiles": {SLOT: FIELDS | {"warps": True}}}, r"has warps True; allowed: \(1, 2,"),
+    "no list": (lambda r: r | {"tiles": {SLOT: FIELDS | {"built_in": 1}}}, "has built_in 1; it must be a list"),
     "too many": (lambda r: r | {"tiles": {SLOT: FIELDS | {"stages": 99}}}, r"has stages 99; allowed: \(1, 2,"),
 }
 
@@ -81,6 +83,17 @@ def test_a_file_that_does_not_fit_is_named_and_left_alone(case, file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         assert tuned.tile(SLOT, Tile(), CPU) == Tile()
+
+
+def test_a_tile_measured_beside_another_is_left_alone(file):
+    """Of the same version: a table that has changed since."""
+    tuned.write(file, CPU, {SLOT: FIELDS})
+    with pytest.warns(tuned.TunedTableWarning, match=f"'{SLOT}' was measured beside another built-in tile"):
+        assert tuned.tile(SLOT, Tile(stages=3), CPU) == Tile(stages=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert tuned.tile(SLOT, Tile(stages=3), CPU) == Tile(stages=3)
+        assert tuned.tile(SLOT, Tile(), CPU) == Tile(64, 32, 4, 3)
 
 
 def test_a_missing_file_is_told_where_it_was_asked_for(file, tmp_path, monkeypatch):
@@ -127,7 +140,8 @@ def problem(run=lambda tile: [torch.ones(3)]) -> Problem:
 def test_the_search_ends_at_the_fastest_tile():
     found = tuning.search(problem(), modelled)
     assert found.tile == BEST and (found.built_in_ms, found.ms) == (cost(Tile()), 1.0)
-    assert found.record() == {**found.tile._asdict(), "ms": 1.0, "built_in_ms": cost(Tile())}
+    beside = {"built_in": list(Tile()), "ms": 1.0, "built_in_ms": cost(Tile())}
+    assert found.record() == found.tile._asdict() | beside
 
 
 def test_what_is_hardly_faster_is_not_taken():

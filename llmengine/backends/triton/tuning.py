@@ -71,7 +71,8 @@ class Found:
         return self.tile != self.built_in
 
     def record(self) -> dict[str, Any]:
-        return {**self.tile._asdict(), "ms": self.ms, "built_in_ms": self.built_in_ms}
+        beside = {"built_in": list(self.built_in), "ms": self.ms, "built_in_ms": self.built_in_ms}
+        return self.tile._asdict() | beside
 
 
 def search(
