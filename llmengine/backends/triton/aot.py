@@ -152,7 +152,7 @@ def compile_launch(launch: Launch, architecture: str) -> tuple[tuple, Any]:
     """(identity, thunk that compiles): equal identities give equal code."""
     target = ARCHITECTURES[architecture].target
     backend, function = make_backend(target), launch.function
-    # As JITFunction.run binds and specialises its arguments (Triton 3.7 to 3.9).
+    # As JITFunction.run binds and specialises its arguments (Triton 3.6 to 3.9).
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.keywords)
     options, signature, constants, attributes = function._pack_args(
