@@ -144,5 +144,30 @@ def test_every_operator_bears_its_name_in_every_room():
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "backends/triton").glob("*.py")), ids=relative)
 def test_tritons_kernels_give_equal_bits_and_search_nothing_at_run_time(path: Path):
-    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    assert not {name for name in names if name.startswith("atomic") or "autotune" in name.lower()}
+    assert not unequal_or_searched(path.read_text())
+
+
+def unequal_or_searched(source: str) -> set[str]:
+    """Atomic operations and autotuners, as whatever of a module's or by whatever name they are called."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names |= set(node.name.split("."))
+    return {name for name in names if name.startswith("atomic") or "autotune" in name.lower()}
+
+
+def test_atomics_and_autotuners_are_seen_however_they_are_called():
+    for source in (
+        "tl.atomic_add(p, x)",
+        "from triton.language import atomic_add",
+        "from triton.language import atomic_add as plus",
+        "from triton.language import *\natomic_add(p, x)",
+        "import triton.runtime.autotuner",
+        "@autotune(configs)\ndef f(): pass",
+    ):
+        assert unequal_or_searched(source), source
+    assert not unequal_or_searched("tl.store(p, tl.load(p) + x)")

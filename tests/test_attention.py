@@ -330,6 +330,24 @@ def test_where_a_row_sees_no_key_its_sink_takes_all(name):
     torch.testing.assert_close(grads[1], upstream[1][:, :4].sum(1) + (share * upstream[1][:, 4:5]).sum(1))
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_what_comes_after_the_last_sequence_is_nothing_to_a_sink(name):
+    """Gradients of tokens of no sequence may be anything: a loss that leaves them out may leave NaN there."""
+    device = next((t.device for t in targets() if t.backend == name), "cpu")
+    q, k, v = (torch.randn(7, 3, 16, device=device, requires_grad=True) for _ in range(3))
+    sinks = torch.tensor([-2.0, 0.0, 3.0], device=device, requires_grad=True)
+    boundaries = cu(0, 4, 6).to(device)
+    upstream = torch.randn(7, 3, 16, device=device)
+    results = []
+    for beyond in (0.0, torch.nan):
+        upstream[6] = beyond
+        with llmengine.backend(name):
+            output = varlen_attention(q, k, v, boundaries, boundaries, 4, 4, is_causal=True, sinks=sinks)
+            results.append(torch.autograd.grad(output, [q, k, v, sinks], upstream))
+    for without, spoilt in zip(*results, strict=True):
+        assert spoilt.isfinite().all() and torch.equal(spoilt, without)
+
+
 def test_a_sink_of_zero_adds_one_to_the_denominator():
     q, k, v = (torch.randn(2, 3, 20, 8) for _ in range(3))
     weights = torch.exp(q @ k.mT / 8**0.5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import llmengine
+from llmengine import functional
 from llmengine.backends import cuda
 from llmengine.testing import Operator, Sample, Target, all_operators, poison, targets
 from llmengine.testing.targets import HALVES_ONLY
@@ -102,11 +103,18 @@ def dtypes_of(t: Target, op: Operator) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16) if within else ()
 
 
+def tied(weight: torch.Tensor, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    words = functional.TiedEmbedding(weight, padding_idx=2)
+    return words(ids), x @ words.weight.T
+
+
+TIED_SAMPLE = Sample("padding", (torch.randn(9, 16), torch.tensor([[1, 2, 2], [7, 1, 1]]), torch.randn(3, 16)))
+TIED = Operator("tied embedding", tied, lambda: [TIED_SAMPLE], node="embedding")  # no operator, but a model's way
 TARGETS = [t for t in targets() if t.device == "cuda" or t.backend == "cpu"]
 CASES = [
     pytest.param(t, op, s, dtype, id=f"{t.backend}-{op.name}-{s.name}-{dtype}")
     for t in TARGETS
-    for op in all_operators()
+    for op in (*all_operators(), TIED)
     for s in samples_of(op)
     for dtype in dtypes_of(t, op)
 ]

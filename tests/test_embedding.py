@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as torch_functional
 
 import llmengine
@@ -85,6 +86,17 @@ def test_threads_do_not_change_a_bit_of_a_large_gradient():
     assert all(torch.equal(gradient, found[0]) for gradient in found[1:])
     (expected,) = torch.autograd.grad(torch_functional.embedding(ids, weight), weight, upstream)
     torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_a_tied_embedding_waits_for_no_number(padding_idx):
+    """Of tensors that have shapes alone: what asks how many ids differ, or are no padding, raises."""
+    with FakeTensorMode():
+        weight = torch.empty(9, 4, requires_grad=True)
+        words = functional.TiedEmbedding(weight, padding_idx)
+        rows = words(torch.empty(6, dtype=torch.int64))
+        (rows @ words.weight.T).sum().backward()
+        assert weight.grad.shape == (9, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

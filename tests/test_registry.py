@@ -25,8 +25,9 @@ X = torch.randn(4, 8)
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch):
-    """Every test begins without demands, and with all warnings still to come."""
+    """Every test begins without demands, with all warnings still to come, and hears of its device's backends."""
     monkeypatch.delenv("LLMENGINE_BACKEND", raising=False)
+    monkeypatch.setattr(registry, "EXPLAINED", ())
     monkeypatch.setattr(registry, "_warned", set())
 
 
@@ -234,6 +235,20 @@ def test_explain_tells_who_ran_and_why_the_others_did_not():
     assert text == "norm_forward: reference\n  not cpu: the cpu backend takes float32 and bfloat16, got float64"
 
 
+def test_explain_tells_of_triton_where_the_device_is_not_its_own(monkeypatch):
+    monkeypatch.setattr(registry, "EXPLAINED", ("triton",))
+    triton = registry.Backend("triton", unavailable="it takes GPU tensors")
+    monkeypatch.setitem(registry._loaded, "triton", triton)
+    assert llmengine.explain("softmax", X, -1) == "softmax_forward: cpu\n  not triton: it takes GPU tensors"
+    monkeypatch.setattr(registry, "PREFERENCE", {})  # as of a device without kernels
+    assert llmengine.explain("softmax", X, -1) == "softmax_forward: reference\n  not triton: it takes GPU tensors"
+    with llmengine.backend("reference"):
+        assert llmengine.explain("softmax", X, -1) == "softmax_forward: reference"
+    triton.unavailable = None
+    monkeypatch.setattr(triton, "refuses", lambda *args: None)  # interpreted
+    assert llmengine.explain("softmax", X, -1) == "softmax_forward: reference"
+
+
 def test_explain_of_a_model_has_every_kernel_once():
     model = torch.nn.Sequential(llmengine.nn.LayerNorm(8), llmengine.nn.LayerNorm(8))
     assert llmengine.explain(model, X) == "norm_forward: cpu"
@@ -367,7 +382,7 @@ import sys, torch
 {without}
 import llmengine
 from llmengine.ops import registry
-registry.PREFERENCE["cpu"] = ("triton", "cpu", "reference")
+{preference}
 print(llmengine.explain("softmax", torch.ones(2, 3), -1))
 try:
     with llmengine.backend("triton"):
@@ -377,6 +392,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.parametrize("preference", ["", "registry.PREFERENCE['cpu'] = ('triton', 'cpu', 'reference')"])
 @pytest.mark.parametrize(
     "without, reason",
     [
@@ -385,9 +401,9 @@ except RuntimeError as error:
     ],
     ids=["module", "GPU"],
 )
-def test_without_triton_or_a_gpu_explain_says_so_and_a_demand_is_an_error(without: str, reason: str):
+def test_without_triton_or_a_gpu_explain_says_so_and_a_demand_is_an_error(without: str, reason: str, preference: str):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = TRITON_CANNOT_RUN.format(without=without)
+    script = TRITON_CANNOT_RUN.format(without=without, preference=preference)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": ""}
     )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +33,7 @@ from llmengine.ops import adamw as node
 from llmengine.testing import Operator, Sample, Target, all_operators, assert_law, evaluate, poison, targets
 from llmengine.testing.law import GRADIENT, OUTPUT
 
+ROOT = Path(__file__).resolve().parent.parent
 TRITON = [t for t in targets() if t.backend == "triton"]
 OPERATORS = {op.name: op for op in reversed(all_operators())}  # of one name the first: others are of its options
 
@@ -81,13 +87,56 @@ def test_a_program_may_take_all_registers_that_a_multiprocessor_has(monkeypatch)
         assert [given.get("maxnreg") for given in options] == expected
 
 
+SWITCHES = {
+    "older": "matmul.allow_tf32 = True",
+    "older, by name": "torch.set_float32_matmul_precision('high')",
+    "newer": "matmul.fp32_precision = 'tf32'",
+    "newer, of all": "torch.backends.fp32_precision = 'tf32'",
+    "older, and back": "matmul.allow_tf32 = True; matmul.allow_tf32 = False",
+    "newer, and back": "matmul.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'",
+    "none": "pass",
+}
+PRECISIONS = """
+import torch
+import llmengine
+from llmengine.backends.triton import device
+matmul = torch.backends.cuda.matmul
+{switch}
+for place in ("sm_80", "sm_90", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100"):
+    with device.assume(place):
+        print(*(device.precision(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)))
+x, w, target = torch.randn(3, 16), torch.randn(16, 16), torch.arange(3)
+with llmengine.backend("triton"):
+    llmengine.functional.ffn(x, w, w)
+    llmengine.functional.linear_cross_entropy(x, w, target)
+    llmengine.functional.scaled_dot_product_attention(*[torch.randn(1, 1, 4, 16)] * 3)
+"""
+
+
+@pytest.mark.skipif(not device.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_products_of_float32_follow_both_of_pytorchs_switches_where_the_gpu_has_tf32(switch: str):
+    """In a process each: PyTorch takes it ill when both have been set."""
+    script = PRECISIONS.format(switch=SWITCHES[switch])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    tf32 = ["ieee"] * 7 if "back" in switch or switch == "none" else ["tf32"] * 3 + ["ieee", "tf32", "ieee", "ieee"]
+    assert done.stdout.split() == [word for of_float32 in tf32 for word in (of_float32, "ieee")]
+
+
 def test_gpus_before_ampere_are_refused(monkeypatch):
     monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    for capability, reason in (((7, 5), "the GPU has compute capability 7.5; the kernels need 8.0"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
-        assert device.unavailable.__wrapped__() == reason
+    old = "the GPU has compute capability 7.5; the kernels need 8.0"
+    for capabilities, refused in (([(7, 5)], [old]), ([(8, 0), (7, 5)], [None, old]), ([(7, 5), (9, 0)], [old, None])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=capabilities: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, found=capabilities: found[i])
+        monkeypatch.setattr(device, "too_old", functools.cache(device.too_old.__wrapped__))
+        assert device.unavailable.__wrapped__() == (old if len(refused) == 1 else None)
+        for number, reason in enumerate(refused):
+            tensor = SimpleNamespace(is_cpu=False, device=torch.device("cuda", number), is_floating_point=bool)
+            assert device.refuses_tensors(None, tensor) == reason
 
 
 def option_values(sample: Sample) -> set[tuple]:

@@ -237,6 +237,7 @@ class AmxBackward {
     const float sink = p_.sink(s_, head_);
     const int64_t statistic = (s_.batch * p_.heads() + head_) * p_.query.size(2) + s_.row0 + row_;
     double sum = 0.0;
+    if (sink == -INFINITY) return sum;  // so it is in rows of no sequence, whatever their gradients hold
     for (int64_t r = 0; r < rows_; ++r) {
       const float lse = p_.lse.as<float>()[statistic + r], low = p_.lse_low.as<float>()[statistic + r];
       const float weight = std::exp(sink - (lse == -INFINITY ? 0.0f : lse) - low);

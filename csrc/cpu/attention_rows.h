@@ -356,6 +356,7 @@ class BackwardRows {
   double grad_sink() const {
     const float sink = p_.sink(s_, head_);
     double sum = 0.0;
+    if (sink == -INFINITY) return sum;  // so it is in rows of no sequence, whatever their gradients hold
     for (int64_t r = 0; r < rows_; ++r) sum -= double{std::exp(sink - lse_[r] - lse_low_[r])} * delta_[r];
     return sum;
   }

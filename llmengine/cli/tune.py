@@ -40,15 +40,16 @@ def command(
     Goes through the places of the Triton kernels' tables, measures the neighbours of each tile beside it, and writes
     what was faster to a file that the kernels read from then on ($LLMENGINE_TUNED, or in ~/.cache/llmengine).
     """
-    import torch
-
-    from llmengine.backends.triton import tuned, tuning
-
     names = operator or list(OPERATORS)
     for name in names:
         if name not in OPERATORS:
             raise ValueError(f"--operator {name}: allowed are {', '.join(OPERATORS)}")
     _require_gpu()
+
+    import torch
+
+    from llmengine.backends.triton import tuned, tuning
+
     device = torch.device("cuda", torch.cuda.current_device())
     path = output or tuned.path_for(device)
     if path is None:
@@ -60,7 +61,9 @@ def command(
 
 
 def tune(problems: Iterator[Problem], path: Path, device: Any, measure: Any, expired: Any) -> None:
-    """Searches slot by slot until the time has expired; the file is written after each that improved."""
+    """Searches slot by slot until the time has expired, from what the file has; it is written anew after each."""
+    import torch
+
     from llmengine.backends.triton import tuned, tuning
 
     tiles = _known(path, device)
@@ -71,7 +74,15 @@ def tune(problems: Iterator[Problem], path: Path, device: Any, measure: Any, exp
         if expired():
             typer.echo(f"stopped before {problem.slot}: the time is over (--seconds)")
             break
-        found = tuning.search(problem, measure, expired)
+        before = tiles.get(problem.slot)
+        known = before and problem.built_in._replace(**{name: before[name] for name in problem.built_in._fields})
+        try:
+            found = tuning.search(problem, measure, expired, known, lambda what: typer.echo(f"  {what}"))
+        except torch.AcceleratorError:
+            raise
+        except tuning.FAILURES as error:
+            typer.echo(f"{problem.slot}: skipped, for its built-in tile fails: {tuning.reason_of(error)}")
+            continue
         done, improved = done + 1, improved + found.improved
         tiles.pop(found.slot, None)
         if found.improved:
@@ -85,7 +96,7 @@ def tune(problems: Iterator[Problem], path: Path, device: Any, measure: Any, exp
 def _problems(names: list[str], device: Any) -> Iterator[Problem]:
     from llmengine.backends.triton import tuning_problems
 
-    place = tuning_problems.Place(device)
+    place = tuning_problems.Place.on(device)
     for name in names:
         yield from tuning_problems.PROBLEMS[name](place)
 
@@ -112,10 +123,9 @@ def _require_gpu() -> None:
 
 
 def _line(found: Found) -> str:
-    def told(tile: Any) -> str:
-        return ", ".join(f"{name} {value}" for name, value in tile._asdict().items())
+    from llmengine.backends.triton.tuning import text_of
 
-    before = f"{found.slot:34} {found.built_in_ms:9.3f} ms ({told(found.built_in)})"
+    before = f"{found.slot:34} {found.built_in_ms:9.3f} ms ({text_of(found.built_in)})"
     if not found.improved:
         return f"{before}: kept"
-    return f"{before} -> {found.ms:.3f} ms ({told(found.tile)}), {found.built_in_ms / found.ms:.2f}x"
+    return f"{before} -> {found.ms:.3f} ms ({text_of(found.tile)}), {found.built_in_ms / found.ms:.2f}x"

@@ -61,8 +61,11 @@ class TiedWeight(Function):
             if grad is None:
                 grad = embedding_backward(rows, ids, ctx.rows, -1, 1.0).to(ctx.dtype)
                 continue
-            seen, places = ids.unique(return_inverse=True)  # of an id's rows the sum is rounded once
-            grad.index_add_(0, seen, embedding_backward(rows, places, len(seen), -1, 1.0).to(grad.dtype))
+            # Of an id's rows the sum, at the first of them, is rounded once; at the others is 0. No list of ids without
+            # their repetitions is made, for whose length the host would wait.
+            places = torch.arange(len(ids), device=ids.device)
+            first = ids.new_zeros(ctx.rows).scatter_reduce_(0, ids, places, "amin", include_self=False)
+            grad.index_add_(0, ids, embedding_backward(rows, first[ids], len(ids), -1, 1.0).to(grad.dtype))
         return grad, None
 
 
@@ -80,7 +83,6 @@ class TiedLookup(Function):
     def backward(ctx, grad_output):
         ids, rows = ctx.saved_tensors[0].reshape(-1).long(), grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.padding_idx is not None:
-            kept = (ids != ctx.padding_idx).nonzero().squeeze(1)
-            ids, rows = ids[kept], rows[kept]
+            rows = rows.masked_fill((ids == ctx.padding_idx)[:, None], 0.0)
         ctx.lookups.append((ids, rows))
         return None, None, None, None

@@ -36,6 +36,7 @@ STAND_BACK: dict[tuple[str, str], str] = {
     for part in ("forward", "backward", "with_gradients")
 } | {("cuda", "decode_attention"): UNMEASURED.format("decode_attention")}
 FALLBACK = ("reference",)  # devices without kernels of their own
+EXPLAINED = ("triton",)  # of what no table names for a device, `explain` says why not, all the same
 BACKENDS = ("cuda", "triton", "cpu", "cuda_sim", "reference")  # cuda_sim, a simulator, only when it is demanded
 VARIABLE = "LLMENGINE_BACKEND"
 OPERATORS: dict[str, str] = {}  # name -> schema
@@ -262,7 +263,7 @@ def pick(op: str, args: tuple, device: str | None = None) -> tuple[str, Kernel]:
         reason = chosen.refuses(op, args)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} was demanded but refuses: {reason}")
-        _record(op, [], wanted)
+        _record(op, [], wanted, ())
         return wanted, chosen.kernels[op]
     refusals: list[tuple[str, str]] = []
     for name, behind in _order(op, PREFERENCE.get(device, FALLBACK)):
@@ -271,7 +272,7 @@ def pick(op: str, args: tuple, device: str | None = None) -> tuple[str, Kernel]:
         if reason is None:
             if name == "reference" and refusals:
                 _warn_fallback(op, device, refusals)
-            _record(op, refusals, name)
+            _record(op, refusals, name, args)
             return name, candidate.kernels[op]
         if (name, reason) not in refusals:
             refusals.append((name, reason))
@@ -314,9 +315,11 @@ def _warn_fallback(op: str, device: str, refusals: list[tuple[str, str]]) -> Non
 # ---- explanation -----------------------------------------------------------------------------------------------------
 
 
-def _record(op: str, refusals: list[tuple[str, str]], ran: str) -> None:
+def _record(op: str, refusals: list[tuple[str, str]], ran: str, args: tuple) -> None:
     if (log := _choice.log) is not None:
-        log.append((op, [*refusals, (ran, None)]))
+        others = [name for name in EXPLAINED if args and name not in PREFERENCE.get(device_type(args), FALLBACK)]
+        reasons = [(name, reason) for name in others if (reason := load(name).refuses(op, args))]
+        log.append((op, [*refusals, *reasons, (ran, None)]))
 
 
 def explaining() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,66 +16,10 @@ from llmengine.functional.linear import products
 from llmengine.optim import AdamW, gradient_norm
 from llmengine.roofline.choices import attention_kernels, by_own_products, in_8_bits
 from llmengine.roofline.peers import FLEX, flash_attention, flex, liger
+from llmengine.roofline.shapes import SHAPES, Shape
 
-Shape = tuple[int, ...]
 GELU = "gelu_tanh"
 BOTH = "forward + backward"
-
-# Rows do not fit a processor's last cache where they stand for memory's speed ("cpu": 64 MiB of float32 and more).
-SHAPES: dict[str, dict[str, list[Shape]]] = {
-    "cuda": {
-        "attention": [  # batch, heads, tokens, head_dim
-            (8, 16, 2048, 128),  # 16k tokens, 2048 wide
-            (2, 16, 8192, 128),
-            (8, 32, 2048, 64),
-            (4, 8, 4096, 256),
-            (1, 16, 16384, 128),
-            (32, 16, 512, 128),
-            (8, 16, 2048, 96),
-            (8, 8, 2048, 192),
-        ],
-        "sinks": [(8, 16, 2048, 128)],  # as attention's
-        "options": [(8, 16, 2048, 128)],  # as attention's
-        "ffn": [(8192, 1024, 4096), (8192, 4096, 16384)],  # tokens, d_model, d_ff
-        "linear": [(8192, 768, 2304), (8192, 4096, 4096)],  # tokens, in, out
-        "linear_cross_entropy": [(8192, 4096, 32768), (8192, 4096, 128256)],  # tokens, d_model, classes
-        "rows": [(8192, 768), (8192, 4096), (4096, 16384)],
-        "logits": [(8192, 32768), (8192, 131072)],
-        # batch, heads, key heads, tokens, head_dim
-        "cache": [(1, 32, 8, 32768, 128), (32, 32, 8, 4096, 128), (64, 32, 32, 1024, 128)],
-        "rotary": [(16384, 32, 128)],  # tokens, heads, head_dim
-        "embedding": [(16384, 50257, 768), (16384, 131072, 4096)],  # tokens, rows of the table, width
-        "parameters": [(148, 1 << 22)],  # parameters, elements of each
-    },
-    "cpu": {
-        "attention": [(2, 12, 1024, 64), (1, 12, 4096, 64), (2, 6, 1024, 128)],
-        "sinks": [(2, 12, 1024, 64)],
-        "options": [(2, 12, 1024, 64)],
-        "ffn": [(2048, 768, 3072)],
-        "linear": [(1024, 768, 2304), (2048, 768, 768)],
-        "linear_cross_entropy": [(1024, 768, 50257)],
-        "rows": [(512, 768), (16384, 1024)],
-        "logits": [(512, 50257)],
-        "cache": [(8, 12, 12, 4096, 64), (4, 32, 8, 4096, 128)],
-        "rotary": [(16384, 16, 64)],
-        "embedding": [(4096, 50257, 768)],
-        "parameters": [(74, 1 << 19)],
-    },
-    "small": {
-        "attention": [(1, 2, 40, 16)],
-        "sinks": [(1, 2, 40, 16)],
-        "options": [(1, 2, 40, 16)],
-        "ffn": [(8, 16, 32)],
-        "linear": [(8, 16, 24)],
-        "linear_cross_entropy": [(8, 16, 40)],
-        "rows": [(5, 48)],
-        "logits": [(6, 50)],
-        "cache": [(2, 4, 2, 140, 16)],
-        "rotary": [(6, 2, 16)],
-        "embedding": [(20, 30, 16)],
-        "parameters": [(3, 40)],
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -243,6 +188,25 @@ def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
 
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
     yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
+    yield _swiglu(make, shape, x, up, down)
+
+
+def _swiglu(make: _Tensors, shape: Shape, x: Tensor, up: Tensor, down: Tensor) -> Case:
+    """The same with a gate and without biases, as Llama's."""
+    gate, linear = up.flip(0), torch_functional.linear
+    flops, moved = 6.0 * math.prod(shape), make.bytes(x, x, up, gate, down)
+
+    def ours(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+        return functional.ffn(x, up, down, w_gate=gate, activation="silu")
+
+    def plain(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+        return linear(torch_functional.silu(linear(x, gate)) * linear(x, up), down)
+
+    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
+    if theirs := liger(x):
+        run["liger"] = lambda x, up, gate, down: linear(theirs.liger_swiglu(linear(x, gate), linear(x, up)), down)
+    name = _name(shape, "swiglu")
+    return Case("ffn", name, make.dtype, run, [x, up, gate, down], moved, flops, 2 * moved, 2 * flops)
 
 
 def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -307,6 +271,18 @@ def _add_layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
     }
     size = make.bytes(x)
     yield Case("add_layer_norm", _name(shape), make.dtype, run, [x, residual, w, b], 4 * size, 0, 3 * size)
+
+
+def _add_rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+    x, residual, w = make.randn(*shape), make.randn(*shape), make.randn(shape[1])
+    run = {
+        "llmengine": lambda x, r, w: functional.add_rms_norm(x, r, shape[1:], w)[0],
+        "torch": lambda x, r, w: torch_functional.rms_norm(x + r, shape[1:], w),
+    }
+    if (theirs := liger(x)) and hasattr(theirs, "liger_fused_add_rms_norm"):  # the newest of its functions
+        run["liger"] = lambda x, r, w: theirs.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)[0]
+    size = make.bytes(x)
+    yield Case("add_rms_norm", _name(shape), make.dtype, run, [x, residual, w], 4 * size, 0, 3 * size)
 
 
 def _softmax(make: _Tensors, shape: Shape) -> Iterator[Case]:
@@ -418,6 +394,7 @@ OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = 
     "layer_norm": ("rows", _layer_norm),
     "rms_norm": ("rows", _rms_norm),
     "add_layer_norm": ("rows", _add_layer_norm),
+    "add_rms_norm": ("rows", _add_rms_norm),
     "softmax": ("rows", _softmax),
     "cross_entropy": ("logits", _cross_entropy),
     "decode_attention": ("cache", _decode_attention),

@@ -70,6 +70,11 @@ LIGER = {
     "rms_norm": (
         "liger_rms_norm", lambda x, w, eps, in_place: torch.nn.functional.rms_norm(x, w.shape, w, eps)
     ),
+    "add_rms_norm": (
+        "liger_fused_add_rms_norm",
+        lambda x, r, w, eps, in_place: (torch.nn.functional.rms_norm(x + r, w.shape, w, eps), x + r),
+    ),
+    "ffn": ("liger_swiglu", lambda gate, up: torch.nn.functional.silu(gate) * up),
     "cross_entropy": ("liger_cross_entropy", torch.nn.functional.cross_entropy),
     "linear_cross_entropy": (
         "liger_fused_linear_cross_entropy",
@@ -83,7 +88,9 @@ def test_liger_is_a_peer_where_it_is(operator, monkeypatch):
     """By a stand-in of the functions' names and arguments: the kernels themselves need a GPU."""
     name, function = LIGER[operator]
     monkeypatch.setattr(sys.modules["llmengine.roofline.cases"], "liger", lambda x: SimpleNamespace(**{name: function}))
-    for case in roofline.cases("small", "cpu", torch.float32, [operator]):
+    cases = [case for case in roofline.cases("small", "cpu", torch.float32, [operator]) if "liger" in case.run]
+    assert [case.name.endswith("swiglu") for case in cases].count(True) == (operator == "ffn") and cases
+    for case in cases:
         torch.testing.assert_close(case.run["liger"](*case.tensors), case.run["torch"](*case.tensors))
 
 

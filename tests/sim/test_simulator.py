@@ -334,6 +334,6 @@ def test_an_unknown_schedule_is_an_error(native):
 
 
 def test_it_is_never_chosen_by_itself(native):
-    assert llmengine.explain("layer_norm", torch.randn(2, 8), (8,)) == "norm_forward: cpu"
+    assert llmengine.explain("layer_norm", torch.randn(2, 8), (8,)).startswith("norm_forward: cpu")
     with llmengine.backend("cuda_sim"):
         assert llmengine.explain("layer_norm", torch.randn(2, 8), (8,)) == "norm_forward: cuda_sim"

@@ -179,9 +179,10 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, ls
         delta = delta - grad_lse
     grad_sinks = q.new_zeros(0)
     if o.sinks is not None and want_grad_sinks:
-        logits = torch.where(lse == -torch.inf, -torch.inf, o.sinks[:, None].to(q.dtype))  # none in rows of no sequence
-        shares = exponentials(logits[..., None], lse.to(q.dtype), lse_low.to(q.dtype)).squeeze(-1)
-        grad_sinks = -(shares * delta).sum((0, 2))
+        logits = o.sinks[:, None, None].to(q.dtype).expand(*lse.shape, 1)
+        shares = exponentials(logits, lse.to(q.dtype), lse_low.to(q.dtype)).squeeze(-1)
+        of_rows = torch.where(lse == -torch.inf, 0.0, shares * delta)  # whatever those of no sequence hold
+        grad_sinks = -of_rows.sum((0, 2))
     group = _group(query, key)
     for stream, b, rows, keys in o.sequences(query, key):
         block = _Block(q[b, :, rows], k[b, :, keys], o.mask, o, stream)

@@ -6,7 +6,8 @@
 An operator's file offers `aot_calls(dtype)`: named calls of its own entry points on meta tensors, which between them
 reach every kernel and tile class. They choose tiles as they would on the architecture in question; a launch is recorded
 instead of made. So what is compiled here is what is launched there, down to the specialisation on strides and
-alignment. The exit status is 1 where a kernel spills registers or asks for more shared memory than there is.
+alignment. A call whose name ends in "TF32" is made with PyTorch's switch for that on. The exit status is 1 where a
+kernel spills registers, or asks for more shared or tensor memory than there is.
 
 The second form writes what the chosen architectures and dtypes take into the committed budget, that tests hold every
 kernel to: of each call and kernel [warps, registers, bytes spilled, bytes of shared memory], the most of its launches.
@@ -70,6 +71,9 @@ ARCHITECTURES = {
 }
 
 
+TENSOR_MEMORY = 512  # columns of a multiprocessor's; Triton refuses to launch what asks for more
+
+
 @dataclass(frozen=True)
 class Launch:
     function: JITFunction
@@ -95,6 +99,7 @@ class Compiled:
     registers: int
     spilled: int  # bytes of a thread's stack and local memory
     shared: int  # bytes of a program
+    tensor_memory: int  # columns of it, on Blackwell
     matrix_instruction: str | None
     seconds: float
     repeated: bool = False  # compiled already, for another call
@@ -106,8 +111,11 @@ class Compiled:
     def problem(self) -> str | None:
         if self.spilled:
             return f"{self.spilled} bytes a thread are spilled"
-        limit = ARCHITECTURES[self.architecture].shared_limit
-        return f"{self.shared} bytes of shared memory, allowed: {limit}" if self.shared > limit else None
+        if self.shared > (limit := ARCHITECTURES[self.architecture].shared_limit):
+            return f"{self.shared} bytes of shared memory, allowed: {limit}"
+        if self.tensor_memory > TENSOR_MEMORY:
+            return f"{self.tensor_memory} columns of tensor memory, allowed: {TENSOR_MEMORY}"
+        return None
 
 
 def launches(operator: str, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, list[Launch]]]:
@@ -115,9 +123,20 @@ def launches(operator: str, dtype: torch.dtype, architecture: str) -> Iterator[t
     module = importlib.import_module(f"llmengine.backends.triton.{operator}")
     for name, call in module.aot_calls(dtype):
         made: list[Launch] = []
-        with _recording(made), device.assume(architecture):
+        with _recording(made), device.assume(architecture), _switched(name.endswith("TF32")):
             call()
         yield name, made
+
+
+@contextlib.contextmanager
+def _switched(tf32: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextlib.contextmanager
@@ -133,7 +152,7 @@ def compile_launch(launch: Launch, architecture: str) -> tuple[tuple, Any]:
     """(identity, thunk that compiles): equal identities give equal code."""
     target = ARCHITECTURES[architecture].target
     backend, function = make_backend(target), launch.function
-    # As JITFunction.run binds and specialises its arguments (Triton 3.7 to 3.9).
+    # As JITFunction.run binds and specialises its arguments (Triton 3.6 to 3.9).
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.keywords)
     options, signature, constants, attributes = function._pack_args(
@@ -206,8 +225,8 @@ def _compiled(operator, call, launch, dtype, architecture, build) -> Compiled:
     constants = {k: v for k, v in launch.keywords.items() if isinstance(v, (int, str)) and k != "num_warps"}
     return Compiled(
         operator, call, launch.kernel(), _name(dtype), architecture, constants,
-        binary.metadata.num_warps, registers, spilled, binary.metadata.shared, found[0] if found else None,
-        round(seconds, 2),
+        binary.metadata.num_warps, registers, spilled, binary.metadata.shared,
+        getattr(binary.metadata, "tmem_size", None) or 0, found[0] if found else None, round(seconds, 2),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from llmengine.backends.triton.attention_distance import distance_kernel
 from llmengine.backends.triton.attention_forward import forward_kernel
 from llmengine.backends.triton.attention_table import DISTANCE, FORWARD, KEYS, MASK, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Distances, Mask, Options, Rows, Shape, Sizes
-from llmengine.backends.triton.device import all_registers, dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import all_registers, dropped_below, precision, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.rows import power_of_2
 from llmengine.ops.registry import Kernel, kernel
 
@@ -113,10 +113,15 @@ class _Call:
             programs = batch * mask_heads * _ceil(mask_rows, launch.rows) * _ceil(keys, launch.keys)
         if programs:
             sizes = Sizes(tiles, heads, key_heads, self.sequences, rows, keys)
-            registers = all_registers(self.query.device, launch.warps) if self.crowded else {}
+            registers = all_registers(self.query.device, launch.warps) if self.full(shape) else {}
             kernel[(programs,)](
                 *operands, sizes, self.options, shape, num_warps=launch.warps, num_stages=launch.stages, **registers
             )
+
+    def full(self, shape: Shape) -> bool:
+        """Whether a program wants all registers that there are: TF32's fragments have 32 bits an element, and tiles of
+        two widths are those of the wider."""
+        return self.crowded or shape.precision.value == "tf32" or shape.depth.value != shape.width.value
 
     def distance_sums(self) -> _DistanceSums:
         heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)
@@ -148,7 +153,8 @@ class _Call:
         if kind != MASK and (self.crowded or (self.ragged and widest > 64)):
             widest = WIDEST
         tile = tile_for(self.query, kind, widest, plain)
-        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, _precision(), self.fold)
+        products = precision(self.query.dtype, self.query.device)
+        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, products, self.fold)
         return Shape(*map(tl.constexpr, constants)), tile
 
 
@@ -167,11 +173,6 @@ def _mask(x) -> Mask:
 
 def _window(side: int) -> int | None:
     return None if side < 0 else min(side, MOST_TOKENS)
-
-
-def _precision() -> str:
-    """Of products of float32: TensorFloat-32 where PyTorch may use it too."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @kernel(KERNELS, "attention_forward", _refuses)
@@ -252,11 +253,16 @@ def aot_calls(dtype: torch.dtype):
     yield "packed 64, distances", lambda: _aot_call(dtype, 64, packed=True, dropout_p=0.1, farthest=128)
     yield "packed 128, distances", lambda: _aot_call(dtype, 128, packed=True, farthest=128)
     yield "padding 64", lambda: _aot_call(dtype, 64, mask=(2, 1, 1, 2048), mask_dtype=torch.bool)
+    yield "learned bias 128", lambda: _aot_call(dtype, 128, mask=(1, 16, 2048, 2048))
+    yield "softcap 128, window", lambda: _aot_call(dtype, 128, softcap=30.0, window_left=512, window_right=0)
+    yield "causal 192, values 128", lambda: _aot_call(dtype, 192, value_dim=128, window_right=0)
+    if dtype == torch.float32:
+        yield "causal 128, TF32", lambda: _aot_call(dtype, 128, window_right=0)
 
 
 def _aot_call(
     dtype, head_dim, packed=False, mask=None, mask_dtype=None, alibi=False, window_left=-1, window_right=-1,
-    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None, sinks=False,
+    softcap=0.0, dropout_p=0.0, grad_lse=False, farthest=None, sinks=False, value_dim=None,
 ):  # fmt: skip
     """Forward and backward of 16 query heads over 4 key heads; a float mask and a bias by distance get theirs."""
     batch, heads, key_heads, tokens = 1 if packed else 2, 16, 4, 2048
@@ -265,7 +271,7 @@ def _aot_call(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     query = meta(batch, tokens, heads, head_dim).transpose(1, 2)
-    key, value = (meta(batch, tokens, key_heads, head_dim).transpose(1, 2) for _ in range(2))
+    key, value = (meta(batch, tokens, key_heads, n).transpose(1, 2) for n in (head_dim, value_dim or head_dim))
     options = (
         meta(*mask, dtype=mask_dtype or dtype) if mask else None,
         meta(batch, heads, dtype=torch.float32) if alibi else None,

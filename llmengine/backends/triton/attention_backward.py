@@ -73,8 +73,8 @@ def statistics_kernel(output, grad_output, lse, low, grad_lse, base, delta, sink
         exponent = tl.load(sinks + head) - logarithm
         if low is not None:
             exponent -= tl.load(low + at, inside, 0.0)
-        share = tl.where(sees, tl.exp(exponent), 0.0)
-        tl.store(grad_sinks + tl.program_id(0), -tl.sum(share * change))
+        of_row = tl.where(sees, tl.exp(exponent) * change, 0.0)  # whatever a row of no sequence holds
+        tl.store(grad_sinks + tl.program_id(0), -tl.sum(of_row))
     tl.store(base + at, logarithm * (LOG2E if shape.fold else 1.0), inside)
 
 

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from llmengine.backends.triton.device import precision
 from llmengine.backends.triton.gemm import Between, store_sums, stored_sums, tile_place
-from llmengine.backends.triton.tiles import pick, precision
+from llmengine.backends.triton.tiles import pick
 
 # K-steps that the listing program looks at at a time.
 STRIP = 256
@@ -98,6 +99,7 @@ def block_sparse_gemm(a, kept: Kept, b, *, out, added=False, between: Between | 
     )
     _product[(tile.programs(M, N),)](
         a, b, steps, counts, out, between and between.low, M, N, K, most, *a.stride(), *b.stride(), out.stride(0),
-        added, between is None or between.last, EVEN=K % tile.k == 0, PRECISION=precision(a.dtype), **tile.constants(),
+        added, between is None or between.last, EVEN=K % tile.k == 0, PRECISION=precision(a.dtype, a.device),
+        **tile.constants(),
     )  # fmt: skip
     return out

@@ -25,15 +25,25 @@ OLDEST = (8, 0)
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no Triton kernel can run here."""
+    """Why no Triton kernel can run here, on any GPU."""
     if _missing or INTERPRETED:
         return _missing
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
-        major, minor = torch.cuda.get_device_capability()
-        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"
-    return None
+    return next(iter(too_old().values())) if len(too_old()) == torch.cuda.device_count() else None
+
+
+@functools.cache
+def too_old() -> dict[int | None, str]:
+    """Of the GPUs that no Triton kernel can run on, by number: why."""
+    if INTERPRETED or torch.version.hip is not None:
+        return {}
+    found = ((i, torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count()))
+    return {
+        i: f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"
+        for i, (major, minor) in found
+        if (major, minor) < OLDEST
+    }
 
 
 def refuses_tensors(*tensors: Tensor | None) -> str | None:
@@ -44,6 +54,8 @@ def refuses_tensors(*tensors: Tensor | None) -> str | None:
         if INTERPRETED != tensor.is_cpu:
             taken = "CPU tensors while TRITON_INTERPRET is set" if INTERPRETED else "GPU tensors"
             return f"the triton backend takes {taken}, got one on {tensor.device}"
+        if (old := too_old()) and (reason := old.get(tensor.device.index)):
+            return reason
         if tensor.is_floating_point() and (reason := refuses_dtype(tensor.dtype)):
             return reason
     return None
@@ -86,6 +98,16 @@ def _architecture(device: torch.device) -> str:
 def is_amd(name: str) -> bool:
     """Of an architecture."""
     return name.startswith("gfx")
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What tl.dot makes of float32: exact products, unless PyTorch has been told that its own may be TF32's, and the
+    GPU has such (of AMD's, Triton gives them to CDNA3 alone). The switch is read by its newer name, which knows of
+    both: the older one raises once the newer has been set."""
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    place = architecture(device)
+    return "ieee" if is_amd(place) and place != "gfx942" else "tf32"
 
 
 def all_registers(device: torch.device, warps: int) -> dict[str, int]:

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 
 from llmengine.backends.triton.columns import column_sums
-from llmengine.backends.triton.device import dropped_below, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import dropped_below, precision, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.gemm import accumulate, gemm, tile_place, weight_gradient
 from llmengine.backends.triton.maths import tanh
 from llmengine.backends.triton.philox import keep_multipliers
-from llmengine.backends.triton.tiles import pick, precision
+from llmengine.backends.triton.tiles import pick
 from llmengine.ops.registry import Kernel, kernel
 
 KERNELS: dict[str, Kernel] = {}
@@ -182,7 +182,7 @@ def _form_hidden(input, w_up, b_up, w_gate, b_gate, seed, activation, dropout_p,
         x, up_weight, _line(b_up), gate_weight, _line(b_gate), seed if dropout_p > 0 else None, up, gate, hidden,
         tokens, f, d, x.stride(0), up_weight.stride(0), 0 if gate_weight is None else gate_weight.stride(0),
         dropped_below(dropout_p), 1.0 / (1.0 - dropout_p), activation, EVEN=d % tile.k == 0,
-        PRECISION=precision(x.dtype), **tile.constants(),
+        PRECISION=precision(x.dtype, x.device), **tile.constants(),
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def ffn_backward(
         _hidden_backward[(tile.programs(tokens, f),)](
             grad, down_weight, up, gate if gated else None, seed if dropout_p > 0 else None, hidden, grad_up, grad_gate,
             tokens, f, d, grad.stride(0), down_weight.stride(0), dropped_below(dropout_p), 1.0 / (1.0 - dropout_p),
-            activation, EVEN=d % tile.k == 0, PRECISION=precision(x.dtype), **tile.constants(),
+            activation, EVEN=d % tile.k == 0, PRECISION=precision(x.dtype, x.device), **tile.constants(),
         )  # fmt: skip
 
     gate_dtype = w_gate.dtype if gated else w_up.dtype
@@ -264,3 +264,5 @@ def aot_calls(dtype: torch.dtype):
     ]:  # fmt: skip
         kind = f"{tokens} x {d} x {f} {activation}" + " gated" * gated + " dropout" * (dropout_p > 0)
         yield kind, functools.partial(call, tokens, d, f, activation, gated, dropout_p)
+    if dtype == torch.float32:
+        yield "TF32", functools.partial(call, 8192, 1024, 4096, "gelu_tanh", True, 0.1)

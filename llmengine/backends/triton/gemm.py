@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from llmengine.backends.triton.columns import column_sums
-from llmengine.backends.triton.device import multiprocessors
-from llmengine.backends.triton.tiles import Tile, pick, precision
+from llmengine.backends.triton.device import multiprocessors, precision
+from llmengine.backends.triton.tiles import Tile, pick
 
 # K-steps that a part of a split product has at least.
 SHORTEST = 8
@@ -147,7 +147,7 @@ def gemm(
         a, b, a2, None if a2 is None else b2, bias, residual, target, between and between.low, M, N, K, *a.stride(),
         *b.stride(), *b2.stride(), 1 if residual is None else residual.stride(0), target.stride(-2), M * N, length,
         added, between is None or between.last,
-        EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype), **tile.constants(),
+        EVEN=K % (tile.k * parts) == 0, PRECISION=precision(a.dtype, a.device), **tile.constants(),
     )  # fmt: skip
     if parts > 1:
         column_sums(target.view(parts, M * N), out.view(M * N))

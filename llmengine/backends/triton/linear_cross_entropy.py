@@ -29,10 +29,10 @@ import triton.language as tl
 from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.triton.block_sparse import Kept, block_sparse_gemm
 from llmengine.backends.triton.columns import column_sums
-from llmengine.backends.triton.device import multiprocessors, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import multiprocessors, precision, refuses_tensors, unit_last_stride
 from llmengine.backends.triton.gemm import Between, accumulate, gemm, tile_place
 from llmengine.backends.triton.maths import softcapped
-from llmengine.backends.triton.tiles import Tile, pick, precision
+from llmengine.backends.triton.tiles import Tile, pick
 from llmengine.backends.triton.token_loss import (
     class_weights,
     gradient_factors,
@@ -230,7 +230,7 @@ def _spans(input, linear_weight, linear_bias, target, weight, ignore_index, labe
     _forward[(rows * spans,)](
         x, w, bias, labels, weight, partial, tokens, classes, d, x.stride(0), w.stride(0), span, spans,
         ignore_index, softcap, label_smoothing > 0, softcap > 0, EVEN=d % tile.k == 0,
-        PRECISION=precision(x.dtype), **tile.constants(),
+        PRECISION=precision(x.dtype, x.device), **tile.constants(),
     )  # fmt: skip
     return partial
 
@@ -301,7 +301,7 @@ def _gradients(tensors, lse, of_loss, ignore_index, label_smoothing, z_loss, sof
             tokens, first, last, classes, d, grad_loss.stride(0) if grad_loss is not None and grad_loss.ndim else 0,
             x.stride(0), w.stride(0), grad.stride(0), ignore_index, *smoothing_shares(label_smoothing, classes), z_loss,
             softcap, gradient_filter, label_smoothing > 0, softcap > 0,
-            EVEN=d % tile.k == 0, PRECISION=precision(x.dtype), **tile.constants(),
+            EVEN=d % tile.k == 0, PRECISION=precision(x.dtype, x.device), **tile.constants(),
         )  # fmt: skip
         if wanted[0]:
             between = None if low is None else Between(low, last == classes)
@@ -357,3 +357,5 @@ def aot_calls(dtype: torch.dtype):
     ]:  # fmt: skip
         kind = f"{tokens} x {d} x {classes}" + " options" * options
         yield kind, functools.partial(call, tokens, d, classes, options)
+    if dtype == torch.float32:
+        yield "TF32", functools.partial(call, 8192, 4096, 128256, True)

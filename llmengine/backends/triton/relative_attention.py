@@ -12,7 +12,14 @@ from llmengine.backends.triton.attention import MOST_TOKENS, WIDEST
 from llmengine.backends.triton.attention_backward import statistics_kernel
 from llmengine.backends.triton.attention_table import FORWARD, KEYS, ROWS, STATISTICS, Tile, tile_for
 from llmengine.backends.triton.attention_tile import Rows, Shape, Sizes
-from llmengine.backends.triton.device import architecture, dropped_below, is_amd, refuses_tensors, unit_last_stride
+from llmengine.backends.triton.device import (
+    architecture,
+    dropped_below,
+    is_amd,
+    precision,
+    refuses_tensors,
+    unit_last_stride,
+)
 from llmengine.backends.triton.relative_backward import distances_kernel, keys_kernel, rows_kernel
 from llmengine.backends.triton.relative_forward import forward_kernel
 from llmengine.backends.triton.relative_tile import Relative
@@ -134,8 +141,8 @@ class _Call:
             tile = _INTERPRETER
         else:
             tile = tuned.tile(*slot_of(kind, self.query, widest), self.query.device)
-        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, precision, False)
+        products = precision(self.query.dtype, self.query.device)
+        constants = (tile.rows, tile.keys, head_dim, depth, value_dim, width, products, False)
         return Shape(*map(tl.constexpr, constants)), tile
 
 
@@ -180,6 +187,8 @@ def aot_calls(dtype: torch.dtype):
     yield "query stream 64", lambda: _aot_call(dtype, 64, segments=True, ranks=True, positions=True, dropout_p=0.1)
     for head_dim in (64, 128) if dtype == torch.float32 else (64, 128, 256):
         yield f"causal {head_dim}", lambda head_dim=head_dim: _aot_call(dtype, head_dim, is_causal=True)
+    if dtype == torch.float32:
+        yield "causal 64, TF32", lambda: _aot_call(dtype, 64, is_causal=True)
 
 
 def _aot_call(dtype, head_dim, segments=False, ranks=False, positions=False, is_causal=False, include_self=False,

@@ -88,21 +88,23 @@ def pick(kind: str, a: torch.Tensor, b: torch.Tensor) -> Tile:
 def slot_of(kind: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Tile]:
     """The place in the tables that serves the product, by name, and the tile there."""
     rows, columns = a.shape[0], b.shape[1]
-    place = architecture(a.device)
-    if place == "interpreter":
-        table = _INTERPRETER
-    elif a.dtype == torch.float32:
-        table = _FLOAT32
-    else:
-        table = TABLE.get(place, _CDNA3 if is_amd(place) else _AMPERE)
     if any(stride != 1 and stride % 16 for stride in (*a.stride(), *b.stride())):
         kind = "ragged"
     enough = multiprocessors(a.device)
-    tiles = table[kind]
+    tiles = table(architecture(a.device), a.dtype)[kind]
     index = next((i for i, t in enumerate(tiles) if t.programs(rows, columns) >= enough), len(tiles) - 1)
-    return f"products {kind} {'float32' if a.dtype == torch.float32 else '16-bit'} {index}", tiles[index]
+    return slot(kind, a.dtype, index), tiles[index]
 
 
-def precision(dtype: torch.dtype) -> str:
-    """What tl.dot makes of float32: exact products, unless PyTorch has been told that its own may use TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def table(place: str, dtype: torch.dtype) -> Table:
+    """Of an architecture and operands."""
+    if place == "interpreter":
+        return _INTERPRETER
+    if dtype == torch.float32:
+        return _FLOAT32
+    return TABLE.get(place, _CDNA3 if is_amd(place) else _AMPERE)
+
+
+def slot(kind: str, dtype: torch.dtype, index: int) -> str:
+    """The name of a place in the table."""
+    return f"products {kind} {'float32' if dtype == torch.float32 else '16-bit'} {index}"

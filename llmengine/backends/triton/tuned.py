@@ -2,12 +2,13 @@
 
 One JSON file a model of GPU, read at its first launch:
 
-    {"format": 1, "device": "...", "architecture": "sm_90", "triton": "...", "llmengine": "...",
+    {"format": 2, "device": "...", "architecture": "sm_90", "triton": "...", "llmengine": "...",
      "tiles": {"attention forward plain 128": {"rows": 128, "keys": 64, "warps": 8, "stages": 2,
-                                               "ms": ..., "built_in_ms": ...}}}
+                                               "built_in": [128, 128, 8, 2], "ms": ..., "built_in_ms": ...}}}
 
 A slot, "attention forward plain 128", is a place in a built-in table. A file that another version wrote, for another
 GPU, or that holds what no kernel takes, is left alone: a TunedTableWarning says why, and the built-in tiles are used.
+So is a slot whose tile was measured beside another built-in one than there is now.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llmengine.backends.triton.device import architecture, device_name
 from llmengine.files import cache_folder, read_json, replace_text
 
 VARIABLE = "LLMENGINE_TUNED"  # another file; empty: the built-in tables
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "attention": ("rows", "keys", "warps", "stages"),
     "relative": ("rows", "keys", "warps", "stages"),
@@ -39,7 +40,7 @@ FIELDS = {
 }
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 6)
 HEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-TIMES = ("ms", "built_in_ms")
+BESIDE = ("built_in", "ms", "built_in_ms")
 Tile = TypeVar("Tile", bound=Any)  # a NamedTuple whose fields are a line of FIELDS
 Tiles = dict[str, dict[str, Any]]
 
@@ -50,8 +51,21 @@ class TunedTableWarning(UserWarning):
 
 def tile(slot: str, built_in: Tile, device: torch.device) -> Tile:
     """What the slot holds on that device."""
-    fields = _trials[slot] if slot in _trials else _tiles(device).get(slot)
-    return built_in._replace(**fields) if fields else built_in
+    if slot in _trials:
+        return built_in._replace(**_trials[slot])
+    found = _tiles(device).get(slot)
+    if found is None:
+        return built_in
+    beside, fields = found
+    if tuple(built_in) != beside:
+        _another(slot)
+        return built_in
+    return built_in._replace(**fields)
+
+
+@functools.cache
+def _another(slot: str) -> None:
+    _warn(ValueError(f"tuned tiles: {slot!r} was measured beside another built-in tile than this llmengine's"))
 
 
 _trials: dict[str, dict[str, int]] = {}
@@ -103,8 +117,10 @@ def _check(path: Path, slot: str, fields: Any) -> None:
     names = FIELDS.get(slot.partition(" ")[0])
     if names is None:
         raise ValueError(f"tuned tiles: {path}: {slot!r} is in no table; tables are {', '.join(FIELDS)}")
-    if not isinstance(fields, dict) or set(fields) != {*names, *TIMES}:
-        raise ValueError(f"tuned tiles: {path}: {slot!r} must have the fields {', '.join((*names, *TIMES))}")
+    if not isinstance(fields, dict) or set(fields) != {*names, *BESIDE}:
+        raise ValueError(f"tuned tiles: {path}: {slot!r} must have the fields {', '.join((*names, *BESIDE))}")
+    if not isinstance(fields["built_in"], list):
+        raise ValueError(f"tuned tiles: {path}: {slot!r} has built_in {fields['built_in']!r}; it must be a list")
     for name in names:
         choices = allowed(name)
         if type(fields[name]) is not int or fields[name] not in choices:
@@ -122,8 +138,8 @@ def write(path: Path, device: torch.device, tiles: Mapping[str, Mapping[str, Any
 
 
 @functools.cache
-def _tiles(device: torch.device) -> dict[str, dict[str, int]]:
-    """The slots of this device's file, without their times; none where there is no file to be used."""
+def _tiles(device: torch.device) -> dict[str, tuple[tuple, dict[str, int]]]:
+    """The slots of this device's file, each as (what was built in, fields); none where there is no file to be used."""
     if device.type == "meta" or (path := path_for(device)) is None:
         return {}
     try:
@@ -135,7 +151,10 @@ def _tiles(device: torch.device) -> dict[str, dict[str, int]]:
     except (ValueError, OSError) as error:
         _warn(error)
         return {}
-    return {slot: {name: n for name, n in fields.items() if name not in TIMES} for slot, fields in found.items()}
+    return {
+        slot: (tuple(fields["built_in"]), {name: n for name, n in fields.items() if name not in BESIDE})
+        for slot, fields in found.items()
+    }
 
 
 def _warn(error: Exception) -> None:
@@ -146,3 +165,4 @@ def _warn(error: Exception) -> None:
 def forget() -> None:
     """Files are read anew at the next launch."""
     _tiles.cache_clear()
+    _another.cache_clear()

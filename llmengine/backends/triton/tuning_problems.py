@@ -36,16 +36,30 @@ from llmengine.backends.triton.relative_attention import (
 from llmengine.backends.triton.softmax import softmax_backward, softmax_forward
 from llmengine.backends.triton.tuning import Call, Problem
 
+WIDEST_HEAD = 256
+# Bytes that a problem takes at most for each element: of attention's operands, which each call has of its own, of rows.
+OF_OPERANDS, OF_ROWS = 256, 64
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where tensors lie, and how large they are. half: the 16-bit dtype that stands for both."""
+    """Where tensors lie, and how large they are. half: the 16-bit dtype that stands for both. most: rows' elements."""
 
     device: torch.device
     half: torch.dtype = torch.bfloat16
     batch: int = 2
     heads: int = 16
     tokens: int = 4096
+    most: int = 2**28
+
+    @classmethod
+    def on(cls, device: torch.device) -> Place:
+        """As large as there is room for on the GPU."""
+        room = torch.cuda.mem_get_info(device)[0]
+        tokens = cls.tokens
+        while tokens > 256 and cls.batch * cls.heads * tokens * WIDEST_HEAD * OF_OPERANDS > room:
+            tokens //= 2
+        return cls(device, tokens=tokens, most=min(cls.most, room // OF_ROWS))
 
     def randn(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(dtype)
@@ -68,9 +82,9 @@ def attention(place: Place) -> Iterator[Problem]:
         if widest in served
     ]
     for operands, kernel, widest in slots:
-        timed, *others = _attention_calls(place, operands, kernel, widest)
         built_in = tables[operands][kernel][widest]
-        yield Problem(attention_table.slot(operands, kernel, widest), built_in, timed, tuple(others))
+        calls = functools.partial(_attention_calls, place, operands, kernel, widest)
+        yield Problem(attention_table.slot(operands, kernel, widest), built_in, calls)
 
 
 def _attention_calls(place: Place, operands: str, kernel: str, widest: int) -> Iterator[Call]:
@@ -133,12 +147,16 @@ def products(place: Place, shapes: Iterable[tuple[int, int, int]] = SHAPES) -> I
     seen: set[str] = set()
     for kind, dtype, (height, depth, columns) in itertools.product(PRODUCTS, (place.half, torch.float32), shapes):
         depth += kind == "ragged"
-        x, w = place.randn(height, depth, dtype=dtype), place.randn(columns, depth, dtype=dtype, scale=depth**-0.5)
+        x, w = (torch.empty(n, depth, dtype=dtype, device=place.device) for n in (height, columns))
         slot, built_in = tiles.slot_of(kind, x, w.T)
         if slot not in seen:
             seen.add(slot)
-            timed, *others = PRODUCTS[kind](x, w)
-            yield Problem(slot, built_in, timed, tuple(others))
+            yield Problem(slot, built_in, functools.partial(_product_calls, place, kind, dtype, height, depth, columns))
+
+
+def _product_calls(place: Place, kind: str, dtype: torch.dtype, height: int, depth: int, columns: int) -> list[Call]:
+    x, w = place.randn(height, depth, dtype=dtype), place.randn(columns, depth, dtype=dtype, scale=depth**-0.5)
+    return PRODUCTS[kind](x, w)
 
 
 def _plain(x: Tensor, w: Tensor) -> list[Call]:
@@ -196,7 +214,6 @@ def _loss(x: Tensor, w: Tensor) -> Call:
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
-MOST_ELEMENTS = 2**28  # of rows; gradients hold some four times as much
 WIDTHS = (1024, 4096, 2048, 8192, 16384, 512, 128, 32768, 131072)
 
 
@@ -204,14 +221,17 @@ def row_kernels(place: Place, widths: Iterable[int] = WIDTHS) -> Iterator[Proble
     """The slots that rows of one of the widths reach; a wide row's tiles serve all that are wider."""
     seen: set[str] = set()
     for width, dtype in itertools.product(widths, (place.half, torch.float32)):
-        x = place.randn(min(place.batch * place.tokens, MOST_ELEMENTS // width), width, dtype=dtype)
+        x = torch.empty(0, dtype=dtype, device=place.device)
         for kernel, (widest, calls) in ROW_KERNELS.items():
             slot, built_in, block = rows.slot_of(kernel, x, width, widest())
             swept = kernel in ("norm backward", "norm backward wide") and (block >= width) == kernel.endswith("wide")
             if slot not in seen and not swept:
                 seen.add(slot)
-                timed, *others = calls(x)
-                yield Problem(slot, built_in, timed, tuple(others))
+                yield Problem(slot, built_in, functools.partial(_row_calls, place, calls, width, dtype))
+
+
+def _row_calls(place: Place, calls: Callable[[Tensor], list[Call]], width: int, dtype: torch.dtype) -> list[Call]:
+    return calls(place.randn(min(place.batch * place.tokens, place.most // width), width, dtype=dtype))
 
 
 def _norms(x: Tensor) -> list[Call]:
@@ -301,9 +321,13 @@ def relative(place: Place) -> Iterator[Problem]:
         if slots[head_dim][0] not in seen:
             seen.add(slots[head_dim][0])
             widest = max(d for d in HEAD_DIMS if slots[d] == slots[head_dim])
-            timed = _relative_call(place, dtype, head_dim, kernel != FORWARD)
-            other = _relative_call(place, dtype, widest, kernel != FORWARD, positions=True, dropout_p=0.1)
-            yield Problem(*slots[head_dim], timed, (other,))
+            calls = functools.partial(_relative_calls, place, dtype, head_dim, widest, kernel != FORWARD)
+            yield Problem(*slots[head_dim], calls)
+
+
+def _relative_calls(place: Place, dtype: torch.dtype, head_dim: int, widest: int, backward: bool) -> Iterator[Call]:
+    yield _relative_call(place, dtype, head_dim, backward)
+    yield _relative_call(place, dtype, widest, backward, positions=True, dropout_p=0.1)
 
 
 def _relative_call(
