@@ -73,6 +73,7 @@ class _Call:
         # and so does all that other work at once.
         others = mask is not None or alibi_slopes is not None or softcap > 0 or query.dtype == torch.float32
         every = mask is not None and alibi_slopes is not None and softcap > 0 and dropout_p > 0
+        self.exact_bias = query.dtype == torch.float32 and mask is not None and mask.is_floating_point()
         self.crowded = every or (distance_bias is not None and others)
         # Rows whose addresses are no multiples of 16 are fetched in small pieces, through registers.
         self.ragged = bool(query.shape[3] % 16 or value.shape[3] % 16)
@@ -119,9 +120,10 @@ class _Call:
             )
 
     def full(self, shape: Shape) -> bool:
-        """Whether a program wants all registers that there are: TF32's fragments have 32 bits an element, and tiles of
-        two widths are those of the wider."""
-        return self.crowded or shape.precision.value == "tf32" or shape.depth.value != shape.width.value
+        """Whether a program wants all registers that there are: TF32's fragments have 32 bits an element, tiles of two
+        widths are those of the wider, and a bias of float32 stands beside exact products."""
+        uneven = shape.depth.value != shape.width.value
+        return self.crowded or self.exact_bias or uneven or shape.precision.value == "tf32"
 
     def distance_sums(self) -> _DistanceSums:
         heads, tiles = self.query.shape[1], _ceil(self.longest[0], self.shape(ROWS)[1].rows)
