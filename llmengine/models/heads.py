@@ -93,16 +93,20 @@ class TokenHead(Module):
         """
         smoothing = self.smoothing if self.training else None
         labels = labels if smoothing is None else smoothing.labels(labels)
-        if items is None:
+        unsmoothed = smoothing is None or smoothing.pad is None
+        mean = items is None and unsmoothed  # gradients that are made with the loss need no factor then
+        if items is None and not mean:
             items = (labels != IGNORED).sum().clamp(min=1)
         x, labels = labelled(x, labels)
         x = self.transform(x)
         weight = self._weight(tied, x.dtype)
         total = functional.linear_cross_entropy(
-            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="sum", softcap=self.softcap,
-            label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
+            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="mean" if mean else "sum",
+            softcap=self.softcap, label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
         )  # fmt: skip
-        if smoothing is not None and smoothing.pad is not None:
+        if mean:
+            return total
+        if smoothing is not None and not unsmoothed:
             total = total + smoothing.remainder(x, weight, self.bias, labels, self.softcap)
         return divide(total, items)
 
