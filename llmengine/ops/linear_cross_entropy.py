@@ -76,8 +76,8 @@ FEWEST_TOKENS, TOKEN_STEP = 96, 32
 
 
 def block_tokens(input, linear_weight) -> int:
-    """How many tokens to take at a time, of blocks that BLOCK_BYTES hold as good as equal ones; 0: too few would fit for
-    gradients to be made with the loss."""
+    """How many tokens to take at a time, so that blocks fit BLOCK_BYTES and are as good as equal; 0: too few would fit
+    for gradients to be made with the loss."""
     tokens, columns = input.shape[0], -(-max(linear_weight.shape[0], 1) // CLASS_BLOCK) * CLASS_BLOCK
     fitting = BLOCK_BYTES // (columns * input.element_size())
     if fitting >= tokens:
