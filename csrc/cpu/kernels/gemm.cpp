@@ -9,7 +9,7 @@
 //
 //   All threads pack a strip, then take layers of rows as they come free: a layer's A is packed once and meets all
 //   tiles of the strip (only those of a part of it where layers are few). A panel of B stays in the first-level cache,
-//   or streams from the second, while a layer's A goes by; C's tile (144 KiB) and A's block (102 KiB) stay in the
+//   or streams from the second, while a layer's A goes by; C's tile (192 KiB) and A's block (136 KiB) stay in the
 //   second, B comes from the third. Packing costs one pass over B in all and one over A for each strip. Limit: the
 //   multiply-add units.
 //
