@@ -100,3 +100,15 @@ def test_errors_name_argument_given_and_allowed(change, message):
     arguments = {"input": torch.ones(3, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6)} | change
     with pytest.raises(ValueError, match=f"^linear: {message}"):
         functional.linear(**arguments)
+
+
+@pytest.mark.parametrize("depth", [300, 768, 2100])
+def test_long_sums_err_as_pytorchs(depth):
+    """Sums go in chains as long as PyTorch's where there are many rows (csrc/cpu/kernels/gemm.cpp)."""
+    g = torch.Generator().manual_seed(depth)
+    x, weight = torch.rand(96, depth, generator=g), torch.rand(100, depth, generator=g)
+    exact = x.double() @ weight.double().T
+    with llmengine.backend("cpu"):
+        ours = functional.linear(x, weight)
+    errors = [(y - exact).square().mean().sqrt() for y in (ours, torch.nn.functional.linear(x, weight))]
+    assert 0 < errors[0] <= 1.5 * errors[1]

@@ -158,7 +158,7 @@ SIZES = {"one block": (70, 24, 3300), "several blocks": (230, 24, 3300), "few cl
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 96 tokens of 3,300 classes in float32, of 192 in bfloat16, whatever the processor."""
+    """Blocks of at most 100 tokens of 3,300 classes in float32, of 200 in bfloat16, whatever the processor."""
     monkeypatch.setattr(ops, "TILES", False)
     monkeypatch.setattr(ops, "BLOCK_BYTES", 100 * 3 * ops.CLASS_BLOCK * 4)
 

@@ -16,6 +16,7 @@ import torch
 
 import llmengine
 from llmengine import functional
+from llmengine.backends.cpu import native
 from llmengine.ops import registry
 from llmengine.testing import targets
 
@@ -440,3 +441,22 @@ def test_import_costs_little_beyond_torch():
         )  # fmt: skip
         times.append(float(done.stdout))
     assert min(times) < 0.15, f"{times} seconds"
+
+
+def test_a_refusal_of_amx_is_told_once(monkeypatch):
+    class Refused:
+        @staticmethod
+        def isa_notice() -> str:
+            return "the processor has AMX but the system refuses its tiles (no): using avx512_bf16"
+
+    monkeypatch.setattr(native, "module", Refused)
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.delenv("LLMENGINE_CPU_ISA", raising=False)
+    with pytest.warns(UserWarning, match=r"llmengine: .* refuses its tiles \(no\): using avx512_bf16"):
+        registry.load("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.load("cpu")
+        monkeypatch.setenv("LLMENGINE_CPU_ISA", "avx2")  # another was asked for: nothing to tell
+        registry._loaded.clear()
+        registry.load("cpu")

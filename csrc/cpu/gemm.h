@@ -52,9 +52,9 @@ struct Term {
 inline constexpr int kAccumulators = 2;
 // Columns of a tile of C; tiles begin at their multiples. Divisible by every panel, and by 64.
 inline constexpr int64_t kTileColumns = kAmx ? 192 : 384;
-inline constexpr int64_t kRowStep = std::lcm(kTileRows, kPairRows);  // rows that products come in
+inline constexpr int64_t kRowStep = kPairsPay ? std::lcm(kTallRows, kPairRows) : kTallRows;  // that products come in
 // Tiles begin at multiples of it, too.
-inline constexpr int64_t kRowBlock = kAmx ? kStripeRows : round_up(4 * kTileRows, kRowStep);
+inline constexpr int64_t kRowBlock = kAmx ? kStripeRows : round_up(4 * kTallRows, kRowStep);
 static_assert(kTileColumns % kPanel == 0 && kTileColumns % kPairPanel == 0);
 
 // A finished tile of C: element (row + r, column + c) of accumulator i at c[i][r stride + c]. The epilogue owns it: it
@@ -104,7 +104,20 @@ struct Epilogue {
       : call([](const void* b, const Tile& tile) { (*static_cast<const Body*>(b))(tile); }), context(&body) {}
 };
 
+// Where an epilogue will write: lines that are asked for while the last block of depth is multiplied, and so need not
+// be waited for. A hint, at most two; element (row, column) is that of C.
+struct Destination {
+  char* data = nullptr;
+  int64_t row_bytes = 0, size = 0;
+
+  Destination() = default;
+  Destination(const TensorView& t) {  // NOLINT: a tensor is a destination
+    if (t.defined()) data = static_cast<char*>(t.data), size = size_of(t.dtype), row_bytes = t.stride(0) * size;
+  }
+};
+
 // Without terms (or with empty ones) C is zero, and the epilogue is called all the same.
-void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue);
+void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue, Destination first = {},
+          Destination second = {});
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -44,13 +44,14 @@ struct Logits {
   // Calls epilogue(tile) on the logits, bias included, of labelled tokens [row, row + rows) and classes [first, first +
   // n); the tile counts from there.
   template <class Body>
-  void tiles(int64_t row, int64_t rows, int64_t first, int64_t n, const Body& epilogue) const {
-    gemm(rows, n,
-         {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
-         [&](const Tile& tile) {
-           if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
-           epilogue(tile);
-         });
+  void tiles(int64_t row, int64_t rows, int64_t first, int64_t n, const Body& epilogue, Destination to = {}) const {
+    gemm(
+        rows, n, {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
+        [&](const Tile& tile) {
+          if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
+          epilogue(tile);
+        },
+        to);
   }
 
   static void add_bias(const Tile& tile, const float* line) {

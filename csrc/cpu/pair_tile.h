@@ -170,7 +170,7 @@ inline void multiply_stripe(int rows, int64_t depth, const bf16* a, int64_t a_st
       for (int v = 0; v < kVectors; ++v) sum[r][v] = add_products(sum[r][v], x, line[v]);
     }
   }
-  store_tile<kVectors, into>(sum, rows, c, c_stride, beta);
+  store_tile<into>(sum, rows, c, c_stride, beta);
 }
 
 template <Into into>

@@ -2,10 +2,12 @@
 //
 //   C(row, column) = sum_k A(row, k) B(k, column), scaled by or added to what C holds
 //
-//   The micro-kernel holds kTileRows x kTileVectors vectors of C in registers and adds an outer product for every k:
-//   it loads vectors of B and broadcasts elements of A, so A may lie either way round (Across: element (row, k) at
-//   a[k stride + row]) and B's columns are contiguous. 16 lanes: 6 x 4 accumulators, 10 loads for 24 multiply-adds,
-//   which keeps both multiply-add ports of an AVX-512 core busy (225 of about 230 Gflop/s measured).
+//   The micro-kernel holds some rows and vectors of C in registers and adds an outer product for every k: it loads
+//   vectors of B and broadcasts elements of A, so A may lie either way round (Across: element (row, k) at a[k stride +
+//   row]) and B's columns are contiguous. 16 lanes: kTileRows x kTileVectors = 6 x 4 accumulators, 10 loads for 24
+//   multiply-adds, where products are cut to fit a caller's tile (attention); kTallRows x kPanelVectors = 8 x 3, 11
+//   loads, where B is in panels of three vectors (gemm.h). Either keeps both multiply-add ports of an AVX-512 core
+//   busy.
 #pragma once
 
 #include <array>
@@ -24,6 +26,7 @@ inline constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 16 registers elsew
 // Columns of a packed panel: three vectors where four would leave 96-column tiles with a remainder.
 inline constexpr int kPanelVectors = kLanes == 16 ? 3 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;
+inline constexpr int kTallRows = kLanes == 16 ? 8 : kTileRows;  // of a tile kPanelVectors wide
 
 enum class Lies { along, across };  // A(row, k): a[row stride + k] or a[k stride + row]
 // C = AB, beta[0] AB, C + AB, beta[0] (C + AB), beta[row] C + AB
@@ -40,10 +43,10 @@ inline F brought_into(const float* c, F sum, int r, const float* beta) {
 }
 
 // The first `rows` rows of a tile in registers.
-template <int kVectors, Into into>
-inline void store_tile(const F (&sum)[kTileRows][kVectors], int rows, float* c, int64_t c_stride, const float* beta) {
-#pragma GCC unroll 6
-  for (int r = 0; r < kTileRows; ++r) {
+template <Into into, int kRows, int kVectors>
+inline void store_tile(const F (&sum)[kRows][kVectors], int rows, float* c, int64_t c_stride, const float* beta) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
     if (r >= rows) return;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -53,34 +56,51 @@ inline void store_tile(const F (&sum)[kTileRows][kVectors], int rows, float* c, 
   }
 }
 
-template <int kVectors, Lies lies, Into into>
+// kAsks: asks for a line of memory from `ahead` on with every fourth step of k, for the second-level cache. All at once
+// they would keep the loads of C and B waiting.
+template <int kRows, int kVectors, Lies lies, Into into, bool kAsks = false>
 inline void multiply_tile(int rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                          float* c, int64_t c_stride, const float* beta) {
-  F sum[kTileRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+                          float* c, int64_t c_stride, const float* beta, const float* ahead = nullptr) {
+  F sum[kRows][kVectors] = {};
+  const auto add = [&](int64_t k) {
     F line[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) line[v] = load(b + k * b_stride + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
       const F x = broadcast(lies == Lies::along ? a[r * a_stride + k] : a[k * a_stride + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] += x * line[v];
     }
+  };
+  int64_t k = 0;
+  if constexpr (kAsks) {
+    for (; k + 4 <= depth; k += 4) {
+      __builtin_prefetch(ahead + 4 * k, 0, 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add(k + i);
+    }
   }
-  store_tile<kVectors, into>(sum, rows, c, c_stride, beta);
+  for (; k < depth; ++k) add(k);
+  store_tile<into>(sum, rows, c, c_stride, beta);
 }
 
-// The same for 1 <= vectors <= kTileVectors. Rows beyond `rows` are read from A, whatever they hold, and not stored.
-template <Lies lies, Into into>
+// The same for 1 <= vectors <= kTileVectors (kPanelVectors, where rows are more). Rows beyond `rows` are read from A,
+// whatever they hold, and not stored.
+template <Lies lies, Into into, int kRows = kTileRows, bool kAsks = false>
 inline void multiply_tile(int vectors, int rows, int64_t depth, const float* a, int64_t a_stride, const float* b,
-                          int64_t b_stride, float* c, int64_t c_stride, const float* beta = nullptr) {
+                          int64_t b_stride, float* c, int64_t c_stride, const float* beta = nullptr,
+                          const float* ahead = nullptr) {
+  const auto multiply = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
+    multiply_tile<kRows, kVectors, lies, into, kAsks>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta, ahead);
+  };
   switch (vectors) {
-    case 1: return multiply_tile<1, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
-    case 2: return multiply_tile<2, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
+    case 1: return multiply(std::integral_constant<int, 1>{});
+    case 2: return multiply(std::integral_constant<int, 2>{});
 #if LLMENGINE_LANES == 16
-    case 3: return multiply_tile<3, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
-    case 4: return multiply_tile<4, lies, into>(rows, depth, a, a_stride, b, b_stride, c, c_stride, beta);
+    case 3: return multiply(std::integral_constant<int, 3>{});
+    case 4:
+      if constexpr (kRows == kTileRows) return multiply(std::integral_constant<int, 4>{});
 #endif
   }
 }

@@ -235,8 +235,9 @@ def _operands(op: str, *operands: Tensor) -> tuple[Tensor, ...]:
     names = ("query", "key", "value")
     for name, tensor in zip(names, operands, strict=True):
         check_float(op, name, tensor)
-    operands = autocast(*operands)
-    check_same_dtype(op, **dict(zip(names, operands, strict=True)))
+    operands = query, key, value = autocast(*operands)
+    if not query.dtype == key.dtype == value.dtype:
+        check_same_dtype(op, query=query, key=key, value=value)
     return operands
 
 
@@ -261,6 +262,11 @@ def _check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, grouped: bo
 
 def _four_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, grouped: bool):
     """The result's leading dimensions with heads, and the operands as (batch, heads, tokens, head_dim)."""
+    if query.ndim == key.ndim == value.ndim == 4:
+        lead, others = query.shape[:2], key.shape[:2]
+        if others == value.shape[:2] and (lead == others or (grouped and lead[0] == others[0])):
+            _check_heads(op, query, key, value, True)
+            return lead, query, key, value
     operands = (query, key, value)
     for name, tensor in zip(("query", "key", "value"), operands, strict=True):
         if tensor.ndim < 2:

@@ -61,6 +61,8 @@ def _check_learned(op: str, argument: str, tensor: Tensor, query: Tensor) -> Non
 
 def sides_of(op: str, window_size: Sequence[int]) -> tuple[int, int]:
     """A window's (left, right)."""
+    if window_size is UNBOUNDED:
+        return UNBOUNDED
     if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(w >= -1 for w in window_size)):
         raise ValueError(
             f"{op}: window_size must be (left, right), each at least 0 or -1 (unbounded), got {window_size}"

@@ -41,7 +41,7 @@ def linear_cross_entropy(
     out before any product on CPUs; elsewhere zeros multiply them, so that they must be finite. Extra memory is a few
     blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
     logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
-    instead (but for bfloat16 on AMX), with a block of at most 64 MiB: the backward then only scales them.
+    instead (but for bfloat16 on AMX), with a block of at most 100 MiB: the backward then only scales them.
 
     gradient_filter (Cut Cross-Entropy, Wijmans et al. 2024; below 1, 0: off): gradients may leave out a tile of tokens
     and classes in which no token's loss, before its reduction, changes with any class's logit by more than this. Where

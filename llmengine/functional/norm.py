@@ -79,7 +79,8 @@ def add_rms_norm(
 
 
 def _norm(op, input, normalized_shape, weight, bias, eps, subtract_mean):
-    columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
+    check_float(op, "input", input)
+    columns, weight, bias = _check(op, input, None, normalized_shape, weight, bias)
     rows = as_rows(input, columns)
     weight, bias = _flat(weight), _flat(bias)
     eps = _epsilon(op, eps, input)
@@ -102,8 +103,7 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
             check_same_dtype(op, input=input, residual=residual)
         dtype = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(dtype), residual.to(dtype)
-    columns, weight, bias = _check(op, input, normalized_shape, weight, bias)
-    check_same_device(op, input=input, residual=residual)
+    columns, weight, bias = _check(op, input, residual, normalized_shape, weight, bias)
     check_probability(op, "dropout_p", dropout_p)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     rows = as_rows(input, columns)
@@ -119,16 +119,16 @@ def _add_norm(op, input, residual, normalized_shape, weight, bias, eps, dropout_
 
 
 def _check(
-    op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> tuple[int, Tensor | None, Tensor | None]:
+    op: str, input: Tensor, residual: Tensor | None, normalized_shape: Sequence[int], weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[int, Tensor | None, Tensor | None]:  # fmt: skip
     """Validates, and returns the number of normalised elements, and the parameters as input's dtype takes them."""
-    check_float(op, "input", input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}")
     weight, bias = parameter_like(op, "weight", weight, shape, input), parameter_like(op, "bias", bias, shape, input)
-    if weight is not None or bias is not None:
-        check_same_device(op, input=input, weight=weight, bias=bias)
+    if residual is not None or weight is not None or bias is not None:
+        check_same_device(op, input=input, residual=residual, weight=weight, bias=bias)
     columns = math.prod(shape)
     if columns == 0:
         raise ValueError(f"{op}: normalized_shape {shape} has no elements to normalise")

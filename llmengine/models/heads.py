@@ -93,16 +93,20 @@ class TokenHead(Module):
         """
         smoothing = self.smoothing if self.training else None
         labels = labels if smoothing is None else smoothing.labels(labels)
-        if items is None:
+        unsmoothed = smoothing is None or smoothing.pad is None
+        if items is None and not unsmoothed:
             items = (labels != IGNORED).sum().clamp(min=1)
         x, labels = labelled(x, labels)
         x = self.transform(x)
         weight = self._weight(tied, x.dtype)
         total = functional.linear_cross_entropy(
-            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, reduction="sum", softcap=self.softcap,
+            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, softcap=self.softcap,
+            reduction="mean" if items is None else "sum",
             label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
         )  # fmt: skip
-        if smoothing is not None and smoothing.pad is not None:
+        if items is None:  # a mean: gradients that were made with it need no factor
+            return total
+        if smoothing is not None and not unsmoothed:
             total = total + smoothing.remainder(x, weight, self.bias, labels, self.softcap)
         return divide(total, items)
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from llmengine.backends.buffers import empty_rows_first
 from llmengine.ops.norm import statistics_dtype
-from llmengine.ops.registry import define
+from llmengine.ops.registry import Function, define
 
 
 def _forward_fake(query, key, value, *_):
@@ -58,7 +58,7 @@ attention_backward = define(
 )
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """(query, key, value, the options of the schema) -> (output, lse); differentiable in both outputs."""
 
     @staticmethod

@@ -179,20 +179,24 @@ void ffn_forward(const ops::FeedForwardForward& p) {
   const bool gated = p.w_gate.defined();
   visit_float(p.input.dtype, [&]<class T>(T) {
     visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
-      gemm(tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), gated ? d : 0, gated}},
-           [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); });
+      gemm(
+          tokens, f, {{x, Matrix(p.w_up).t(), d, 0}, {x, Matrix(p.w_gate).t(), gated ? d : 0, gated}},
+          [&](const Tile& tile) { write_hidden<T, Activation>(p, dropout, b_up.data(), b_gate.data(), tile); },
+          p.hidden, p.up);
     });
   });
   if (!p.output.defined()) return;
-  gemm(tokens, d, {{Matrix(p.hidden), Matrix(p.w_down).t(), f}},
-       [&](const Tile& tile) { store_tile(tile, p.output, b_down.data(), p.residual); });
+  gemm(
+      tokens, d, {{Matrix(p.hidden), Matrix(p.w_down).t(), f}},
+      [&](const Tile& tile) { store_tile(tile, p.output, b_down.data(), p.residual); }, p.output);
 }
 
 // grad^T x, for a parameter (out, in) that x (tokens, in) went through to where `grad` (tokens, out) comes from
 void weight_gradient(const TensorView& grad, const TensorView& x, const TensorView& out, bool add) {
   if (!out.defined()) return;
-  gemm(out.size(0), out.size(1), {{Matrix(grad).t(), Matrix(x), x.size(0)}},
-       [&](const Tile& tile) { add ? add_tile(tile, out) : store_tile(tile, out); });
+  gemm(
+      out.size(0), out.size(1), {{Matrix(grad).t(), Matrix(x), x.size(0)}},
+      [&](const Tile& tile) { add ? add_tile(tile, out) : store_tile(tile, out); }, out);
 }
 
 void ffn_backward(const ops::FeedForwardBackward& p) {
@@ -204,8 +208,10 @@ void ffn_backward(const ops::FeedForwardBackward& p) {
   if (past_hidden || p.grad_w_down.defined()) {
     visit_float(p.input.dtype, [&]<class T>(T) {
       visit_activation<T>(p.activation, [&]<class Activation>(Activation) {
-        gemm(tokens, f, {{Matrix(p.grad_output), Matrix(p.w_down), past_hidden ? d : 0}},
-             [&](const Tile& tile) { write_grad_hidden<T, Activation>(p, dropout, b_up, b_gate, tile); });
+        gemm(
+            tokens, f, {{Matrix(p.grad_output), Matrix(p.w_down), past_hidden ? d : 0}},
+            [&](const Tile& tile) { write_grad_hidden<T, Activation>(p, dropout, b_up, b_gate, tile); }, p.grad_up,
+            p.hidden);
       });
     });
   }
@@ -220,9 +226,10 @@ void ffn_backward(const ops::FeedForwardBackward& p) {
     });
   }
   if (p.grad_input.defined()) {
-    gemm(tokens, d,
-         {{Matrix(p.grad_up), Matrix(p.w_up), f}, {Matrix(p.grad_gate), Matrix(p.w_gate), p.w_gate.defined() ? f : 0}},
-         [&](const Tile& tile) { store_tile(tile, p.grad_input); });
+    gemm(
+        tokens, d,
+        {{Matrix(p.grad_up), Matrix(p.w_up), f}, {Matrix(p.grad_gate), Matrix(p.w_gate), p.w_gate.defined() ? f : 0}},
+        [&](const Tile& tile) { store_tile(tile, p.grad_input); }, p.grad_input);
   }
 }
 

@@ -9,7 +9,7 @@
 //
 //   All threads pack a strip, then take layers of rows as they come free: a layer's A is packed once and meets all
 //   tiles of the strip (only those of a part of it where layers are few). A panel of B stays in the first-level cache,
-//   or streams from the second, while a layer's A goes by; C's tile (144 KiB) and A's block (102 KiB) stay in the
+//   or streams from the second, while a layer's A goes by; C's tile (192 KiB) and A's block (136 KiB) stay in the
 //   second, B comes from the third. Packing costs one pass over B in all and one over A for each strip. Limit: the
 //   multiply-add units.
 //
@@ -33,14 +33,16 @@
 namespace llmengine::cpu::LLMENGINE_ISA {
 namespace {
 
-constexpr int64_t kBlockFloats = 256;                       // of a row in a block of depth
-constexpr int64_t kBlockPairs = kAmx ? 128 : 256;           // the same in pairs of bf16
-constexpr int64_t kMostTileRows = 96, kTallTileRows = 288;  // tall: where AMX multiplies all terms
+constexpr int64_t kBlockFloats = 256;              // of a row in a block of depth
+constexpr int64_t kBlockPairs = kAmx ? 128 : 256;  // the same in pairs of bf16
+// Rows of a layer; tall: where AMX multiplies all terms.
+constexpr int64_t kMostTileRows = 128 / kRowBlock * kRowBlock, kFewestTileRows = round_up(kMostTileRows / 2, kRowBlock);
+constexpr int64_t kMostTallRows = 288, kFewestTallRows = 96;
 constexpr int64_t kStripBytes = 8 << 20;
 constexpr int64_t kLayerBytes = kAmx ? 600 << 10 : 2 << 20;  // a layer's A, if all of it is to be kept
 constexpr int64_t kSlabBytes = 600 << 10;                    // of C, else, where AMX multiplies
 constexpr int64_t kPanels = std::lcm(kPanel, kPairPanel);    // columns, rounded up for panels of either kind
-static_assert(kMostTileRows % kRowBlock == 0 && kTallTileRows % kRowBlock == 0);
+static_assert(kMostTallRows % kRowBlock == 0 && kFewestTallRows % kRowBlock == 0);
 
 // From row to row of a packed block of A: an odd number of lines, as rows must not share one cache set.
 constexpr int64_t kRowOfA = kBlockFloats + 16, kRowOfPairs = 2 * (kBlockPairs + 16);
@@ -52,33 +54,33 @@ const T* line(const Matrix& m, int64_t row) {
   return static_cast<const T*>(m.data) + (m.index ? m.index[row] : row) * m.stride;
 }
 
-// A(row .. row + rows, k .. k + depth), with zero rows up to a multiple of kTileRows; rows lie kRowOfA apart.
+// A(row .. row + rows, k .. k + depth), with zero rows up to a multiple of kTallRows; rows lie kRowOfA apart.
 template <class T>
 void pack_a_along(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* to) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = line<T>(a, row + r) + k;
     for_lanes(depth, [&](int64_t i, auto n) { store_n(to + r * kRowOfA + i, load_n(x + i, n), n); });
   }
-  for (int64_t r = rows; r < round_up(rows, kTileRows); ++r) std::fill_n(to + r * kRowOfA, depth, 0.0f);
+  for (int64_t r = rows; r < round_up(rows, kTallRows); ++r) std::fill_n(to + r * kRowOfA, depth, 0.0f);
 }
 
-// The same of a transposed A, in groups of kTileRows rows: element (r, k) of the group at row g at [g kRowOfA + k
-// kTileRows + r].
+// The same of a transposed A, in groups of kTallRows rows: element (r, k) of the group at row g at [g kRowOfA + k
+// kTallRows + r].
 template <class T>
 void pack_a_across(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* to) {
-  // Groups are written two columns too wide, which the next line of the same group overwrites.
-  constexpr int64_t kWide = kTileRows + 2, kAhead = 8;
-  const int64_t wide = std::max<int64_t>(0, rows - kWide + kTileRows) / kTileRows * kTileRows;
+  // A group is written as vectors of 8, where it is narrower too wide: its next line overwrites what is too much.
+  constexpr int64_t kWide = round_up(kTallRows, 8), kAhead = 8;
+  const int64_t wide = std::max<int64_t>(0, rows - kWide + kTallRows) / kTallRows * kTallRows;
   for (int64_t i = 0; i < depth; ++i) {
     const T* x = line<T>(a, k + i) + row;
     const T* ahead = line<T>(a, k + std::min(i + kAhead, depth - 1)) + row;  // a page away: nobody else asks for it
     for (int64_t r = 0; r < rows; r += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + r);
-    float* out = to + i * kTileRows;
-    for (int64_t r = 0; r < wide; r += kTileRows) {
+    float* out = to + i * kTallRows;
+    for (int64_t r = 0; r < wide; r += kTallRows) {
       for (int j = 0; j < kWide; ++j) out[r * kRowOfA + j] = widen(x[r + j]);
     }
-    for (int64_t r = wide; r < round_up(rows, kTileRows); ++r) {
-      out[r / kTileRows * kTileRows * kRowOfA + r % kTileRows] = r < rows ? widen(x[r]) : 0.0f;
+    for (int64_t r = wide; r < round_up(rows, kTallRows); ++r) {
+      out[r / kTallRows * kTallRows * kRowOfA + r % kTallRows] = r < rows ? widen(x[r]) : 0.0f;
     }
   }
 }
@@ -102,40 +104,61 @@ void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t column, int64_t c
   }
 }
 
-// C = or += A B, for one packed block of A and the panels of B beside it. The depth goes in equal runs: the error of a
-// sum grows with the number of additions in one chain, and PyTorch's chains are short. Runs of 64 cost 2.5 % of the
-// time, of 32 6 %; only short depths, whose products PyTorch takes in vectors of sums, are given shorter ones.
-constexpr int64_t longest_run(int64_t depth) { return depth > 128 ? 64 : 16; }
+// Where a tile will be written, if this is the last that is added to it.
+struct Coming {
+  Destination places[2];
+  int64_t row, rows, column, columns;
+
+  // for a panel of the tile's rows [begin, end)
+  void ask(int64_t begin, int64_t end, int64_t panel) const {
+    const int64_t width = std::min<int64_t>(kPanel, columns - panel);
+    for (const Destination& to : places) {
+      if (!to.data) continue;
+      for (int64_t r = begin; r < std::min(end, rows); ++r) {
+        const char* line = to.data + (row + r) * to.row_bytes + (column + panel) * to.size;
+        for (int64_t i = 0; i < width * to.size; i += 64) __builtin_prefetch(line + i, 1, 2);
+      }
+    }
+  }
+};
+
+// The depth of a block goes in equal runs: the error of a sum grows with the number of additions in one chain.
+// PyTorch's chains are as long as a block where both sides of C are long, and short where one is, or the depth: there,
+// products are taken in vectors of sums. Runs of 64 cost 3 to 5 % of the time, which few rows spend on packing anyway.
+constexpr int64_t longest_run(int64_t depth, bool large) { return depth <= 128 ? 16 : large ? kBlockFloats : 64; }
+constexpr bool is_large(int64_t rows, int64_t columns) { return rows >= 64 && columns >= 64; }
+
+// C = or += A B, for one packed block of A and the panels of B beside it, in runs of the depth.
 
 template <Lies lies, Into into>
 void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b, float* c,
-                     int64_t c_stride) {
-  constexpr int64_t a_stride = lies == Lies::along ? kRowOfA : kTileRows, a_step = lies == Lies::along ? 1 : kTileRows;
-  const int64_t runs = ceil_div(depth, longest_run(depth));
+                     int64_t c_stride, int64_t runs, const Coming& coming) {
+  constexpr int64_t a_stride = lies == Lies::along ? kRowOfA : kTallRows, a_step = lies == Lies::along ? 1 : kTallRows;
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int vectors = static_cast<int>(ceil_div(std::min<int64_t>(kPanel, columns - column), kLanes));
     for (int64_t run = 0; run < runs; ++run) {  // of the panel: all rows meet it in the first-level cache
       const int64_t k = depth * run / runs, end = depth * (run + 1) / runs;
-      const auto multiply = run ? multiply_tile<lies, Into::add> : multiply_tile<lies, into>;
+      const auto multiply =
+          run ? multiply_tile<lies, Into::add, kTallRows, true> : multiply_tile<lies, into, kTallRows, true>;
       const float* next = b + column * depth + end * kPanel;  // comes from the third-level cache, unless asked for
-      const int64_t share = round_up((end - k) * kPanel, 16) * kTileRows / std::max<int64_t>(rows, 1);
-      for (int64_t row = 0; row < rows; row += kTileRows) {
-        for (int64_t i = 0; i < share; i += 16, next += 16) __builtin_prefetch(next, 0, 2);
-        multiply(vectors, kTileRows, end - k, a + row * kRowOfA + k * a_step, a_stride, b + column * depth + k * kPanel,
-                 kPanel, c + row * c_stride + column, c_stride, nullptr);
+      for (int64_t row = 0; row < rows; row += kTallRows) {
+        coming.ask(row + kTallRows * run / runs, row + kTallRows * (run + 1) / runs, column);
+        multiply(vectors, kTallRows, end - k, a + row * kRowOfA + k * a_step, a_stride, b + column * depth + k * kPanel,
+                 kPanel, c + row * c_stride + column, c_stride, nullptr, next);
+        next += 4 * (end - k);
       }
     }
   }
 }
 
 void multiply_panels(Lies lies, Into into, int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b,
-                     float* c, int64_t c_stride) {
+                     float* c, int64_t c_stride, int64_t runs, const Coming& coming) {
   const auto multiply =
       lies == Lies::along
           ? (into == Into::place ? multiply_panels<Lies::along, Into::place> : multiply_panels<Lies::along, Into::add>)
           : (into == Into::place ? multiply_panels<Lies::across, Into::place>
                                  : multiply_panels<Lies::across, Into::add>);
-  multiply(rows, columns, depth, a, b, c, c_stride);
+  multiply(rows, columns, depth, a, b, c, c_stride, runs, coming);
 }
 
 bf16* as_pairs(float* p) { return static_cast<bf16*>(static_cast<void*>(p)); }
@@ -180,6 +203,7 @@ struct Block {
   const Term* term;
   bool pairs;
   int64_t k, depth, before;  // before: floats of the blocks in front, which say where in the strip its B is packed
+  int64_t runs;              // that float products take the depth in
   Into into;
 
   int64_t floats() const { return pairs ? pair_depth(depth) / 2 : depth; }
@@ -196,22 +220,23 @@ struct Block {
     if (pairs) return pack_b_for_pairs(term->b, k, depth, column, columns, as_pairs(to));
     visit_float(term->b.dtype, [&]<class T>(T) { LLMENGINE_ISA::pack_b<T>(term->b, k, depth, column, columns, to); });
   }
-  void multiply(const Tile& tile, const float* a, const float* b, const float* next) const {
+  void multiply(const Tile& tile, const float* a, const float* b, const float* next, const Coming& coming) const {
     float* c = tile.c[term->into];
     if (pairs) {
       const auto run = into == Into::place ? multiply_pair_panels<Into::place> : multiply_pair_panels<Into::add>;
       return run(round_up(tile.rows, kPairRows), tile.columns, depth, as_pairs(a), as_pairs(b), c, tile.stride,
                  next ? as_pairs(next) : nullptr);
     }
-    multiply_panels(term->a.transposed ? Lies::across : Lies::along, into, round_up(tile.rows, kTileRows), tile.columns,
-                    depth, a, b, c, tile.stride);
+    multiply_panels(term->a.transposed ? Lies::across : Lies::along, into, round_up(tile.rows, kTallRows), tile.columns,
+                    depth, a, b, c, tile.stride, runs, coming);
   }
 };
 
 class Gemm {
  public:
-  Gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, const Epilogue& epilogue)
-      : rows_(rows), columns_(columns), epilogue_(epilogue) {
+  Gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, const Epilogue& epilogue, Destination first,
+       Destination second)
+      : rows_(rows), columns_(columns), epilogue_(epilogue), destinations_{first, second} {
     for (const Term& term : terms) add(term);
     const int64_t tiles = ceil_div(columns, kTileColumns);
     const int64_t affordable = kStripBytes / 4 / std::max<int64_t>(floats_, 1) / kTileColumns;
@@ -256,12 +281,13 @@ class Gemm {
     }
   };
 
-  int64_t rows_, columns_, strip_ = 0, tile_rows_ = kMostTileRows, floats_ = 0;
+  int64_t rows_, columns_, strip_ = 0, tile_rows_ = 0, floats_ = 0;
   int accumulators_ = 1;
   bool tall_ = kAmx;
   bool keeps_a_ = false;    // a layer's A is packed whole, for all of its tiles
   int64_t slab_tiles_ = 1;  // that share a block of A, if it is not
   Epilogue epilogue_;
+  Destination destinations_[2];
   std::vector<Block> blocks_;
   bool begun_[kAccumulators] = {};
 
@@ -270,11 +296,13 @@ class Gemm {
   void add(const Term& term) {
     const bool pairs = kPairsPay && (term.a.dtype == DType::bf16 || term.b.dtype == DType::bf16);
     const int64_t step = pairs ? 2 * kBlockPairs : kBlockFloats;
+    const bool large = is_large(rows_, columns_);
     tall_ &= pairs || term.depth == 0;
     accumulators_ = std::max(accumulators_, term.into + 1);
     for (int64_t k = 0; k < term.depth; k += step) {
       const Into into = begun_[term.into] ? Into::add : Into::place;
-      blocks_.push_back({&term, pairs, k, std::min(step, term.depth - k), floats_, into});
+      const int64_t depth = std::min(step, term.depth - k);
+      blocks_.push_back({&term, pairs, k, depth, floats_, ceil_div(depth, longest_run(depth, large)), into});
       floats_ += blocks_.back().floats();
       begun_[term.into] = true;
     }
@@ -283,10 +311,9 @@ class Gemm {
   // No choice changes a sum.
   void choose_layers(int64_t tiles) {
     const int64_t threads = num_threads();
-    if (tall_) {
-      const int64_t layers = round_up(ceil_div(rows_, kTallTileRows), threads);
-      tile_rows_ = std::max(kMostTileRows, round_up(ceil_div(rows_, layers), kRowBlock));
-    }
+    // as many layers for each thread
+    const int64_t layers = round_up(ceil_div(rows_, tall_ ? kMostTallRows : kMostTileRows), threads);
+    tile_rows_ = std::max(tall_ ? kFewestTallRows : kFewestTileRows, round_up(ceil_div(rows_, layers), kRowBlock));
     while (threads > 1 && tile_rows_ > kRowBlock && ceil_div(rows_, tile_rows_) * tiles < 4 * threads) {
       tile_rows_ = round_up(tile_rows_ / 2, kRowBlock);
     }
@@ -320,7 +347,10 @@ class Gemm {
                               : i + 1 < blocks() ? strip.place(blocks_[i + 1], begin)
                               : end < last       ? strip.place(blocks_[0], end)
                                                  : nullptr;
-          block.multiply(tile_at(tile, begin), packed_a, strip.place(block, tile), next);
+          const Tile out = tile_at(tile, begin);
+          Coming coming{{}, row, rows, out.column, out.columns};
+          if (i + 1 == blocks()) coming.places[0] = destinations_[0], coming.places[1] = destinations_[1];
+          block.multiply(out, packed_a, strip.place(block, tile), next, coming);
         }
       }
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -336,8 +366,9 @@ class Gemm {
 
 }  // namespace
 
-void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue) {
-  if (rows > 0 && columns > 0) Gemm(rows, columns, terms, epilogue).run();
+void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue, Destination first,
+          Destination second) {
+  if (rows > 0 && columns > 0) Gemm(rows, columns, terms, epilogue, first, second).run();
 }
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -153,10 +153,11 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
     if (p.grad_linear_weight.defined()) {
       const TensorView out = rows_of(p.grad_linear_weight, first, n);
       float* to = weight_sums ? weight_sums : out.dtype == DType::f32 ? out.as<float>() : nullptr;
-      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, [&](const Tile& tile) {
+      const auto store = [&](const Tile& tile) {
         if (!to) return store_tile(tile, out);
         gather_tile(tile, add, to, weight_sums ? d : out.stride(0), [](int64_t r) { return r; });
-      });
+      };
+      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, store, out);
     }
     if (p.grad_linear_bias.defined()) {
       visit_dx([&](auto* at) { column_sums(at, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first); });

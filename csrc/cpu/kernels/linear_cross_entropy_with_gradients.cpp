@@ -39,9 +39,14 @@ struct WithGradients : Logits<ops::LinearCrossEntropyWithGradients> {
     float* sums = scratch.take(p.grad_input.defined() ? std::min(block_tokens, count()) * d : 0)[0];
     for (int64_t first = 0; first < count(); first += block_tokens) {
       const int64_t rows = std::min(block_tokens, count() - first);
-      tiles(first, rows, 0, classes, [&](const Tile& tile) {
-        for (int64_t r = 0; r < tile.rows; ++r) add(tile, r, first);
-      });
+      for (int64_t c = 0; c < classes; c += kClasses) {
+        tiles(
+            first, rows, c, std::min(kClasses, classes - c),
+            [&](const Tile& tile) {
+              for (int64_t r = 0; r < tile.rows; ++r) add(tile, r, first, c + tile.column);
+            },
+            piece(c));
+      }
       parallel_each(rows, [&](int64_t row) { finish_row(row, labelled[first + row]); });
       for (int64_t c = 0; c < classes; c += kClasses) add_piece(first, rows, c, std::min(kClasses, classes - c), sums);
       if (p.grad_input.defined()) {
@@ -76,21 +81,30 @@ struct WithGradients : Logits<ops::LinearCrossEntropyWithGradients> {
     scale = normaliser == 0.0f ? 0.0 : 1.0 / normaliser;
   }
 
+  // Classes [c, c + kClasses) in the block.
+  Destination piece(int64_t c) const {
+    Destination to;
+    visit_float(p.block.dtype, [&]<class T>(T) { to.data = static_cast<char*>(static_cast<void*>(place<T>(0, c))); });
+    to.size = size_of(p.block.dtype), to.row_bytes = kClasses * to.size;
+    return to;
+  }
+
   template <class T>
   T* place(int64_t row, int64_t c) const {
     return p.block.as<T>() + c / kClasses * block_tokens * kClasses + row * kClasses + c % kClasses;
   }
 
-  void add(const Tile& tile, int64_t r, int64_t first) {
+  // Row r of a tile whose first column is class c.
+  void add(const Tile& tile, int64_t r, int64_t first, int64_t c) {
     const float* z = tile.c[0] + r * tile.stride;
-    const int64_t row = tile.row + r, y = target(labelled[first + row]) - tile.column;
+    const int64_t row = tile.row + r, y = target(labelled[first + row]) - c;
     if (y >= 0 && y < tile.columns) of_target[row] = z[y];
     Part part;
     part.lse.largest = largest_of(z, tile.columns);
     const float shift = shift_for(part.lse.largest);
     F sums[4] = {};
     visit_float(p.block.dtype, [&]<class T>(T) {
-      T* to = place<T>(row, tile.column);
+      T* to = place<T>(row, c);
       for_lanes_by_4(tile.columns, [&](int64_t i, auto n, auto k) {
         const F e = exp_of_nonpositive(load_n(z + i, n, -INFINITY) - shift);
         store_n(to + i, e, n);
@@ -99,9 +113,9 @@ struct WithGradients : Logits<ops::LinearCrossEntropyWithGradients> {
     });
     part.lse.total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if (p.label_smoothing > 0) {
-      part.weighted = weighted_sum(token.weight ? token.weight + tile.column : nullptr, z, tile.columns);
+      part.weighted = weighted_sum(token.weight ? token.weight + c : nullptr, z, tile.columns);
     }
-    parts[row * parts_of_row + tile.column / kTileColumns] = part;
+    parts[row * parts_of_row + c / kTileColumns] = part;
   }
 
   // The loss of a row of the block and, of its exponentials, their gradient. The target's is finished in float before
@@ -153,10 +167,11 @@ struct WithGradients : Logits<ops::LinearCrossEntropyWithGradients> {
     }
     if (p.grad_linear_weight.defined()) {
       const TensorView out = rows_of(p.grad_linear_weight, c, n);
-      gemm(n, d, {{dx.t(), Matrix(p.input).gathered(labelled.data() + first), rows}}, [&](const Tile& tile) {
+      const auto store = [&](const Tile& tile) {
         if (out.dtype != DType::f32) return store_tile(tile, out);  // there is one block: see validate()
         gather_tile(tile, first > 0, out.as<float>(), out.stride(0), [](int64_t r) { return r; });
-      });
+      };
+      gemm(n, d, {{dx.t(), Matrix(p.input).gathered(labelled.data() + first), rows}}, store, out);
     }
     if (p.grad_linear_bias.defined()) {
       visit_float(dx.dtype, [&]<class T>(T) {

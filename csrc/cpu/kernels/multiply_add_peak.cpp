@@ -17,8 +17,8 @@ template <class T, class Product>
 double repeated(int64_t rounds, int rows, int columns, const Product& product) {
   const int threads = num_threads();
   parallel_each(threads, [&](int64_t) {
-    alignas(64) T a[kStripeRows * kDepth * 2], b[2 * kDepth * kTileVectors * kLanes];
-    alignas(64) float c[kStripeRows * kTileVectors * kLanes];
+    alignas(64) T a[std::max(kStripeRows, kTallRows) * kDepth * 2], b[2 * kDepth * kTileVectors * kLanes];
+    alignas(64) float c[std::max(kStripeRows, kTallRows) * kTileVectors * kLanes];
     for (T& x : a) narrow(0.5f, &x);
     for (T& x : b) narrow(0.25f, &x);
     const PairSession session;
@@ -38,10 +38,9 @@ void multiply_add_peak(const ops::MultiplyAddPeak& p) {
               multiply_stripe<Into::place>(kPairVectors, kStripeRows, depth, a, depth, b, c, kPairPanel, nullptr);
             });
   } else {
-    constexpr int columns = kTileVectors * kLanes;
-    flops = kDepth * repeated<float>(p.rounds, kTileRows, columns, [](const float* a, const float* b, float* c) {
-              multiply_tile<kTileVectors, Lies::along, Into::place>(kTileRows, kDepth, a, kDepth, b, columns, c,
-                                                                    columns, nullptr);
+    flops = kDepth * repeated<float>(p.rounds, kTallRows, kPanel, [](const float* a, const float* b, float* c) {
+              multiply_tile<kTallRows, kPanelVectors, Lies::along, Into::place>(kTallRows, kDepth, a, kDepth, b, kPanel,
+                                                                                c, kPanel, nullptr);
             });
   }
 }

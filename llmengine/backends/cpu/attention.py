@@ -14,6 +14,7 @@ OPTIONS = (
     "mask", "alibi_slopes", "distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
     "seed", "window_left", "window_right", "bottom_right", "scale", "softcap", "dropout_p",
 )  # fmt: skip
+CONTIGUOUS = ("distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seed")
 
 
 def _forward_refuses(query, key, value, mask, *_):
@@ -27,16 +28,19 @@ def _backward_refuses(grad_output, grad_lse, query, key, value, output, lse, lse
 def _arguments(query, key, value, options):
     """The arguments that forward and backward share, by their names in csrc/ops/attention.h."""
     named = dict(zip(OPTIONS, options, strict=True))
-    for name in ("distance_bias", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seed"):
-        named[name] = contiguous(named[name])
-    operands = {"query": query, "key": key, "value": value, "mask": named.pop("mask")}
-    return {name: unit_last_stride(t) for name, t in operands.items()} | named
+    for name in CONTIGUOUS:
+        if named[name] is not None:
+            named[name] = named[name].contiguous()
+    named["mask"] = unit_last_stride(named["mask"])
+    named["query"], named["key"], named["value"] = map(unit_last_stride, (query, key, value))
+    return named
 
 
 @kernel(KERNELS, "attention_forward", _forward_refuses)
 def attention_forward(query, key, value, *options):
     output = empty_rows_first(query, value.shape[3])
-    lse, lse_low = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+    batch, heads, rows, _ = query.shape
+    lse, lse_low = torch.empty(batch, heads, rows), torch.empty(batch, heads, rows)
     module.attention_forward(**_arguments(query, key, value, options), output=output, lse=lse, lse_low=lse_low)
     return output, lse, lse_low
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +25,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def unavailable() -> str | None:
+    """Asked once, by the registry at the first call: then it is also told where a processor's AMX is refused."""
+    if module is not None:
+        tell_refusal(module.isa_notice())
     return _reason
+
+
+def tell_refusal(notice: str) -> None:
+    """A warning of it, unless another instruction set was asked for anyway."""
+    if notice and not os.environ.get("LLMENGINE_CPU_ISA"):
+        warnings.warn(f"llmengine: {notice}", stacklevel=2)
 
 
 def refuses_tensors(*tensors: Tensor | None) -> str | None:
