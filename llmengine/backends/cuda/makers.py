@@ -104,10 +104,11 @@ def _measured(row: Any) -> tuple[tuple[Layer, int, str], str, float] | None:
     is wrong with the row."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}; expected an object")
-    operator, dtype, which = (row.get(key) for key in ("operator", "dtype", "pass"))
-    maker = PEERS.get(str(row.get("peer")))
-    ours = operator in OPERATORS and dtype in DTYPES.values() and which in (FORWARD, BOTH) and maker is not None
-    if not ours or "ms" not in row or (operator == WITHOUT_BLAS and maker == "blas"):
+    operator, dtype, which, peer = (str(row.get(key)) for key in ("operator", "dtype", "pass", "peer"))
+    maker = PEERS.get(peer)
+    if maker is None or operator not in OPERATORS or dtype not in DTYPES.values() or which not in (FORWARD, BOTH):
+        return None
+    if "ms" not in row or (operator == WITHOUT_BLAS and maker == "blas"):
         return None
     case, ms = row.get("case"), row["ms"]
     sizes = SIZES.fullmatch(case) if isinstance(case, str) else None
