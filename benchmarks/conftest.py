@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write medians and ratios as JSON to this file")
     parser.addoption(
-        "--shapes", choices=("small", "cpu", "cuda"), help="bench_roofline.py's; a GPU's where there is one"
+        "--shapes", choices=("small", "cpu", "cuda", "goals"), help="bench_roofline.py's; a GPU's where there is one"
     )
     parser.addoption("--device", choices=("cpu", "cuda"), help="where tensors lie; a GPU where there is one")
 

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_suite.py [--output DIR] [--skip-build] [--skip-tests] [--seconds 480]
     python benchmarks/gpu_suite.py --laws all       the whole grid of laws, however long it takes, and nothing else
+    python benchmarks/gpu_suite.py --goals --skip-tests --seconds 1500     products of the shapes that goals name
 
 Cases, ceilings and percentages are those of `llmengine bench` (llmengine/roofline), once for each backend that can run
 here. They are timed in a process of their own: a peer that fails is a row with its error; one that breaks the device,
@@ -213,6 +214,7 @@ def main() -> int:
     parser.add_argument("--laws", choices=("slice", "all"), default="slice", help="all: every sample, nothing timed")
     parser.add_argument("--skip-build", action="store_true")
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--goals", action="store_true", help="the products that goals of ours name, and nothing else")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     given = parser.parse_args()
     start = time.perf_counter()
@@ -230,9 +232,9 @@ def main() -> int:
         return int(any(done["failed"] for done in run_laws(math.inf, whole=True).values()))
     given.output.mkdir(parents=True, exist_ok=True)
     name = "smoke" if given.smoke else torch.cuda.get_device_name().lower().replace(" ", "-")
-    record = Record(given.output / f"gpu_{name}.json")
+    record = Record(given.output / f"gpu_{name}{'_goals' if given.goals else ''}.json")
     if build_and_test(given, left, record):
-        result = Times(left, lambda told: record.add(**told), given.smoke).all()
+        result = Times(left, lambda told: record.add(**told), given.smoke, goals=given.goals).all()
         try:
             if result["rows"]:
                 draw(result, given.output / "plots.zip", f"{name}, {result['machine']['commit']}")

@@ -35,7 +35,7 @@ def test_every_case_runs_and_is_recorded(tmp_path):
     assert operators == {
         "attention", "attention_sinks", "attention_options", "decode_attention", "layer_norm", "rms_norm",
         "add_layer_norm", "add_rms_norm", "softmax", "cross_entropy", "linear_cross_entropy",
-        "ffn", "rotary", "embedding", "adamw", "gradient_norm",
+        "ffn", "gated_ffn", "rotary", "embedding", "adamw", "gradient_norm",
     }  # fmt: skip
     for operator in operators:
         for which in PASSES.get(operator, ("forward", "forward + backward")):

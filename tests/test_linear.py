@@ -48,6 +48,37 @@ def test_and_where_a_backend_is_demanded(ran):
     assert ran == ["linear_forward"]
 
 
+def test_so_are_leaves_by_a_backend_that_has_them(ran, monkeypatch):
+    monkeypatch.setattr(fusing, "FROM_ROWS", None)
+    leaf, x = torch.nn.Linear(40, 24), tensors(3, torch.float32)[0]
+    fusing.linear(leaf, x)
+    assert ran == []
+    for backend in ("cpu", "reference"):
+        with llmengine.backend(backend):
+            fusing.linear(leaf, x)
+    assert ran == ["linear_forward"] * 2
+    monkeypatch.setattr(fusing, "FROM_ROWS", 64)
+    with llmengine.backend("triton"):  # which leaves them to PyTorch
+        fusing.linear(leaf, x)
+    assert ran == ["linear_forward"] * 2
+
+
+def test_explain_names_pytorchs(monkeypatch):
+    monkeypatch.setattr(fusing, "FROM_ROWS", None)
+    x, weight, bias = tensors(3, torch.float32)
+    why = " (ours run where they were measured to be quicker, or are asked for)"
+    assert llmengine.explain("linear", x, weight, bias) == "linear: PyTorch's linear" + why
+    leaf = torch.nn.Linear(40, 24)
+    assert llmengine.explain(fusing.linear, leaf, x) == "linear: PyTorch's linear" + why
+    adapter = type("Adapter", (torch.nn.Linear,), {})(40, 24)
+    assert llmengine.explain(fusing.linear, adapter, x) == "linear: a Adapter" + why
+    with llmengine.backend("cpu"):
+        assert llmengine.explain("linear", x, weight, bias) == "linear_forward: cpu"
+        assert llmengine.explain(fusing.linear, leaf, x) == "linear_forward: cpu"
+    compiled = torch.compile(lambda: functional.linear(x, weight), backend="eager", fullgraph=True)
+    assert llmengine.explain(compiled) == ""
+
+
 @pytest.mark.parametrize("demand", [True, False])
 def test_autocast_casts_the_input_and_gradients_come_back_in_float32(demand):
     x, weight, bias = (t.requires_grad_() for t in tensors(7, torch.float32))

@@ -95,13 +95,7 @@ void bind_cuda_operators(pybind11::module_& module, dlpack::DeviceType device, A
   operation("softmax_backward", cuda::SoftmaxBackward{});
   module.def("set_compiler", &set_compiler, pybind11::arg("compile"));
   module.def("take_launched", &cuda::take_launched);
-  module.def(
-      "sm90a_refuses",
-      [=](TensorObject matrix) {
-        const TensorView view = view_of({"sm90a_refuses", "matrix", device}, matrix.object);
-        return cuda::hopper_refuses("sm90a", {{&view, "matrix"}});
-      },
-      pybind11::kw_only(), pybind11::arg("matrix"));
+  module.def("take_left", &cuda::take_left);
   module.def(
       "tensor_map_refuses",
       [=](TensorObject tensor) {

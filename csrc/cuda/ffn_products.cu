@@ -5,7 +5,9 @@
 //              gemm             hidden w_down^T + b_down + residual
 //                               (without an output, the pre-activations alone, for a backward that was not left them)
 //   backward   hidden_gradient  grad_output w_down -> times dropout, slope, gate: grad_up, grad_gate, hidden once more,
-//                               and their sums over 64 tokens each for the biases, which column_sums adds up
+//                               and their sums over 64 tokens each for b_up and b_gate, which column_sums adds up. For
+//                               b_down it goes over grad_output, which no product of ours makes, so that it is in no
+//                               epilogue; and as an operand each block of a row of tiles would read and sum it anew
 //              gemm             grad_up w_up + grad_gate w_gate in one accumulator; grad_up^T x, grad_gate^T x,
 //                               grad_output^T hidden
 //

@@ -18,6 +18,11 @@ namespace llmengine::cuda {
 
 inline constexpr int kScaleDepth = 128;  // of k, that share a scale
 
+inline void check_bytes(const Checker& at, const TensorView& t, const char* argument) {
+  if (!t.defined() || t.dtype == DType::boolean) return;  // whatever has 8 bits
+  at.fail_at(argument, std::string("has dtype ") + name(t.dtype) + "; allowed: uint8");
+}
+
 struct Fp8Quantise {
   TensorView x;        // (lines, k), any float
   std::string format;  // "e4m3" or "e5m2"

@@ -150,7 +150,7 @@ Scales scales_of(const TensorView& scales, int64_t lines) {
 void check_operand(const Checker& at, const TensorView& t, const char* name, const TensorView& scales,
                    const char* scales_name) {
   at.defined(t, name);
-  at.dtype(t, name, {DType::boolean});
+  check_bytes(at, t, name);
   if (t.ndim != 2) at.fail_at(name, "must be (lines, k), got " + t.shape());
   const int64_t lines = t.size(0), k = t.size(1);
   if (k % 16 != 0) at.fail_at(name, "has " + std::to_string(k) + " of k; allowed: multiples of 16");

@@ -277,7 +277,7 @@ void check_target(const Checker& at, const TensorView& bytes, const char* name, 
     at.fail_at(scales_name, std::string("are wanted with ") + name + ", and only with them");
   }
   const int64_t whole = blocks_of(k, 16) * 16;
-  at.dtype(bytes, name, {DType::boolean});
+  check_bytes(at, bytes, name);
   at.shape(bytes, name, {lines, whole});
   at.contiguous(bytes, name);
   if (bytes.defined() && reinterpret_cast<uintptr_t>(bytes.data) % 16 != 0) {

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/gemm_cores.h"
 #include "cuda/gemm_host.h"
@@ -24,6 +26,8 @@ namespace {
 
 constexpr int kLeastDepth = 512;  // of a part: its products take longer than its sums' way to memory and back
 constexpr int kPartLines = 8;     // warps of a block that adds parts up
+
+thread_local std::vector<std::string> left;  // to the other core, and why
 
 template <class T>
 __global__ void __launch_bounds__(32 * kPartLines)
@@ -51,10 +55,14 @@ std::string hopper_refuses(const std::string& core, const NamedTensors& matrices
   for (const auto& [matrix, name] : matrices) {
     if (!matrix->defined()) continue;
     const std::string reason = tensor_map_refuses(gemm::lies_along(*matrix) ? *matrix : transposed(*matrix));
-    if (!reason.empty()) return std::string(name) + " " + matrix->shape() + ": " + reason;
+    if (reason.empty()) continue;
+    left.push_back(std::string(name) + " " + matrix->shape() + ": " + reason);
+    return left.back();
   }
   return "";
 }
+
+std::vector<std::string> take_left() { return std::exchange(left, {}); }
 
 void check_core(const Checker& at, const std::string& core, const TensorView& room) {
   if (core != "sm80" && core != "sm90a") at.fail_at("core", "is '" + core + "'; allowed: 'sm80', 'sm90a'");
@@ -123,9 +131,11 @@ void validate(const Gemm& p) {
 void run(const Gemm& p, Stream stream) {
   gemm::check_sizes("gemm", {p.a.size(0), p.b.size(1), p.a.size(1)});
   if (p.out.numel() == 0) return;
-  const NamedTensors operands = {{&p.a, "a"}, {&p.b, "b"}, {&p.a2, "a2"}, {&p.b2, "b2"}};
-  // of a k of 1 nothing tells whether it lies along its matrices or across them
-  const bool hopper = p.a.size(1) != 1 && hopper_refuses(p.core, operands).empty();
+  bool hopper = hopper_refuses(p.core, {{&p.a, "a"}, {&p.b, "b"}, {&p.a2, "a2"}, {&p.b2, "b2"}}).empty();
+  if (hopper && p.a.size(1) == 1) {
+    left.push_back("a " + p.a.shape() + ": nothing tells whether a k of 1 lies along its matrices or across them");
+    hopper = false;
+  }
   hopper ? multiply_sm90a(p, stream) : multiply_sm80(p, stream);
 }
 

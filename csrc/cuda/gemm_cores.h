@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "common/check.h"
 #include "cuda/gemm.h"
@@ -10,8 +11,11 @@
 namespace llmengine::cuda {
 
 // Why gemm_sm90a.cuh does not multiply these matrices, or nothing: it does. An error where it was asked for on a device
-// that has not its instructions.
+// that has not its instructions. What TMA cannot fetch though Hopper's core was asked for is remembered.
 std::string hopper_refuses(const std::string& core, const NamedTensors& matrices);
+
+// Which matrices Hopper's core left to the other since this thread last asked, and why.
+std::vector<std::string> take_left();
 
 // Of an operator that hands `core` and `room` to its products.
 void check_core(const Checker& at, const std::string& core, const TensorView& room);

@@ -8,6 +8,7 @@
 #include "cuda/gemm_host.h"
 #include "cuda/gemm_result.cuh"
 #include "cuda/gemm_sm90a_host.h"
+#include "cuda/tensor_map.h"
 
 namespace llmengine::cuda {
 namespace {
@@ -95,8 +96,8 @@ void launch_vectors(const Gemm& p, Stream stream) {
 
 bool goes_by_boxes(const Gemm& p) {
   const Tiles tiles = tiles_of_product<kColumns>(p);
-  return p.out.dtype != DType::f32 && !p.added.defined() && hopper_refuses("sm90a", {{&p.out, "out"}}).empty() &&
-         p.out.size(1) > 1 && parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth) == 1;
+  return p.out.dtype != DType::f32 && !p.added.defined() && tensor_map_refuses(p.out).empty() && p.out.size(1) > 1 &&
+         parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth) == 1;
 }
 
 template <class T, bool a_across, bool b_across>

@@ -76,7 +76,7 @@ struct FeedForwardBackward {
   TensorView seed;
   std::string activation;
   double dropout_p = 0.0;
-  TensorView hidden, grad_up, grad_gate;  // (tokens, f): workspaces; grad_gate only with w_gate
+  TensorView hidden, grad_up, grad_gate;  // (tokens, f): workspaces, for grad_w_down; always; with w_gate
   // like their tensors, those of biases float32; none: not wanted
   TensorView grad_input, grad_w_up, grad_b_up, grad_w_gate, grad_b_gate, grad_w_down, grad_b_down;
   // the gradient of that weight is float32, and what it holds grows
@@ -199,13 +199,11 @@ inline void validate(const FeedForwardForward& p, const FeedForwardTypes& types 
 inline void validate(const FeedForwardBackward& p, const FeedForwardTypes& types = kFeedForwardTypes) {
   const FeedForwardChecker c{"ffn backward", p.input, p.w_up, types};
   const bool gated = p.w_gate.defined();
-  for (auto [t, argument] : NamedTensors{{&p.grad_output, "grad_output"},
-                                         {&p.w_down, "w_down"},
-                                         {&p.up, "up"},
-                                         {&p.hidden, "hidden"},
-                                         {&p.grad_up, "grad_up"}}) {
+  for (auto [t, argument] :
+       NamedTensors{{&p.grad_output, "grad_output"}, {&p.w_down, "w_down"}, {&p.up, "up"}, {&p.grad_up, "grad_up"}}) {
     c.at.defined(*t, argument);
   }
+  if (p.grad_w_down.defined()) c.at.defined(p.hidden, "hidden");
   for (auto [t, argument] : NamedTensors{{&p.gate, "gate"}, {&p.grad_gate, "grad_gate"}}) {
     if (gated) c.at.defined(*t, argument);
   }

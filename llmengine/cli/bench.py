@@ -22,20 +22,23 @@ EXAMPLES = (
     "  llmengine bench attention ffn --dtype bf16       two operators in one dtype\n"
     "  llmengine bench --no-compile --seconds 60        without torch.compile, cut after a minute"
 )
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 @reported
 def command(
     operators: Annotated[list[str] | None, typer.Argument(help="Operators; all if none is named.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16; repeatable. Default: both, bf16 on a GPU.")
+        list[str] | None, typer.Option(help="fp32, bf16, fp16; repeatable. Default: fp32 and bf16, bf16 on a GPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
     seconds: Annotated[float, typer.Option(help="Stop before a case that would begin later than this.")] = 420.0,
     output: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
+    goals: Annotated[
+        bool, typer.Option("--goals", help="The larger shapes of products that goals name; a GPU.")
+    ] = False,
     small: Annotated[bool, typer.Option("--small", help="Tiny shapes: shows that it runs, and no speed.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -49,11 +52,14 @@ def command(
 
     place = _device(device)
     names = _known("operators", operators, list(roofline.OPERATORS)) or list(roofline.OPERATORS)
-    chosen = _known("--dtype", dtype, list(DTYPES)) or list(DTYPES if place == "cpu" else DTYPES[1:])
+    chosen = _known("--dtype", dtype, list(DTYPES)) or list(DTYPES[:2] if place == "cpu" else DTYPES[1:2])
+    if goals and (small or place == "cpu"):
+        raise ValueError("--goals: shapes for a GPU, without --small")
+    shapes = "small" if small else "goals" if goals else place
     with _threads(threads):
         facts = roofline.machine(place)
         typer.echo(_where(facts))
-        result, ceilings = _measured(place, names, chosen, compiled, seconds, small)
+        result, ceilings = _measured(place, names, chosen, compiled, seconds, shapes)
     output.mkdir(parents=True, exist_ok=True)
     replace_text(output / "bench.json", json.dumps({"machine": facts, **result}, indent=1) + "\n")
     roofline.draw(result["rows"], ceilings, output / "bench.png", _where(facts))
@@ -64,22 +70,20 @@ def command(
 
 
 def _measured(
-    place: str, names: list[str], chosen: list[str], compiled: bool, seconds: float, small: bool
+    place: str, names: list[str], chosen: list[str], compiled: bool, seconds: float, shapes: str
 ) -> tuple[dict[str, Any], Ceilings]:
     """Ceilings, rows, and before what the time ran out; each row is printed as it comes."""
-    import torch
-
     from llmengine import roofline
 
     start = time.perf_counter()
-    dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in chosen]
+    dtypes = [dtype for name in chosen for dtype, known in roofline.NAMES.items() if known == name]
     clock = roofline.Clock(place)
-    ceilings = roofline.measure_ceilings(clock, dtypes, small)
+    ceilings = roofline.measure_ceilings(clock, dtypes, shapes == "small")
     typer.echo(_limits(ceilings.as_json()))
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"ceilings": ceilings.as_json(), "rows": rows, "cut": None}
     for name, dtype in itertools.product(names, dtypes):
-        for case in roofline.cases("small" if small else place, place, dtype, [name]):
+        for case in roofline.cases(shapes, place, dtype, [name]):
             if time.perf_counter() - start > seconds:
                 result["cut"] = f"{seconds:.0f} s are over before {name} {case.name} {roofline.NAMES[dtype]}"
                 return result, ceilings

@@ -98,13 +98,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def main_grad(op: str, argument: str, weight: Tensor | None) -> Tensor | None:
     """The buffer that whoever makes the gradient of `weight` is to add it to: its `main_grad` (optim/main_grad.py).
 
-    None where there is none, or no gradient is asked for, or it goes by autograd: of a weight that is no leaf, and
-    under torch.compile.
+    None where there is none, or no gradient is asked for, or it goes by autograd: of a weight that is no leaf or has
+    hooks, which are given the gradient and may give another, and under torch.compile.
     """
     main = None if weight is None else getattr(weight, "main_grad", None)
     if weight is None or main is None or not (torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf):
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or weight._backward_hooks:
         return None
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     fits = main.shape == weight.shape and main.dtype == wide and main.device == weight.device and main.is_contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmengine import functional
 from llmengine.functional.arguments import check_probability
+from llmengine.nn import fusing
 
 _torch = torch.nn.functional
 
@@ -81,7 +82,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        output = fusing.linear(self.out_proj, output.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
@@ -113,7 +114,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, (..., embed_dim) each, by as few matrix products as the inputs allow."""
-        linear = _torch.linear
+        linear = functional.linear
         e, bias = self.embed_dim, self.in_proj_bias
         b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
         if self.in_proj_weight is None:

@@ -14,7 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from llmengine import functional
 from llmengine.backends.cpu.linear import FROM_ROWS
 from llmengine.backends.cuda.linear import asked_for
+from llmengine.functional.linear import NOT_OURS
 from llmengine.nn.norm import LayerNorm, OffsetRMSNorm, RMSNorm
+from llmengine.ops.registry import demanded, load, note
 
 LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 LAYER_NORM = (LayerNorm, torch.nn.LayerNorm)
@@ -45,11 +47,17 @@ def watched(name: str, leaf: Module) -> str | None:
 
 
 def linear(leaf: Module, input: Tensor) -> Tensor:
-    """leaf(input), by our products where they are quicker or asked for, or add the weight's gradient to its buffer."""
-    buffer = getattr(getattr(leaf, "weight", None), "main_grad", None)
-    ours = FROM_ROWS is not None or asked_for(input) or buffer is not None
+    """leaf(input), by our products where they are quicker or asked for, or add the weight's gradient to its buffer.
+    A demand for a backend asks for them where that has linear layers; one without leaves them to PyTorch."""
+    backend = demanded()
+    if backend is not None:
+        ours = load(backend).has("linear_forward")
+    else:
+        buffer = getattr(getattr(leaf, "weight", None), "main_grad", None)
+        ours = FROM_ROWS is not None or asked_for(input) or buffer is not None
     if ours and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
+    note("linear", "PyTorch's linear" if type(leaf) in LINEAR else f"a {type(leaf).__name__}", NOT_OURS)
     return leaf(input)
 
 

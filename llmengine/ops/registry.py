@@ -58,6 +58,9 @@ class Backend:
     unavailable: str | None = None
     kernels: dict[str, Kernel] = field(default_factory=dict)
 
+    def has(self, op: str) -> bool:
+        return op in self.kernels
+
     def refuses(self, op: str, args: tuple) -> str | None:
         if self.unavailable:
             return self.unavailable
@@ -325,6 +328,12 @@ def _record(op: str, refusals: list[tuple[str, str]], ran: str, args: tuple) -> 
 def explaining() -> bool:
     """Whether what is told is heard."""
     return bool(_choice.log)
+
+
+def note(op: str, who: str, why: str) -> None:
+    """From a public function: what `explain` says of a call that no kernel of ours runs."""
+    if not _is_compiling() and (log := _choice.log) is not None:
+        log.append((op, [(who, why)]))
 
 
 def tell(detail: str) -> None:

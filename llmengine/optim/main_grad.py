@@ -21,8 +21,9 @@ class MainGradients:
     `.grad` of a bfloat16 weight is rounded once for each micro-batch, and costs a pass that reads and writes it. With a
     buffer, `functional.linear`, `ffn`, `fp8_linear` and `linear_cross_entropy`, and so the modules and models that call
     them, let the product that makes a weight's gradient add its float32 sums to the buffer; the weight gets no `.grad`
-    from it. All other gradients (of biases, norms, embeddings, of layers that PyTorch multiplies) become a `.grad` in
-    the parameter's dtype, as always, which a hook adds to the buffer as soon as it is there. After a backward every
+    from it. All other gradients (of biases, norms, embeddings, of layers that PyTorch multiplies, of weights that had
+    hooks of their own, by register_hook, when they were multiplied) become a `.grad` in the parameter's dtype, as
+    always, which a hook adds to the buffer as soon as it is there. After a backward every
     parameter's `.grad` is None, and what used to read it reads `main_grad`.
 
     parameters: those that take no gradient are passed over, and a `.grad` that is there joins its buffer. Make the

@@ -36,10 +36,11 @@ ENDING = 20.0  # in which a process that is killed must have ended
 # ---- the process that times ------------------------------------------------------------------------------------------
 
 
-def time_here(smoke: bool, behind: dict[str, Any]) -> int:
+def time_here(smoke: bool, behind: dict[str, Any], goals: bool = False) -> int:
     """The process that times: writes a line of JSON for the machine and its ceilings, for each peer that it begins and
     for each row; ends with 3 where an error has left the device unusable.
 
+    smoke, goals: tiny shapes on the CPU; those that goals name, each also compiled.
     behind: "ceilings" of the process before; "operator" and "case", the number of its case in it, to begin with;
         "begun": (pass, peer) of that case, and "without": peers, to leave out of that operator.
     """
@@ -52,7 +53,8 @@ def time_here(smoke: bool, behind: dict[str, Any]) -> int:
         say({"machine": machine(device), "backends": found, "ceilings": ceilings.as_json()})
     else:
         ceilings = ceilings_of(behind["ceilings"])
-    operators = [name for name, (shapes, _) in OPERATORS.items() if SHAPES["cuda"][shapes]]
+    chosen = "goals" if goals else "cuda"
+    operators = [name for name, (shapes, _) in OPERATORS.items() if SHAPES[chosen].get(shapes)]
     if smoke:
         operators.remove("linear")  # Triton has none: on a GPU, CUDA's is timed
     for operator in operators[operators.index(behind.get("operator", operators[0])) :]:
@@ -60,14 +62,15 @@ def time_here(smoke: bool, behind: dict[str, Any]) -> int:
         resumed = behind if operator == behind.get("operator") else new
         row, first = {"operator": operator, "case": "", "dtype": NAMES[dtype]}, ""
         try:
-            for number, case in enumerate(cases("small" if smoke else device, device, dtype, [operator])):
+            for number, case in enumerate(cases("small" if smoke else chosen, device, dtype, [operator])):
                 first = first or case.name.split()[0]
                 if number < resumed["case"]:
                     continue
                 row["case"] = case.name
                 begun = resumed["begun"] if number == resumed["case"] else []
                 wanted = announced(row, number, begun, resumed["without"])
-                compiled = not smoke and case.name.split()[0] == first  # it takes longer than all others together
+                # it takes longer than all others together
+                compiled = not smoke and (goals or case.name.split()[0] == first)
                 for told in measure(case, clock, ceilings, backends=backends, compiled=compiled, wanted=wanted):
                     say({"row": told})
                     if "error" in told and not usable(clock):
@@ -166,14 +169,17 @@ class Times:
         keep: Callable[[dict], None],
         smoke: bool = False,
         program: list[str] | None = None,
+        goals: bool = False,
     ) -> None:
         """
         left: seconds that there are.
         keep: is given the result so far before each case.
         smoke: tiny shapes on the CPU.
         program: what times, but for its last argument.
+        goals: the shapes that goals name.
         """
-        self.command = program or [sys.executable, "-m", "llmengine.roofline.apart", *["--smoke"] * smoke]
+        options = ["--smoke"] * smoke + ["--goals"] * goals
+        self.command = program or [sys.executable, "-m", "llmengine.roofline.apart", *options]
         self.left, self.keep = left, keep
         self.result: dict[str, Any] = {"rows": [], "cut": None}
         self.behind: dict[str, Any] = {}
@@ -244,4 +250,4 @@ class Times:
 
 
 if __name__ == "__main__":
-    raise SystemExit(time_here("--smoke" in sys.argv, json.loads(sys.argv[-1])))
+    raise SystemExit(time_here("--smoke" in sys.argv, json.loads(sys.argv[-1]), "--goals" in sys.argv))

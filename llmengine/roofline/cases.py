@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,43 +10,14 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
-from llmengine.functional.linear import products
 from llmengine.optim import AdamW, gradient_norm
-from llmengine.roofline.choices import attention_kernels, by_own_products, in_8_bits
+from llmengine.roofline import layers
+from llmengine.roofline.case import BOTH, Case, Tensors, named
+from llmengine.roofline.choices import attention_kernels
 from llmengine.roofline.peers import FLEX, flash_attention, flex, liger
 from llmengine.roofline.shapes import SHAPES, Shape
 
-GELU = "gelu_tanh"
-BOTH = "forward + backward"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of an operator and its peers' on equal tensors; `run[name](*tensors)` gives the (first) output.
-
-    Attributes:
-        bytes_moved, flops: what the forward cannot do without: each tensor read or written once; a multiply-add is two
-            operations, and those of elementwise parts are not counted.
-        backward_bytes, backward_flops: the same of the backward, beyond the forward.
-        passes: what is timed: all but `BOTH` is a call without gradients.
-    """
-
-    operator: str
-    name: str
-    dtype: torch.dtype
-    run: dict[str, Callable[..., Tensor]]
-    tensors: list[Tensor]
-    bytes_moved: float
-    flops: float = 0.0
-    backward_bytes: float = 0.0
-    backward_flops: float = 0.0
-    passes: tuple[str, ...] = ("forward", BOTH)
-
-    def work(self, which: str) -> tuple[float, float]:
-        """(bytes moved, operations) of a pass."""
-        if which != BOTH:
-            return self.bytes_moved, self.flops
-        return self.bytes_moved + self.backward_bytes, self.flops + self.backward_flops
+__all__ = ["BOTH", "OPERATORS", "SHAPES", "Case", "Shape", "cases", "cases_of"]
 
 
 def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[str] | None = None) -> Iterator[Case]:
@@ -59,42 +28,24 @@ def cases(shapes: str, device: str, dtype: torch.dtype, operators: Collection[st
     """
     for operator, (kind, _) in OPERATORS.items():
         if operators is None or operator in operators:
-            for shape in SHAPES[shapes][kind]:
+            for shape in SHAPES[shapes].get(kind, []):
                 yield from cases_of(operator, shape, device, dtype)
 
 
 def cases_of(operator: str, shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """An operator's cases of one shape."""
-    return OPERATORS[operator][1](_Tensors(device, dtype), shape)
+    return OPERATORS[operator][1](Tensors(device, dtype), shape)
 
 
-class _Tensors:
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-
-    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=self.device) * scale).to(self.dtype)
-
-    def classes(self, n: int, count: int) -> Tensor:
-        return torch.randint(n, (count,), device=self.device)
-
-    def bytes(self, *tensors: Tensor) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors)
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def _name(shape: Shape, *rest: str) -> str:
-    return " ".join(["x".join(map(str, shape)), *rest])
-
-
-# ---- products --------------------------------------------------------------------------------------------------------
-
-
-def _attention(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _attention(make: Tensors, shape: Shape) -> Iterator[Case]:
     for causal in (False, True):
         yield _attention_case(make, shape, causal)
 
 
-def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
+def _attention_case(make: Tensors, shape: Shape, causal: bool) -> Case:
     batch, heads, tokens, head_dim = shape
     q, k, v = (make.randn(*shape) for _ in range(3))
     backends = torch.nn.attention.SDPBackend
@@ -120,11 +71,11 @@ def _attention_case(make: _Tensors, shape: Shape, causal: bool) -> Case:
 
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours}
     run |= attention_kernels(ours, q) | peers
-    name = _name(shape, "causal" if causal else "full")
+    name = named(shape, "causal" if causal else "full")
     return Case("attention", name, make.dtype, run, [q, k, v], 4 * make.bytes(q), flops, 8 * make.bytes(q), 2.5 * flops)
 
 
-def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _attention_sinks(make: Tensors, shape: Shape) -> Iterator[Case]:
     """Causal; PyTorch's call holds the logits, each row with its head's sink beside them, as Transformers' gpt-oss."""
     batch, heads, tokens, head_dim = shape
     q, k, v, sinks = *(make.randn(*shape) for _ in range(3)), make.randn(heads)
@@ -142,11 +93,11 @@ def _attention_sinks(make: _Tensors, shape: Shape) -> Iterator[Case]:
     if q.is_cuda:
         run[FLEX] = flex(tokens, True, True, make.device)
     flops, size = 2.0 * batch * heads * tokens * tokens * head_dim, make.bytes(q)
-    name = _name(shape, "causal")
+    name = named(shape, "causal")
     yield Case("attention_sinks", name, make.dtype, run, [q, k, v, sinks], 4 * size, flops, 8 * size, 2.5 * flops)
 
 
-def _attention_options(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _attention_options(make: Tensors, shape: Shape) -> Iterator[Case]:
     """What else models ask for: to be held beside attention's case of that shape, which has none of it."""
     batch, heads, tokens, head_dim = shape
     shared = max(1, heads // 4)
@@ -164,84 +115,18 @@ def _attention_options(make: _Tensors, shape: Shape) -> Iterator[Case]:
         run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain}
         run |= {peer: call for peer, call in attention_kernels(ours, q).items() if peer.endswith("sm90a")}
         work = flops if causal else 2 * flops
-        named = _name(shape, name)
-        return Case("attention_options", named, make.dtype, run, tensors, moved, work, back, 2.5 * work)
+        full = named(shape, name)
+        return Case("attention_options", full, make.dtype, run, tensors, moved, work, back, 2.5 * work)
 
     yield case("causal dropout", [q, k, v], True, 4 * rows, 8 * rows, dropout_p=0.1)
     yield case("learned bias", [q, k, v, bias], False, 4 * rows + make.bytes(bias), 8 * rows + 2 * make.bytes(bias))
     yield case("causal grouped", [q, *few], True, 2 * rows + keys, 4 * rows + 2 * keys, enable_gqa=True)
 
 
-def _ffn(make: _Tensors, shape: Shape) -> Iterator[Case]:
-    tokens, d_model, d_ff = shape
-    x, b_up, b_down = make.randn(tokens, d_model), make.randn(d_ff), make.randn(d_model)
-    up, down = make.randn(d_ff, d_model, scale=d_model**-0.5), make.randn(d_model, d_ff, scale=d_ff**-0.5)
-    flops = 4.0 * tokens * d_model * d_ff
-    moved = make.bytes(x, x, up, down)
-
-    def ours(x: Tensor, up: Tensor, b_up: Tensor, down: Tensor, b_down: Tensor) -> Tensor:
-        return functional.ffn(x, up, down, b_up=b_up, b_down=b_down, activation=GELU)
-
-    def plain(x: Tensor, up: Tensor, b_up: Tensor, down: Tensor, b_down: Tensor) -> Tensor:
-        hidden = torch_functional.gelu(torch_functional.linear(x, up, b_up), approximate="tanh")
-        return torch_functional.linear(hidden, down, b_down)
-
-    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
-    yield Case("ffn", _name(shape), make.dtype, run, [x, up, b_up, down, b_down], moved, flops, 2 * moved, 2 * flops)
-    yield _swiglu(make, shape, x, up, down)
-
-
-def _swiglu(make: _Tensors, shape: Shape, x: Tensor, up: Tensor, down: Tensor) -> Case:
-    """The same with a gate and without biases, as Llama's."""
-    gate, linear = up.flip(0), torch_functional.linear
-    flops, moved = 6.0 * math.prod(shape), make.bytes(x, x, up, gate, down)
-
-    def ours(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-        return functional.ffn(x, up, down, w_gate=gate, activation="silu")
-
-    def plain(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-        return linear(torch_functional.silu(linear(x, gate)) * linear(x, up), down)
-
-    run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
-    if theirs := liger(x):
-        run["liger"] = lambda x, up, gate, down: linear(theirs.liger_swiglu(linear(x, gate), linear(x, up)), down)
-    name = _name(shape, "swiglu")
-    return Case("ffn", name, make.dtype, run, [x, up, gate, down], moved, flops, 2 * moved, 2 * flops)
-
-
-def _linear(make: _Tensors, shape: Shape) -> Iterator[Case]:
-    tokens, width, out = shape
-    x, weight, bias = make.randn(tokens, width), make.randn(out, width, scale=width**-0.5), make.randn(out)
-    flops, moved = 2.0 * tokens * width * out, make.bytes(x, weight, bias) + tokens * out * x.element_size()
-    run = {"llmengine": products, "torch": torch_functional.linear, **by_own_products(products, x)}
-    run |= in_8_bits(x)
-    yield Case("linear", _name(shape), make.dtype, run, [x, weight, bias], moved, flops, 2 * moved, 2 * flops)
-
-
-def _linear_cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
-    tokens, d_model, classes = shape
-    x, w = make.randn(tokens, d_model), make.randn(classes, d_model, scale=d_model**-0.5)
-    target = make.classes(classes, tokens)
-    flops = 2.0 * tokens * d_model * classes
-    moved = make.bytes(x, w)
-
-    def ours(x: Tensor, w: Tensor) -> Tensor:
-        return functional.linear_cross_entropy(x, w, target)
-
-    run = {
-        "llmengine": ours,
-        "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
-        **by_own_products(ours, x),
-    }
-    if theirs := liger(x):
-        run["liger"] = lambda x, w: theirs.liger_fused_linear_cross_entropy(x, w, target)
-    yield Case("linear_cross_entropy", _name(shape), make.dtype, run, [x, w], moved, flops, 2 * moved, 2 * flops)
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _layer_norm(make: Tensors, shape: Shape) -> Iterator[Case]:
     x, w, b = make.randn(*shape), make.randn(shape[1]), make.randn(shape[1])
     run = {
         "llmengine": lambda x, w, b: functional.layer_norm(x, shape[1:], w, b),
@@ -249,10 +134,10 @@ def _layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
     }
     if theirs := liger(x):
         run["liger"] = lambda x, w, b: theirs.liger_layer_norm(x, w, b, 1e-5)
-    yield Case("layer_norm", _name(shape), make.dtype, run, [x, w, b], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+    yield Case("layer_norm", named(shape), make.dtype, run, [x, w, b], 2 * make.bytes(x), 0, 3 * make.bytes(x))
 
 
-def _rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _rms_norm(make: Tensors, shape: Shape) -> Iterator[Case]:
     x, w = make.randn(*shape), make.randn(shape[1])
     run = {
         "llmengine": lambda x, w: functional.rms_norm(x, shape[1:], w),
@@ -260,20 +145,20 @@ def _rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
     }
     if theirs := liger(x):  # not in place: the upstream gradient serves every peer
         run["liger"] = lambda x, w: theirs.liger_rms_norm(x, w, 1e-6, in_place=False)
-    yield Case("rms_norm", _name(shape), make.dtype, run, [x, w], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+    yield Case("rms_norm", named(shape), make.dtype, run, [x, w], 2 * make.bytes(x), 0, 3 * make.bytes(x))
 
 
-def _add_layer_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _add_layer_norm(make: Tensors, shape: Shape) -> Iterator[Case]:
     x, residual, w, b = make.randn(*shape), make.randn(*shape), make.randn(shape[1]), make.randn(shape[1])
     run = {
         "llmengine": lambda x, r, w, b: functional.add_layer_norm(x, r, shape[1:], w, b)[0],
         "torch": lambda x, r, w, b: torch_functional.layer_norm(x + r, shape[1:], w, b),
     }
     size = make.bytes(x)
-    yield Case("add_layer_norm", _name(shape), make.dtype, run, [x, residual, w, b], 4 * size, 0, 3 * size)
+    yield Case("add_layer_norm", named(shape), make.dtype, run, [x, residual, w, b], 4 * size, 0, 3 * size)
 
 
-def _add_rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _add_rms_norm(make: Tensors, shape: Shape) -> Iterator[Case]:
     x, residual, w = make.randn(*shape), make.randn(*shape), make.randn(shape[1])
     run = {
         "llmengine": lambda x, r, w: functional.add_rms_norm(x, r, shape[1:], w)[0],
@@ -282,19 +167,19 @@ def _add_rms_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
     if (theirs := liger(x)) and hasattr(theirs, "liger_fused_add_rms_norm"):  # the newest of its functions
         run["liger"] = lambda x, r, w: theirs.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)[0]
     size = make.bytes(x)
-    yield Case("add_rms_norm", _name(shape), make.dtype, run, [x, residual, w], 4 * size, 0, 3 * size)
+    yield Case("add_rms_norm", named(shape), make.dtype, run, [x, residual, w], 4 * size, 0, 3 * size)
 
 
-def _softmax(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _softmax(make: Tensors, shape: Shape) -> Iterator[Case]:
     x = make.randn(*shape)
     run = {"llmengine": lambda x: functional.softmax(x, -1), "torch": lambda x: torch.softmax(x, -1)}
-    yield Case("softmax", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 3 * make.bytes(x))
+    yield Case("softmax", named(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 3 * make.bytes(x))
 
 
-def _cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _cross_entropy(make: Tensors, shape: Shape) -> Iterator[Case]:
     x, target = make.randn(*shape), make.classes(shape[1], shape[0])
     for smoothing in (0.0, 0.1):
-        name = _name(shape, f"smoothing {smoothing}")
+        name = named(shape, f"smoothing {smoothing}")
         run = {
             "llmengine": lambda x, s=smoothing: functional.cross_entropy(x, target, label_smoothing=s),
             "torch": lambda x, s=smoothing: torch_functional.cross_entropy(x, target, label_smoothing=s),
@@ -305,7 +190,7 @@ def _cross_entropy(make: _Tensors, shape: Shape) -> Iterator[Case]:
         yield Case("cross_entropy", name, make.dtype, run, [x], make.bytes(x), 0, 2 * make.bytes(x))
 
 
-def _rotary(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _rotary(make: Tensors, shape: Shape) -> Iterator[Case]:
     tokens, _, head_dim = shape
     x = make.randn(*shape)
     angles = torch.rand(tokens, head_dim // 2, device=make.device)
@@ -317,10 +202,10 @@ def _rotary(make: _Tensors, shape: Shape) -> Iterator[Case]:
         return torch.cat([first * c - second * s, second * c + first * s], -1).to(x.dtype)
 
     run = {"llmengine": lambda x: functional.rotary_embedding(x, cos, sin), "torch": plain}
-    yield Case("rotary", _name(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 2 * make.bytes(x))
+    yield Case("rotary", named(shape), make.dtype, run, [x], 2 * make.bytes(x), 0, 2 * make.bytes(x))
 
 
-def _embedding(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _embedding(make: Tensors, shape: Shape) -> Iterator[Case]:
     """Ids as text has them, by Zipf's law. What is read and written of the tokens, and the table's whole gradient."""
     tokens, rows, width = shape
     weight = make.randn(rows, width)
@@ -330,13 +215,13 @@ def _embedding(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "torch": lambda weight: torch_functional.embedding(ids, weight),
     }
     size = tokens * width * weight.element_size()
-    yield Case("embedding", _name(shape), make.dtype, run, [weight], 2 * size, 0, size + make.bytes(weight))
+    yield Case("embedding", named(shape), make.dtype, run, [weight], 2 * size, 0, size + make.bytes(weight))
 
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _adamw(make: Tensors, shape: Shape) -> Iterator[Case]:
     """float32 weights, whatever the dtype of the products; 28 bytes an element, 4 of them the gradient's."""
     if make.device == "cpu" and make.dtype == torch.bfloat16:
         return  # float32 has told it
@@ -360,10 +245,10 @@ def _adamw(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "torch": step(torch.optim.AdamW, fused=True),
         "torch foreach": step(torch.optim.AdamW, foreach=True),
     }
-    yield Case("adamw", _name(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
+    yield Case("adamw", named(shape), make.dtype, run, [], 28 * count * size, passes=("step",))
 
 
-def _decode_attention(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _decode_attention(make: Tensors, shape: Shape) -> Iterator[Case]:
     """A token of each sequence; full caches, so that PyTorch needs no mask."""
     batch, heads, key_heads, tokens, head_dim = shape
     query, key, value = (make.randn(batch, n, m, head_dim) for n, m in ((heads, 1), *[(key_heads, tokens)] * 2))
@@ -373,24 +258,25 @@ def _decode_attention(make: _Tensors, shape: Shape) -> Iterator[Case]:
         "torch": lambda q, k, v: torch_functional.scaled_dot_product_attention(q, k, v, enable_gqa=heads != key_heads),
     }
     tensors, flops = [query, key, value], 4.0 * batch * heads * tokens * head_dim
-    name = _name(shape)
+    name = named(shape)
     yield Case("decode_attention", name, make.dtype, run, tensors, make.bytes(*tensors), flops, passes=("forward",))
 
 
-def _gradient_norm(make: _Tensors, shape: Shape) -> Iterator[Case]:
+def _gradient_norm(make: Tensors, shape: Shape) -> Iterator[Case]:
     gradients = [make.randn(shape[1]) for _ in range(shape[0])]
     run = {
         "llmengine": lambda: gradient_norm(gradients),
         "torch": lambda: torch.nn.utils.get_total_norm(gradients, foreach=True),
     }
-    yield Case("gradient_norm", _name(shape), make.dtype, run, [], make.bytes(*gradients), passes=("step",))
+    yield Case("gradient_norm", named(shape), make.dtype, run, [], make.bytes(*gradients), passes=("step",))
 
 
-OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = {
+OPERATORS: dict[str, tuple[str, Callable[[Tensors, Shape], Iterator[Case]]]] = {
     "attention": ("attention", _attention),
-    "ffn": ("ffn", _ffn),
-    "linear": ("linear", _linear),
-    "linear_cross_entropy": ("linear_cross_entropy", _linear_cross_entropy),
+    "ffn": ("ffn", layers.ffn),
+    "linear": ("linear", layers.linear),
+    "linear_cross_entropy": ("linear_cross_entropy", layers.linear_cross_entropy),
+    "gated_ffn": ("gated_ffn", layers.gated_ffn),
     "layer_norm": ("rows", _layer_norm),
     "rms_norm": ("rows", _rms_norm),
     "add_layer_norm": ("rows", _add_layer_norm),
@@ -402,6 +288,7 @@ OPERATORS: dict[str, tuple[str, Callable[[_Tensors, Shape], Iterator[Case]]]] = 
     "embedding": ("embedding", _embedding),
     "adamw": ("parameters", _adamw),
     "gradient_norm": ("parameters", _gradient_norm),
+    "linear_cross_entropy_options": ("head_options", layers.head_options),
     "attention_options": ("options", _attention_options),  # last: of these a budget may leave some out
     "attention_sinks": ("sinks", _attention_sinks),
 }

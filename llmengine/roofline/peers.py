@@ -1,11 +1,12 @@
-"""Peers that are not one call of PyTorch's: FlexAttention, compiled, its products of 8-bit floats, and Liger-Kernel
-and FlashAttention where they are installed."""
+"""Peers that are not one call of PyTorch's: FlexAttention, compiled, its products of 8-bit floats, and Liger-Kernel,
+FlashAttention and Cut Cross-Entropy where they are installed."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,20 @@ def liger(x: Tensor) -> Any:
     if not x.is_cuda or importlib.util.find_spec("liger_kernel") is None:
         return None
     return importlib.import_module("liger_kernel.transformers.functional")
+
+
+def cut_cross_entropy(x: Tensor) -> Callable[..., Tensor] | None:
+    """Apple's, of (input, weight, target), where it is installed and x lies on a GPU."""
+    if not x.is_cuda or importlib.util.find_spec("cut_cross_entropy") is None:
+        return None
+    return importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+
+def torch_linear_cross_entropy(x: Tensor) -> Callable[..., Tensor] | None:
+    """PyTorch's own, in chunks, where this one has it and x lies on a GPU (on a CPU it is several times slower than its
+    two parts)."""
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    return partial(torch.nn.functional.linear_cross_entropy, options=options()) if x.is_cuda and options else None
 
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def test_what_a_call_that_failed_launched_is_not_told_of_the_next(monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(registry, "tell", told.append)
     native = Native("module", "cuda_sim", "cpu", "")
-    native.module = SimpleNamespace(launch=launch, take_launched=take)
+    native.module = SimpleNamespace(launch=launch, take_launched=take, take_left=list)
     with pytest.raises(RuntimeError, match="out of memory"):
         native.call("launch", torch.ones(1), instance="f<80>", fails=True)
     native.call("launch", torch.ones(1), instance="f<96>", fails=False)

@@ -26,7 +26,9 @@ def called(monkeypatch) -> tuple[Native, list]:
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=streams[entered[-1]]))
     native = Native("a module", "cuda", "cuda", "")
-    native.module = SimpleNamespace(kernel=lambda **given: calls.append((entered[-1], given)), take_launched=list)
+    native.module = SimpleNamespace(
+        kernel=lambda **given: calls.append((entered[-1], given)), take_launched=list, take_left=list
+    )
     return native, calls
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmengine import nn
+from llmengine import backend, explain, nn
+from llmengine.optim import MainGradients
 from llmengine.testing import assert_near
 
 from .peers import additive, compare, forbidden, pair, randn, random_mask
@@ -54,6 +55,20 @@ KINDS = ["none", "padding", "float padding", "shared", "per head", "float", "flo
 def test_masks(kind, batch_first, need_weights):
     ours, theirs = pair("MultiheadAttention", WIDTH, HEADS, batch_first=batch_first)
     compare(ours, theirs, *inputs(ours), need_weights=need_weights, **masks(kind))
+
+
+def test_projections_are_those_of_functional_linear(monkeypatch):
+    """So that a backend multiplies where it is demanded, and a weight's gradient may be added to its buffer."""
+    ours, x = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), randn(BATCH, QUERIES, WIDTH).float()
+    with backend("cpu"):
+        assert explain(ours, x, x, x, need_weights=False).startswith("linear_forward: cpu")
+        mains = MainGradients(ours.parameters())
+        ours(x, x, x, need_weights=False)[0].square().sum().backward()
+    buffers = mains.gradients()
+    mains.remove()
+    ours(x, x, x, need_weights=False)[0].square().sum().backward()
+    for parameter, main in zip(ours.parameters(), buffers, strict=True):
+        assert_near(main, parameter.grad, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["none", "both", "both float"])

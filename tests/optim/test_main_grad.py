@@ -212,6 +212,28 @@ def test_a_frozen_weight_and_one_that_is_computed_have_no_buffer_to_add_to():
     torch.testing.assert_close(leaf.main_grad, (2 * x.sum(0)).detach().expand(F, D))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_weights_hooks_are_given_its_gradient_and_what_they_make_of_it_gathers(name: str):
+    loss, _, given = CASES[name]
+    p, q = ({key: nn.Parameter(w.clone()) for key, w in given.items()} for _ in range(2))
+    x, target = micro_batches(1)[0]
+    mains, seen = MainGradients(p.values()), []
+    hooks = [w.register_hook(lambda g: seen.append(g.shape)) for w in p.values()]
+    hooks += [w.register_hook(lambda g: g * 0.5) for w in p.values()]
+    loss(x, p, target).backward()
+    loss(x, q, target).backward()
+    assert sorted(seen) == sorted(w.shape for w in p.values())
+    for key in given:
+        torch.testing.assert_close(p[key].main_grad, q[key].grad / 2, rtol=1e-5, atol=1e-6)
+    mains.zero()
+    for hook in hooks:
+        hook.remove()
+    loss(x, p, target).backward()  # by the kernel again
+    for key in given:
+        torch.testing.assert_close(p[key].main_grad, q[key].grad, rtol=1e-5, atol=1e-6)
+    assert len(seen) == len(given)
+
+
 @pytest.mark.parametrize("backend", HALF)
 @pytest.mark.parametrize("options", [{}, {"master_weights": True}], ids=["", "masters"])
 @pytest.mark.parametrize("half", [True, False], ids=["16 bits", "float32"])

@@ -74,7 +74,7 @@ LIGER = {
         "liger_fused_add_rms_norm",
         lambda x, r, w, eps, in_place: (torch.nn.functional.rms_norm(x + r, w.shape, w, eps), x + r),
     ),
-    "ffn": ("liger_swiglu", lambda gate, up: torch.nn.functional.silu(gate) * up),
+    "gated_ffn": ("liger_swiglu", lambda gate, up: torch.nn.functional.silu(gate) * up),
     "cross_entropy": ("liger_cross_entropy", torch.nn.functional.cross_entropy),
     "linear_cross_entropy": (
         "liger_fused_linear_cross_entropy",
@@ -87,10 +87,11 @@ LIGER = {
 def test_liger_is_a_peer_where_it_is(operator, monkeypatch):
     """By a stand-in of the functions' names and arguments: the kernels themselves need a GPU."""
     name, function = LIGER[operator]
-    monkeypatch.setattr(sys.modules["llmengine.roofline.cases"], "liger", lambda x: SimpleNamespace(**{name: function}))
-    cases = [case for case in roofline.cases("small", "cpu", torch.float32, [operator]) if "liger" in case.run]
-    assert [case.name.endswith("swiglu") for case in cases].count(True) == (operator == "ffn") and cases
-    for case in cases:
+    for module in ("cases", "layers"):
+        monkeypatch.setattr(
+            sys.modules[f"llmengine.roofline.{module}"], "liger", lambda x: SimpleNamespace(**{name: function})
+        )
+    for case in roofline.cases("small", "cpu", torch.float32, [operator]):
         torch.testing.assert_close(case.run["liger"](*case.tensors), case.run["torch"](*case.tensors))
 
 
@@ -146,7 +147,7 @@ def test_an_optimizer_is_timed_by_its_step():
     assert all(row["gbytes_per_s"] * row["ms"] * 1e6 == pytest.approx(28 * 3 * 40) for row in rows)
 
 
-@pytest.mark.parametrize("operator", ["ffn", "linear_cross_entropy"])
+@pytest.mark.parametrize("operator", ["ffn", "gated_ffn", "linear_cross_entropy"])
 def test_operations_are_those_that_pytorch_counts(operator):
     case = small(operator)
     leaves = [t.detach().requires_grad_() for t in case.tensors]
@@ -170,6 +171,33 @@ def test_attention_counts_its_products_and_in_the_backward_the_scores_once_more(
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "small"])
 def test_every_operator_has_shapes(kind):
     assert {shapes for shapes, _ in roofline.OPERATORS.values()} <= set(SHAPES[kind])
+
+
+def test_goals_are_shapes_of_products_that_no_other_selection_has_time_for():
+    goals = SHAPES["goals"]
+    assert set(goals) <= {shapes for shapes, _ in roofline.OPERATORS.values()}
+    assert {(n, n, n) for n in (2048, 4096, 8192, 16384)} <= set(goals["linear"])
+    assert (65536, 768, 3072) in goals["ffn"] and (8192, 2304, 256000) in goals["linear_cross_entropy"]
+    assert goals["head_options"] == [(4096, 4096, 128256)] and not SHAPES["cpu"]["head_options"]
+
+
+def test_losses_of_others_are_peers_of_a_gpus_heads(monkeypatch):
+    """By a stand-in of Cut Cross-Entropy's package, and PyTorch's own, in chunks; on a CPU there is neither."""
+    assert set(small("linear_cross_entropy").run) == {"llmengine", "torch"}
+    plain = torch.nn.functional
+    stand_in = SimpleNamespace(
+        linear_cross_entropy=lambda e, c, targets: plain.cross_entropy(e @ c.T, targets), __spec__=object()
+    )
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", stand_in)
+    on_gpu = SimpleNamespace(is_cuda=True)
+    for name in ("cut_cross_entropy", "torch_linear_cross_entropy"):
+        find = getattr(sys.modules["llmengine.roofline.peers"], name)
+        monkeypatch.setattr(sys.modules["llmengine.roofline.layers"], name, lambda x, find=find: find(on_gpu))
+    case, expected = small("linear_cross_entropy"), {"llmengine", "torch", "cut-cross-entropy"}
+    has_own = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    assert set(case.run) == expected | ({"torch in chunks"} if has_own else set())
+    for call in case.run.values():
+        torch.testing.assert_close(call(*case.tensors), case.run["torch"](*case.tensors), rtol=1e-4, atol=1e-5)
 
 
 def test_native_peak_counts_its_operations_and_scales_with_rounds():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llmengine
 from llmengine import functional
-from llmengine.backends.cuda.native import PRODUCTS, products_by
+from llmengine.backends.cuda.native import PRODUCTS, Native, products_by
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import ffn
@@ -125,6 +125,20 @@ def test_gradients_appear_only_where_asked(core: str):
         alone = Sample(given.name, given.args, given.kwargs, others)
         with poison():
             assert torch.equal(evaluate(functional.ffn, alone, "cuda_sim")[1][wanted], everything[wanted]), wanted
+
+
+def test_without_w_downs_gradient_no_hidden_layer_is_made_again(core: str, monkeypatch):
+    given, call = sample_of(19, 24, 40, gated=True).rounded(torch.bfloat16), Native.call
+    hidden = []
+
+    def seen(self, kernel: str, on: Tensor, **arguments) -> None:
+        hidden.append(arguments["hidden"])
+        call(self, kernel, on, **arguments)
+
+    monkeypatch.setattr(Native, "call", seen)
+    frozen = Sample(given.name, given.args, given.kwargs, (2,))  # w_down, as beside adapters
+    evaluate(functional.ffn, frozen, "cuda_sim")
+    assert [x is None for x in hidden] == [False, True]  # forward, backward
 
 
 def test_gradients_of_float32_weights_are_not_rounded(core: str):

@@ -223,7 +223,7 @@ def test_gradients_of_weights_go_into_their_buffers(native):
         ({"b_scales": torch.ones(2, 1).double()}, "b_scales has dtype float64; allowed: float32"),
         ({"a_format": "e3m4"}, "a_format is 'e3m4'; allowed: 'e4m3', 'e5m2'"),
         ({"a": torch.zeros(20, 150, dtype=torch.uint8)}, "a has 150 of k; allowed: multiples of 16"),
-        ({"a": torch.zeros(20, 160)}, "a has dtype float32; allowed: bool"),
+        ({"a": torch.zeros(20, 160)}, "a has dtype float32; allowed: uint8"),
         ({"a": torch.zeros(20 * 160 + 8, dtype=torch.uint8)[8:].view(20, 160)}, "a has data at an odd address"),
         ({"b": torch.zeros(30, 168, dtype=torch.uint8)[:, :160]}, "b has dimension 0 has a stride of 168 bytes"),
         ({"b": torch.zeros(30, 144, dtype=torch.uint8)}, r"b has shape \(30, 144\); expected \(30, 160\)"),
@@ -250,6 +250,7 @@ def test_errors_of_the_quantiser(native):
         ({"block": 0, "row_scales": torch.ones(1, 1)}, "maxima is required but None was given"),
         ({"row_scales": None}, "row_scales are wanted with rows, and only with them"),
         ({"row_scales": torch.ones(4, 1)}, r"row_scales has shape \(4, 1\); expected \(1, 4\)"),
+        ({"rows": torch.zeros(4, 32)}, "rows has dtype float32; allowed: uint8"),
         ({"rows": torch.zeros(4, 20, dtype=torch.uint8)}, r"rows has shape \(4, 20\); expected \(4, 32\)"),
         ({"x": torch.ones(4, 20).long()}, "x has dtype int64; allowed: float32"),
     ]:

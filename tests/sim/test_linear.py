@@ -4,6 +4,9 @@ of tests/test_ops.py leave out. The products themselves: test_gemm.py, test_gemm
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from llmengine.backends import cuda_sim
 from llmengine.backends.cuda import linear as backend
 from llmengine.backends.cuda.native import PRODUCTS, products_by
 from llmengine.functional.linear import products
+from llmengine.nn import fusing
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.simulator import SCHEDULES
@@ -87,7 +91,9 @@ def test_gradients_appear_only_where_asked(core: str):
             assert torch.equal(evaluate(products, alone, "cuda_sim")[1][wanted], everything[wanted]), wanted
 
 
-def test_the_gradient_of_a_float32_weight_is_not_rounded(core: str):
+@pytest.mark.parametrize("maker", ["sm80", "sm90a", "blas"])
+def test_the_gradient_of_a_float32_weight_is_not_rounded(maker: str, monkeypatch):
+    monkeypatch.setenv(PRODUCTS, maker)
     given = sample_of(40, 24, 40).rounded(torch.bfloat16)
     wide = Sample(given.name, (given.args[0], given.args[1].float()), given.kwargs)
     narrow, kept = (evaluate(products, s, "cuda_sim", torch.ones_like)[1][1] for s in (given, wide))
@@ -135,15 +141,48 @@ def test_hoppers_products_are_refused_on_other_gpus(number: int, monkeypatch):
                 calls_of_products(torch.float32)[number]().sum().backward()
 
 
+@contextlib.contextmanager
+def under_autocast(dtype: torch.dtype):
+    """As torch.autocast("cuda", dtype), which wants a device."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("maker, ours", [("sm80", True), ("blas", False)])
+def test_projections_under_autocast_are_ours_where_they_are_asked_for(maker: str, ours: bool, monkeypatch):
+    """On a GPU that only its tensors know of."""
+    called = []
+    monkeypatch.setenv(PRODUCTS, maker)
+    monkeypatch.setattr(fusing, "FROM_ROWS", None)
+    monkeypatch.setattr(functional, "linear", lambda *_: called.append("ours"))
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: called.append("PyTorch's"))
+    x, leaf = SimpleNamespace(is_cuda=True, dtype=torch.float32), torch.nn.Linear(8, 4)
+    fusing.linear(leaf, x)
+    with under_autocast(torch.bfloat16):
+        fusing.linear(leaf, x)
+    assert called == ["PyTorch's", "ours" if ours else "PyTorch's"]
+
+
 def test_ours_run_on_a_gpu_where_they_are_asked_for(monkeypatch):
     class OnGpu:
         is_cuda, dtype = True, torch.bfloat16
 
+    float32 = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     for maker, asked in ((None, False), ("", False), ("blas", False), ("own", True), ("sm80", True), ("sm90a", True)):
         monkeypatch.delenv(PRODUCTS, raising=False)
         if maker is not None:
             monkeypatch.setenv(PRODUCTS, maker)
         assert backend.asked_for(OnGpu()) is asked
+        for autocast in HALVES:
+            assert backend.asked_for(float32) is False
+            with under_autocast(autocast):
+                assert backend.asked_for(float32) is asked
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         OnGpu.dtype = dtype
         assert backend.asked_for(OnGpu()) == (dtype in HALVES)

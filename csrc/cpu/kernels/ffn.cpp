@@ -158,7 +158,7 @@ void write_grad_hidden(const ops::FeedForwardBackward& p, const Dropout& dropout
     for_lanes(tile.columns, [&](int64_t i, auto n) {
       const F k = load_n(kept + i, n), g = load_n(sums + i, n) * k, u = load_n(up + i, n);
       const Act act = Activation::of(gate ? load_n(gate + i, n) : u);
-      store_n(hidden + i, (gate ? act.value * u : act.value) * k, n);
+      if (hidden) store_n(hidden + i, (gate ? act.value * u : act.value) * k, n);
       const F to_up = g * (gate ? act.value : act.slope);
       store_n(grad_up + i, to_up, n);
       if (up_line) store_n(up_line + i, load_n(up_line + i, n) + to_up, n);

@@ -68,7 +68,7 @@ def ffn_backward(
     module.ffn_backward(
         grad_output=unit_last_stride(grad_output), input=unit_last_stride(input), w_up=unit_last_stride(w_up),
         w_gate=unit_last_stride(w_gate), w_down=unit_last_stride(w_down), up=up, gate=gate if gated else None,
-        seed=seed, activation=activation, dropout_p=dropout_p, hidden=torch.empty_like(up),
+        seed=seed, activation=activation, dropout_p=dropout_p, hidden=torch.empty_like(up) if wanted[5] else None,
         grad_up=torch.empty_like(up), grad_gate=torch.empty_like(up) if gated else None,
         **dict(zip(names, destinations(gradients, wanted, mains), strict=True)),
         add_w_up=main_up is not None, add_w_gate=main_gate is not None, add_w_down=main_down is not None,

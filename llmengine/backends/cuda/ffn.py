@@ -28,6 +28,13 @@ def kernels(native: Native) -> dict[str, Kernel]:
     def pre_activations(input, w_up, b_up, w_gate, b_gate):
         return linear(input, w_up, b_up), None if w_gate is None else linear(input, w_gate, b_gate)
 
+    def made_again(input, w_up, b_up, w_gate, b_gate, w_down):
+        """The pre-activations, by the very products that the forward had them from: with their bits."""
+        core = native.core_of("ffn", input, w_up, w_gate, part="pre-activations again")
+        if core is None:
+            return pre_activations(input, w_up, b_up, w_gate, b_gate)
+        return fused_pre_activations(native, core, input, w_up, b_up, w_gate, b_gate, w_down)
+
     @kernel(table, "ffn_forward", forward_refuses)
     def ffn_forward(input, w_up, b_up, w_gate, b_gate, w_down, b_down, residual, seed, activation, dropout_p, save):
         if core := native.core_of("ffn", input, w_up, w_gate):
@@ -53,15 +60,13 @@ def kernels(native: Native) -> dict[str, Kernel]:
         main_gate, main_down, wanted,
     ):  # fmt: skip
         mains = {1: main_up, 3: main_gate, 5: main_down}
+        if up is None:
+            up, gate = made_again(input, w_up, b_up, w_gate, b_gate, w_down)
         if core := native.core_of("ffn", input, w_up, w_gate, backward=True):
-            if up is None:
-                up, gate = fused_pre_activations(native, core, input, w_up, b_up, w_gate, b_gate, w_down)
             return fused_backward(
                 native, core, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains,
                 wanted,
             )  # fmt: skip
-        if up is None:
-            up, gate = pre_activations(input, w_up, b_up, w_gate, b_gate)
         gated, dtype = w_gate is not None, input.dtype
         gate_dtype = w_gate.dtype if gated else w_up.dtype
         grad_up = grad_gate = hidden = input.new_empty(0)
@@ -140,7 +145,7 @@ def fused_backward(
     native, core, grad_output, input, w_up, w_gate, w_down, up, gate, seed, activation, dropout_p, mains, wanted
 ):
     (tokens, d), f, gated = input.shape, w_up.shape[0], w_gate is not None
-    hidden, grad_up = input.new_empty(tokens, f), input.new_empty(tokens, f)
+    grad_up = input.new_empty(tokens, f)
     weights = (w_up, w_gate if gated else w_up, w_down)
     shapes = (input.shape, w_up.shape, (f,), w_up.shape, (f,), w_down.shape, (d,))
     dtypes = [t for w in weights for t in (w.dtype, torch.float32)]
@@ -152,7 +157,8 @@ def fused_backward(
         "ffn_backward", input, grad_output=unit_last_stride(grad_output), input=unit_last_stride(input),
         w_up=_operand(w_up, input), w_gate=_operand(w_gate, input), w_down=_operand(w_down, input),
         up=unit_last_stride(up), gate=unit_last_stride(gate) if gated else None, seed=seed, activation=activation,
-        dropout_p=dropout_p, hidden=hidden, grad_up=grad_up, grad_gate=torch.empty_like(grad_up) if gated else None,
+        dropout_p=dropout_p, hidden=torch.empty_like(grad_up) if wanted[5] else None, grad_up=grad_up,
+        grad_gate=torch.empty_like(grad_up) if gated else None,
         **{f"grad_{n}": g for n, g in zip(names, destinations(gradients, wanted, mains), strict=True)},
         **{f"add_{names[i]}": main is not None for i, main in mains.items()},
         **{f"partial_{n}": input.new_empty(shape, dtype=torch.float32) if want else None

@@ -11,9 +11,12 @@ from llmengine.ops.registry import Kernel, kernel
 
 
 def asked_for(x: torch.Tensor) -> bool:
-    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet. Under torch.compile
-    asked while it traces: whoever changes the variable then compiles anew."""
-    return x.is_cuda and x.dtype in HALVES and (os.environ.get(PRODUCTS) or "blas") != "blas"
+    """Whether the products of `x`, on a GPU, are to be our own, though no GPU has timed them yet: in autocast's dtype,
+    where that casts. Under torch.compile asked while it traces: whoever changes the variable then compiles anew."""
+    if not x.is_cuda or (os.environ.get(PRODUCTS) or "blas") == "blas":
+        return False
+    casts = x.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
+    return (torch.get_autocast_dtype("cuda") if casts else x.dtype) in HALVES
 
 
 def kernels(native: Native) -> dict[str, Kernel]:

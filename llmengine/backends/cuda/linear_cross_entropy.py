@@ -48,7 +48,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
             **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, losses=losses,
             lse=lse, loss=None if reduction == "none" else loss, normaliser=normaliser,
-            partial=room_of_spans(input, linear_weight), target_logits=target_logits, core=native.core(input),
+            partial=room_of_spans(input, linear_weight), target_logits=target_logits,
+            core=native.core_alone("linear_cross_entropy", input, linear_weight),
         )  # fmt: skip
         return loss, lse, normaliser
 
@@ -68,7 +69,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             **_arguments(input, linear_weight, linear_bias, target, weight, label_smoothing), ignore_index=ignore_index,
             label_smoothing=label_smoothing, softcap=softcap, statistics=statistics,
             partial=room_of_spans(input, linear_weight), target_logits=statistics.new_zeros(tokens),
-            core=native.core(input),
+            core=native.core_alone("linear_cross_entropy", input, linear_weight),
         )  # fmt: skip
         return statistics
 
@@ -110,7 +111,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             grad_input=grad_input, grad_linear_weight=grad_weight, grad_linear_bias=grad_bias,
             add_linear_weight=main is not None, block=x.new_empty(tokens, columns),
             partial_bias=x.new_empty(2 * -(-tokens // TILE), columns, dtype=wide) if wanted[2] else None,
-            **native.products(x),
+            **native.products(x, native.core_alone("linear_cross_entropy", x, head, backward=True)),
         )  # fmt: skip
         return gradients
 

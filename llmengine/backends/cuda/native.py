@@ -22,7 +22,7 @@ DTYPES = (torch.float32, *HALVES)
 # Who multiplies the matrices of operators: "blas", PyTorch's cuBLAS, where an operator can do with it; "sm80", kernels
 # over csrc/cuda/gemm_sm80.cuh, of bfloat16 and float16; "sm90a", those over gemm_sm90a.cuh, and sm80's for what TMA
 # cannot fetch; "own", the one of the two that is made for the device; a bench.json: whoever was quickest (makers.py).
-# No GPU has timed them yet: until then cuBLAS multiplies, and sm80 where it cannot; in the simulator, which has no
+# No GPU has timed them yet: until then cuBLAS multiplies, and "own" where it cannot; in the simulator, which has no
 # cuBLAS, sm80.
 PRODUCTS = "LLMENGINE_CUDA_PRODUCTS"
 MAKERS = ("blas", "own", "sm80", "sm90a")
@@ -95,13 +95,15 @@ class Native:
 
     def call(self, kernel: str, on: Tensor, **arguments) -> None:
         """Launches a kernel on the current stream of the device that `on` lies on."""
-        self.module.take_launched()  # of a call that failed: not this one's to tell
+        self.module.take_launched(), self.module.take_left()  # of a call that failed: not this one's to tell
         if on.is_cuda:
             with torch.cuda.device(on.device):
                 stream = torch.cuda.current_stream().cuda_stream
                 getattr(self.module, kernel)(**arguments, stream=stream)
         else:
             getattr(self.module, kernel)(**arguments, stream=0)
+        if registry.explaining() and (left := self.module.take_left()):
+            registry.tell("sm80 where TMA cannot fetch " + ", nor ".join(dict.fromkeys(left)))
 
     def ask(self, function: str, on: Tensor, **arguments):
         """A question about the device that `on` lies on."""
@@ -114,44 +116,50 @@ class Native:
             return given
         return _chosen(PRODUCTS, MAKERS, "sm80" if self.device_type == "cpu" else "blas")
 
-    def core(self, on: Tensor) -> str:
-        """Whose kernels multiply where cuBLAS does not."""
-        maker = self._maker()
-        if maker == "own" or makers.is_table(maker):
-            return "sm90a" if self.capability(on) == HOPPER else "sm80"
-        return "sm80" if maker == "blas" else maker
-
-    def core_of(self, operator: str, x: Tensor, *weights: Tensor | None, backward: bool = False) -> str | None:
+    def core_of(
+        self, operator: str, x: Tensor, *weights: Tensor | None, backward: bool = False, part: str = "products"
+    ) -> str | None:
         """Whose kernels multiply x (tokens, in) by weights (out, in) in a call of an operator that can do with cuBLAS;
         None: cuBLAS does. `explain` says who, and why."""
+        maker, why = self._chosen_maker(operator, x, weights, backward)
+        core = None if maker == "blas" else self._own(x) if maker == "own" else maker
+        if registry.explaining():
+            registry.tell(f"{part} by {core or 'cuBLAS'} ({why})")
+        return core
+
+    def core_alone(self, operator: str, x: Tensor, weight: Tensor, backward: bool = False) -> str:
+        """The same of an operator that cannot do with cuBLAS, since its products end in their registers: where that
+        is asked for, or nothing is measured, the core that is made for the device."""
+        maker, why = self._chosen_maker(operator, x, (weight,), backward)
+        if maker == "blas":
+            why += "; what these products end in is not cuBLAS's"
+        core = self._own(x) if maker in ("blas", "own") else maker
+        if registry.explaining():
+            registry.tell(f"products by {core} ({why})")
+        return core
+
+    def _own(self, on: Tensor) -> str:
+        return "sm90a" if self.capability(on) == HOPPER else "sm80"
+
+    def _chosen_maker(
+        self, operator: str, x: Tensor, weights: tuple[Tensor | None, ...], backward: bool
+    ) -> tuple[str, str]:
+        """(maker, why)."""
         maker, given = self._maker(), [w for w in weights if w is not None]
         why = f"{PRODUCTS}={maker}" if os.environ.get(PRODUCTS) else "the default; no GPU has timed ours yet"
         if x.dtype not in HALVES:
             maker, why = "blas", "ours are of bfloat16 and float16"
         elif makers.is_table(maker):
-            name = operator if len(given) == 1 else f"gated {operator}"
-            layer = makers.Layer(name, makers.DTYPES.get(x.dtype, "fp16"), (x.shape[1], given[0].shape[0]))
+            name = operator if len(given) == 1 else f"gated_{operator}"
+            layer = makers.Layer(name, makers.DTYPES[x.dtype], (x.shape[1], given[0].shape[0]))
             maker, why = makers.quickest(maker, self.device_name(x), layer, backward, x.shape[0])
-        core = None if maker == "blas" else self.core(x) if maker == "own" else maker
-        if registry.explaining():
-            registry.tell(f"products by {core or 'cuBLAS'} ({why})" + self._left_to_sm80(core, x, *given))
-        return core
+        return maker, why
 
-    def _left_to_sm80(self, core: str | None, *matrices: Tensor) -> str:
-        """Why Hopper's core leaves a call's first product to the other."""
-        if core != "sm90a":
-            return ""
-        reasons = (
-            self.module.sm90a_refuses(matrix=unit_last_stride(m.detach().to(matrices[0].dtype))) for m in matrices
-        )
-        reason = next(filter(None, reasons), None)
-        return f", but sm80 where TMA cannot fetch: {reason}" if reason else ""
-
-    def products(self, on: Tensor, core: str | None = None) -> dict[str, Any]:
+    def products(self, on: Tensor, core: str) -> dict[str, Any]:
         """What kernels with products of our own are given: the core, and room for sums of parts of k, as many as the
         tiles that are made at once (csrc/cuda/gemm.cu)."""
         tiles = 2 * self.multiprocessors(on)
-        return {"core": core or self.core(on), "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
+        return {"core": core, "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
 
     def refuses_products(self, on: Tensor) -> str | None:
         """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
@@ -203,7 +211,9 @@ class Native:
         """grad^T x in `dtype` or, where there is a buffer, float32, for it, added to that; by cuBLAS (in the simulator
         as above)."""
         if main is None:
-            return self.product(grad.T, x).to(dtype)
+            if not x.is_cuda:
+                return (grad.T.double() @ x.double()).to(dtype)
+            return torch.mm(grad.T, x) if dtype == x.dtype else torch.mm(grad.T, x, out_dtype=dtype)
         if not x.is_cuda:
             main.copy_(main.double() + grad.T.double() @ x.double())
         elif x.dtype == main.dtype:
