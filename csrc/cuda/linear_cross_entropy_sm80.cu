@@ -195,15 +195,14 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) logits_gradient(const Backw
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// The gradient of the logits of classes [first, first + count), in p.block.
 template <class T>
-void launch_gradient(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream) {
+void launch_gradient(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream) {
   Backward<T> given{};
-  given.input = gemm::operand_of<T, false>(p.input);
-  given.weight = gemm::operand_of<T, false>(rows_from(p.linear_weight, first, count));
+  given.input = gemm::operand_of<T, false>(rows_from(p.input, part.token, part.tokens));
+  given.weight = gemm::operand_of<T, false>(rows_from(p.linear_weight, part.first, part.classes));
   given.depth = static_cast<int>(p.input.size(1));
-  given.row_tiles = gemm::tiles_of(p.input.size(0)), given.column_tiles = gemm::tiles_of(count);
-  given.to = logits_gradient_of<T>(p, first, count);
+  given.row_tiles = gemm::tiles_of(part.tokens), given.column_tiles = gemm::tiles_of(part.classes);
+  given.to = logits_gradient_of<T>(p, part);
   const unsigned blocks = gemm::blocks_of("linear_cross_entropy backward", given.row_tiles, given.column_tiles);
   LaunchSite at = gemm::site("logits_gradient", blocks, p.input, stream);
   at.shared_bytes += sizeof(Tokens<gemm::kTile>);
@@ -231,8 +230,8 @@ int logits_of_spans_sm80(const LinearCrossEntropyForward& p, Stream stream) {
   return static_cast<int>(spans);
 }
 
-void logits_gradient_sm80(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream) {
-  gemm::visit_type(p.input.dtype, [&]<class T>(T) { launch_gradient<T>(p, first, count, stream); });
+void logits_gradient_sm80(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream) {
+  gemm::visit_type(p.input.dtype, [&]<class T>(T) { launch_gradient<T>(p, part, stream); });
 }
 
 }  // namespace llmengine::cuda

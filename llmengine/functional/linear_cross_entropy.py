@@ -38,6 +38,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     gradient_filter: float = 0.0,
+    recompute: bool = True,
     num_items: Tensor | float | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor:
@@ -49,6 +50,11 @@ def linear_cross_entropy(
     blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
     logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
     instead (but for bfloat16 on AMX), with a block of at most 64 MiB: the backward then only scales them.
+
+    recompute: memory or speed, on GPUs. Recomputed logits are never in memory, for 8 tokens d C operations forward and
+    backward. Else a mean or sum of bfloat16 makes its gradients at once, for 6, of logits that CUDA holds in up to 2
+    GiB: those of all tokens, or with a float32 weight of some after the others; the backward then scales them. What
+    does not fit, and a weight with a buffer for its gradient (`main_grad`), is recomputed.
 
     num_items: what "mean" and "sum" divide the sum of the losses by, where this call has a part of a step's tokens
     (gradient accumulation, data-parallel processes): the count of the whole step's labels. Then loss = sum over this
@@ -122,7 +128,7 @@ def linear_cross_entropy(
         loss = LinearCrossEntropyShard.apply(*args, main) if gradients else sharded_loss(*args)[0]
     elif not gradients:
         loss = ops.linear_cross_entropy_forward(*tensors, *options)[0]
-    elif main is None and ops.at_once(*tensors[:2], reduction, softcap):
+    elif main is None and ops.at_once(*tensors[:2], reduction, softcap, recompute):
         loss = ops.LinearCrossEntropyAtOnce.apply(*tensors, *options)
     else:
         loss = ops.LinearCrossEntropy.apply(*tensors, *options, float(gradient_filter), main)
