@@ -364,18 +364,29 @@ BREAKS: dict[str, Break] = {
     ),
     "the sum of two lanes": (*ENDS, "return x + __shfl_xor_sync(kWholeWarp, x, 2);", "return x;", "exceeds"),
     "no rescaling": (
-        *KERNEL, "known.total[side][line] * exp_below(before, higher)", "known.total[side][line]", "exceeds",
+        *KERNEL, "known.total[half] * exp_below(before, higher)", "known.total[half]", "exceeds",
     ),
     "one warp's sum as it is": (
-        *KERNEL, "known.total[1][line] * exp_below(known.largest[1][line], largest)", "known.total[1][line]", "exceeds",
+        *KERNEL, "halves.total[1][line] * exp_below(halves.largest[1][line], largest)", "halves.total[1][line]",
+        "exceeds",
     ),
-    "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
+    "rows of both warps": (*KERNEL, "side = side_of_warp()", "side = 0", "races"),
+    "rows of the first of four threads": (*KERNEL, "lane_of() % 4 != m", "lane_of() % 4 != 0", "exceeds|inf|NaN"),
+    "no barrier after the last stages": (
+        *KERNEL, "__syncthreads();  // every warp is done with the last stages", "", "races",
+    ),
+    "tokens written over stages": (*KERNEL, "__syncthreads();  // every warp is done with the stages\n", "\n", "races"),
+    "tokens over panels": (*KERNEL, "(shared + gemm::kPanelBytes)", "(shared)", "races|exceeds|NaN"),
     "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
     "a token past the last": (
         *ENDS, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
     ),
-    "labels are read too soon": (*KERNEL, "__syncthreads();  // the labels are there", "", "races|no thread"),
-    "tokens are read too soon": (*KERNEL, "__syncthreads();  // the tokens are there", "", "races|no thread"),
+    "labels are read too soon": (
+        *KERNEL, "__syncthreads();  // the labels are there\n  // nobody", "// nobody", "races|no thread",
+    ),
+    "labels of the backward are read too soon": (
+        *KERNEL, "__syncthreads();  // the labels are there\n  gemm::", "gemm::", "races|no thread",
+    ),
     "the span before": (*KERNEL, "place.column * p.tiles_of_span * gemm::kTile;", "0;", "exceeds|races"),
     "spans are not brought together": (
         *OPERATION, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
