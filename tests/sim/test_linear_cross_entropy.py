@@ -30,8 +30,10 @@ EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 
 
 @pytest.fixture(autouse=True)
-def scheduled(request):
+def scheduled(request, monkeypatch):
+    """On tensors of the CPU, as on a GPU that was not asked for gradients at once."""
     schedule(request)
+    monkeypatch.setattr(ops, "at_once", lambda *_: False)
 
 
 @pytest.fixture
