@@ -343,6 +343,7 @@ def attempt(core: str) -> None:
     assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1], core=core)
     assert_right(sample_of(70, 24, 800, weighted=True, reduction="none", **EVERYTHING), HALVES[1], core=core)
     assert_right(sample_of(20, 24, 1500), HALVES[0], core=core)
+    assert_right(sample_of(40, 72, 130), HALVES[0], core=core)  # whose last stage lies where tokens will
     sums = sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum")
     assert_right(sums, HALVES[0], core=core)
     if core == "sm90a":

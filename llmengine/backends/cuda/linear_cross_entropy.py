@@ -108,7 +108,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
             return gradients
         rows, columns = block_of(tokens, classes)
         grad_input, grad_weight, grad_bias = destinations(gradients, wanted, {1: main})
-        in_parts = wanted[1] and rows < tokens and grad_weight.dtype != wide
+        in_parts = wanted[1] and rows < tokens and main is None and head.dtype != wide
 
         def low(lines: int, needed: bool) -> Tensor | None:
             return x.new_empty(lines, d, dtype=torch.uint8) if needed else None

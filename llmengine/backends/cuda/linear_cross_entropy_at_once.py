@@ -11,6 +11,7 @@ memory   2 a logit of a block
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.cuda.cross_entropy import class_weights
@@ -22,7 +23,8 @@ def loss_with_gradients(
     softcap, block_tokens, wanted,
 ):  # fmt: skip
     tokens, classes, wide = input.shape[0], linear_weight.shape[0], torch.float32
-    x, head = unit_last_stride(input), unit_last_stride(linear_weight.to(input.dtype))
+    x: Tensor = rows_of(input)
+    head: Tensor = rows_of(linear_weight.to(input.dtype))
     core = native.core_of("linear_cross_entropy", x, head, backward=True)
     labels, options = target.contiguous(), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     options |= {"z_loss": z_loss, "softcap": softcap, **class_weights(weight, label_smoothing)}
@@ -73,6 +75,12 @@ def loss_with_gradients(
     if reduction == "mean":
         loss = torch.where(divisor == 0, 0.0, loss / divisor)
     return loss.to(wide), *gradients
+
+
+def rows_of(matrix: Tensor) -> Tensor:
+    rows = unit_last_stride(matrix)
+    assert rows is not None
+    return rows
 
 
 def divisor_of(labels, weight, classes, ignore_index):
