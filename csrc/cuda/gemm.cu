@@ -87,7 +87,7 @@ void add_parts(const Gemm& p, int parts, Stream stream) {
   gemm::visit_type(p.a.dtype, [&]<class T>(T) {
     const Rows<float> room = parts_result_of<T>(p).out_wide;
     launch(at, gemm_add_parts<T>, Rows<const float>{room.data, room.stride, room.aligned}, parts, m * n,
-           result_of<T>(p.bias, p.added, p.out));
+           result_of<T>(p));
   });
 }
 
@@ -125,6 +125,12 @@ void validate(const Gemm& p) {
   at.dtype(p.out, "out", {p.a.dtype, DType::f32});
   at.shape(p.out, "out", {m, n});
   at.unit_last_stride(p.out, "out");
+  at.dtype(p.low, "low", {DType::boolean});
+  at.shape(p.low, "low", {m, n});
+  at.contiguous(p.low, "low");
+  if ((p.goes_on || !p.ends) && (!p.low.defined() || p.out.dtype == DType::f32 || p.added.defined())) {
+    at.fail_at("low", "is wanted, with an `out` of 16 bits and nothing added, by sums of several products");
+  }
   check_core(at, p.core, p.room);
 }
 

@@ -21,7 +21,11 @@ struct Gemm {
   TensorView added;   // (m, n), of their dtype or float32, or none; may be out
   TensorView out;     // (m, n), of their dtype or float32
   TensorView room;    // float32, for sums of parts of k, or none: it is not cut
-  std::string core;   // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_cores.h)
+  // Sums of several products that end in 16 bits: until the last of them `out` has the upper half of each float32 and
+  // `low`, uint8 (m, n), the next 8 bits. Not Python's.
+  TensorView low;
+  bool goes_on = false, ends = true;  // adds to what they hold; leaves the result in `out`
+  std::string core;  // "sm80" or "sm90a": whose kernels multiply, but for what the second refuses (gemm_cores.h)
 
   static constexpr auto fields() {
     using P = Gemm;

@@ -71,17 +71,16 @@ void multiply_sm80(const Gemm& p, Stream stream) {
   const LaunchSite at =
       gemm::site("gemm_sm80", gemm::blocks_of("gemm", row_tiles * int64_t{parts}, column_tiles), p.a, stream);
   visit(p, [&]<class T, bool a_across, bool b_across>(T, std::bool_constant<a_across>, std::bool_constant<b_across>) {
-    const Product<T, a_across, b_across> given{
-        gemm::operand_of<T, a_across>(p.a),
-        gemm::operand_of<T, b_across>(transposed(p.b)),
-        gemm::operand_of<T, a_across>(p.a2.defined() ? p.a2 : p.a),
-        gemm::operand_of<T, b_across>(transposed(p.b2.defined() ? p.b2 : p.b)),
-        static_cast<int>(k),
-        part_depth,
-        p.a2.defined() ? 2 : 1,
-        row_tiles,
-        column_tiles,
-        parts > 1 ? parts_result_of<T>(p) : result_of<T>(p.bias, p.added, p.out)};
+    const Product<T, a_across, b_across> given{gemm::operand_of<T, a_across>(p.a),
+                                               gemm::operand_of<T, b_across>(transposed(p.b)),
+                                               gemm::operand_of<T, a_across>(p.a2.defined() ? p.a2 : p.a),
+                                               gemm::operand_of<T, b_across>(transposed(p.b2.defined() ? p.b2 : p.b)),
+                                               static_cast<int>(k),
+                                               part_depth,
+                                               p.a2.defined() ? 2 : 1,
+                                               row_tiles,
+                                               column_tiles,
+                                               parts > 1 ? parts_result_of<T>(p) : result_of<T>(p)};
     launch(at, gemm_sm80<T, a_across, b_across>, given);
   });
   if (parts > 1) add_parts(p, parts, stream);

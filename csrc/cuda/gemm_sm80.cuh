@@ -205,7 +205,8 @@ struct Panel {
     }
   }
 };
-static_assert(kWarps * Panel::rows * Panel::stride * 4 <= kSharedBytes);
+inline constexpr int kPanelBytes = kWarps * Panel::rows * Panel::stride * 4;
+static_assert(kPanelBytes <= kSharedBytes);
 
 // body(row, column, x) for each vector, x[0] being eight columns from `column` on of `row`, both counted in the tile.
 // sides = 2: of a Pair, x[0] of its left and x[1] of its right operand. A thread's vectors have one column. What an

@@ -88,7 +88,7 @@ void launch_vectors(const Gemm& p, Stream stream) {
   Tiles tiles = tiles_of_product<kColumns>(p);
   tiles.parts = parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth);
   const ToVectors<T> given{operands_of_product<kColumns, a_across, b_across>(p), tiles,
-                           tiles.parts > 1 ? parts_result_of<T>(p) : result_of<T>(p.bias, p.added, p.out)};
+                           tiles.parts > 1 ? parts_result_of<T>(p) : result_of<T>(p)};
   launch(site("gemm_sm90a", tiles, p.out, sizeof(Shared<kColumns>), stream), gemm_sm90a_vectors<T, a_across, b_across>,
          given);
   if (tiles.parts > 1) add_parts(p, tiles.parts, stream);
@@ -96,8 +96,8 @@ void launch_vectors(const Gemm& p, Stream stream) {
 
 bool goes_by_boxes(const Gemm& p) {
   const Tiles tiles = tiles_of_product<kColumns>(p);
-  return p.out.dtype != DType::f32 && !p.added.defined() && tensor_map_refuses(p.out).empty() && p.out.size(1) > 1 &&
-         parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth) == 1;
+  return p.out.dtype != DType::f32 && !p.added.defined() && !p.goes_on && p.ends && tensor_map_refuses(p.out).empty() &&
+         p.out.size(1) > 1 && parts_of(p, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kDepth) == 1;
 }
 
 template <class T, bool a_across, bool b_across>

@@ -11,19 +11,26 @@
 //
 //   forward    logits_of_span, then linear_cross_entropy_merge: the spans of a token in order, its loss and lse;
 //              cross_entropy_sum (cross_entropy.cu)
-//   backward   for as many classes at a time as `block` has room for: logits_gradient forms their logits again and, in
-//              the epilogue, from lse their gradient dz (the target's share taken off in float32), with its sums over
-//              64 tokens for the bias; then grad_input += dz weight, in float32 between blocks, and grad_linear_weight
-//              = dz^T input of these classes, each by gemm.cu
+//   backward   a block of K classes after the other, and of each a block of T tokens after the other, as many as
+//   `block`
+//              has room for: logits_gradient forms their logits again and, in the epilogue, from lse their gradient dz
+//              (the target's share taken off in float32), with its sums over 64 tokens for the bias; then grad_input +=
+//              dz weight of these tokens and grad_linear_weight += dz^T input of these classes, each by gemm.cu
 //
 //   Of a shard of the classes the merge ends in `statistics`, and `factors` are given.
 //
 //   No atomics: every sum has its order.
 //
 //   flops      2 tokens d classes forward, 6 backward
-//   bytes      operands as products read them; 12 a token and span; backward 2 written and 4 read a logit, and 8 an
-//              element of grad_input for each block but the first and last: with 64 MiB a block, d = 4096 and 8192
-//              tokens 0.27 GB beside 0.8 Tflop
+//   memory     of the backward: 2 T K of dz; of gradients in 16 bits, whose sums lie in themselves and a byte beside
+//   each
+//              element (gemm.h), d a token and d a class of a block. 8192 x 4096 x 128256, T 4096, K 2048: 16 + 32 + 8
+//              = 56 MiB, 0.93 % of the 6012 MiB in which the unfused path has logits, softmax and gradient. 8192 x 2304
+//              x 256000, T = K = 4096: 32 + 18 + 9 = 59 MiB, 0.49 %.
+//   bytes      operands as products read them; 12 a token and span; backward 2 written and 4 read a logit, and 6 an
+//              element of grad_input for each block of classes, of a block's grad_linear_weight for each one of tokens:
+//              6 tokens d classes (1 / K + 1 / T - 1 / tokens). In the first example 15.8 GB, 4.7 ms at 3.35 TB/s,
+//              beside 34.5 Tflop, 46 ms at 750 Tflop/s; T K of 2^25 would be 4 ms less and 48 MiB more.
 //   limit      the tensor cores
 #include <algorithm>
 #include <cmath>
@@ -91,30 +98,36 @@ TensorView columns_up_to(TensorView t, int64_t count) {
   return t;
 }
 
-// What the block's gradient gives to those of input, weight and bias.
-void multiply_block(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream) {
-  const bool last = first + count == p.linear_weight.size(0);
-  const TensorView grad = columns_up_to(p.block, count);
+// What the gradient of a part of the logits gives to those of input and weight.
+void multiply_part(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream) {
+  const auto& [token, tokens, first, classes] = part;
+  const TensorView grad = columns_up_to(rows_from(p.block, 0, tokens), classes);
+  const TensorView input = rows_from(p.input, token, tokens), weight = rows_from(p.linear_weight, first, classes);
+  Gemm product{};
+  product.room = p.room, product.core = p.core;
   if (p.grad_input.defined()) {
-    Gemm product{};
-    product.room = p.room, product.core = p.core;
-    product.a = grad, product.b = rows_from(p.linear_weight, first, count);
-    if (first > 0) product.added = p.sums;
-    product.out = last ? p.grad_input : p.sums;
+    product.a = grad, product.b = weight;
+    product.out = rows_from(p.grad_input, token, tokens), product.low = rows_from(p.low_input, token, tokens);
+    product.goes_on = first > 0, product.ends = first + classes == p.linear_weight.size(0);
     run(product, stream);
   }
   if (p.grad_linear_weight.defined()) {
-    Gemm product{};
-    product.room = p.room, product.core = p.core;
-    product.a = transposed(grad), product.b = p.input;
-    product.out = rows_from(p.grad_linear_weight, first, count);
-    if (p.add_linear_weight) product.added = product.out;
+    product.a = transposed(grad), product.b = input;
+    product.out = rows_from(p.grad_linear_weight, first, classes), product.low = rows_from(p.low_weight, 0, classes);
+    product.goes_on = token > 0, product.ends = token + tokens == p.input.size(0);
+    if (product.out.dtype == DType::f32) {
+      if (product.goes_on || p.add_linear_weight) product.added = product.out;
+      product.goes_on = false, product.ends = true;
+    }
     run(product, stream);
   }
-  if (!p.grad_linear_bias.defined()) return;
+}
+
+// The bias's gradient of a block of classes, once all tokens have given theirs.
+void add_bias(const LinearCrossEntropyBackward& p, int64_t first, int64_t classes, Stream stream) {
   TensorView sums = p.grad_linear_bias;
-  sums.data = sums.as<float>() + first, sums.sizes[0] = count;
-  run(ColumnSums{columns_up_to(p.partial_bias, count), {}, sums}, stream);
+  sums.data = sums.as<float>() + first, sums.sizes[0] = classes;
+  run(ColumnSums{columns_up_to(p.partial_bias, classes), {}, sums}, stream);
 }
 
 void check_rooms(const Checker& at, const LinearCrossEntropyForward& p) {
@@ -134,15 +147,25 @@ void check_rooms(const Checker& at, const LinearCrossEntropyForward& p) {
 void check_rooms(const Checker& at, const LinearCrossEntropyBackward& p) {
   check_weight_sum(at, p, p.weight_sum);
   check_core(at, p.core, p.room);
-  const int64_t tokens = p.input.size(0);
+  const int64_t tokens = p.input.size(0), d = p.input.size(1), at_once = p.block.ndim == 2 ? p.block.size(0) : 0;
   at.defined(p.block, "block");
   at.dtype(p.block, "block", {p.input.dtype});
-  if (p.block.ndim != 2 || p.block.size(0) != tokens || p.block.size(1) < 1 || p.block.size(1) % gemm::kTile != 0) {
-    at.fail_at("block", "must be (tokens, a multiple of " + std::to_string(gemm::kTile) + "), got " + p.block.shape());
+  if (p.block.ndim != 2 || (at_once < tokens && (at_once < 1 || at_once % gemm::kTile != 0)) || p.block.size(1) < 1 ||
+      p.block.size(1) % gemm::kTile != 0) {
+    at.fail_at("block", "must be (all tokens or a multiple of " + std::to_string(gemm::kTile) + ", a multiple of " +
+                            std::to_string(gemm::kTile) + "), got " + p.block.shape());
   }
   at.contiguous(p.block, "block");
-  if (p.grad_input.defined() && p.block.size(1) < p.linear_weight.size(0)) {
-    ops::check_statistic(at, p.sums, "sums", {tokens, p.input.size(1)});
+  const auto check_low = [&](const TensorView& low, const char* argument, int64_t rows) {
+    at.defined(low, argument);
+    at.dtype(low, argument, {DType::boolean});
+    at.shape(low, argument, {rows, d});
+    at.contiguous(low, argument);
+  };
+  if (p.grad_input.defined() && p.block.size(1) < p.linear_weight.size(0)) check_low(p.low_input, "low_input", tokens);
+  const TensorView& weight = p.grad_linear_weight;
+  if (weight.defined() && weight.dtype != DType::f32 && at_once < tokens) {
+    check_low(p.low_weight, "low_weight", p.block.size(1));
   }
   if (p.grad_linear_bias.defined()) {
     ops::check_statistic(at, p.partial_bias, "partial_bias", {2 * gemm::tiles_of(tokens), p.block.size(1)});
@@ -205,8 +228,14 @@ void run(const LinearCrossEntropyBackward& p, Stream stream) {
     const int64_t count = std::min(p.block.size(1), classes - first);
     const TensorView weight = rows_from(p.linear_weight, first, count);
     const bool hopper = tokens > 0 && hopper_refuses(p.core, {{&p.input, "input"}, {&weight, "linear_weight"}}).empty();
-    hopper ? logits_gradient_sm90a(p, first, count, stream) : logits_gradient_sm80(p, first, count, stream);
-    multiply_block(p, first, count, stream);
+    int64_t token = 0;
+    do {  // of no tokens, too: gradients are then zeros
+      const LogitsPart part{token, std::min(p.block.size(0), tokens - token), first, count};
+      hopper ? logits_gradient_sm90a(p, part, stream) : logits_gradient_sm80(p, part, stream);
+      multiply_part(p, part, stream);
+      token += part.tokens;
+    } while (token < tokens);
+    if (p.grad_linear_bias.defined()) add_bias(p, first, count, stream);
   }
 }
 

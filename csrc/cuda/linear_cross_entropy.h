@@ -27,18 +27,26 @@ struct LinearCrossEntropyForward : ops::LinearCrossEntropyForward {
   }
 };
 
-// `sums` is looked at only where `block` has less than all classes.
+// `sums` is not looked at: see `low_input`.
 struct LinearCrossEntropyBackward : ops::LinearCrossEntropyBackward {
   TensorView weight_sum;
-  TensorView block;         // like input (tokens, a multiple of 128): room for the logits' gradient of so many classes
+  TensorView block;  // like input (a multiple of 128, or all tokens; a multiple of 128 classes): room for the gradient
+                     // of so many tokens' logits of so many classes
   TensorView partial_bias;  // float32 (2 rows a tile of 128 tokens, as many), where grad_linear_bias is wanted
-  TensorView room;          // of the products, as `core`: Gemm's
+  // uint8, beside gradients of 16 bits that several products add up to (gemm.h): (tokens, d) where there are several
+  // blocks of classes, (classes of a block, d) where there are several of tokens
+  TensorView low_input, low_weight;
+  TensorView room;  // of the products, as `core`: Gemm's
   std::string core;
 
   static constexpr auto own_fields() {
     using P = LinearCrossEntropyBackward;
-    return std::tuple{ops::field("weight_sum", &P::weight_sum), ops::field("block", &P::block),
-                      ops::field("partial_bias", &P::partial_bias), ops::field("room", &P::room),
+    return std::tuple{ops::field("weight_sum", &P::weight_sum),
+                      ops::field("block", &P::block),
+                      ops::field("partial_bias", &P::partial_bias),
+                      ops::field("low_input", &P::low_input),
+                      ops::field("low_weight", &P::low_weight),
+                      ops::field("room", &P::room),
                       ops::field("core", &P::core)};
   }
   static constexpr auto fields() { return std::tuple_cat(ops::LinearCrossEntropyBackward::fields(), own_fields()); }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/gemm.h"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
@@ -16,12 +17,15 @@
 namespace llmengine::cuda {
 
 // The products of linear_cross_entropy.cu, by one core and by the other. Of the forward: how many spans there are,
-// whole tiles, of those that p.partial has room for. The gradient is that of the logits of classes [first, first +
-// count), in p.block.
+// whole tiles, of those that p.partial has room for. The gradient is that of a part of the logits, in p.block.
+struct LogitsPart {
+  int64_t token, tokens;   // [token, token + tokens)
+  int64_t first, classes;  // [first, first + classes)
+};
 int logits_of_spans_sm80(const LinearCrossEntropyForward& p, Stream stream);
 int logits_of_spans_sm90a(const LinearCrossEntropyForward& p, Stream stream);
-void logits_gradient_sm80(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream);
-void logits_gradient_sm90a(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream);
+void logits_gradient_sm80(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream);
+void logits_gradient_sm90a(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream);
 
 // The labels of a tile's tokens in shared memory: a class, or one of these.
 constexpr int kNoClass = -1, kIgnored = -2;
@@ -61,31 +65,36 @@ __device__ __forceinline__ float logit_of(const LossOptions& o, float sum, float
 
 template <class T>
 struct LogitsGradient {
-  int tokens, columns;  // columns: classes of the block
-  int first;            // class of the block
+  int tokens, columns;  // of the part; columns: classes
+  int first;            // class of the part
   Line bias;
   LossOptions options;
   const float *grad_loss, *lse, *normaliser;
-  const float* factors;  // of a shard, (3, tokens): in the place of those that the loss gives
-  int64_t grad_loss_stride;
-  Rows<T> grad;              // (tokens, classes of the block)
+  const float* factors;  // of a shard, three numbers a token: in the place of those that the loss gives
+  int64_t factors_stride, grad_loss_stride;
+  Rows<T> grad;              // (tokens, classes of the part)
   Rows<float> partial_bias;  // sums over 64 tokens each, so many of them:
   int lines;
 };
 
 template <class T>
-LogitsGradient<T> logits_gradient_of(const LinearCrossEntropyBackward& p, int64_t first, int64_t count) {
+LogitsGradient<T> logits_gradient_of(const LinearCrossEntropyBackward& p, const LogitsPart& part) {
   LogitsGradient<T> to{};
-  to.tokens = static_cast<int>(p.input.size(0)), to.columns = static_cast<int>(count);
-  to.first = static_cast<int>(first);
+  to.tokens = static_cast<int>(part.tokens), to.columns = static_cast<int>(part.classes);
+  to.first = static_cast<int>(part.first);
   to.bias = line_of(p.linear_bias);
   to.options = options_of(p, p.weight_sum, static_cast<int>(p.linear_weight.size(0)));
-  to.grad_loss = p.grad_loss.as<float>(), to.lse = p.lse.as<float>();
-  to.normaliser = p.normaliser.as<float>(), to.factors = p.factors.as<float>();
+  to.options.target += part.token;
   to.grad_loss_stride = p.grad_loss.ndim ? p.grad_loss.stride(0) : 0;
+  if (p.grad_loss.defined()) to.grad_loss = p.grad_loss.as<float>() + part.token * to.grad_loss_stride;
+  to.lse = p.lse.as<float>() + part.token, to.normaliser = p.normaliser.as<float>();
+  to.factors_stride = p.input.size(0);
+  if (p.factors.defined()) to.factors = p.factors.as<float>() + part.token;
   to.grad = rows_of<T>(p.block);
-  if (p.grad_linear_bias.defined()) to.partial_bias = rows_of<float>(p.partial_bias);
   to.lines = (to.tokens + 127) / 128 * 2;
+  if (p.grad_linear_bias.defined()) {
+    to.partial_bias = rows_of<float>(rows_from(p.partial_bias, part.token / 64, to.lines));
+  }
   return to;
 }
 
@@ -106,7 +115,7 @@ __device__ __forceinline__ void begin_token(const LogitsGradient<T>& p, Tokens<c
   Factors factors;
   if (p.factors) {
     const float* of_token = p.factors + token;
-    factors = {of_token[0], of_token[p.tokens], of_token[2 * static_cast<int64_t>(p.tokens)]};
+    factors = {of_token[0], of_token[p.factors_stride], of_token[2 * p.factors_stride]};
   } else {
     factors = factors_of(p.options, p.grad_loss[token * p.grad_loss_stride], *p.normaliser, label, lse);
   }

@@ -217,11 +217,12 @@ int logits_of_spans_sm90a(const LinearCrossEntropyForward& p, Stream stream) {
   return ceil_divide(tiles.columns, tiles.span);
 }
 
-void logits_gradient_sm90a(const LinearCrossEntropyBackward& p, int64_t first, int64_t count, Stream stream) {
-  const Tiles tiles = tiles_of(p.input.size(0), count, p.input.size(1));
+void logits_gradient_sm90a(const LinearCrossEntropyBackward& p, const LogitsPart& part, Stream stream) {
+  const Tiles tiles = tiles_of(part.tokens, part.classes, p.input.size(1));
+  const TensorView input = rows_from(p.input, part.token, part.tokens);
+  const TensorView weight = rows_from(p.linear_weight, part.first, part.classes);
   gemm::visit_type(p.input.dtype, [&]<class T>(T) {
-    const Backward<T> given{operands_of(p.input, false, rows_from(p.linear_weight, first, count), false), tiles,
-                            logits_gradient_of<T>(p, first, count)};
+    const Backward<T> given{operands_of(input, false, weight, false), tiles, logits_gradient_of<T>(p, part)};
     launch(site("logits_gradient_sm90a", tiles, p.input, sizeof(SharedWithTokens), stream), logits_gradient_sm90a<T>,
            given);
   });

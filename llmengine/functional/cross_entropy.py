@@ -23,6 +23,7 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    num_items: Tensor | float | None = None,
 ) -> Tensor:
     """The cross-entropy of softmax(z) against class indices, as `torch.nn.functional.cross_entropy`.
 
@@ -31,6 +32,11 @@ def cross_entropy(
         (1 - e) w_y (lse - z_y) + e / C sum_c w_c (lse - z_c) + z_loss lse^2
     (smoothing: Szegedy et al. 2016; z-loss: PaLM). A token of class ignore_index has loss 0 and no gradient. "mean"
     divides the sum of the losses, z-loss included, by the sum of w_y over the other tokens.
+
+    num_items: what "mean" and "sum" divide the sum of the losses by instead, where this call has a part of a step's
+    tokens (micro-batches, processes' own): the count of labels, or the sum of w_y, of the whole step, whose mean the
+    calls' losses and gradients then add up to. A number, or a tensor of one; on input's device nothing waits for it.
+    Of 0 items the sum is not divided: over no labels it is 0.
 
     Shapes: input (C,), (N, C) or (N, C, d1, ...), target without C: (), (N,) or (N, d1, ...); weight (C,), in input's
     dtype or float32, a constant. The result is () or, for reduction "none", like target; it is float32, also for
@@ -44,6 +50,7 @@ def cross_entropy(
     op = "cross_entropy"
     check_float(op, "input", input)
     check_options(op, reduction, label_smoothing, z_loss, softcap)
+    check_num_items(op, num_items, reduction)
     if input.ndim == 0:
         raise ValueError(f"{op}: input has shape (); expected (C,), (N, C) or (N, C, d1, ...)")
     shape = tuple(input.shape)
@@ -57,10 +64,12 @@ def cross_entropy(
     last = input if len(shape) <= 2 else input.movedim(1, -1)
     rows = last if len(shape) == 2 else last.reshape(math.prod(expected), classes)
     args = (
-        rows, flat(target), None if weight is None else weight.detach(), reduction, int(ignore_index),
-        float(label_smoothing), float(z_loss), float(softcap),
+        rows, flat(target), None if weight is None else weight.detach(), reduction if num_items is None else "sum",
+        int(ignore_index), float(label_smoothing), float(z_loss), float(softcap),
     )  # fmt: skip
     loss = ops.CrossEntropy.apply(*args) if needs_grad(rows) else ops.cross_entropy_forward(*args)[0]
+    if num_items is not None:
+        return divide(loss, num_items)
     return loss.view(expected) if reduction == "none" and len(expected) != 1 else loss
 
 
@@ -75,6 +84,30 @@ def check_options(op: str, reduction: str, label_smoothing: float, z_loss: float
     for name, value in (("z_loss", z_loss), ("softcap", softcap)):
         if not (value >= 0.0 and math.isfinite(value)):
             raise ValueError(f"{op}: {name} must be finite and at least 0 (0: none), got {value}")
+
+
+def check_num_items(op: str, num_items: Tensor | float | None, reduction: str) -> None:
+    if num_items is None:
+        return
+    if reduction == "none":
+        raise ValueError(f"{op}: num_items is given and reduction is 'none'; allowed with it: 'mean', 'sum'")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
+            raise ValueError(
+                f"{op}: num_items is {short(num_items.dtype)} {tuple(num_items.shape)}; expected one real number"
+            )
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(f"{op}: num_items must be a number or a tensor of one, got {type(num_items).__name__}")
+    elif not 0 <= num_items < math.inf:
+        raise ValueError(f"{op}: num_items must be finite and at least 0, got {num_items}")
+
+
+def divide(total: Tensor, num_items: Tensor | float) -> Tensor:
+    """total / num_items, a constant; total where that is 0, as a step's count of labels may be."""
+    if isinstance(num_items, Tensor):
+        items = num_items.detach().reshape(()).to(total.device, total.dtype)
+        return total / (items + (items == 0))
+    return total / (num_items or 1)
 
 
 def check_targets(op: str, target: Tensor, expected: tuple[int, ...], ignore_index: int) -> Tensor:

@@ -13,7 +13,13 @@ from llmengine.functional.arguments import (
     needs_grad,
     parameter_like,
 )
-from llmengine.functional.cross_entropy import check_options, check_targets, check_weight
+from llmengine.functional.cross_entropy import (
+    check_num_items,
+    check_options,
+    check_targets,
+    check_weight,
+    divide,
+)
 from llmengine.functional.linear_cross_entropy_shard import VocabularyShard
 from llmengine.ops import linear_cross_entropy as ops
 from llmengine.ops.linear_cross_entropy_shard import LinearCrossEntropyShard, sharded_loss
@@ -32,6 +38,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     gradient_filter: float = 0.0,
+    recompute: bool = True,
+    num_items: Tensor | float | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), the memory of whose logits is never spent.
@@ -42,6 +50,15 @@ def linear_cross_entropy(
     blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
     logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
     instead (but for bfloat16 on AMX), with a block of at most 100 MiB: the backward then only scales them.
+
+    recompute: memory or speed, on GPUs. Recomputed logits are never in memory, for 8 tokens d C operations forward and
+    backward. Else a mean or sum of bfloat16 makes its gradients at once, for 6, of logits that CUDA holds in up to 2
+    GiB: those of all tokens, or with a float32 weight of some after the others; the backward then scales them. What
+    does not fit, and a weight with a buffer for its gradient (`main_grad`), is recomputed.
+
+    num_items: what "mean" and "sum" divide the sum of the losses by, where this call has a part of a step's tokens
+    (gradient accumulation, data-parallel processes): the count of the whole step's labels. Then loss = sum over this
+    call's tokens / num_items, and losses and gradients of the parts add up to the step's mean.
 
     gradient_filter (Cut Cross-Entropy, Wijmans et al. 2024; below 1, 0: off): gradients may leave out a tile of tokens
     and classes in which no token's loss, before its reduction, changes with any class's logit by more than this. Where
@@ -66,6 +83,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     check_float(op, "input", input)
     check_options(op, reduction, label_smoothing, z_loss, softcap)
+    check_num_items(op, num_items, reduction)
     check_probability(op, "gradient_filter", gradient_filter)
     if input.ndim == 0:
         raise ValueError(f"{op}: input has shape (); expected (*, d)")
@@ -99,6 +117,7 @@ def linear_cross_entropy(
         x.reshape(expected.numel(), d), linear_weight, linear_bias, target.reshape(-1),
         None if weight is None else weight.detach(),
     )  # fmt: skip
+    reduction = reduction if num_items is None else "sum"
     options = (
         reduction, -100 if ignore_index is None else int(ignore_index), float(label_smoothing), float(z_loss),
         float(softcap),
@@ -109,8 +128,10 @@ def linear_cross_entropy(
         loss = LinearCrossEntropyShard.apply(*args, main) if gradients else sharded_loss(*args)[0]
     elif not gradients:
         loss = ops.linear_cross_entropy_forward(*tensors, *options)[0]
-    elif main is None and ops.at_once(*tensors[:2], reduction, softcap):
+    elif main is None and ops.at_once(*tensors[:2], reduction, softcap, recompute):
         loss = ops.LinearCrossEntropyAtOnce.apply(*tensors, *options)
     else:
         loss = ops.LinearCrossEntropy.apply(*tensors, *options, float(gradient_filter), main)
+    if num_items is not None:
+        return divide(loss, num_items)
     return loss.view(expected) if reduction == "none" else loss

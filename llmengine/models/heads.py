@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleDict, Parameter
 
 from llmengine import functional
+from llmengine.functional.cross_entropy import divide
 from llmengine.models.config import TransformerConfig
 from llmengine.models.crf import ChainField, boundaries
 from llmengine.models.dtypes import as_dtype
@@ -93,22 +94,17 @@ class TokenHead(Module):
         """
         smoothing = self.smoothing if self.training else None
         labels = labels if smoothing is None else smoothing.labels(labels)
-        unsmoothed = smoothing is None or smoothing.pad is None
-        if items is None and not unsmoothed:
-            items = (labels != IGNORED).sum().clamp(min=1)
         x, labels = labelled(x, labels)
         x = self.transform(x)
         weight = self._weight(tied, x.dtype)
-        total = functional.linear_cross_entropy(
-            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, softcap=self.softcap,
-            reduction="mean" if items is None else "sum",
+        loss = functional.linear_cross_entropy(
+            x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, softcap=self.softcap, num_items=items,
             label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
         )  # fmt: skip
-        if items is None:  # a mean: gradients that were made with it need no factor
-            return total
-        if smoothing is not None and not unsmoothed:
-            total = total + smoothing.remainder(x, weight, self.bias, labels, self.softcap)
-        return divide(total, items)
+        if smoothing is not None and smoothing.pad is not None:
+            items = (labels != IGNORED).sum() if items is None else items
+            loss = loss + divide(smoothing.remainder(x, weight, self.bias, labels, self.softcap), items)
+        return loss
 
     def each_loss(self, x: Tensor, tied: Tensor, labels: Tensor) -> Tensor:
         """(tokens,): the negative log-likelihood of every label, never smoothed; 0 where there is none."""
@@ -158,7 +154,7 @@ class ReplacedHead(Module):
             wide(layout.enter(logits)), wide(labels.clamp(min=0), logits), reduction="none"
         )
         total = torch.where(keep, each, 0.0).sum()
-        return divide(total, keep.sum().clamp(min=1) if items is None else items)
+        return divide(total, keep.sum() if items is None else items)
 
 
 class Classifier(Module):
@@ -199,7 +195,7 @@ class Classifier(Module):
             if self.problem == "regression"
             else _torch.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         )
-        return divide(each.mean(1).sum(), max(len(logits), 1) if items is None else items)
+        return divide(each.mean(1).sum(), len(logits) if items is None else items)
 
 
 class Choices(Classifier):
@@ -240,7 +236,7 @@ class Tagger(Module):
         labels = layout.labels(labels)
         emissions, tags = layout.enter(logits), labels.long()
         if items is None:
-            items = (tags != IGNORED).sum().clamp(min=1)
+            items = (tags != IGNORED).sum()
         rows = (tags != IGNORED).nonzero().squeeze(1)
         cu_seqlens = boundaries(layout.sequence(rows), layout.sequences)
         return divide(self.chain.loss(emissions.index_select(0, rows), tags[rows], cu_seqlens), items)
@@ -333,21 +329,10 @@ def labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def class_loss(logits: Tensor, labels: Tensor, items: Items, smoothing: Smoothing | None = None) -> Tensor:
     """Sum of the negative log-likelihoods of labels (rows,), smoothed, over `items`, or over how many labels there
     are."""
-    if items is None:
-        items = (labels != IGNORED).sum().clamp(min=1)
     spread = smoothing.spread(logits.shape[-1]) if smoothing else 0.0
-    total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=spread)
-    return divide(total, items)
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=spread, num_items=items)
 
 
 def wide(x: Tensor, like: Tensor | None = None) -> Tensor:
     """x in float32, or in the dtype of x (of `like`) where that is wider."""
     return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
-
-
-def divide(total: Tensor, items: Tensor | int) -> Tensor:
-    """total / items; a sum over no labels is 0, though a step's count of them may be 0 too."""
-    if isinstance(items, Tensor):
-        items = items.to(total.device)
-        return total / (items + (items == 0))
-    return total / (items or 1)

@@ -33,7 +33,7 @@ UNMEASURED = "no GPU has timed its {} yet: Triton's comes first, and this one wh
 STAND_BACK: dict[tuple[str, str], str] = {
     ("cuda", f"{op}_{part}"): UNMEASURED.format(op)
     for op in ("attention", "linear_cross_entropy", "linear_cross_entropy_shard")
-    for part in ("forward", "backward", "with_gradients")
+    for part in ("forward", "backward")
 } | {("cuda", "decode_attention"): UNMEASURED.format("decode_attention")}
 FALLBACK = ("reference",)  # devices without kernels of their own
 EXPLAINED = ("triton",)  # of what no table names for a device, `explain` says why not, all the same

@@ -30,15 +30,16 @@ EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
 
 
 @pytest.fixture(autouse=True)
-def scheduled(request):
+def scheduled(request, monkeypatch):
+    """On tensors of the CPU, as on a GPU that was not asked for gradients at once."""
     schedule(request)
+    monkeypatch.setattr(ops, "at_once", lambda *_: False)
 
 
 @pytest.fixture
 def narrow_blocks(monkeypatch):
-    """The backward takes one tile of classes at a time."""
-    monkeypatch.setattr(cuda, "BLOCK", 1)
-    monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+    """The backward takes one tile of tokens and classes at a time."""
+    monkeypatch.setattr(cuda, "block_of", lambda tokens, _: (min(tokens, cuda.TILE), cuda.TILE))
 
 
 @pytest.fixture
@@ -109,12 +110,17 @@ def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backen
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_blocks_of_classes(narrow_blocks, core: str, reduction: str):
-    assert cuda.classes_at_once(50, 300) == 128
+def test_blocks_of_tokens_and_classes(narrow_blocks, core: str, reduction: str):
     for dtype in HALVES:
         assert_right(
-            sample_of(50, 24, 300, ignored=3, weighted=True, reduction=reduction, **EVERYTHING), dtype, core=core
+            sample_of(140, 24, 300, ignored=3, weighted=True, reduction=reduction, **EVERYTHING), dtype, core=core
         )
+
+
+@pytest.mark.parametrize("d", [24, 20])  # bytes beside eight elements that are read at once, and one by one
+def test_sums_of_many_blocks_are_rounded_once(narrow_blocks, core: str, d: int):
+    for dtype in HALVES:
+        assert_right(sample_of(20, d, 1500, reduction="none"), dtype, core=core)
 
 
 @pytest.mark.parametrize("classes", [257, 600, 1100])  # less tiles than spans; one and two; two and three
@@ -137,10 +143,12 @@ def test_a_span_is_whole_tiles_and_together_they_are_all_classes():
 
 
 def test_the_memory_of_a_block_is_bounded():
-    for tokens, classes in [(8192, 128256), (100, 50257), (65536, 50304), (0, 5), (7, 1)]:
-        columns = cuda.classes_at_once(tokens, classes)
-        assert columns % cuda.TILE == 0 and columns < classes + cuda.TILE
-        assert columns * tokens <= max(cuda.BLOCK, cuda.LEAST * tokens)
+    for tokens, classes in [(8192, 128256), (8192, 256000), (100, 50257), (65536, 50304), (131072, 9), (0, 5), (7, 1)]:
+        rows, columns = cuda.block_of(tokens, classes)
+        assert rows == tokens or rows % cuda.TILE == 0
+        assert columns % cuda.TILE == 0 and 0 < columns < classes + cuda.TILE
+        assert columns * rows <= cuda.BLOCK[1]
+    assert cuda.block_of(8192, 128256) == (4096, 2048) and cuda.block_of(8192, 256000) == (4096, 4096)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -245,15 +253,77 @@ def test_equal_bits_under_every_schedule(narrow_blocks, core: str):
     assert all(equal(results[0], other) for other in results[1:])
 
 
-def test_loss_and_gradients_at_once_are_those_of_both_passes(core: str):
-    x, w, target = sample_of(19, 24, 40, ignored=2).rounded(torch.bfloat16).args
-    given, options = (x, w, None, target, None), ("mean", -100, 0.1, 1e-3, 0.0)
+# ---- loss and gradients at once --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """As on a GPU that is asked not to recompute, 130 tokens at a time."""
+    asked = []
+    monkeypatch.setattr(ops, "at_once", lambda *_: asked.append(True) or True)
+    monkeypatch.setattr(ops, "block_tokens", lambda *_: 130)
+    return asked
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tokens, classes", [(130, 75), (300, 136)], ids=["one block", "three blocks"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_gradients_made_with_the_loss(at_once, core: str, tokens: int, classes: int, reduction: str, options: dict):
+    """By the law, with logits that were rounded to 16 bits, as plain PyTorch's are; of several blocks beside a float32
+    weight, as under autocast."""
+    half = sample_of(tokens, 24, classes, ignored=3, weighted=bool(options), reduction=reduction, **options)
+    half = half.rounded(torch.bfloat16)
+    x, w, target = half.args
+    given = Sample(half.name, (x, w.float() if tokens > 130 else w, target), half.kwargs, half.constants)
+    oracle = evaluate(OPERATOR.function, half.rounded(torch.float64), "reference")
+    plain = evaluate(linear_cross_entropy.plain, half, None)
+    at_once.clear()
+    with poison(), products_by(core):
+        ours = evaluate(OPERATOR.function, given, "cuda_sim")
+    assert at_once
+    assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{half.name}: loss")
+    for key in ours[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{half.name}: grad {key}")
+        assert ours[1][key].dtype == given.tensors()[key].dtype
+
+
+@pytest.mark.parametrize("tokens, wide", [(0, True), (150, False)], ids=["no tokens", "a 16-bit weight in blocks"])
+def test_what_is_not_made_at_once_goes_through_both_passes(core: str, tokens: int, wide: bool):
+    x, w, target = sample_of(tokens, 24, 40).rounded(torch.bfloat16).args
+    given, options = (x, w.float() if wide else w, None, target, None), ("mean", -100, 0.1, 1e-3, 0.0)
+    wanted = [True, True, False]
     with llmengine.backend("cuda_sim"):
         loss, lse, normaliser = ops.linear_cross_entropy_forward(*given, *options)
-        wanted = [True, True, False]
         apart = ops.linear_cross_entropy_backward(torch.ones(()), *given, lse, normaliser, *options, 0.0, None, wanted)
-        together = ops.linear_cross_entropy_with_gradients(*given, *options, 96, wanted)
+        together = ops.linear_cross_entropy_with_gradients(*given, *options, 130, wanted)
     assert all(torch.equal(a, b) for a, b in zip(together, (loss, *apart), strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_labels_have_loss_and_gradients_of_zero_at_once(at_once, core: str, weighted: bool):
+    given = sample_of(9, 8, 21, ignored=9, weighted=weighted).rounded(torch.bfloat16)
+    with poison():
+        (loss,), gradients = evaluate(OPERATOR.function, given, "cuda_sim")
+    assert at_once and loss == 0 and not any(g.any() for g in gradients.values())
+
+
+def test_made_at_once_where_a_gpu_was_asked_and_has_the_memory():
+    class Given:  # of a device that this machine may not have
+        device = torch.device("cuda")
+
+        def __init__(self, *shape: int, dtype=torch.bfloat16):
+            self.shape, self.dtype = torch.Size(shape), dtype
+
+        def element_size(self) -> int:
+            return self.dtype.itemsize
+
+    def at_once(tokens: int, classes: int, *, weight=torch.bfloat16, reduction="mean", recompute=False) -> bool:
+        return ops.at_once(Given(tokens, 8), Given(classes, 8, dtype=weight), reduction, 5.0, recompute)
+
+    assert at_once(4096, 128256) and at_once(8192, 128256) and not at_once(8192, 128256, recompute=True)
+    assert not at_once(8192, 256000) and at_once(8192, 256000, weight=torch.float32)
+    assert not at_once(4096, 128256, reduction="none")
+    assert ops.block_tokens(Given(65536, 8), Given(128256, 8, dtype=torch.float32)) == 8192
 
 
 def test_what_is_not_supported_names_itself():
@@ -272,6 +342,8 @@ def attempt(core: str) -> None:
     assert_right(sample_of(133, 40, 300, ignored=2), HALVES[0], core=core)
     assert_right(sample_of(9, 8, 5, reduction="none"), HALVES[1], core=core)
     assert_right(sample_of(70, 24, 800, weighted=True, reduction="none", **EVERYTHING), HALVES[1], core=core)
+    assert_right(sample_of(20, 24, 1500), HALVES[0], core=core)
+    assert_right(sample_of(40, 72, 130), HALVES[0], core=core)  # whose last stage lies where tokens will
     sums = sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum")
     assert_right(sums, HALVES[0], core=core)
     if core == "sm90a":
@@ -284,6 +356,7 @@ def attempt(core: str) -> None:
 KERNEL, LOSS = ("linear_cross_entropy_sm80", "linear_cross_entropy_sm80.cu"), "token_loss.cuh"
 ENDS = ("linear_cross_entropy_sm80", "linear_cross_entropy_products.cuh")
 OPERATION = ("linear_cross_entropy", "linear_cross_entropy.cu")
+SUMS = ("gemm_sm80", "gemm_result.cuh")
 HOPPER = ("linear_cross_entropy_sm90a", "linear_cross_entropy_sm90a.cu")
 BREAKS: dict[str, Break] = {
     "classes past the last": (*ENDS, "return inside ? z : -INFINITY;", "return z;", "exceeds"),
@@ -294,18 +367,29 @@ BREAKS: dict[str, Break] = {
     ),
     "the sum of two lanes": (*ENDS, "return x + __shfl_xor_sync(kWholeWarp, x, 2);", "return x;", "exceeds"),
     "no rescaling": (
-        *KERNEL, "known.total[side][line] * exp_below(before, higher)", "known.total[side][line]", "exceeds",
+        *KERNEL, "known.total[half] * exp_below(before, higher)", "known.total[half]", "exceeds",
     ),
     "one warp's sum as it is": (
-        *KERNEL, "known.total[1][line] * exp_below(known.largest[1][line], largest)", "known.total[1][line]", "exceeds",
+        *KERNEL, "halves.total[1][line] * exp_below(halves.largest[1][line], largest)", "halves.total[1][line]",
+        "exceeds",
     ),
-    "rows of both warps": (*KERNEL, "side = gemm::warp_column() / gemm::kWarpTile", "side = 0", "races"),
+    "rows of both warps": (*KERNEL, "side = side_of_warp()", "side = 0", "races"),
+    "rows of the first of four threads": (*KERNEL, "lane_of() % 4 != m", "lane_of() % 4 != 0", "exceeds|inf|NaN"),
+    "no barrier after the last stages": (
+        *KERNEL, "__syncthreads();  // every warp is done with the last stages", "", "races",
+    ),
+    "tokens written over stages": (*KERNEL, "__syncthreads();  // every warp is done with the stages\n", "\n", "races"),
+    "tokens over panels": (*KERNEL, "(shared + gemm::kPanelBytes)", "(shared)", "races|exceeds|NaN"),
     "the logit of another class": (*KERNEL, "if (place == 8 * j + i)", "if (place == 8 * j + i + 1)", "exceeds|NaN"),
     "a token past the last": (
         *ENDS, "  if (token >= tokens) return kIgnored;\n", "", "past the end of target",
     ),
-    "labels are read too soon": (*KERNEL, "__syncthreads();  // the labels are there", "", "races|no thread"),
-    "tokens are read too soon": (*KERNEL, "__syncthreads();  // the tokens are there", "", "races|no thread"),
+    "labels are read too soon": (
+        *KERNEL, "__syncthreads();  // the labels are there\n  // nobody", "// nobody", "races|no thread",
+    ),
+    "labels of the backward are read too soon": (
+        *KERNEL, "__syncthreads();  // the labels are there\n  gemm::", "gemm::", "races|no thread",
+    ),
     "the span before": (*KERNEL, "place.column * p.tiles_of_span * gemm::kTile;", "0;", "exceeds|races"),
     "spans are not brought together": (
         *OPERATION, "part[p.tokens] * exp_below(part[0], higher)", "part[p.tokens]", "exceeds",
@@ -318,7 +402,18 @@ BREAKS: dict[str, Break] = {
     ),
     "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
     "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
-    "sums are not added": (*OPERATION, "if (first > 0) product.added = p.sums;", "", "exceeds"),
+    "the input's sums begin anew": (*OPERATION, "product.goes_on = first > 0,", "product.goes_on = false,", "exceeds"),
+    "the weight's sums begin anew": (*OPERATION, "product.goes_on = token > 0,", "product.goes_on = false,", "exceeds"),
+    "the first tokens again": (
+        *OPERATION, "rows_from(p.input, token, tokens)", "rows_from(p.input, 0, tokens)", "exceeds",
+    ),
+    "targets of the first tokens": (*ENDS, "  to.options.target += part.token;\n", "", "exceeds"),
+    "lse of the first tokens": (*ENDS, "p.lse.as<float>() + part.token", "p.lse.as<float>()", "exceeds|inf"),
+    "sums of the first tokens": (*ENDS, "rows_from(p.partial_bias, part.token / 64,", "rows_from(p.partial_bias, 0,",
+                                 "exceeds|NaN|no thread"),
+    "sums in 16 bits": (*SUMS, "half << 16 | byte << 8", "half << 16", "exceeds"),
+    "bytes of other elements": (*SUMS, "lower[i / 4] |= (bits >> 8 & 0xff) << i % 4 * 8;",
+                                "lower[1 - i / 4] |= (bits >> 8 & 0xff) << i % 4 * 8;", "exceeds"),
     "sums of the last block": (*OPERATION, "sums.data = sums.as<float>() + first, ", "", "exceeds|NaN"),
     "a thread's sum as it is": (
         *HOPPER, "sum_of_four(total[half] * exp_below(largest[half], higher))", "sum_of_four(total[half])", "exceeds",

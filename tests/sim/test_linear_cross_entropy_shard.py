@@ -44,8 +44,7 @@ def test_samples(sample: Sample, backend: str, core: str):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_what_a_shard_tells_and_its_gradients(core: str, smoothing: float, monkeypatch):
     """Of labels that it has, that another has, and none at all; two spans, and blocks of one tile, of the classes."""
-    monkeypatch.setattr(cuda, "BLOCK", 1)
-    monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+    monkeypatch.setattr(cuda, "block_of", lambda *_: (cuda.TILE, cuda.TILE))
     monkeypatch.setattr(cuda, "spans_of", lambda *_: 2)
     tokens, d, classes = 270, 24, 600
     g = torch.Generator().manual_seed(0)

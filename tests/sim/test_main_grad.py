@@ -25,8 +25,7 @@ TOKENS, D, F, CLASSES = 140, 24, 72, 264
 @pytest.fixture(autouse=True)
 def scheduled(request, monkeypatch):
     schedule(request)
-    monkeypatch.setattr(cuda, "BLOCK", 1)  # blocks of one tile of classes
-    monkeypatch.setattr(cuda, "LEAST", cuda.TILE)
+    monkeypatch.setattr(cuda, "block_of", lambda tokens, _: (tokens, cuda.TILE))  # one tile of classes
 
 
 def randn(*shape: int) -> Tensor:
@@ -94,6 +93,20 @@ def test_buffers_grow_by_what_a_float32_weight_gets(backend: str, maker: str, na
                 torch.testing.assert_close(w.main_grad, exact.grad + 0.25, rtol=1e-6, atol=1e-6)
             else:
                 assert torch.equal(w.main_grad, exact.grad + 0.25)
+
+
+@pytest.mark.parametrize("name", ["head", "shard"])
+def test_blocks_of_tokens_follow_one_another_in_the_buffer(core: str, name: str, monkeypatch):
+    monkeypatch.setattr(cuda, "block_of", lambda *_: (cuda.TILE, cuda.TILE))
+    x, loss = randn(TOKENS, D).bfloat16(), CASES[name][0]
+    ours = weights(name, torch.bfloat16, "cpu")
+    wide = [nn.Parameter(w.detach().float()) for w in ours]
+    MainGradients(ours)
+    ours[0].main_grad.fill_(0.25)
+    with llmengine.backend("cuda_sim"), poison():
+        loss(x, ours).backward()
+        loss(x, wide).backward()
+    torch.testing.assert_close(ours[0].main_grad, wide[0].grad + 0.25, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ffn", "gated"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llmengine.backends.buffers import destinations, empty_gradients
 from llmengine.backends.cuda.cross_entropy import class_weights
+from llmengine.backends.cuda.linear_cross_entropy_at_once import loss_with_gradients
 from llmengine.backends.cuda.native import Native, parameter, unit_last_stride
 from llmengine.ops.registry import Kernel, kernel
 
@@ -16,10 +18,12 @@ TILE = 128
 # more nearly the same time, and each costs 12 bytes a token. On Hopper's core, for each cluster of two multiprocessors,
 # which takes one at a time, twice as many.
 WAVES = 4
-# Elements of the backward's block of gradients: 64 MiB; but of so many classes at least, since each block reads and
-# writes the input's gradient once more.
-BLOCK = 2**25
-LEAST = 4096
+# Elements of the backward's block of gradients: a 96th of the logits, a third of a percent of what the unfused path
+# has; but 16 MiB at least, for products to have work, and at most 64, where sums' ways to memory are short enough.
+SHARE, BLOCK = 96, (2**23, 2**25)
+# Tokens of a block, at most: each block of classes reads and writes the input's gradient once more, and each of its
+# blocks of tokens its part of the weight's. Of T tokens and K classes that is as 1 / K + 1 / T: they should be alike.
+TOKENS = 4096
 
 
 def kernels(native: Native) -> dict[str, Kernel]:
@@ -103,23 +107,38 @@ def kernels(native: Native) -> dict[str, Kernel]:
         )
         if not any(wanted):
             return gradients
-        columns = classes_at_once(tokens, classes)
+        rows, columns = block_of(tokens, classes)
         grad_input, grad_weight, grad_bias = destinations(gradients, wanted, {1: main})
+        in_parts = wanted[1] and rows < tokens and main is None and head.dtype != wide
+
+        def low(lines: int, needed: bool) -> Tensor | None:
+            return x.new_empty(lines, d, dtype=torch.uint8) if needed else None
+
         native.call(
-            name, x, **arguments,
-            sums=x.new_empty(tokens, d, dtype=wide) if wanted[0] and columns < classes else None,
-            grad_input=grad_input, grad_linear_weight=grad_weight, grad_linear_bias=grad_bias,
-            add_linear_weight=main is not None, block=x.new_empty(tokens, columns),
+            name, x, **arguments, sums=None, grad_input=grad_input, grad_linear_weight=grad_weight,
+            grad_linear_bias=grad_bias, add_linear_weight=main is not None, block=x.new_empty(rows, columns),
             partial_bias=x.new_empty(2 * -(-tokens // TILE), columns, dtype=wide) if wanted[2] else None,
-            **native.products(x, native.core_alone("linear_cross_entropy", x, head, backward=True)),
+            low_input=low(tokens, wanted[0] and columns < classes), low_weight=low(columns, in_parts),
+            **products_of(x, head, min(rows, columns) * d),
         )  # fmt: skip
         return gradients
 
+    def products_of(x, head, elements):
+        """Without room for sums of parts of k where every product has tiles enough for it to stay whole."""
+        core = native.core_alone("linear_cross_entropy", x, head, backward=True)
+        if elements > native.multiprocessors(x) * TILE * TILE:
+            return {"core": core, "room": None}
+        return native.products(x, core)
+
     @kernel(table, "linear_cross_entropy_with_gradients", forward_refuses)
     def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
-        """In two passes over the logits: on GPUs `at_once` never asks for it."""
-        *given, _block_tokens, wanted = options
+        """In two passes over the logits where they are not formed once: of no tokens, and where a weight's gradient
+        would be rounded for each of several blocks."""
+        *given, block_tokens, wanted = options
         tensors = (input, linear_weight, linear_bias, target, weight)
+        rounded = wanted[1] and linear_weight.dtype != torch.float32
+        if 0 < input.shape[0] and (block_tokens >= input.shape[0] or not rounded):
+            return loss_with_gradients(native, *tensors, *options)
         loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
         return loss, *linear_cross_entropy_backward(
             torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, None, wanted
@@ -135,9 +154,11 @@ def spans_of(tokens: int, classes: int, multiprocessors: int) -> int:
     return -(-tiles // -(-tiles // wanted))
 
 
-def classes_at_once(tokens: int, classes: int) -> int:
-    """How many classes' gradients the backward holds: whole tiles."""
-    return min(max(BLOCK // max(tokens, 1), LEAST), max(classes, 1) + TILE - 1) // TILE * TILE
+def block_of(tokens: int, classes: int) -> tuple[int, int]:
+    """How many tokens' and classes' gradients of logits the backward holds: whole tiles, or all tokens."""
+    wanted = min(max(tokens * classes // SHARE, BLOCK[0]), BLOCK[1])
+    elements, rows = 1 << wanted.bit_length() - 1, min(max(tokens, 1), TOKENS)
+    return min(tokens, rows), min(elements // rows, max(classes, 1) + TILE - 1) // TILE * TILE
 
 
 def _arguments(input, linear_weight, linear_bias, target, weight, label_smoothing):

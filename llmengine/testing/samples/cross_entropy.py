@@ -21,6 +21,7 @@ def plain(
     *,
     z_loss=0.0,
     softcap=0.0,
+    num_items=None,
 ):
     """The contract in PyTorch's own operators, in the dtype of the logits."""
     target = target.long()
@@ -35,6 +36,8 @@ def plain(
         losses = losses + torch.where(valid, z_loss * z.logsumexp(0 if z.ndim == 1 else 1).square(), 0.0)
     if reduction == "none":
         return losses
+    if num_items is not None:
+        return losses.sum() / num_items
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (valid.sum() if weight is None else weight[target[valid]].sum())
@@ -83,6 +86,11 @@ def _samples() -> list[Sample]:
     certain = torch.zeros(3, 100).double()
     certain[:, 5] = torch.tensor([5.0, 15.0, 60.0]).double()
     samples.append(Sample("nearly certain", (certain, torch.tensor([5, 5, 5])), {"reduction": "none"}))
+    for number, weighted in ((31, True), (torch.tensor(17), False)):
+        options = {"weight": randn(5).abs()} if weighted else {"reduction": "sum"}
+        samples.append(
+            Sample(f"of {number} items", (randn(8, 5), labels(5, 8)), options | {"num_items": number}, ("weight",))
+        )
     samples.append(Sample("large", (1e4 * randn(4, 50), labels(50, 4)), {"reduction": "none"}))
     return samples
 

@@ -59,6 +59,8 @@ def _samples() -> list[Sample]:
         samples.append(
             sample(f"no labels {reduction}", (4, 6), 7, ignored=4, ignore_index=3, reduction=reduction, **everything)
         )
+    samples.append(sample("of 31 items", (40, 20), 50, ignored=3, num_items=31, **everything))
+    samples.append(sample("of items in a tensor", (40, 20), 50, num_items=torch.tensor(57), reduction="sum"))
     return samples
 
 
