@@ -53,6 +53,7 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsSha
   if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
+  if (p.seen.keys) hide_padding(x, p.seen, w.s, key);
   for (int half = 0; half < 2 && shared.waits; ++half) {
     statistics.shift[0][half] = shared.own_shift(half), statistics.base[0][half] = shared.own_base(half);
   }
@@ -143,8 +144,8 @@ __device__ __forceinline__ void multiply(RowsShared<S, simple>& shared, const Wa
     add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
                                 grad_query);
   }
-  ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
-  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
+  ptx::barrier_sync(1 + group, 128);                      // all its warps are done with the queries
+  const Work again = work_of<S>(p, shared.taken[place]);  // sooner than in registers all the while
   const int count = least(16, again.s.rows - row);
   if (count <= 0) return;
   const auto by = [&](int, int) { return p.backward.options.scale; };
@@ -178,10 +179,10 @@ void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade)
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
-        auto walked = walked_of<S, T>(p);
+        auto walked = walked_of<S, T>(p, stream);
         walked.remade = remade;
-        launch_walk<S, RowsShared<S, simple>>("attention_rows_sm90a", attention_rows_sm90a<T, D, DV, simple>, p, walked,
-                                              stream, walked);
+        launch_walk<S, RowsShared<S, simple>>("attention_rows_sm90a", attention_rows_sm90a<T, D, DV, simple>, p, stream,
+                                              walked);
       });
 }
 
@@ -192,13 +193,16 @@ void validate(const AttentionBackwardSm90a& p) {
   const Checker at{"attention backward"};
   at.defined(p.turns, "turns");
   at.dtype(p.turns, "turns", {DType::i32});
-  at.shape(p.turns, "turns", {2});
+  at.shape(p.turns, "turns", {2, attention::turns_room(p)});
+  at.contiguous(p.turns, "turns");
+  attention::check_spans(at, p, p.spans);
 }
 
 void run(const AttentionBackwardSm90a& p, Stream stream) {
   using namespace attention;
   check_is_hopper("attention_backward_sm90a");
-  run_statistics(p, stream);
+  run_statistics(p, stream, Padding::apart);
+  run_seen(p, p.spans, stream);
   std::max(p.query.size(3), p.value.size(3)) <= 128 ? run_keys(p, stream) : run_wide_keys(p, stream);
   run_rows(p, stream);
   if (p.grad_mask.defined()) run_mask(p, stream);
