@@ -107,8 +107,8 @@ void print_call(const Call& c) {
 
 }  // namespace
 
-// Reads works, whose classes it prints, sequences, whose first places, and calls: whether each tile is taken once, turns, places, sections, heads
-// together, when the last block ends, the least that it could be, and the longest tile.
+// Reads works, whose classes it prints, sequences, whose first places, and calls: whether each tile is taken once,
+// turns, places, sections, heads together, when the last block ends, the least that it could be, and the longest tile.
 int main() {
   char word[16];
   while (std::scanf("%15s", word) == 1) {

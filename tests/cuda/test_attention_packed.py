@@ -19,8 +19,8 @@ MIB = 2**20
 # (whether keys own tiles, own lines, lines that pass, bytes of each of those): Hopper's
 KERNELS = {
     "forward, 64": (False, 128, 128, 256), "forward, 128": (False, 128, 128, 512),
-    "forward, 256": (False, 128, 64, 1024), "fp8, 128": (False, 128, 128, 256), "rows, 128": (False, 128, 80, 512), "keys, 128": (True, 128, 48, 512),
-    "wide keys, 256": (True, 64, 64, 1024), "one pass, 128": (True, 128, 64, 1024),
+    "forward, 256": (False, 128, 64, 1024), "fp8, 128": (False, 128, 128, 256), "rows, 128": (False, 128, 80, 512),
+    "keys, 128": (True, 128, 48, 512), "wide keys, 256": (True, 64, 64, 1024), "one pass, 128": (True, 128, 64, 1024),
 }  # fmt: skip
 BANDS = {"causal": (-1, 0), "full": (-1, -1), "window": (512, 0), "long window": (4096, 0), "both sides": (256, 256)}
 

@@ -73,9 +73,10 @@ def kernels(native: Native) -> dict[str, Kernel]:
         by_kernel = want_grad_mask and mask.shape[3] != 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
-        kernel, of_hopper = "attention_backward", {}
+        kernel = "attention_backward"
+        of_hopper: dict[str, torch.Tensor | None] = {}
         if by_hopper(native, **{name: arguments[name] for name in ("query", "key", "value", "grad_output")}):
-            kernel, of_hopper = "attention_backward_sm90a", {}
+            kernel = "attention_backward_sm90a"
             of_hopper["turns"] = turns_room(2, query, key, arguments["cu_seqlens_q"])
             of_hopper["spans"] = _spans(key, arguments["mask"])
             if native.wants_one_pass():
