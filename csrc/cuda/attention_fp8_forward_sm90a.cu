@@ -264,18 +264,20 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
     ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
     if (shared.taken[stage].tile < 0) break;
     const RowsWork w = work_of<S>(p, shared.taken[stage]);
-    const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
-    uint8_t* tile = shared.query[stage][group];
     Softmax<1, kLift> softmax;
     Sums<1, D> output;
     clear(output);
-    if (w.some()) attend<S, T, D>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
+    if (w.some()) {
+      const int row = w.first + group * kGroupRows + ptx::made_here(warp_of() % 4 * 16);  // this warp's first one
+      attend<S, T, D>(shared, p, w, shared.query[stage][group], row, order, turn, softmax, output);
+    }
+    const int warp = ptx::made_here(warp_of()), of = warp / 4 - 1, own = warp % 4 * 16;
     // at its last turn all warps of the warpgroup were done with the queries
     const RowsWork again = work_of<S>(p, shared.taken[stage]);  // sooner than in registers all the while
-    const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
+    const int row = again.first + of * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
       store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, sink_of(p.options, again.head), 1.0f,
-                    output, Tile<T, kGroupRows, D>::at(tile, 0), own);
+                    output, Tile<T, kGroupRows, D>::at(shared.query[stage][of], 0), own);
     }
     ptx::fence_async_shared();
     give_back_by_warps(&shared.query_free[stage]);

@@ -23,10 +23,10 @@ namespace attention {
 namespace {
 
 template <int D, bool simple>
-inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
+inline constexpr int kPassing = D <= 64    ? (simple ? 96 : 64)
                                 : D <= 96  ? (simple ? 96 : 48)
                                 : D <= 128 ? (simple ? 80 : 48)
-                                : D <= 192 ? 64
+                                : D <= 192 ? (simple ? 64 : 48)
                                            : (simple ? 48 : 32);
 template <int D, int DV, bool simple>
 using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
@@ -137,19 +137,19 @@ __device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walk
 template <class S, class T, int D, int DV, bool simple>
 __device__ __forceinline__ void multiply(RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w, int place,
                                          int group, int own, Turn<S::stages>& turn) {
-  const int row = w.first + group * kGroupRows + own;
   Sums<1, D> grad_query;
   clear(grad_query);
   if (w.some()) {
-    add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
-                                grad_query);
+    add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group),
+                                w.first + group * kGroupRows + own, turn, grad_query);
   }
-  ptx::barrier_sync(1 + group, 128);                      // all its warps are done with the queries
+  const int warp = ptx::made_here(warp_of()), of = warp / 4 - 1, line = warp % 4 * 16;
+  ptx::barrier_sync(1 + of, 128);                         // all its warps are done with the queries
   const Work again = work_of<S>(p, shared.taken[place]);  // sooner than in registers all the while
-  const int count = least(16, again.s.rows - row);
+  const int row = again.first + of * kGroupRows + line, count = least(16, again.s.rows - row);
   if (count <= 0) return;
   const auto by = [&](int, int) { return p.backward.options.scale; };
-  store_rows(grad_query, by, Tile<T, kGroupRows, D>::at(shared.lines(place, 0, group), 0), own,
+  store_rows(grad_query, by, Tile<T, kGroupRows, D>::at(shared.lines(place, 0, of), 0), line,
              p.backward.grad_query.lines(again.s.batch, again.head, again.s.row0 + row), count);
 }
 
