@@ -34,6 +34,13 @@ Operand<T> operand_of(const TensorView& t) {
   return {t.as<T>(), t.stride(0), t.stride(1), t.stride(2), static_cast<int>(t.size(3)), rows_aligned(t)};
 }
 
+// A mask that hides keys from all rows and heads of a sequence, as padding is hidden.
+inline bool is_padding(const ops::AttentionOptions& p) {
+  if (!p.mask.defined() || p.mask.dtype != DType::boolean || p.mask.size(3) != p.key.size(2)) return false;
+  const auto shared = [&](int d) { return p.mask.size(d) == 1 || p.mask.stride(d) == 0; };
+  return shared(1) && shared(2) && (p.mask.size(3) == 1 || p.mask.stride(3) == 1);
+}
+
 inline Mask mask_of(const ops::AttentionOptions& p) {
   if (!p.mask.defined()) return {nullptr, 0, 0, 0, 0, Mask::none};
   const auto step = [&](int d) { return p.mask.size(d) == 1 ? 0 : p.mask.stride(d); };
@@ -45,16 +52,19 @@ inline Mask mask_of(const ops::AttentionOptions& p) {
   return {p.mask.data, step(0), step(1), step(2), step(3), kind};
 }
 
+// Whether a mask is one of the logits', or padding is hidden by kernels that know of it (attention_sm90a.cuh).
+enum class Padding : uint8_t { masks, apart };
+
 // Logits are positive multiples of the products, also as floats, and stay those.
-inline bool is_plain(const ops::AttentionOptions& p) {
-  return static_cast<float>(p.scale) > 0 && p.softcap == 0 && !p.mask.defined() && !p.alibi_slopes.defined() &&
-         !p.distance_bias.defined();
+inline bool is_plain(const ops::AttentionOptions& p, Padding padding = Padding::masks) {
+  return static_cast<float>(p.scale) > 0 && p.softcap == 0 && !p.alibi_slopes.defined() && !p.distance_bias.defined() &&
+         (!p.mask.defined() || (padding == Padding::apart && is_padding(p)));
 }
 
-inline Options options_of(const ops::AttentionOptions& p) {
+inline Options options_of(const ops::AttentionOptions& p, Padding padding = Padding::masks) {
   const auto window = [](int64_t side) { return static_cast<int>(std::min(side, kMostTokens)); };
   const bool slopes = p.alibi_slopes.defined(), distances = p.distance_bias.defined();
-  return {mask_of(p),
+  return {padding == Padding::apart && is_padding(p) ? Mask{nullptr, 0, 0, 0, 0, Mask::none} : mask_of(p),
           slopes ? p.alibi_slopes.as<float>() : nullptr,
           slopes ? p.alibi_slopes.stride(0) : 0,
           slopes ? p.alibi_slopes.stride(1) : 0,
@@ -65,7 +75,7 @@ inline Options options_of(const ops::AttentionOptions& p) {
           window(p.window_right),
           p.bottom_right,
           static_cast<float>(p.scale),
-          static_cast<float>((is_plain(p) ? p.scale : 1.0) * 1.4426950408889634),
+          static_cast<float>((is_plain(p, padding) ? p.scale : 1.0) * 1.4426950408889634),
           static_cast<float>(p.softcap),
           dropout_of(p.dropout_p, p.seed)};
 }
@@ -100,18 +110,18 @@ inline dim3 grid_of_tiles(int64_t tiles, int64_t beyond = 0) {
 }
 
 // A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
-inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners, int64_t beyond = 0) {
-  return grid_of_tiles(tiles * owners * (p.sequences() + p.packed()), beyond);
+inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners) {
+  return grid_of_tiles(tiles * owners * (p.sequences() + p.packed()));
 }
 
 // Of sm_80's kernels, of which a multiprocessor has room for two.
 inline int blocks_at_once() { return 2 * multiprocessors(); }
 
 // The order of tiles of rows, `blocks` of which run at once, of all heads of `sequences`; and that of tiles of keys,
-// past which what is `row_bytes` of each row goes. Numbers of keys and values have `bytes` each.
-inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks, int bytes = 2) {
+// past which what is `row_bytes` of each row goes.
+inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks) {
   const int64_t keys = p.key.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
-  const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * bytes, static_cast<int>(p.group())};
+  const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * 2, static_cast<int>(p.group())};
   return schedule_of_rows(tiles, static_cast<int>(p.heads() * sequences), p.window_left >= 0, p.window_right >= 0,
                           streams, {cache_bytes(), blocks});
 }

@@ -15,6 +15,8 @@
 
 namespace llmengine::cuda::attention {
 
+__device__ __forceinline__ float sink_of(const Options& o, int head) { return o.sinks ? o.sinks[head] : -INFINITY; }
+
 // What a row's attention leaves behind.
 template <class T>
 struct Results {
@@ -29,22 +31,18 @@ Results<T> results_of(const ops::AttentionForward& p) {
 }
 #endif
 
-// The softmax of a warp's rows so far; `sum` is over this thread's columns, `base` the maximum: of plain logits, which
-// are products, in units of log 2, else a logit (attention_logits.cuh). Exponentials are at most 2^lift: the base is so
-// far below the maximum, of plain logits alone.
+// The softmax of a warp's rows over the keys so far; `sum` is over this thread's columns, `base` the maximum: of plain
+// logits, which are products, in units of log 2, else a logit (attention_logits.cuh). Exponentials are at most 2^lift:
+// the base is so far below the maximum, of plain logits alone.
 template <int blocks, int lift = 0>
 struct Softmax {
   float base[blocks][2], sum[blocks][2];
 
-  // A sink is a logit before all others whose value is 0; without one it is -inf. One lane of a row counts it.
-  __device__ Softmax(float sink, bool plain = true) {
+  __device__ Softmax() {
 #pragma unroll
     for (int m = 0; m < blocks; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        base[m][half] = plain ? lowered(__fmul_rn(sink, kLog2e)) : sink;
-        sum[m][half] = sink == -INFINITY || lane_of() % 4 != 0 ? 0.0f : static_cast<float>(1 << lift);
-      }
+      for (int half = 0; half < 2; ++half) base[m][half] = -INFINITY, sum[m][half] = 0.0f;
   }
 
   // Logits x to exponentials; `rescaling` is what brings sums of earlier ones, the output's too, to the new maximum.
@@ -89,6 +87,22 @@ struct Softmax {
         sum[m][half] += __shfl_xor_sync(kWholeWarp, sum[m][half], 2);
       }
   }
+
+  // Beside gathered sums, a sink: a logit whose value is 0. It comes last, so that a row without keys is known by its
+  // sum, and probabilities are no smaller for it. `rescaling` as above.
+  __device__ __forceinline__ void add_sink(float sink, float (&rescaling)[blocks][2], bool plain) {
+    const float own = plain ? lowered(__fmul_rn(sink, kLog2e)) : sink, factor = plain ? 1.0f : kLog2e;
+#pragma unroll
+    for (int m = 0; m < blocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float higher = fmaxf(base[m][half], own);
+        const auto exponential = [&](float x) { return x == higher ? 1.0f : ptx::exp2_approx((x - higher) * factor); };
+        rescaling[m][half] = exponential(base[m][half]);
+        sum[m][half] = sum[m][half] * rescaling[m][half] + exponential(own) * static_cast<float>(1 << lift);
+        base[m][half] = higher;
+      }
+  }
 };
 
 template <int blocks, int n>
@@ -114,13 +128,13 @@ __device__ __forceinline__ void store_lse(float* lse, float* lse_low, double lar
                  : static_cast<float>((largest - high) + log(static_cast<double>(sum)));
 }
 
-// A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums. They pass
-// through the rows from `own` of a tile, which no other warp uses.
+// A warp's `count` rows from `row` of its sequence on, whose outputs are not yet divided by their sums, nor met by the
+// head's sink, -inf where there is none. They pass through the rows from `own` of a tile, which no other warp uses.
 template <class T, int blocks, int lift, int rows, int columns>
 __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes& sizes, const Sequence& s, int head,
-                                              int row, int count, Softmax<blocks, lift>& softmax, float keep_scale,
-                                              Sums<blocks, columns>& output, const Tile<T, rows, columns>& through,
-                                              int own, bool plain = true) {
+                                              int row, int count, Softmax<blocks, lift>& softmax, float sink,
+                                              float keep_scale, Sums<blocks, columns>& output,
+                                              const Tile<T, rows, columns>& through, int own, bool plain = true) {
   softmax.gather();
 #pragma unroll
   for (int m = 0; m < blocks; ++m)
@@ -129,9 +143,13 @@ __device__ __forceinline__ void store_results(const Results<T>& to, const Sizes&
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (softmax.sum[m][i / 2] == 0.0f) output[m][j][i] = 0.0f;  // also where values nobody sees are NaN
+  float rescaling[blocks][2];
+#pragma unroll
+  for (int m = 0; m < blocks; ++m) rescaling[m][0] = rescaling[m][1] = 1.0f;
+  if (sink != -INFINITY) softmax.add_sink(sink, rescaling, plain);
   const auto share = [&](int m, int half) {
     const float sum = softmax.sum[m][half];
-    return sum == 0.0f ? 0.0f : keep_scale / sum;
+    return sum == 0.0f ? 0.0f : keep_scale * rescaling[m][half] / sum;
   };
   store_rows(output, share, through, own, to.output.lines(s.batch, head, s.row0 + row), count);
   const int64_t statistics = (s.batch * sizes.heads + head) * sizes.rows + s.row0 + row;

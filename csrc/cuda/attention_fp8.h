@@ -2,9 +2,8 @@
 // made of (attention_fp8_quantise_sm90a.cu, attention_fp8_forward_sm90a.cu).
 //
 //   A head's tokens lie in tiles of 128, counted within each sequence, what is missing being zeros; a tile is D bytes a
-//   token, D the class of the head dim, and one float32 scale, a power of two, by which its numbers are multiplied. Of
-//   a batch's sequences there are as many as hold their tokens, side by side; of packed ones, tokens / 128 + sequences
-//   in all.
+//   token, D the class of the head dim, and one float32 scale, a power of two, by which its numbers are multiplied.
+//   Their places are those of attention_packed.h.
 //
 //   Queries and keys are turned before they are rounded: row x of D numbers, zeros behind the head dim, becomes H (s
 //   x), with H the Walsh-Hadamard matrix of 1 and -1, and s fixed signs. Products of a query and a key are D times as
@@ -22,6 +21,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "cuda/attention_packed.h"
 #include "cuda/device.h"
 #include "ops/attention.h"
 #include "ops/fields.h"
@@ -34,11 +34,6 @@ inline constexpr int kByteRows = 128;  // of a tile of bytes
 
 // Keys that a step of the walk has: wider heads leave registers for fewer.
 constexpr int keys_of_step(int D) { return D <= 128 ? 128 : 64; }
-
-// The first tile of a sequence whose tokens begin at `token`.
-constexpr int first_byte_tile(int sequence, int token, int tokens, bool packed) {
-  return packed ? token / kByteRows + sequence : sequence * ((tokens + kByteRows - 1) / kByteRows);
-}
 
 // Where the 16 keys of a step lie: sums of a product have columns 2t, 2t + 1 and 8 + 2t, 9 + 2t in lane t of four, and
 // an 8-bit operand 4t to 4t + 3.
@@ -53,9 +48,8 @@ constexpr bool is_negated(int column) {
 inline int byte_columns_of(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 inline int64_t byte_tiles_of(const TensorView& x, const TensorView& boundaries) {
-  const int64_t batch = x.size(0), tokens = x.size(2);
-  return boundaries.defined() ? tokens / kByteRows + boundaries.size(0) - 1
-                              : batch * ((tokens + kByteRows - 1) / kByteRows);
+  const bool packed = boundaries.defined();
+  return count_places(packed ? boundaries.size(0) - 1 : x.size(0), x.size(2), kByteRows, packed);
 }
 
 // What is made of a tensor (batch, heads, tokens, columns) whose tokens `boundaries` cut.
@@ -97,7 +91,7 @@ struct AttentionFp8Quantise {
 struct AttentionFp8Forward : ops::AttentionForward {
   TensorView query_numbers, key_numbers, value_numbers;
   TensorView query_scales, key_scales, value_scales;
-  TensorView turns;  // int32 (1,), 0: from which blocks draw their tiles
+  TensorView turns;  // as AttentionForwardSm90a has them
 
   static constexpr auto fields() {
     using P = AttentionFp8Forward;

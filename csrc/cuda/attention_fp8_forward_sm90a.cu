@@ -67,7 +67,7 @@ struct Shared {
   ptx::Mbarrier query_full[S::queries], query_free[S::queries];
   ptx::Mbarrier key_full[S::stages], key_free[S::stages];
   ptx::Mbarrier value_full[S::stages], value_free[S::stages];
-  int turn[S::queries];  // whose queries these are, to be read between query_full and query_free
+  Place taken[S::queries];  // whose queries these are, to be read between query_full and query_free
 };
 
 // Tiles of a tensor.
@@ -78,8 +78,8 @@ struct Bytes {
 
   __device__ __forceinline__ int64_t number(const Sizes& sizes, const Sequence& s, int token0, int token,
                                             int head) const {
-    const int tile = first_byte_tile(s.index, token0, tokens, sizes.cu_seqlens_q != nullptr) + token / kByteRows;
-    return static_cast<int64_t>(tile) * heads + head;
+    const int first = first_place(s.index, token0, tokens, kByteRows, sizes.cu_seqlens_q != nullptr);
+    return static_cast<int64_t>(first + token / kByteRows) * heads + head;
   }
 };
 
@@ -87,11 +87,11 @@ template <class T>
 struct Forward {
   Results<T> results;
   Options options;
+  Seen seen;  // all
   Sizes sizes;
-  Schedule schedule;
+  Turns turns;
   Bytes query, key, value;
   float factor;  // of products of queries and keys, but for their scales
-  int* turns;    // drawn so far, beside each block's first
 
   __device__ __forceinline__ int64_t tile_of_queries(const RowsWork& w) const {
     return query.number(sizes, w.s, w.s.row0, w.first, w.head);
@@ -112,12 +112,13 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Forward<T>& p
 #pragma unroll 1
   for (;; ++query.number) {
     const int stage = query.stage();
+    const Place place = p.turns.at(number);
     if (elected) {
       ptx::mbarrier_wait(&shared.query_free[stage], query.parity() ^ 1);
-      shared.turn[stage] = number;
+      shared.taken[stage] = place;
     }
-    if (number >= p.schedule.count()) break;
-    const RowsWork w = work_of<S>(p, number);
+    if (place.tile < 0) break;
+    const RowsWork w = work_of<S>(p, place);
     if (elected) {
       ptx::Mbarrier* full = &shared.query_full[stage];
       if (w.some()) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Forward<T>& p
       }
     }
     __syncwarp();
-    number = draw_turn(p.turns, elected);
+    number = p.turns.draw(elected);
   }
   if (elected) ptx::mbarrier_arrive(&shared.query_full[query.stage()]);
 }
@@ -261,20 +262,22 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
   for (;; ++query.number) {
     const int stage = query.stage();
     ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
-    if (shared.turn[stage] >= p.schedule.count()) break;
-    const RowsWork w = work_of<S>(p, shared.turn[stage]);
-    const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
-    uint8_t* tile = shared.query[stage][group];
-    Softmax<1, kLift> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY);
+    if (shared.taken[stage].tile < 0) break;
+    const RowsWork w = work_of<S>(p, shared.taken[stage]);
+    Softmax<1, kLift> softmax;
     Sums<1, D> output;
     clear(output);
-    if (w.some()) attend<S, T, D>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
+    if (w.some()) {
+      const int row = w.first + group * kGroupRows + ptx::made_here(warp_of() % 4 * 16);  // this warp's first one
+      attend<S, T, D>(shared, p, w, shared.query[stage][group], row, order, turn, softmax, output);
+    }
+    const int warp = ptx::made_here(warp_of()), of = warp / 4 - 1, own = warp % 4 * 16;
     // at its last turn all warps of the warpgroup were done with the queries
-    const RowsWork again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
-    const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
+    const RowsWork again = work_of<S>(p, shared.taken[stage]);  // sooner than in registers all the while
+    const int row = again.first + of * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
-      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, 1.0f, output,
-                    Tile<T, kGroupRows, D>::at(tile, 0), own);
+      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, sink_of(p.options, again.head), 1.0f,
+                    output, Tile<T, kGroupRows, D>::at(shared.query[stage][of], 0), own);
     }
     ptx::fence_async_shared();
     give_back_by_warps(&shared.query_free[stage]);
@@ -329,21 +332,18 @@ template <class T, int D>
 void launch_forward(const AttentionFp8Forward& p, Stream stream) {
   using S = Shape<D>;
   static_assert(sizeof(Shared<S>) <= 227 << 10);
-  const Sizes sizes = sizes_of_rows(p, S::rows);
+  const TilesOf tiles{false, S::rows, S::keys, p.key.size(3) + p.value.size(3)};
   const Forward<T> given{results_of<T>(p),
                          options_of(p),
-                         sizes,
-                         order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors(), 1),
+                         {},
+                         sizes_of_rows(p, S::rows),
+                         turns_of(p, tiles, p.turns.as<int>(), stream),
                          bytes_of(p.query_numbers, p.query_scales, p.query),
                          bytes_of(p.key_numbers, p.key_scales, p.key),
                          bytes_of(p.value_numbers, p.value_scales, p.value),
-                         static_cast<float>(p.scale * 1.4426950408889634 / D),
-                         p.turns.as<int>()};
-  // packed tokens that belong to no sequence want blocks even where there are no sequences
-  const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads, multiprocessors()).x;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
-  const LaunchSite at{"attention_fp8_forward", dim3(blocks), S::threads,
-                      cuda_stream(stream),     p.query,      sizeof(Shared<S>)};
+                         static_cast<float>(p.scale * 1.4426950408889634 / D)};
+  const LaunchSite at{"attention_fp8_forward", persistent_blocks(p, tiles), S::threads, cuda_stream(stream), p.query,
+                      sizeof(Shared<S>)};
   launch(at, attention_fp8_forward<T, D>, given);
 }
 
@@ -370,7 +370,8 @@ void validate(const AttentionFp8Forward& p) {
                            i == 0 ? p.cu_seqlens_q : p.cu_seqlens_k, columns);
   at.defined(p.turns, "turns");
   at.dtype(p.turns, "turns", {DType::i32});
-  at.shape(p.turns, "turns", {1});
+  at.shape(p.turns, "turns", {1, attention::turns_room(p)});
+  at.contiguous(p.turns, "turns");
 }
 
 void run(const AttentionFp8Forward& p, Stream stream) {

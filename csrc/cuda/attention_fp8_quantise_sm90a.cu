@@ -51,20 +51,16 @@ struct Spot {
   int sequence, tile;
 };
 
-// That of a number among all: of packed sequences, of the last one whose tiles begin there or before.
+// What a place holds; of packed sequences a tile outside of its own where it is empty.
 template <class T>
-__device__ __forceinline__ Spot spot_of(const Tokens<T>& p, int number) {
-  const bool packed = p.boundaries != nullptr;
-  const auto first = [&](int sequence) {
-    const int token = packed ? cut_of(p.boundaries, sequence, p.sequences, p.tokens).first : 0;
-    return first_byte_tile(sequence, token, p.tokens, packed);
-  };
-  int sequence = 0;
-  for (int beyond = p.sequences; beyond - sequence > 1;) {
-    const int middle = (sequence + beyond) / 2;
-    (first(middle) <= number ? sequence : beyond) = middle;
+__device__ __forceinline__ Spot spot_of(const Tokens<T>& p, int place) {
+  if (!p.boundaries) {
+    const int tiles = (p.tokens + kByteRows - 1) / kByteRows;
+    return {place / tiles, place % tiles};
   }
-  return {sequence, number - first(sequence)};
+  const auto first = [&](int sequence) { return cut_of(p.boundaries, sequence, p.sequences, p.tokens).first; };
+  const int sequence = sequence_of_place(place, p.sequences, kByteRows, first);
+  return {sequence, place - first_place(sequence, first(sequence), 0, kByteRows, true)};
 }
 
 template <int D>
@@ -192,7 +188,7 @@ __global__ void __launch_bounds__(2 * D) attention_fp8_quantise(const Tokens<T> 
   const Spot spot = spot_of(p, number / p.heads);
   const Cut cut = cut_of(p.boundaries, spot.sequence, p.sequences, p.tokens);
   const int token = spot.tile * kByteRows, count = cut.count - token;
-  if (count <= 0) return;
+  if (token < 0 || count <= 0) return;
   const auto lines = p.x.lines(p.boundaries ? 0 : spot.sequence, head, cut.first + token);
   const int column = static_cast<int>(threadIdx.x) % (D / kSide) * kSide;
   const int first = static_cast<int>(threadIdx.x) / (D / kSide) * kSide;

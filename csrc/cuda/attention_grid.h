@@ -53,9 +53,4 @@ constexpr bool is_too_coarse(float largest, float error, int bits) {
   return !(error * static_cast<float>(1 << bits) <= largest);
 }
 
-// The grid's first tile of a sequence whose rows begin at `row0`. Packed ones begin anywhere, each has its own tiles.
-constexpr int grid_tile(int sequence, int row0, int rows, bool packed) {
-  return packed ? row0 / kGridRows + sequence : sequence * ((rows + kGridRows - 1) / kGridRows);
-}
-
 }  // namespace llmengine::cuda::attention

@@ -33,19 +33,11 @@ struct Backward {
 
 #ifndef __CUDACC_RTC__
 template <class T>
-Backward<T> backward_of(const AttentionBackward& p, const Sizes& sizes) {
-  return {operand_of<const T>(p.query),
-          operand_of<const T>(p.key),
-          operand_of<const T>(p.value),
-          operand_of<const T>(p.grad_output),
-          operand_of<T>(p.grad_query),
-          operand_of<T>(p.grad_key),
-          operand_of<T>(p.grad_value),
-          p.shift.template as<float>(),
-          p.base.template as<float>(),
-          p.delta.template as<float>(),
-          options_of(p),
-          sizes};
+Backward<T> backward_of(const AttentionBackward& p, const Sizes& sizes, Padding padding = Padding::masks) {
+  return {operand_of<const T>(p.query),       operand_of<const T>(p.key),   operand_of<const T>(p.value),
+          operand_of<const T>(p.grad_output), operand_of<T>(p.grad_query),  operand_of<T>(p.grad_key),
+          operand_of<T>(p.grad_value),        p.shift.template as<float>(), p.base.template as<float>(),
+          p.delta.template as<float>(),       options_of(p, padding),       sizes};
 }
 #endif
 
@@ -147,9 +139,11 @@ __device__ __forceinline__ void through_softmax(float (&grad)[blocks][n][4], con
 }
 
 #ifndef __CUDACC_RTC__
-// Launched by run() in turn; `stream` is where the call runs. `squares`: null, or room for |dO|^2 of each row and then
-// |query|^2. `wanted`: null, or on the device, whether the gradient is.
-void run_statistics(const AttentionBackward& p, Stream stream, float* squares = nullptr);
+// Launched by run() in turn; `stream` is where the call runs. `padding`: what kernels that read the statistics make of
+// it. `squares`: null, or room for |dO|^2 of each row and then |query|^2. `wanted`: null, or on the device, whether the
+// gradient is.
+void run_statistics(const AttentionBackward& p, Stream stream, Padding padding = Padding::masks,
+                    float* squares = nullptr);
 void run_rows(const AttentionBackward& p, Stream stream);
 void run_keys(const AttentionBackward& p, Stream stream);
 void run_mask(const AttentionBackward& p, Stream stream, const int* wanted = nullptr);

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_
   const Span reach = keys_of_rows(s.band(p.options), row, 16 * S::blocks);
   const int begin = begin_of_walk(block, S::keys);
 
-  Softmax<S::blocks> softmax(p.options.sinks ? p.options.sinks[place.head] : -INFINITY, plain);
+  Softmax<S::blocks> softmax;
   Sums<S::blocks, D> output;
   clear(output);
   if (begin < block.end) {
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_
 
   const int count = least(16 * S::blocks, s.rows - row);
   if (count <= 0) return;
-  store_results(p.results, p.sizes, s, place.head, row, count, softmax, p.options.dropout.keep_scale, output,
-                tiles.query, own, plain);
+  store_results(p.results, p.sizes, s, place.head, row, count, softmax, sink_of(p.options, place.head),
+                p.options.dropout.keep_scale, output, tiles.query, own, plain);
 }
 
 }  // namespace

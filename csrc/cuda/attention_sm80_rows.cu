@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T
 #ifndef __CUDACC_RTC__
 namespace attention {
 
-void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
+void run_statistics(const AttentionBackward& p, Stream stream, Padding padding, float* squares) {
   const auto of_type = [&]<class T>(T) {
     const int tiles = static_cast<int>((p.query.size(2) + kStatisticsRows - 1) / kStatisticsRows);
     const Statistics<T> given{operand_of<const T>(p.output),
@@ -217,7 +217,7 @@ void run_statistics(const AttentionBackward& p, Stream stream, float* squares) {
                               p.shift.as<float>(),
                               p.base.as<float>(),
                               p.delta.as<float>(),
-                              is_plain(p),
+                              is_plain(p, padding),
                               tiles,
                               static_cast<int>(p.heads()),
                               static_cast<int>(p.query.size(2)),

@@ -12,29 +12,36 @@
 namespace llmengine::cuda {
 
 struct AttentionForwardSm90a : ops::AttentionForward {
-  TensorView turns;  // int32 (1,), 0: from which blocks draw their tiles
+  TensorView turns;  // int32 (1, 4), 0: from which blocks draw their tiles. Of packed sequences as it comes, 4 (tokens
+                     // / 64 + sequences) longer, of tokens the more of rows and keys: room for those tiles' order
+
+  TensorView spans;  // int32 (mask's first size, 2), room, where the mask is padding's; or none
 
   static constexpr auto fields() {
     using P = AttentionForwardSm90a;
-    return std::tuple_cat(ops::AttentionForward::fields(), std::tuple{ops::field("turns", &P::turns)});
+    return std::tuple_cat(ops::AttentionForward::fields(),
+                          std::tuple{ops::field("turns", &P::turns), ops::field("spans", &P::spans)});
   }
 };
 
 struct AttentionBackwardSm90a : AttentionBackward {
-  TensorView turns;  // int32 (2,), 0: of each kernel's blocks
+  TensorView turns;  // the same of two kernels, (2, ...)
+
+  TensorView spans;  // as above
 
   static constexpr auto fields() {
     using P = AttentionBackwardSm90a;
-    return std::tuple_cat(AttentionBackward::fields(), std::tuple{ops::field("turns", &P::turns)});
+    return std::tuple_cat(AttentionBackward::fields(),
+                          std::tuple{ops::field("turns", &P::turns), ops::field("spans", &P::spans)});
   }
 };
 
 // The same in one pass (attention_sm90a_one_pass.cu), of head dims up to D, 64, 96 or 128, with tiles of kGridRows rows
-// (attention_grid.h): of each sequence so many as hold its rows, in a batch side by side; of packed ones, tokens /
-// kGridRows + sequences in all. Integers come as zeros, and so does grad_mask.
+// (attention_grid.h), at places of attention_packed.h. Integers come as zeros, and so does grad_mask where it is each
+// score's own.
 struct AttentionBackwardOnePass : AttentionBackwardSm90a {
   TensorView grid;     // int32 (tiles, heads, kGridRows, D)
-  TensorView remade;   // int32 (1 + sequences * heads * tiles of kRemadeRows of the longest sequence,)
+  TensorView remade;   // int32 (1 + places of kRemadeRows rows * heads,)
   TensorView largest;  // int32 (sequences, key heads, 3)
   TensorView squares;  // float32 (2, batch, heads, rows), room
   TensorView of_rows;  // float32 (tiles, heads, 4, kGridRows), room

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/attention_grid.h"
 #include "cuda/attention_sm80_backward.cuh"
 #include "cuda/attention_sm90a.cuh"
 #include "cuda/attention_sm90a.h"
@@ -60,8 +61,8 @@ struct Shared {
   float shift[S::stages][S::shifts];                                      // unless simple
   ptx::Mbarrier own_full[S::owned], own_free[S::owned];
   ptx::Mbarrier full[S::stages][2], free[S::stages][2];
-  ptx::Mbarrier landed;  // a tile that is to be cleared in part
-  int turn[S::owned];    // whose pair this is, to be read between own_full and own_free
+  ptx::Mbarrier landed;   // a tile that is to be cleared in part
+  Place taken[S::owned];  // whose pair this is, to be read between own_full and own_free
 
   // A warpgroup's 64 lines.
   __device__ __forceinline__ uint16_t* lines(int pair, int tile, int group) {
@@ -73,9 +74,9 @@ template <class T>
 struct Walked {
   Backward<T> backward;
   bool plain;  // logits are multiples of products
-  Schedule schedule;
-  int* turns;         // drawn so far, beside each block's first
-  const int* remade;  // null: every tile is made; else how many are, and for each tile of each owner whether it is
+  Seen seen;
+  Turns turns;
+  const int* remade;  // null: every tile is made; else how many are, and for each whether it is, at remade_place()
 };
 
 struct Maps {
@@ -92,24 +93,26 @@ struct Work {
   __device__ bool some() const { return begin < end; }
 };
 
-// What follows from it alone stays in no register between tiles: the fetching warp has few.
-template <class T>
-__device__ __forceinline__ Schedule schedule_of(const Walked<T>& p) {
-  const Schedule& s = p.schedule;
-  return {ptx::made_here(s.tiles), s.owners, ptx::made_here(s.together), s.last_first};
+// Of a head's tile of kRemadeRows rows that may be made anew, behind how many are.
+__device__ __forceinline__ int remade_place(const Sizes& sizes, const Sequence& s, int head, int tile) {
+  const int first = first_place(s.index, s.row0, s.rows, kRemadeRows, sizes.cu_seqlens_q != nullptr);
+  return 1 + (first + tile) * sizes.heads + head;
 }
 
 template <class S, class T>
-__device__ __forceinline__ Work work_of(const Walked<T>& p, int turn) {
+__device__ __forceinline__ Work work_of(const Walked<T>& p, const Place& place) {
   constexpr bool keys = S::owner == Owner::keys;
   const Sizes& sizes = p.backward.sizes;
-  const int group = ptx::made_here(sizes.group), heads = keys ? sizes.heads / group : sizes.heads;
-  const auto [tile, owner] = schedule_of(p).at(turn);
-  Sequence s = sequence_of(sizes, owner / heads);
-  if (!keys && p.remade && !p.remade[1 + owner * sizes.tiles + tile]) s.rows = 0;
-  const int head = owner % heads, first = tile * S::own, from = keys ? head * group : head / group;
+  const int group = ptx::made_here(sizes.group), head = place.head, from = keys ? head * group : head / group;
+  Sequence s = sequence_of(sizes, place.sequence);
+  if constexpr (!keys) {
+    static_assert(S::own == kRemadeRows);
+    if (p.remade && !p.remade[remade_place(sizes, s, head, place.tile)]) s.rows = 0;
+  }
+  const int first = place.tile * S::own;
   const Band band = s.band(p.backward.options);
-  const Span span = keys ? rows_of_keys(band, first, S::own) : keys_of_rows(band, first, S::own);
+  const Span span = keys ? seen_rows(p.seen, s, rows_of_keys(band, first, S::own), first, S::own)
+                         : seen_keys(p.seen, s, keys_of_rows(band, first, S::own));
   return {s, head, first, from, keys ? from + group : from + 1, begin_of_walk(span, S::passing), span.end};
 }
 
@@ -174,10 +177,11 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
 #pragma unroll 1
   for (;; ++pair.number) {
     ptx::Mbarrier* own_full = &shared.own_full[pair.stage()];
+    const Place place = p.turns.at(number);
     ptx::mbarrier_wait(&shared.own_free[pair.stage()], pair.parity() ^ 1);
-    if (elected) shared.turn[pair.stage()] = number;
-    if (number >= schedule_of(p).count()) break;
-    const Work w = work_of<S>(p, number);
+    if (elected) shared.taken[pair.stage()] = place;
+    if (place.tile < 0) break;
+    const Work w = work_of<S>(p, place);
     if (elected && w.some()) {
       ptx::mbarrier_arrive_expect_tx(own_full, S::own * (S::panels + S::value_panels) * 128);
       const int row = (keys ? w.s.key0 : w.s.row0) + w.first;
@@ -201,7 +205,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
         }
         fetch_passing<1>(shared, turn, maps, row, head, batch, left, packed, elected, landed);
       }
-    number = draw_turn(p.turns, elected);
+    number = p.turns.draw(elected);
   }
   if (elected) ptx::mbarrier_arrive(&shared.own_full[pair.stage()]);
 }
@@ -219,8 +223,8 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Walked<T>&
   for (;; ++pair.number) {
     const int place = pair.stage();
     ptx::mbarrier_wait(&shared.own_full[place], pair.parity());
-    if (shared.turn[place] >= schedule_of(p).count()) break;
-    multiply(work_of<S>(p, shared.turn[place]), place, group, ptx::made_here(warp_of() % 4 * 16), turn);
+    if (shared.taken[place].tile < 0) break;
+    multiply(work_of<S>(p, shared.taken[place]), place, group, ptx::made_here(warp_of() % 4 * 16), turn);
     ptx::fence_async_shared();
     give_back_by_warps(&shared.own_free[place]);
   }
@@ -317,45 +321,46 @@ __device__ __forceinline__ void clear_rest_of_keys(const Walked<T>& p) {
 // and exponentials)
 template <int... dims, class Body>
 void visit_hopper(const AttentionBackwardSm90a& p, const Body& body) {
-  const bool simple = is_plain(p) && p.dropout_p == 0;
+  const bool simple = is_plain(p, Padding::apart) && p.dropout_p == 0;
   visit_pairs_of_dims<dims...>(p, [&](auto type, auto dim, auto value_dim) {
     simple ? body(type, dim, value_dim, std::true_type{}) : body(type, dim, value_dim, std::false_type{});
   });
 }
 
-// `grid_bytes`: of each row, beside those of Q and dO, where keys are owners.
+// `grid_bytes`: of each line that passes, beside those of its pair.
+template <class S>
+TilesOf tiles_of(const AttentionBackwardSm90a& p, int64_t grid_bytes = 0) {
+  return {S::owner == Owner::keys, S::own, S::passing, (p.query.size(3) + p.value.size(3)) * 2 + grid_bytes};
+}
+
 template <class S, class T>
-Walked<T> walked_of(const AttentionBackwardSm90a& p, int64_t grid_bytes = 0) {
+Walked<T> walked_of(const AttentionBackwardSm90a& p, Stream stream, int64_t grid_bytes = 0) {
   constexpr bool keys = S::owner == Owner::keys;
   const Sizes sizes = keys ? sizes_of_keys(p, S::own) : sizes_of_rows(p, S::own);
-  const int64_t row_bytes = (p.query.size(3) + p.value.size(3)) * 2 + grid_bytes;
-  return {backward_of<T>(p, sizes), is_plain(p),
-          keys ? order_of_keys(p, sizes.tiles, p.sequences(), row_bytes, multiprocessors())
-               : order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors()),
-          p.turns.as<int>() + (keys ? 1 : 0), nullptr};
+  int* room = p.turns.as<int>() + (keys ? turns_room(p) : 0);
+  return {backward_of<T>(p, sizes, Padding::apart), is_plain(p, Padding::apart), seen_of(p, p.spans),
+          turns_of(p, tiles_of<S>(p, grid_bytes), room, stream), nullptr};
 }
 
-template <class S, class Memory = Shared<S>, class T>
-LaunchSite launch_site(const char* name, const AttentionBackwardSm90a& p, const Walked<T>& walked, Stream stream) {
+template <class S, class Memory>
+LaunchSite launch_site(const char* name, const AttentionBackwardSm90a& p, Stream stream) {
   constexpr bool keys = S::owner == Owner::keys;
   static_assert(sizeof(Memory) <= 227 << 10);
-  // packed tokens that belong to no sequence want blocks even where there are no sequences
-  const int64_t tiles = grid_of(p, walked.backward.sizes.tiles, keys ? p.key_heads() : p.heads(), multiprocessors()).x;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
-  return {name, dim3(blocks), S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Memory)};
+  const dim3 blocks = persistent_blocks(p, tiles_of<S>(p));
+  return {name, blocks, S::threads, cuda_stream(stream), keys ? p.key : p.query, sizeof(Memory)};
 }
 
-// `given`: the kernel's arguments behind its tensor maps, of which `walked` are a part.
-template <class S, class Memory, class T, class Kernel>
-void launch_walk(const char* name, const Kernel& kernel, const AttentionBackwardSm90a& p, const Walked<T>& walked,
-                 Stream stream, const auto& given) {
+// `given`: the kernel's arguments behind its tensor maps.
+template <class S, class Memory, class Kernel>
+void launch_walk(const char* name, const Kernel& kernel, const AttentionBackwardSm90a& p, Stream stream,
+                 const auto& given) {
   constexpr bool keys = S::owner == Owner::keys;
   constexpr int own = kGroupRows, passing = S::passing;
   const auto key = map_of_tokens("key", p.key, keys ? own : passing);
   const auto value = map_of_tokens("value", p.value, keys ? own : passing);
   const auto query = map_of_tokens("query", p.query, keys ? passing : own);
   const auto grad_output = map_of_tokens("grad_output", p.grad_output, keys ? passing : own);
-  const LaunchSite at = launch_site<S, Memory>(name, p, walked, stream);
+  const LaunchSite at = launch_site<S, Memory>(name, p, stream);
   keys ? launch(at, kernel, key, value, query, grad_output, given)
        : launch(at, kernel, query, grad_output, key, value, given);
 }

@@ -67,8 +67,8 @@ struct Shared {
   ptx::Mbarrier query_full[S::queries], query_free[S::queries];
   ptx::Mbarrier key_full[S::stages], key_free[S::stages];
   ptx::Mbarrier value_full[S::stages], value_free[S::stages];
-  ptx::Mbarrier landed;  // values that are to be cleared in part
-  int turn[S::queries];  // whose queries these are, to be read between query_full and query_free
+  ptx::Mbarrier landed;     // values that are to be cleared in part
+  Place taken[S::queries];  // whose queries these are, to be read between query_full and query_free
 };
 
 template <class T>
@@ -76,9 +76,9 @@ struct Forward {
   Results<T> results;
   Options options;
   bool plain;  // logits are multiples of products
+  Seen seen;
   Sizes sizes;
-  Schedule schedule;
-  int* turns;  // drawn so far, beside each block's first
+  Turns turns;
 };
 
 struct Maps {
@@ -96,12 +96,13 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
 #pragma unroll 1
   for (;; ++query.number) {
     const int stage = query.stage();
+    const Place place = p.turns.at(number);
     if (elected) {
       ptx::mbarrier_wait(&shared.query_free[stage], query.parity() ^ 1);
-      shared.turn[stage] = number;
+      shared.taken[stage] = place;
     }
-    if (number >= p.schedule.count()) break;
-    const RowsWork w = work_of<S>(p, number);
+    if (place.tile < 0) break;
+    const RowsWork w = work_of<S>(p, place);
     const int key_head = w.head / p.sizes.group;
     if (elected) {
       ptx::Mbarrier* full = &shared.query_full[stage];
@@ -138,7 +139,7 @@ __device__ __forceinline__ void fetch_all(Shared<S>& shared, const Maps& maps, c
         if (elected) ptx::mbarrier_arrive(&shared.value_full[stage]);
       }
     }
-    number = draw_turn(p.turns, elected);
+    number = p.turns.draw(elected);
   }
   if (elected) ptx::mbarrier_arrive(&shared.query_full[query.stage()]);
 }
@@ -151,6 +152,7 @@ __device__ __forceinline__ void weigh(Sums<1, S::keys>& x, float (&rescaling)[1]
                                       const Forward<T>& p, const RowsWork& w, const Span& reach, int row, int key) {
   if (!simple && !p.plain) make_logits<T, false>(x, p.options, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::keys)) hide_unseen<false>(x, w.s.band(p.options), row, key);
+  if (p.seen.keys) hide_padding(x, p.seen, w.s, key);
   softmax.add(x, p.options.factor, rescaling, simple || p.plain);
   if (!simple && p.options.dropout.seed) {
     const auto stream = static_cast<uint32_t>(w.s.index * p.sizes.heads + w.head);
@@ -218,21 +220,24 @@ __device__ __forceinline__ void multiply_all(Shared<S>& shared, const Forward<T>
   for (;; ++query.number) {
     const int stage = query.stage();
     ptx::mbarrier_wait(&shared.query_full[stage], query.parity());
-    if (shared.turn[stage] >= p.schedule.count()) break;
-    const RowsWork w = work_of<S>(p, shared.turn[stage]);
-    const int own = ptx::made_here(warp_of() % 4 * 16);  // this warp's first row, of its warpgroup's
-    uint16_t* tile = shared.query[stage] + group * (S::query_bytes / 2 / S::groups);
-    Softmax<1> softmax(p.options.sinks ? p.options.sinks[w.head] : -INFINITY, simple || p.plain);
+    if (shared.taken[stage].tile < 0) break;
+    const RowsWork w = work_of<S>(p, shared.taken[stage]);
+    const auto tile_of = [&](int of) { return shared.query[stage] + of * (S::query_bytes / 2 / S::groups); };
+    Softmax<1> softmax;
     Sums<1, DV> output;
     clear(output);
-    if (w.some())
-      attend<S, T, D, DV, simple>(shared, p, w, tile, w.first + group * kGroupRows + own, order, turn, softmax, output);
-    ptx::barrier_sync(1 + group, 128);                         // all its warps are done with the queries
-    const RowsWork again = work_of<S>(p, shared.turn[stage]);  // sooner than in registers all the while
-    const int row = again.first + group * kGroupRows + own, count = least(16, again.s.rows - row);
+    if (w.some()) {
+      const int row = w.first + group * kGroupRows + ptx::made_here(warp_of() % 4 * 16);  // this warp's first one
+      attend<S, T, D, DV, simple>(shared, p, w, tile_of(group), row, order, turn, softmax, output);
+    }
+    const int warp = ptx::made_here(warp_of()), of = warp / 4 - 1, own = warp % 4 * 16;
+    ptx::barrier_sync(1 + of, 128);                             // all its warps are done with the queries
+    const RowsWork again = work_of<S>(p, shared.taken[stage]);  // sooner than in registers all the while
+    const int row = again.first + of * kGroupRows + own, count = least(16, again.s.rows - row);
     if (count > 0) {
-      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, p.options.dropout.keep_scale, output,
-                    Tile<T, kGroupRows, DV>::at(tile, 0), own, simple || p.plain);
+      store_results(p.results, p.sizes, again.s, again.head, row, count, softmax, sink_of(p.options, again.head),
+                    p.options.dropout.keep_scale, output, Tile<T, kGroupRows, DV>::at(tile_of(of), 0), own,
+                    simple || p.plain);
     }
     ptx::fence_async_shared();
     give_back_by_warps(&shared.query_free[stage]);
@@ -286,18 +291,12 @@ template <class T, int D, int DV, bool simple>
 void launch_forward(const AttentionForwardSm90a& p, Stream stream) {
   using S = Shape<D, DV, simple>;
   static_assert(sizeof(Shared<S>) <= 227 << 10);
-  const Sizes sizes = sizes_of_rows(p, S::rows);
-  const Forward<T> given{results_of<T>(p),
-                         options_of(p),
-                         is_plain(p),
-                         sizes,
-                         order_of_rows(p, sizes.tiles, p.sequences(), multiprocessors()),
-                         p.turns.as<int>()};
-  // packed tokens that belong to no sequence want blocks even where there are no sequences
-  const int64_t tiles = grid_of(p, sizes.tiles, sizes.heads, multiprocessors()).x;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
-  const LaunchSite at{"attention_forward_sm90a", dim3(blocks), S::threads,
-                      cuda_stream(stream),       p.query,      sizeof(Shared<S>)};
+  const TilesOf tiles{false, S::rows, S::keys, (p.key.size(3) + p.value.size(3)) * 2};
+  const Forward<T> given{
+      results_of<T>(p),    options_of(p, Padding::apart), is_plain(p, Padding::apart),
+      seen_of(p, p.spans), sizes_of_rows(p, S::rows),     turns_of(p, tiles, p.turns.as<int>(), stream)};
+  const LaunchSite at{"attention_forward_sm90a", persistent_blocks(p, tiles), S::threads, cuda_stream(stream), p.query,
+                      sizeof(Shared<S>)};
   launch(at, attention_forward_sm90a<T, D, DV, simple>, map_of_tokens("query", p.query, kGroupRows),
          map_of_tokens("key", p.key, S::keys), map_of_tokens("value", p.value, S::keys), given);
 }
@@ -310,14 +309,17 @@ void validate(const AttentionForwardSm90a& p) {
   const Checker at{"attention"};
   at.defined(p.turns, "turns");
   at.dtype(p.turns, "turns", {DType::i32});
-  at.shape(p.turns, "turns", {1});
+  at.shape(p.turns, "turns", {1, attention::turns_room(p)});
+  at.contiguous(p.turns, "turns");
+  attention::check_spans(at, p, p.spans);
 }
 
 void run(const AttentionForwardSm90a& p, Stream stream) {
   using namespace attention;
   if (p.query.numel() == 0) return;
   check_is_hopper("attention_forward_sm90a");
-  const bool simple = is_plain(p) && p.dropout_p == 0;
+  run_seen(p, p.spans, stream);
+  const bool simple = is_plain(p, Padding::apart) && p.dropout_p == 0;
   visit_pairs_of_dims<64, 96, 128, 192, 256>(
       p, [&]<class T, int D, int DV>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>) {
         simple ? launch_forward<T, D, DV, true>(p, stream) : launch_forward<T, D, DV, false>(p, stream);

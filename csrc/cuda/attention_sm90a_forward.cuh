@@ -16,12 +16,11 @@ struct RowsWork {
 };
 
 template <class S, class P>
-__device__ __forceinline__ RowsWork work_of(const P& p, int turn) {
-  const auto [tile, owner] = p.schedule.at(turn);
-  const Sequence s = sequence_of(p.sizes, owner / p.sizes.heads);
-  const int first = tile * S::rows;
-  const Span span = keys_of_rows(s.band(p.options), first, S::rows);
-  return {s, owner % p.sizes.heads, first, begin_of_walk(span, S::keys), span.end};
+__device__ __forceinline__ RowsWork work_of(const P& p, const Place& place) {
+  const Sequence s = sequence_of(p.sizes, place.sequence);
+  const int first = place.tile * S::rows;
+  const Span span = seen_keys(p.seen, s, keys_of_rows(s.band(p.options), first, S::rows));
+  return {s, place.head, first, begin_of_walk(span, S::keys), span.end};
 }
 
 // Whose turn it is, to begin products or to make exponentials: a warpgroup's after the one before it, the first one's

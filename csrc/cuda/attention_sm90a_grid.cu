@@ -1,8 +1,9 @@
 // Attention, backward, in one pass, on Hopper: what stands around attention_one_pass_sm90a
 // (attention_sm90a_one_pass.cu).
 //
-//   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|. Keys and
-//                                values once; limit: memory
+//   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|, but for
+//   keys
+//                                that padding hides. Keys and values once; limit: memory
 //   attention_of_rows_sm90a      base, delta, steps (attention_grid.h) and shift as tiles of the grid's rows have them.
 //                                A thread a row, 36 bytes
 //   attention_mask_from_sums_sm90a   of a mask that is shared, integers to its gradient; limit: memory
@@ -47,30 +48,31 @@ __device__ __forceinline__ float square_of_row(const Lines<const T>& from, int l
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    attention_largest_sm90a(const Operand<const T> key, const Operand<const T> value, const Sizes sizes, int32_t* to) {
-  const int heads = sizes.heads / sizes.group;
-  const Place place = place_of(sizes.tiles, heads);
-  if (place.sequence == sizes.sequences) return;
-  const Sequence s = sequence_of(sizes, place.sequence);
-  const int first = place.tile * kRemadeRows, count = least(kRemadeRows, s.keys - first);
-  if (count <= 0) return;
-  const Lines<const T> keys = key.lines(s.batch, place.head, s.key0 + first);
-  const Lines<const T> values = value.lines(s.batch, place.head, s.key0 + first);
+    attention_largest_sm90a(const Operand<const T> key, const Operand<const T> value, const Sizes sizes,
+                            const Seen seen, int32_t* to) {
+  const int heads = sizes.heads / sizes.group, head = static_cast<int>(blockIdx.x) % heads;
+  const auto [s, tile] = at_place(sizes, true, static_cast<int>(blockIdx.x) / heads, kRemadeRows);
+  const int first = tile * kRemadeRows, count = least(kRemadeRows, s.keys - first);
+  if (first < 0 || count <= 0) return;
+  const Lines<const T> keys = key.lines(s.batch, head, s.key0 + first);
+  const Lines<const T> values = value.lines(s.batch, head, s.key0 + first);
   Sizes3 sizes_of{};
 #pragma unroll 1
   for (int step = 0; step < kRemadeRows / (2 * kWarps); ++step) {
     const int line = least(2 * (step * kWarps + warp_of()) + lane_of() / 16, count - 1);
     float most = 0.0f, any = 0.0f;
-    sizes_of.raise(1, square_of_row(keys, line, most));
-    sizes_of.raise(2, square_of_row(values, line, any));
+    const float key_square = square_of_row(keys, line, most), value_square = square_of_row(values, line, any);
+    if (seen.keys && !is_seen(seen, s, first + line)) continue;
     sizes_of.raise(0, most);
+    sizes_of.raise(1, key_square);
+    sizes_of.raise(2, value_square);
   }
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2)
       sizes_of.of[i] = largest(sizes_of.of[i], __shfl_xor_sync(kWholeWarp, sizes_of.of[i], lanes));
-    if (lane_of() == i) atomicMax(to + 3 * (static_cast<int64_t>(s.index) * heads + place.head) + i, sizes_of.of[i]);
+    if (lane_of() == i) atomicMax(to + 3 * (static_cast<int64_t>(s.index) * heads + head) + i, sizes_of.of[i]);
   }
 }
 
@@ -86,16 +88,15 @@ struct OfRows {
 };
 
 __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfRows p) {
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
-  if (place.sequence == p.sizes.sequences) return;
-  const Sequence s = sequence_of(p.sizes, place.sequence);
-  const int row = place.tile * kRemadeRows + static_cast<int>(threadIdx.x);
-  if (row >= (s.rows + kGridRows - 1) / kGridRows * kGridRows) return;
+  const int block = static_cast<int>(blockIdx.x), head = block % p.sizes.heads;
+  const auto [s, tile] = at_place(p.sizes, false, block / p.sizes.heads, kRemadeRows);
+  const int row = tile * kRemadeRows + static_cast<int>(threadIdx.x);
+  if (tile < 0 || row >= (s.rows + kGridRows - 1) / kGridRows * kGridRows) return;
   float base = INFINITY, delta = 0.0f, steps = 0.0f, shift = 0.0f;
   if (row < s.rows) {
-    const int64_t at = (s.batch * p.sizes.heads + place.head) * p.sizes.rows + s.row0 + row;
+    const int64_t at = (s.batch * p.sizes.heads + head) * p.sizes.rows + s.row0 + row;
     const int heads = p.sizes.heads / p.sizes.group;
-    const int32_t* sizes = p.grid.largest + 3 * (static_cast<int64_t>(s.index) * heads + place.head / p.sizes.group);
+    const int32_t* sizes = p.grid.largest + 3 * (static_cast<int64_t>(s.index) * heads + head / p.sizes.group);
     const float key = __uint_as_float(static_cast<uint32_t>(sizes[0]));
     const float key_square = __uint_as_float(static_cast<uint32_t>(sizes[1]));
     const float value_square = __uint_as_float(static_cast<uint32_t>(sizes[2]));
@@ -107,14 +108,14 @@ __global__ void __launch_bounds__(kRemadeRows) attention_of_rows_sm90a(const OfR
     const bool strange =
         seen && !(bound < INFINITY && reach <= kGridReach && fabsf(shift * kLog2e + base) <= kGridReach);
     if (seen && !strange) steps = steps_of(bound);
-    if (strange) atomicExch(p.grid.remade + p.grid.flag_of(p.sizes, s, place.head, row), 1);
+    if (strange) atomicExch(p.grid.remade + remade_place(p.sizes, s, head, tile), 1);
     if (seen && p.mask.sums) {
-      const int64_t line = strange ? p.mask.lines : p.mask.line_of(s, place.head, row);
+      const int64_t line = strange ? p.mask.lines : p.mask.line_of(s, head, row);
       atomicMax(p.mask.bounds + line, strange ? 1 : bits_of_size(of_score));
     }
   }
-  const int64_t tile = Grid::row_of(p.sizes, s, place.head, row / p.passing * p.passing);
-  float* to = p.grid.rows + kOfRow * tile + row % p.passing;
+  const int64_t on_grid = Grid::row_of(p.sizes, s, head, row / p.passing * p.passing);
+  float* to = p.grid.rows + kOfRow * on_grid + row % p.passing;
   to[0] = base, to[p.passing] = delta, to[2 * p.passing] = steps, to[3 * p.passing] = shift;
 }
 
@@ -172,18 +173,18 @@ __device__ __forceinline__ void rows_from_grid(const Tile<T, kGridRows, D>& tile
 template <class T, int D, int passing>
 __global__ void __launch_bounds__(kFromGridThreads) attention_from_grid_sm90a(const FromGrid<T> p) {
   __shared__ FromGridRoom<T, D, passing> room;
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
-  if (place.sequence == p.sizes.sequences) return;
-  const Sequence s = sequence_of(p.sizes, place.sequence);
-  const int first = place.tile * kRemadeRows, thread = static_cast<int>(threadIdx.x);
-  if (first >= s.rows) return;
+  const int block = static_cast<int>(blockIdx.x), head = block % p.sizes.heads;
+  const auto at = at_place(p.sizes, false, block / p.sizes.heads, kRemadeRows);
+  const Sequence& s = at.s;
+  const int first = at.tile * kRemadeRows, thread = static_cast<int>(threadIdx.x);
+  if (first < 0 || first >= s.rows) return;
   const Tile<T, kGridRows, D> tile{reinterpret_cast<T*>(room.tile)};
   float most = 0.0f, coarsest = 0.0f;
 #pragma unroll 1
   for (int row = first; row < least(first + kRemadeRows, s.rows); row += kGridRows) {
-    rows_from_grid<T, D, passing>(tile, p, Grid::row_of(p.sizes, s, place.head, row), most, coarsest);
+    rows_from_grid<T, D, passing>(tile, p, Grid::row_of(p.sizes, s, head, row), most, coarsest);
     __syncthreads();
-    const Lines<T> to = p.grad_query.lines(s.batch, place.head, s.row0 + row);
+    const Lines<T> to = p.grad_query.lines(s.batch, head, s.row0 + row);
     const int count = least(kGridRows, s.rows - row);
     for (int i = thread; i < count * (D / 8); i += kFromGridThreads) {
       const int line = i / (D / 8), c = i % (D / 8);
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kFromGridThreads) attention_from_grid_sm90a(co
   const Span seen = keys_of_rows(s.band(p.options), first, kRemadeRows);
   const auto parts = static_cast<float>((seen.end - seen.begin) / kRemadeRows + 2);
   const float error = largest_of(room.coarsest) * sqrtf(parts);
-  int* flag = p.grid.remade + p.grid.flag_of(p.sizes, s, place.head, first);
+  int* flag = p.grid.remade + remade_place(p.sizes, s, head, at.tile);
   if (!is_too_coarse(largest_of(room.largest), error, std::is_same_v<T, bf16> ? 8 : 11) && *flag == 0) return;
   *flag = 1;
   atomicAdd(p.grid.remade, 1);
@@ -219,9 +220,9 @@ __global__ void __launch_bounds__(kThreads) attention_mask_from_sums_sm90a(const
 void run_largest(const AttentionBackwardOnePass& p, Stream stream) {
   const auto of_type = [&]<class T>(T) {
     const Sizes sizes = sizes_of_keys(p, kRemadeRows);
-    launch({"attention_largest_sm90a", grid_of(p, sizes.tiles, p.key_heads()), kThreads, cuda_stream(stream), p.key},
+    launch({"attention_largest_sm90a", grid_of_places(p, true, kRemadeRows), kThreads, cuda_stream(stream), p.key},
            attention_largest_sm90a<T>, operand_of<const T>(p.key), operand_of<const T>(p.value), sizes,
-           p.largest.as<int32_t>());
+           seen_of(p, p.spans), p.largest.as<int32_t>());
   };
   p.query.dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
@@ -235,13 +236,13 @@ void run_of_rows(const AttentionBackwardOnePass& p, Stream stream, int passing) 
                      squares,
                      squares + p.heads() * p.query.size(0) * p.query.size(2),
                      sizes,
-                     grid_of_call(p, sizes.tiles),
+                     grid_of_call(p),
                      mask_gradient_of(p),
                      passing,
                      static_cast<float>(p.scale),
                      static_cast<float>(p.softcap),
                      options_of(p).dropout.keep_scale};
-  launch({"attention_of_rows_sm90a", grid_of(p, sizes.tiles, p.heads()), kRemadeRows, cuda_stream(stream), p.query},
+  launch({"attention_of_rows_sm90a", grid_of_places(p, false, kRemadeRows), kRemadeRows, cuda_stream(stream), p.query},
          attention_of_rows_sm90a, given);
 }
 
@@ -255,10 +256,10 @@ void run_mask_from_sums(const AttentionBackwardOnePass& p, const MaskGradient& m
 template <class T, int D, int passing>
 void run_from_grid(const AttentionBackwardOnePass& p, Stream stream) {
   const Sizes sizes = sizes_of_rows(p, kRemadeRows);
-  const FromGrid<T> given{operand_of<T>(p.grad_query), options_of(p), sizes, grid_of_call(p, sizes.tiles)};
-  launch(
-      {"attention_from_grid_sm90a", grid_of(p, sizes.tiles, p.heads()), kFromGridThreads, cuda_stream(stream), p.query},
-      attention_from_grid_sm90a<T, D, passing>, given);
+  const FromGrid<T> given{operand_of<T>(p.grad_query), options_of(p), sizes, grid_of_call(p)};
+  launch({"attention_from_grid_sm90a", grid_of_places(p, false, kRemadeRows), kFromGridThreads, cuda_stream(stream),
+          p.query},
+         attention_from_grid_sm90a<T, D, passing>, given);
 }
 
 }  // namespace
@@ -271,9 +272,8 @@ void validate(const AttentionBackwardOnePass& p) {
                 dim = widest <= 64   ? 64
                       : widest <= 96 ? 96
                                      : 128;
-  const int64_t tiles = p.packed() ? rows / attention::kGridRows + p.sequences()
-                                   : p.query.size(0) * ((rows + attention::kGridRows - 1) / attention::kGridRows);
-  const int64_t remade = attention::sizes_of_rows(p, attention::kRemadeRows).tiles;
+  const auto places = [&](int lines) { return attention::count_places(p.sequences(), rows, lines, p.packed()); };
+  const int64_t tiles = places(attention::kGridRows);
   struct Given {
     const TensorView* t;
     const char* argument;
@@ -291,7 +291,7 @@ void validate(const AttentionBackwardOnePass& p) {
     at.fail_at("query", "has 2^31 rows of all heads or more");
   }
   at.shape(p.grid, "grid", {tiles, heads, attention::kGridRows, dim});
-  at.shape(p.remade, "remade", {1 + p.sequences() * heads * remade});
+  at.shape(p.remade, "remade", {1 + places(attention::kRemadeRows) * heads});
   at.shape(p.largest, "largest", {p.sequences(), p.key_heads(), 3});
   at.shape(p.squares, "squares", {2, p.query.size(0), heads, rows});
   at.shape(p.of_rows, "of_rows", {tiles, heads, attention::kOfRow, attention::kGridRows});
@@ -310,7 +310,8 @@ void validate(const AttentionBackwardOnePass& p) {
 void run(const AttentionBackwardOnePass& p, Stream stream) {
   using namespace attention;
   check_is_hopper("attention_backward_one_pass");
-  run_statistics(p, stream, p.squares.as<float>());
+  run_statistics(p, stream, Padding::apart, p.squares.as<float>());
+  run_seen(p, p.spans, stream);
   run_largest(p, stream);
   visit_hopper<64, 96, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {

@@ -33,18 +33,13 @@ inline constexpr int kOfRow = 4;  // numbers that are known of a row
 struct Grid {
   int32_t* numbers;
   float* rows;       // kOfRow of each
-  int32_t* remade;   // [0]: how many tiles of kRemadeRows rows; then for each head of each sequence, which
+  int32_t* remade;   // [0]: how many tiles of kRemadeRows rows; then for each, at remade_place(), whether it is
   int32_t* largest;  // of each head of keys of each sequence, bits of the largest |k_jd|, |k_j|^2, |v_j|^2
-  int row_tiles;     // of kRemadeRows rows, of the longest sequence
 
   // Among the rows of all tiles: `row`, at which one of the grid or one that passes begins, of a sequence's head.
   __device__ __forceinline__ static int row_of(const Sizes& sizes, const Sequence& s, int head, int row) {
-    const int first = grid_tile(s.index, s.row0, s.rows, sizes.cu_seqlens_q != nullptr);
+    const int first = first_place(s.index, s.row0, s.rows, kGridRows, sizes.cu_seqlens_q != nullptr);
     return ((first + row / kGridRows) * sizes.heads + head) * kGridRows + row % kGridRows;
-  }
-  // Of the tile that may be made anew, among `remade`; a sequence may be longer than it should be.
-  __device__ __forceinline__ int flag_of(const Sizes& sizes, const Sequence& s, int head, int row) const {
-    return 1 + (s.index * sizes.heads + head) * row_tiles + least(row / kRemadeRows, row_tiles - 1);
   }
 };
 
@@ -82,11 +77,11 @@ inline MaskGradient mask_gradient_of(const AttentionBackwardOnePass& p) {
           grad.size(1) == 1 ? 0 : grad.size(2),
           grad.size(0) * grad.size(1) * grad.size(2),
           static_cast<int>(grad.size(3)),
-          kMaskBits - std::bit_width(terms - 1)};
+          kMaskBits - static_cast<int>(std::bit_width(terms - 1))};
 }
 
-inline Grid grid_of_call(const AttentionBackwardOnePass& p, int row_tiles) {
-  return {p.grid.as<int32_t>(), p.of_rows.as<float>(), p.remade.as<int32_t>(), p.largest.as<int32_t>(), row_tiles};
+inline Grid grid_of_call(const AttentionBackwardOnePass& p) {
+  return {p.grid.as<int32_t>(), p.of_rows.as<float>(), p.remade.as<int32_t>(), p.largest.as<int32_t>()};
 }
 
 // Launched by run() in turn.

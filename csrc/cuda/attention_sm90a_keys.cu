@@ -63,21 +63,26 @@ __device__ __forceinline__ void add_up(Shared<S>& shared, const Walked<T>& p, co
 template <class S, class T, int D, bool simple>
 __device__ __forceinline__ void multiply(Shared<S>& shared, const Walked<T>& p, const Work& w, int place, int group,
                                          int own, Turn<S::stages>& turn) {
-  const int key = w.first + group * kGroupRows + own;
+  const int first = w.first + group * kGroupRows + own;
   Sums<1, D> grad_key, grad_value;
   clear(grad_key);
   clear(grad_value);
   if (w.some()) {
-    add_up<S, T, D, simple>(shared, p, w, place, group, key, turn, grad_key, grad_value);
+    add_up<S, T, D, simple>(shared, p, w, place, group, first, turn, grad_key, grad_value);
   }
-  ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the keys and values
-  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
+  ptx::barrier_sync(1 + group, 128);                      // all its warps are done with the keys and values
+  const Work again = work_of<S>(p, shared.taken[place]);  // sooner than in registers all the while
+  const int line = ptx::made_here(warp_of() % 4 * 16), key = again.first + group * kGroupRows + line;
   const int count = least(16, again.s.keys - key);
   if (count <= 0) return;
+  if (p.seen.keys) {  // a key's P is its own sums' alone
+    clear_hidden(grad_key, p.seen, again.s, key);
+    clear_hidden(grad_value, p.seen, again.s, key);
+  }
   const Options& o = p.backward.options;
   const auto store = [&](const Sums<1, D>& sums, float by, int tile, const Operand<T>& to) {
     store_rows(
-        sums, [&](int, int) { return by; }, Tile<T, kGroupRows, D>::at(shared.lines(place, tile, group), 0), own,
+        sums, [&](int, int) { return by; }, Tile<T, kGroupRows, D>::at(shared.lines(place, tile, group), 0), line,
         to.lines(again.s.batch, again.head, again.s.key0 + key), count);
   };
   store(grad_key, o.scale, 0, p.backward.grad_key);
@@ -101,12 +106,12 @@ __global__ void __launch_bounds__(Shape<D, simple>::threads, 1)
 }  // namespace
 
 void run_keys(const AttentionBackwardSm90a& p, Stream stream) {
-  visit_hopper<64, 96, 128>(p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto,
-                                                                std::bool_constant<simple>) {
-    using S = Shape<D, simple>;
-    const auto walked = walked_of<S, T>(p);
-    launch_walk<S, Shared<S>>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, walked, stream, walked);
-  });
+  visit_hopper<64, 96, 128>(
+      p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
+        using S = Shape<D, simple>;
+        const auto walked = walked_of<S, T>(p, stream);
+        launch_walk<S, Shared<S>>("attention_keys_sm90a", attention_keys_sm90a<T, D, simple>, p, stream, walked);
+      });
 }
 
 }  // namespace llmengine::cuda::attention

@@ -140,7 +140,7 @@ __device__ __forceinline__ void fetch_passing(Room<S>& room, const Maps& maps, c
         const Sizes& sizes = p.walked.backward.sizes;
         const int on_grid = Grid::row_of(sizes, w.s, way.head, way.row);
         room.tidings[turn.number % room.kept] = {way.head, way.row, on_grid,
-                                                 p.grid.flag_of(sizes, w.s, way.head, way.row)};
+                                                 remade_place(sizes, w.s, way.head, way.row / kRemadeRows)};
         const float* rows = p.grid.rows + int64_t{kOfRow} * on_grid;
         ptx::mbarrier_expect_tx(full, (S::simple ? 3 : 4) * kBytes);
         ptx::copy_bulk(room.base[stage], rows, kBytes, full);
@@ -169,12 +169,15 @@ __device__ __forceinline__ void fetch_all(Room<S>& room, const Maps& maps, const
   for (;; ++pair.number) {
     const int place = pair.stage();
     ptx::mbarrier_wait(&room.own_free[place], pair.parity() ^ 1);
-    if (elected) room.turn[place] = number;
-    if (number >= schedule_of(p.walked).count()) break;
-    const Work& w = room.work[place];
     __syncwarp();  // all lanes have read the last
-    if (elected) room.work[place] = work_of<S>(p.walked, number);
+    if (elected) {
+      const Place taken = p.walked.turns.at(number);
+      room.taken[place] = taken;
+      if (taken.tile >= 0) room.work[place] = work_of<S>(p.walked, taken);
+    }
     __syncwarp();
+    if (room.taken[place].tile < 0) break;
+    const Work& w = room.work[place];
     if (w.some()) {
       fetch_own(room, maps, w, place, packed, elected, landed);
 #pragma unroll 1
@@ -183,7 +186,7 @@ __device__ __forceinline__ void fetch_all(Room<S>& room, const Maps& maps, const
     } else if (elected) {
       ptx::mbarrier_arrive(&room.own_full[place]);
     }
-    number = draw_turn(p.walked.turns, elected);
+    number = p.walked.turns.draw(elected);
   }
   if (elected) ptx::mbarrier_arrive(&room.own_full[pair.stage()]);
 }
@@ -321,9 +324,10 @@ __device__ __forceinline__ void add_up(Room<S>& room, const OnePass<T>& p, const
     to_gradients<T, D, simple, S>(
         x, grad, rounded, rounded_grad, grad_value, p.walked, w, reach,
         {head, key, row, room.shift[stage], room.base[stage], room.delta[stage], room.passing[stage][1]},
-        [&] {  // what lies behind the last key may overflow, and dQ is for all 128
+        [&] {  // what lies behind the last key, or is hidden, may overflow, and dQ is for all 128
           const int keys = w.s.keys - key;
           if (keys < 16) each(x, [&](float& u, int line, int) { u = line < keys ? u : 0.0f; });
+          if (p.walked.seen.keys) clear_hidden(x, p.walked.seen, w.s, key);
         },
         [&] {
           if (!simple && (p.mask.each || p.mask.sums)) add_to_mask(p.mask, grad, x, w.s, head, key, row);
@@ -399,10 +403,8 @@ void run_one_pass(const AttentionBackwardOnePass& p, Stream stream) {
   visit_hopper<64, 96, 128>(
       p, [&]<class T, int D, bool simple>(T, std::integral_constant<int, D>, auto, std::bool_constant<simple>) {
         using S = Shape<D, simple>;
-        const OnePass<T> given{walked_of<S, T>(p, 4 * D), grid_of_call(p, sizes_of_rows(p, kRemadeRows).tiles),
-                               mask_gradient_of(p)};
-        launch_walk<S, Room<S>>("attention_one_pass_sm90a", attention_one_pass_sm90a<T, D, simple>, p, given.walked,
-                                stream, given);
+        const OnePass<T> given{walked_of<S, T>(p, stream, 4 * D), grid_of_call(p), mask_gradient_of(p)};
+        launch_walk<S, Room<S>>("attention_one_pass_sm90a", attention_one_pass_sm90a<T, D, simple>, p, stream, given);
       });
 }
 

@@ -23,10 +23,10 @@ namespace attention {
 namespace {
 
 template <int D, bool simple>
-inline constexpr int kPassing = D <= 64    ? (simple ? 112 : 64)
+inline constexpr int kPassing = D <= 64    ? (simple ? 96 : 64)
                                 : D <= 96  ? (simple ? 96 : 48)
                                 : D <= 128 ? (simple ? 80 : 48)
-                                : D <= 192 ? 64
+                                : D <= 192 ? (simple ? 64 : 48)
                                            : (simple ? 48 : 32);
 template <int D, int DV, bool simple>
 using Shape = Walk<Owner::rows, D, kPassing<D, simple>, DV, simple>;
@@ -53,6 +53,7 @@ __device__ __forceinline__ void to_probabilities(Sums<1, S::passing>& x, RowsSha
   if (!simple && o.softcap > 0.0f) keep_slopes<S::groups * 128>(x, shared.own_slopes(), o);
   if (!simple && !p.plain) make_logits<T, false>(x, o, w.s, ptx::made_here(w.head), row, key);
   if (!reach.all(key, key + S::passing)) hide_unseen<false>(x, w.s.band(o), row, key);
+  if (p.seen.keys) hide_padding(x, p.seen, w.s, key);
   for (int half = 0; half < 2 && shared.waits; ++half) {
     statistics.shift[0][half] = shared.own_shift(half), statistics.base[0][half] = shared.own_base(half);
   }
@@ -136,19 +137,19 @@ __device__ __forceinline__ void add_up(RowsShared<S, simple>& shared, const Walk
 template <class S, class T, int D, int DV, bool simple>
 __device__ __forceinline__ void multiply(RowsShared<S, simple>& shared, const Walked<T>& p, const Work& w, int place,
                                          int group, int own, Turn<S::stages>& turn) {
-  const int row = w.first + group * kGroupRows + own;
   Sums<1, D> grad_query;
   clear(grad_query);
   if (w.some()) {
-    add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group), row, turn,
-                                grad_query);
+    add_up<S, T, D, DV, simple>(shared, p, w, shared.lines(place, 0, group), shared.lines(place, 1, group),
+                                w.first + group * kGroupRows + own, turn, grad_query);
   }
-  ptx::barrier_sync(1 + group, 128);                     // all its warps are done with the queries
-  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
-  const int count = least(16, again.s.rows - row);
+  const int warp = ptx::made_here(warp_of()), of = warp / 4 - 1, line = warp % 4 * 16;
+  ptx::barrier_sync(1 + of, 128);                         // all its warps are done with the queries
+  const Work again = work_of<S>(p, shared.taken[place]);  // sooner than in registers all the while
+  const int row = again.first + of * kGroupRows + line, count = least(16, again.s.rows - row);
   if (count <= 0) return;
   const auto by = [&](int, int) { return p.backward.options.scale; };
-  store_rows(grad_query, by, Tile<T, kGroupRows, D>::at(shared.lines(place, 0, group), 0), own,
+  store_rows(grad_query, by, Tile<T, kGroupRows, D>::at(shared.lines(place, 0, of), 0), line,
              p.backward.grad_query.lines(again.s.batch, again.head, again.s.row0 + row), count);
 }
 
@@ -178,10 +179,10 @@ void run_rows(const AttentionBackwardSm90a& p, Stream stream, const int* remade)
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
-        auto walked = walked_of<S, T>(p);
+        auto walked = walked_of<S, T>(p, stream);
         walked.remade = remade;
-        launch_walk<S, RowsShared<S, simple>>("attention_rows_sm90a", attention_rows_sm90a<T, D, DV, simple>, p, walked,
-                                              stream, walked);
+        launch_walk<S, RowsShared<S, simple>>("attention_rows_sm90a", attention_rows_sm90a<T, D, DV, simple>, p, stream,
+                                              walked);
       });
 }
 
@@ -192,13 +193,16 @@ void validate(const AttentionBackwardSm90a& p) {
   const Checker at{"attention backward"};
   at.defined(p.turns, "turns");
   at.dtype(p.turns, "turns", {DType::i32});
-  at.shape(p.turns, "turns", {2});
+  at.shape(p.turns, "turns", {2, attention::turns_room(p)});
+  at.contiguous(p.turns, "turns");
+  attention::check_spans(at, p, p.spans);
 }
 
 void run(const AttentionBackwardSm90a& p, Stream stream) {
   using namespace attention;
   check_is_hopper("attention_backward_sm90a");
-  run_statistics(p, stream);
+  run_statistics(p, stream, Padding::apart);
+  run_seen(p, p.spans, stream);
   std::max(p.query.size(3), p.value.size(3)) <= 128 ? run_keys(p, stream) : run_wide_keys(p, stream);
   run_rows(p, stream);
   if (p.grad_mask.defined()) run_mask(p, stream);

@@ -173,10 +173,11 @@ __device__ __forceinline__ void multiply(WideShared<S>& shared, const Walked<T>&
                                         }
                                       });
   }
-  ptx::barrier_sync(1 + kind, 128);                      // all its warps are done with what it owns
-  const Work again = work_of<S>(p, shared.turn[place]);  // sooner than in registers all the while
+  ptx::barrier_sync(1 + kind, 128);                       // all its warps are done with what it owns
+  const Work again = work_of<S>(p, shared.taken[place]);  // sooner than in registers all the while
   const int count = least(16, again.s.keys - key);
   if (count <= 0) return;
+  if (p.seen.keys) clear_hidden(sum, p.seen, again.s, key);  // a key's P is its own sums' alone
   const Operand<T>& to = kind == values ? p.backward.grad_value : p.backward.grad_key;
   store_rows(
       sum, [&](int, int) { return kind == values ? o.dropout.keep_scale : o.scale; },
@@ -209,9 +210,9 @@ void run_wide_keys(const AttentionBackwardSm90a& p, Stream stream) {
       p, [&]<class T, int D, int DV, bool simple>(T, std::integral_constant<int, D>, std::integral_constant<int, DV>,
                                                   std::bool_constant<simple>) {
         using S = Shape<D, DV, simple>;
-        const auto walked = walked_of<S, T>(p);
+        const auto walked = walked_of<S, T>(p, stream);
         launch_walk<S, WideShared<S>>("attention_wide_keys_sm90a", attention_wide_keys_sm90a<T, D, DV, simple>, p,
-                                      walked, stream, walked);
+                                      stream, walked);
       });
 }
 

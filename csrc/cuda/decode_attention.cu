@@ -203,11 +203,6 @@ struct Merged {
   }
 };
 
-template <class T>
-__device__ __forceinline__ float sink_of(const Decode<T>& p, int head) {
-  return p.options.sinks ? p.options.sinks[head] : -INFINITY;
-}
-
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <class T, int D>
@@ -244,7 +239,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     ptx::commit_copies();
   };
   const Scores scores(p, b, key_head, first, length);
-  Softmax<1> softmax(-INFINITY, false);  // sinks join what all parts together make
+  Softmax<1> softmax;  // sinks join what all parts together make
   Sums<1, D> output;
   clear(output);
   int stage = 0;
@@ -283,7 +278,7 @@ __global__ void __launch_bounds__(Shape<D>::threads) decode_attention_sm80(const
     if (!row.exists || column >= p.value.columns) continue;
     const bool whole = p.splits == 1;
     Merged merged(S::warps, statistics + line * 2, kRows * 2, sums + line * D + column, kRows * D,
-                  whole ? sink_of(p, row.head) : -INFINITY);
+                  whole ? sink_of(p.options, row.head) : -INFINITY);
     if (whole) {
       merged.finish(p, b, row.head, row.row, column);
     } else {
@@ -306,7 +301,7 @@ __global__ void __launch_bounds__(kMergers) decode_attention_merge(const Decode<
   const int head = static_cast<int>(owner % p.heads), b = static_cast<int>(owner / p.heads);
   Merged merged(p.splits, p.partials.statistics + place * 2, p.partials.rows * 2,
                 p.partials.sums + place * p.partials.width + column, p.partials.rows * p.partials.width,
-                sink_of(p, head));
+                sink_of(p.options, head));
   merged.finish(p, b, head, row, column);
 }
 

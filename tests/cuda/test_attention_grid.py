@@ -1,5 +1,5 @@
 """The grid on which one pass adds gradients of queries up (csrc/cuda/attention_grid.h), on the host: how fine it is,
-that nothing that is added overflows, and that tiles of sequences lie apart."""
+and that nothing that is added overflows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ int main() {
       printf("%lld\\n", static_cast<long long>(std::bit_cast<uint32_t>(steps)));
     }
     if (question == 'c') printf("%d\\n", is_too_coarse(number(a), number(b), static_cast<int>(c)));
-    if (question == 't') printf("%d\\n", grid_tile(int(a), int(b), int(c), d != 0));
   }
 }
 """
@@ -136,18 +135,3 @@ def test_what_is_too_coarse(ask):
     )
     assert ask("c", bits(largest), bits(error), [8] * 6) == [0, 1, 0, 1, 1, 1]
     assert ask("c", bits(largest), bits(error), [11] * 6) == [1, 1, 0, 1, 1, 1]
-
-
-def test_tiles_of_packed_sequences_lie_apart_and_fit(ask):
-    g = torch.Generator().manual_seed(2)
-    for _ in range(50):
-        lengths = torch.randint(0, 300, (20,), generator=g) * (torch.rand(20, generator=g) < 0.8)
-        spare = int(torch.randint(0, 90, (), generator=g))
-        begins = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])[:-1]
-        first = ask("t", list(range(20)), begins.tolist(), lengths.tolist(), [1] * 20)
-        end = 0
-        for tile, length in zip(first, lengths.tolist(), strict=True):
-            assert tile >= end
-            end = tile + -(-length // 64)
-        assert end <= (int(lengths.sum()) + spare) // 64 + 20
-    assert ask("t", [0, 1, 2], [0, 0, 0], [130] * 3, [0] * 3) == [0, 3, 6]

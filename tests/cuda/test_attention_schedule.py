@@ -104,7 +104,8 @@ def test_blocks_end_within_5_percent_of_the_best_order(program: Path, band: str,
 @given(lengths=st.lists(st.integers(0, 5).flatmap(lambda n: st.integers(16 << n, 128 << n)), min_size=8, max_size=60))
 @settings(SETTINGS, max_examples=5)
 def test_blocks_end_a_tile_apart_where_sequences_are_packed(program: Path, band: str, device, lengths: list[int]):
-    """Of all lengths in any order, which the host does not know: a longest tile later than the best order at most."""
-    for kernel in KERNELS:
+    """On sm_80, of all lengths in any order, which the host does not know: a longest tile later than the best order at
+    most. Hopper's: test_attention_packed.py."""
+    for kernel in (name for name in KERNELS if "sm_80" in name):
         for what, end, least, longest in balance(program, kernel, band, device, [(16, 1, lengths), (32, 4, lengths)]):
             assert end <= max(1.05 * least, least + longest), f"{what}: {(end - least) / longest:.2f} of a tile"

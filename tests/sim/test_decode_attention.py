@@ -141,7 +141,11 @@ BREAKS = {
     "sums are not rescaled": ("rescale(output, rescaling);", "", "exceeds"),
     "a share is left out": ("sum = fmaf(part[1], weight, sum);", "sum = part[1];", "exceeds"),
     "shares meet at another place": ("const int64_t place = share *", "const int64_t place = 0 *", "races"),
-    "sinks in every share": ("whole ? sink_of(p, row.head) : -INFINITY", "sink_of(p, row.head)", "exceeds"),
+    "sinks in every share": (
+        "whole ? sink_of(p.options, row.head) : -INFINITY",
+        "sink_of(p.options, row.head)",
+        "exceeds",
+    ),
     "pages are not clamped": ("least(largest(page, 0), count - 1)", "page", "past the end|before|outside|no memory"),
 }
 

@@ -390,7 +390,8 @@ BREAKS: dict[str, Break] = {
         "b.advanced(first * S::keys + 32 * k), k > 1)", WRONG,
     ),
     "a lift that sinks do not have": (
-        FORWARD, "attention_forward.cuh", "static_cast<float>(1 << lift)", "1.0f", f"{WRONG}|lse",
+        FORWARD, "attention_forward.cuh", "exponential(own) * static_cast<float>(1 << lift)", "exponential(own)",
+        f"{WRONG}|lse",
     ),
     "the rest is not cleared": (FORWARD, f"{FORWARD}.cu", "head < p.sizes.heads; ++head", "head < 1; ++head", WRONG),
     "no barrier before the transpose": (

@@ -23,6 +23,7 @@ WIDEST_IN_ONE_PASS = 128  # the widest head whose sums for keys stay in register
 FARTHEST = 1848  # M of a bias by distance whose gradient is wanted: its table lies in shared memory beside the tiles
 DISTANCE_ROWS = 64  # of a tile, as in csrc/cuda/attention.h
 GRID_ROWS, REMADE_ROWS = 64, 128  # of tiles, as in csrc/cuda/attention_grid.h
+LEAST_OWN = 64  # lines of a tile that a block of Hopper's owns, as in csrc/cuda/attention_sm90a.cuh
 
 
 def kernels(native: Native) -> dict[str, Kernel]:
@@ -54,8 +55,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
         given = _arguments(query, key, value, options)
         given |= {"output": output, "lse": lse, "lse_low": lse_low}
         if by_hopper(native, **{name: given[name] for name in ("query", "key", "value")}):
-            turns = _zeros(query, 1)  # from which blocks draw their tiles
-            native.call("attention_forward_sm90a", query, **given, turns=turns)
+            turns = turns_room(1, query, key, given["cu_seqlens_q"])
+            native.call("attention_forward_sm90a", query, **given, turns=turns, spans=_spans(key, given["mask"]))
         else:
             native.call("attention_forward", query, **given, exact=native.wants_exact())
         native.tell_launched()
@@ -72,9 +73,12 @@ def kernels(native: Native) -> dict[str, Kernel]:
         by_kernel = want_grad_mask and mask.shape[3] != 1
         partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
-        kernel, of_hopper = "attention_backward", {}
+        kernel = "attention_backward"
+        of_hopper: dict[str, torch.Tensor | None] = {}
         if by_hopper(native, **{name: arguments[name] for name in ("query", "key", "value", "grad_output")}):
-            kernel, of_hopper = "attention_backward_sm90a", {"turns": _zeros(query, 2)}
+            kernel = "attention_backward_sm90a"
+            of_hopper["turns"] = turns_room(2, query, key, arguments["cu_seqlens_q"])
+            of_hopper["spans"] = _spans(key, arguments["mask"])
             if native.wants_one_pass():
                 reason = one_pass_refuses(query, value, arguments["cu_seqlens_q"])
                 registry.tell(f"in two passes: {reason}" if reason else "in one pass over the scores")
@@ -124,7 +128,7 @@ def hopper_refuses(native: Native, **operands) -> str | None:
 def one_pass_refuses(query, value, cu_seqlens_q) -> str | None:
     if (widest := max(query.shape[3], value.shape[3])) > WIDEST_IN_ONE_PASS:
         return f"one takes head dims up to {WIDEST_IN_ONE_PASS}, got {widest}"
-    if (rows := _grid_tiles(query, cu_seqlens_q) * query.shape[1] * GRID_ROWS) >= 2**31:
+    if (rows := places_of_tiles(query, cu_seqlens_q, GRID_ROWS) * query.shape[1] * GRID_ROWS) >= 2**31:
         return f"one takes less than 2^31 rows of all heads, in tiles of {GRID_ROWS}, got {rows}"
     return None
 
@@ -133,25 +137,41 @@ def _zeros(on, *sizes):
     return torch.zeros(sizes, dtype=torch.int32, device=on.device)
 
 
-def _grid_tiles(query, cu_seqlens_q) -> int:
-    batch, _, rows, _ = query.shape
+def places_of_tiles(x, cu_seqlens, lines: int) -> int:
+    """Of `lines` tokens of x, as csrc/cuda/attention_packed.h counts them."""
+    batch, _, tokens, _ = x.shape
+    return batch * -(-tokens // lines) if cu_seqlens is None else tokens // lines + len(cu_seqlens) - 1
+
+
+def turns_room(kernels: int, query, key, cu_seqlens_q) -> torch.Tensor:
+    """From which the blocks of so many of Hopper's kernels draw their tiles (csrc/cuda/attention_sm90a.h)."""
     if cu_seqlens_q is None:
-        return batch * -(-rows // GRID_ROWS)
-    return rows // GRID_ROWS + len(cu_seqlens_q) - 1
+        return _zeros(query, kernels, 4)
+    longer = max(query, key, key=lambda x: x.shape[2])
+    places = places_of_tiles(longer, cu_seqlens_q, LEAST_OWN)
+    return torch.empty(kernels, 4 + 4 * places, dtype=torch.int32, device=query.device)
 
 
-def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
+def _spans(key, mask) -> torch.Tensor | None:
+    """Room for where keys are seen, where a mask hides padding: is_padding() of csrc/cuda/attention_call.h."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[3] != key.shape[2]:
+        return None
+    if any(mask.shape[d] > 1 and mask.stride(d) != 0 for d in (1, 2)):
+        return None
+    return torch.empty(mask.shape[0], 2, dtype=torch.int32, device=key.device)
+
+
+def _grid(query, key, value, cu_seqlens_q, **options):
     """What one pass adds up on, and its room (csrc/cuda/attention_sm90a.h, attention_grid.h)."""
     batch, heads, rows, _ = query.shape
     widest = max(query.shape[3], value.shape[3])
     dim = 64 if widest <= 64 else 96 if widest <= 96 else 128
-    tiles, sequences, longest = _grid_tiles(query, cu_seqlens_q), batch, rows
-    if cu_seqlens_q is not None:
-        sequences, longest = len(cu_seqlens_q) - 1, max(1, min(max_seqlen_q, rows))
+    sequences = batch if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    tiles, remade = (places_of_tiles(query, cu_seqlens_q, n) for n in (GRID_ROWS, REMADE_ROWS))
     floats = {"dtype": torch.float32, "device": query.device}
     return {
         "grid": _zeros(query, tiles, heads, GRID_ROWS, dim),
-        "remade": _zeros(query, 1 + sequences * heads * -(-longest // REMADE_ROWS)),
+        "remade": _zeros(query, 1 + remade * heads),
         "largest": _zeros(query, sequences, key.shape[1], 3),
         "squares": torch.empty(2, batch, heads, rows, **floats),
         "of_rows": torch.empty(tiles, heads, 4, GRID_ROWS, **floats),
@@ -159,14 +179,14 @@ def _grid(query, key, value, cu_seqlens_q, max_seqlen_q, **options):
 
 
 def _mask_sums(query, grad_mask):
-    """One pass leaves a mask's gradient behind where it has a row for each of the queries', and zeros where no key is
-    seen. Where sequences or heads share those rows, it adds them up on integers."""
+    """One pass leaves a mask's gradient behind where it has a row for each of the queries': it stores that of keys that
+    are seen. Where sequences or heads share those rows, it adds them up on integers, of which all are then stored."""
     batch, heads, rows, _ = query.shape
     none = {"mask_sums": None, "mask_bounds": None}
     if grad_mask is None or grad_mask.shape[2] != rows:
         return none
-    grad_mask.zero_()
     if grad_mask.shape[:2] == (batch, heads):
+        grad_mask.zero_()
         return none
     sums = torch.zeros_like(grad_mask, dtype=torch.int64)
     return {"mask_sums": sums, "mask_bounds": _zeros(query, grad_mask.shape[:3].numel() + 1)}

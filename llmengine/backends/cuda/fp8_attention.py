@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmengine.backends.buffers import empty_rows_first
-from llmengine.backends.cuda.attention import MOST_TOKENS
+from llmengine.backends.cuda.attention import MOST_TOKENS, places_of_tiles, turns_room
 from llmengine.backends.cuda.native import HOPPER, Native, unit_last_stride
 from llmengine.backends.fp8 import TILE, WIDTHS, width_of
 from llmengine.ops.registry import Kernel, kernel
@@ -38,8 +38,8 @@ def kernels(native: Native) -> dict[str, Kernel]:
 
     def quantised(name, x, cu_seqlens, width):
         """Numbers and scales of x (batch, heads, tokens, columns), as the forward's arguments."""
-        batch, heads, tokens, _ = x.shape
-        tiles = batch * -(-tokens // TILE) if cu_seqlens is None else tokens // TILE + len(cu_seqlens) - 1
+        heads = x.shape[1]
+        tiles = places_of_tiles(x, cu_seqlens, TILE)
         numbers = x.new_empty(tiles, heads, TILE * width, dtype=torch.uint8)
         scales = x.new_empty(tiles, heads, dtype=torch.float32)
         native.call(
@@ -62,7 +62,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         native.call(
             "attention_fp8_forward", query, **operands, **named, **bytes, output=output, lse=lse, lse_low=lse_low,
             mask=None, alibi_slopes=None, distance_bias=None, seed=None, softcap=0.0, dropout_p=0.0,
-            turns=torch.zeros(1, dtype=torch.int32, device=query.device),
+            turns=turns_room(1, query, key, named["cu_seqlens_q"]),
         )  # fmt: skip
         return output, lse
 
