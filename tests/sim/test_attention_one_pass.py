@@ -424,7 +424,7 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
     "another row's steps": (GRID, "2 * passing + row + i]", "2 * passing + row]", "exceeds"),
     "one key of a mask for two": (PASS, "m.each[at + 8 * half] = x;", "m.each[at] = x;", "exceeds"),
     "another row's steps of a mask": (PASS, "llrintf(x * m.steps(line))", "llrintf(x * m.steps(0))", "exceeds"),
-    "another head's keys": (GRID, "+ place.head / p.sizes.group);", "+ 0);", "one head alone"),
+    "another head's keys": (GRID, "+ head / p.sizes.group);", "+ 0);", "one head alone"),
 }  # fmt: skip
 
 

@@ -414,7 +414,8 @@ BREAKS: dict[str, Break] = {
     ),
     "the last butterfly is missing": (QUANTISE, f"{QUANTISE}.cu", "lanes < D / kSide", "lanes < D / 16", "query|key"),
     "a sequence's tiles begin at its neighbour's": (
-        QUANTISE, f"{QUANTISE}.cu", "first(middle) <= number", "first(middle) < number", "query|key|value|exceeds",
+        QUANTISE, "attention_packed.h", "lines, true) <= place ? low", "lines, true) < place ? low",
+        "query|key|value|exceeds",
     ),
 }  # fmt: skip
 
