@@ -183,6 +183,37 @@ def test_a_block_is_no_larger_than_it_may_be(tokens, classes):
     assert ops.block_tokens(x, w) * columns * 4 <= max(ops.BLOCK_BYTES, 4 * columns)
 
 
+@pytest.mark.parametrize("tokens", [1034, 2050, 4096])
+def test_blocks_are_as_good_as_equal(tokens, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 100 << 20)
+    x, w = torch.empty(tokens, 8, device="meta"), torch.empty(50257, 8, device="meta")
+    block = ops.block_tokens(x, w)
+    blocks = -(-tokens // block)
+    assert block * blocks - tokens < blocks * ops.TOKEN_STEP
+
+
+def test_logits_have_the_same_bits_in_every_block():
+    """Of a target that is nearly certain the backward forms the difference of logits and the forward's log-sum-exp, in
+    blocks of tokens and of classes whose last ones are small (csrc/cpu/kernels/linear_cross_entropy.cpp)."""
+    tokens, classes, d, again = 1030, 1556, 768, 6
+    g = torch.Generator().manual_seed(0)
+    w, target = torch.randn(classes, d, generator=g) * d**-0.5, torch.randint(classes, (tokens,), generator=g)
+    target[:3] = classes - 1  # of the last block of classes
+    x = torch.randn(tokens, d, generator=g)
+    line = w[target]
+    x += (15 - (x * line).sum(1, keepdim=True)) * line / line.square().sum(1, keepdim=True)
+    x[-again:], target[-again:] = x[:again], target[:again]
+    x.requires_grad_()
+    losses = functional.linear_cross_entropy(x, w, target, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), x)
+    assert torch.equal(grad[-again:], grad[:again])
+    exact = x.detach().double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(exact @ w.double().T, target, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, exact)
+    errors = (grad.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.max() < 8 * errors.median()
+
+
 def test_a_weight_of_16_bits_is_summed_once(small_blocks):
     x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16()
     assert not ops.at_once(x, w, "mean", 0.0) and ops.at_once(x[:190], w, "mean", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def test_unequal_micro_batches_add_up_to_one_batch(target: Target, op: Operator)
 def test_no_items_divide_nothing(target: Target, op: Operator):
     """Micro-batches without labels have loss and gradients 0, of a step without any too; with labels, their sum."""
     step = Step(target, op)
-    for num_items in (0, torch.tensor(0), 5):
+    for num_items in (0, torch.tensor(0), 5, numpy.int64(5), numpy.float32(5)):
         assert not any(t.any() for t in step.with_gradients([step.loss(slice(-2, None), num_items=num_items)]))
     summed = step.with_gradients([step.loss(slice(0, 4), reduction="sum")])
     for num_items in (0, torch.tensor(0, device=target.device)):

@@ -261,6 +261,7 @@ def test_what_is_known_is_lost_to_a_faster_tile_alone():
     assert found(earlier, left=[False] * 9) == BEST
     assert found(earlier, cost=lambda tile: 2.0 if tile == earlier else 1.0) == Tile(), "as it is measured now"
     assert found(earlier, cost=lambda tile: 1.0 if tile == earlier else 0.99, left=[False] * 9) == Tile()
+    assert found(earlier, cost=lambda tile: 0.99 if tile == earlier else 1.0) == earlier, "faster still, if by little"
     wrong = problem(lambda tile: [torch.ones(3) * (1 if tile.stages == 2 else 2)])
     assert tuning.search(wrong, modelled, lambda: True, earlier).tile == Tile()
 

@@ -7,7 +7,8 @@
 //   gated layer's two projections). Operands are float32 or bfloat16, transposed or not. Where both operands of a term
 //   are bfloat16 and the processor multiplies such (cpu/pair_tile.h) it does, with denormals for zero; otherwise they
 //   are widened to float while packed. Sums are float. Each element is summed over depth in blocks of a fixed length,
-//   in order, so that no number of threads changes a bit. csrc/cpu/kernels/gemm.cpp has the algorithm.
+//   in order, so that no number of threads changes a bit; but chains within a block are shorter where C has few rows or
+//   columns, so that a row's bits may be others in a small product. csrc/cpu/kernels/gemm.cpp has the algorithm.
 #pragma once
 
 #include <initializer_list>
@@ -116,8 +117,13 @@ struct Destination {
   }
 };
 
+// The size of a product of which another is a part, whose sums have the bits of the whole then.
+struct Whole {
+  int64_t rows = 0, columns = 0;
+};
+
 // Without terms (or with empty ones) C is zero, and the epilogue is called all the same.
 void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue, Destination first = {},
-          Destination second = {});
+          Destination second = {}, Whole whole = {});
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -42,16 +42,17 @@ struct Logits {
   int64_t target(int64_t row) const { return p.target.template as<int64_t>()[row]; }
 
   // Calls epilogue(tile) on the logits, bias included, of labelled tokens [row, row + rows) and classes [first, first +
-  // n); the tile counts from there.
+  // n); the tile counts from there. Logits have the same bits whichever part they are formed in: the backward must find
+  // those of which the forward made lse, or the gradient of a target that is nearly certain would be their difference.
   template <class Body>
   void tiles(int64_t row, int64_t rows, int64_t first, int64_t n, const Body& epilogue, Destination to = {}) const {
-    gemm(
-        rows, n, {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
-        [&](const Tile& tile) {
-          if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
-          epilogue(tile);
-        },
-        to);
+    gemm(rows, n,
+         {{Matrix(p.input).gathered(labelled.data() + row), Matrix(rows_of(p.linear_weight, first, n)).t(), d}},
+         [&](const Tile& tile) {
+           if (!bias.empty()) add_bias(tile, bias.data() + first + tile.column);
+           epilogue(tile);
+         },
+         to, {}, {static_cast<int64_t>(labelled.size()), classes});
   }
 
   static void add_bias(const Tile& tile, const float* line) {

@@ -1,9 +1,8 @@
 // Attention, backward, in one pass, on Hopper: what stands around attention_one_pass_sm90a
 // (attention_sm90a_one_pass.cu).
 //
-//   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|, but for
-//   keys
-//                                that padding hides. Keys and values once; limit: memory
+//   attention_largest_sm90a      of each head of keys of each sequence the largest |k_jd|, |k_j| and |v_j|, but
+//                                for keys that padding hides. Keys and values once; limit: memory
 //   attention_of_rows_sm90a      base, delta, steps (attention_grid.h) and shift as tiles of the grid's rows have them.
 //                                A thread a row, 36 bytes
 //   attention_mask_from_sums_sm90a   of a mask that is shared, integers to its gradient; limit: memory

@@ -11,11 +11,11 @@
 //
 //   forward    logits_of_span, then linear_cross_entropy_merge: the spans of a token in order, its loss and lse;
 //              cross_entropy_sum (cross_entropy.cu)
-//   backward   a block of K classes after the other, and of each a block of T tokens after the other, as many as
-//   `block`
-//              has room for: logits_gradient forms their logits again and, in the epilogue, from lse their gradient dz
-//              (the target's share taken off in float32), with its sums over 64 tokens for the bias; then grad_input +=
-//              dz weight of these tokens and grad_linear_weight += dz^T input of these classes, each by gemm.cu
+//   backward   a block of K classes after the other, and of each a block of T tokens after the other, as many as the
+//              given block has room for: logits_gradient forms their logits again and, in the epilogue, from lse their
+//              gradient dz (the target's share taken off in float32), with its sums over 64 tokens for the bias; then
+//              grad_input += dz weight of these tokens and grad_linear_weight += dz^T input of these classes, each by
+//              gemm.cu
 //
 //   Of a shard of the classes the merge ends in `statistics`, and `factors` are given.
 //
@@ -23,10 +23,9 @@
 //
 //   flops      2 tokens d classes forward, 6 backward
 //   memory     of the backward: 2 T K of dz; of gradients in 16 bits, whose sums lie in themselves and a byte beside
-//   each
-//              element (gemm.h), d a token and d a class of a block. 8192 x 4096 x 128256, T 4096, K 2048: 16 + 32 + 8
-//              = 56 MiB, 0.93 % of the 6012 MiB in which the unfused path has logits, softmax and gradient. 8192 x 2304
-//              x 256000, T = K = 4096: 32 + 18 + 9 = 59 MiB, 0.49 %.
+//              each element (gemm.h), d a token and d a class of a block. 8192 x 4096 x 128256, T 4096, K 2048: 16 + 32
+//              + 8 = 56 MiB, 0.93 % of the 6012 MiB in which the unfused path has logits, softmax and gradient. 8192 x
+//              2304 x 256000, T = K = 4096: 32 + 18 + 9 = 59 MiB, 0.49 %.
 //   bytes      operands as products read them; 12 a token and span; backward 2 written and 4 read a logit, and 6 an
 //              element of grad_input for each block of classes, of a block's grad_linear_weight for each one of tokens:
 //              6 tokens d classes (1 / K + 1 / T - 1 / tokens). In the first example 15.8 GB, 4.7 ms at 3.35 TB/s,

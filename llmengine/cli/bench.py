@@ -56,6 +56,8 @@ def command(
     if goals and (small or place == "cpu"):
         raise ValueError("--goals: shapes for a GPU, without --small")
     shapes = "small" if small else "goals" if goals else place
+    if nothing := [name for name in operators or [] if not roofline.SHAPES[shapes].get(roofline.OPERATORS[name][0])]:
+        raise ValueError(f"operators: {', '.join(nothing)}: there are no shapes for it here, which are {shapes!r}")
     with _threads(threads):
         facts = roofline.machine(place)
         typer.echo(_where(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def check_num_items(op: str, num_items: Tensor | float | None, reduction: str) -
             raise ValueError(
                 f"{op}: num_items is {short(num_items.dtype)} {tuple(num_items.shape)}; expected one real number"
             )
-    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+    elif isinstance(num_items, bool) or not isinstance(num_items, numbers.Real):  # NumPy's, too
         raise TypeError(f"{op}: num_items must be a number or a tensor of one, got {type(num_items).__name__}")
     elif not 0 <= num_items < math.inf:
         raise ValueError(f"{op}: num_items must be finite and at least 0, got {num_items}")
@@ -105,9 +106,11 @@ def check_num_items(op: str, num_items: Tensor | float | None, reduction: str) -
 def divide(total: Tensor, num_items: Tensor | float) -> Tensor:
     """total / num_items, a constant; total where that is 0, as a step's count of labels may be."""
     if isinstance(num_items, Tensor):
-        items = num_items.detach().reshape(()).to(total.device, total.dtype)
+        items = num_items.detach().reshape(()).to(total.dtype)
+        if items.device.type != "cpu":  # which would be copied to a GPU while the host waits
+            items = items.to(total.device)
         return total / (items + (items == 0))
-    return total / (num_items or 1)
+    return total / ((num_items if isinstance(num_items, int) else float(num_items)) or 1)
 
 
 def check_targets(op: str, target: Tensor, expected: tuple[int, ...], ignore_index: int) -> Tensor:

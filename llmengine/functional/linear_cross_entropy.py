@@ -42,19 +42,20 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor:
-    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), the memory of whose logits is never spent.
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), whose logits are never held whole.
 
     The formula, its options and the dtype of the result are those of `llmengine.functional.cross_entropy`; names and
     order are those of `torch.nn.functional.linear_cross_entropy`. Tokens of class ignore_index (None: -100) are left
     out before any product on CPUs; elsewhere zeros multiply them, so that they must be finite. Extra memory is a few
-    blocks of fixed size and, in the backward, one float32 copy of the input's gradient; the backward computes the
-    logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
+    blocks of fixed size and, in the backward, at most one float32 copy of the input's gradient; the backward computes
+    the logits again from each token's saved log-sum-exp. On CPUs a mean or sum that needs gradients makes them at once
     instead (but for bfloat16 on AMX), with a block of at most 100 MiB: the backward then only scales them.
 
     recompute: memory or speed, on GPUs. Recomputed logits are never in memory, for 8 tokens d C operations forward and
-    backward. Else a mean or sum of bfloat16 makes its gradients at once, for 6, of logits that CUDA holds in up to 2
-    GiB: those of all tokens, or with a float32 weight of some after the others; the backward then scales them. What
-    does not fit, and a weight with a buffer for its gradient (`main_grad`), is recomputed.
+    backward. Else a mean or sum of bfloat16 by our CUDA kernels makes its gradients at once, for 6, of logits that are
+    held in up to 2 GiB: those of all tokens, or with a float32 weight of some after the others; the backward then
+    scales them, and gradient_filter leaves out nothing. What does not fit, shards, and a weight with a buffer for its
+    gradient (`main_grad`) are recomputed.
 
     num_items: what "mean" and "sum" divide the sum of the losses by, where this call has a part of a step's tokens
     (gradient accumulation, data-parallel processes): the count of the whole step's labels. Then loss = sum over this

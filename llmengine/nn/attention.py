@@ -114,7 +114,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, (..., embed_dim) each, by as few matrix products as the inputs allow."""
-        linear = functional.linear
+        linear = fusing.projection()
         e, bias = self.embed_dim, self.in_proj_bias
         b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
         if self.in_proj_weight is None:

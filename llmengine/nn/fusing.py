@@ -6,6 +6,8 @@ replace or watch. A fused operator may stand in only for leaves that nobody touc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -49,16 +51,22 @@ def watched(name: str, leaf: Module) -> str | None:
 def linear(leaf: Module, input: Tensor) -> Tensor:
     """leaf(input), by our products where they are quicker or asked for, or add the weight's gradient to its buffer.
     A demand for a backend asks for them where that has linear layers; one without leaves them to PyTorch."""
-    backend = demanded()
+    backend, why = demanded(), NOT_OURS
     if backend is not None:
-        ours = load(backend).has("linear_forward")
+        ours, why = load(backend).has("linear_forward"), f"the {backend} backend has no linear layers"
     else:
         buffer = getattr(getattr(leaf, "weight", None), "main_grad", None)
         ours = FROM_ROWS is not None or asked_for(input) or buffer is not None
     if ours and isinstance(leaf, torch.nn.Linear) and touched(linear=leaf) is None:
         return functional.linear(input, leaf.weight, leaf.bias)
-    note("linear", "PyTorch's linear" if type(leaf) in LINEAR else f"a {type(leaf).__name__}", NOT_OURS)
+    note("linear", "PyTorch's linear" if type(leaf) in LINEAR else f"a {type(leaf).__name__}", why)
     return leaf(input)
+
+
+def projection() -> Callable[..., Tensor]:
+    """linear(input, weight, bias): ours to choose, but PyTorch's where a backend without linear layers is demanded."""
+    backend = demanded()
+    return functional.linear if backend is None or load(backend).has("linear_forward") else torch.nn.functional.linear
 
 
 def add_norm(input: Tensor, residual: Tensor, norm: Module, dropout_p: float) -> tuple[Tensor, Tensor]:

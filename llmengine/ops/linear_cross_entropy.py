@@ -3,8 +3,8 @@
 Kernels see `input` as (tokens, d), `linear_weight` as (classes, d), `target` as int64 (tokens,). The forward keeps one
 log-sum-exp a token; the backward forms the logits again, block by block. On CPUs, where a loss of all tokens is wanted
 with its gradients, and on GPUs, where the caller has memory for it, both are made at once, from logits formed once
-(Hsu et al. 2024, Liger Kernel). What holds for
-targets, losses and statistics in ops/cross_entropy.py holds here; what for dtypes of parameters in ops/ffn.py.
+(Hsu et al. 2024, Liger Kernel). What holds for targets, losses and statistics in ops/cross_entropy.py holds here; what
+for dtypes of parameters in ops/ffn.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.cpu.linear import TILES
 from llmengine.ops.norm import statistics_dtype
-from llmengine.ops.registry import define
+from llmengine.ops.registry import define, demanded, load
 
 
 def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, *options):
@@ -92,18 +92,20 @@ def block_tokens(input, linear_weight) -> int:
         return 0
     if on_gpu:
         return fitting // GPU_STEP * GPU_STEP
-    share = -(-tokens // -(-tokens // fitting))
-    return min(-(-share // TOKEN_STEP), fitting // TOKEN_STEP) * TOKEN_STEP
+    blocks = -(-tokens // (fitting // TOKEN_STEP * TOKEN_STEP))
+    return -(-tokens // (blocks * TOKEN_STEP)) * TOKEN_STEP
 
 
 def at_once(input, linear_weight, reduction, softcap, recompute=True) -> bool:
-    """Whether loss and gradients are made together: on a GPU where that was asked for, on a CPU where it is quicker.
-    float16 is not, whose losses are scaled to keep gradients
-    from vanishing: here they would be made before the loss is scaled. Nor is bfloat16 on AMX, which forms logits again
-    sooner than memory brings them."""
+    """Whether loss and gradients are made together: on a GPU where that was asked for and our CUDA kernels run, on a
+    CPU where it is quicker. float16's are not, whose losses are scaled to keep gradients from vanishing: here they
+    would be made before the loss is scaled. Nor are bfloat16's on AMX, which forms logits again sooner than memory
+    brings them.
+    """
     if input.device.type == "cuda":
         asked_for = not recompute and reduction != "none" and input.dtype == torch.bfloat16
-        return asked_for and block_tokens(input, linear_weight) > 0
+        ours = demanded() in (None, "cuda") and load("cuda").unavailable is None
+        return asked_for and ours and block_tokens(input, linear_weight) > 0
     return (
         input.device.type == "cpu"
         and not (TILES and input.dtype == torch.bfloat16)
@@ -168,11 +170,13 @@ class LinearCrossEntropyAtOnce(torch.autograd.Function):
 
 
 def _times(gradient, factor):
-    """gradient * factor: in place where the graph is not kept for another backward; on a CPU, where nothing waits for
-    the factor, unread if that is 1."""
+    """gradient * factor: in place where the graph is not kept for another backward (hooks that pack saved tensors
+    should copy them); on a CPU, where nothing waits for the factor, unread if that is 1.
+
+    The factor has a dimension: one of none would be rounded to the gradient's dtype on a GPU."""
     if torch.compiler.is_compiling() or type(factor) is not torch.Tensor or _graph_is_kept():
-        return (gradient * factor).to(gradient.dtype)
-    return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor)
+        return (gradient * factor.reshape(1)).to(gradient.dtype)
+    return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor.reshape(1))
 
 
 def _graph_is_kept() -> bool:

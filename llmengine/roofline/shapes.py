@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         "sinks": [(2, 12, 1024, 64)],
         "options": [(2, 12, 1024, 64)],
         "ffn": [(2048, 768, 3072)],
-        "gated_ffn": [],
+        "gated_ffn": [(2048, 768, 2048)],
         "linear": [(1024, 768, 2304), (2048, 768, 768)],
         "linear_cross_entropy": [(1024, 768, 50257)],
         "head_options": [],

@@ -159,6 +159,16 @@ def test_dropout_is_of_that_rate_and_in_training_only(need_weights):
     assert kept() == pytest.approx((1.0, 0.0), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["triton", "cpu"])
+def test_a_demanded_backend_projects_if_it_has_linear_layers(name: str):
+    """Triton has none: PyTorch's stand in."""
+    attention, x = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), torch.randn(1, 3, WIDTH)
+    expected = attention(x, x, x, need_weights=False)[0]
+    with backend(name):
+        output, _ = attention(x, x, x, need_weights=False)
+    torch.testing.assert_close(output, expected)
+
+
 def test_out_proj_is_called_as_a_module():
     """torch.nn reads its weight; adapters and hooks on it work here."""
     attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)

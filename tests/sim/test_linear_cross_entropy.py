@@ -16,6 +16,7 @@ from llmengine import functional
 from llmengine.backends.cuda import linear_cross_entropy as cuda
 from llmengine.backends.cuda.native import products_by
 from llmengine.ops import linear_cross_entropy as ops
+from llmengine.ops.registry import load
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
@@ -307,7 +308,7 @@ def test_no_labels_have_loss_and_gradients_of_zero_at_once(at_once, core: str, w
     assert at_once and loss == 0 and not any(g.any() for g in gradients.values())
 
 
-def test_made_at_once_where_a_gpu_was_asked_and_has_the_memory():
+def test_made_at_once_where_our_kernels_were_asked_and_have_the_memory(monkeypatch):
     class Given:  # of a device that this machine may not have
         device = torch.device("cuda")
 
@@ -320,10 +321,15 @@ def test_made_at_once_where_a_gpu_was_asked_and_has_the_memory():
     def at_once(tokens: int, classes: int, *, weight=torch.bfloat16, reduction="mean", recompute=False) -> bool:
         return ops.at_once(Given(tokens, 8), Given(classes, 8, dtype=weight), reduction, 5.0, recompute)
 
+    monkeypatch.setattr(load("cuda"), "unavailable", None)
     assert at_once(4096, 128256) and at_once(8192, 128256) and not at_once(8192, 128256, recompute=True)
     assert not at_once(8192, 256000) and at_once(8192, 256000, weight=torch.float32)
     assert not at_once(4096, 128256, reduction="none")
     assert ops.block_tokens(Given(65536, 8), Given(128256, 8, dtype=torch.float32)) == 8192
+    with llmengine.backend("triton"):
+        assert not at_once(4096, 128256)
+    monkeypatch.setattr(load("cuda"), "unavailable", "it was not built")
+    assert not at_once(4096, 128256)
 
 
 def test_what_is_not_supported_names_itself():

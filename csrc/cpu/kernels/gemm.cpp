@@ -235,8 +235,12 @@ struct Block {
 class Gemm {
  public:
   Gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, const Epilogue& epilogue, Destination first,
-       Destination second)
-      : rows_(rows), columns_(columns), epilogue_(epilogue), destinations_{first, second} {
+       Destination second, Whole whole)
+      : rows_(rows),
+        columns_(columns),
+        large_(is_large(std::max(rows, whole.rows), std::max(columns, whole.columns))),
+        epilogue_(epilogue),
+        destinations_{first, second} {
     for (const Term& term : terms) add(term);
     const int64_t tiles = ceil_div(columns, kTileColumns);
     const int64_t affordable = kStripBytes / 4 / std::max<int64_t>(floats_, 1) / kTileColumns;
@@ -281,7 +285,9 @@ class Gemm {
     }
   };
 
-  int64_t rows_, columns_, strip_ = 0, tile_rows_ = 0, floats_ = 0;
+  int64_t rows_, columns_;
+  bool large_;
+  int64_t strip_ = 0, tile_rows_ = 0, floats_ = 0;
   int accumulators_ = 1;
   bool tall_ = kAmx;
   bool keeps_a_ = false;    // a layer's A is packed whole, for all of its tiles
@@ -296,13 +302,12 @@ class Gemm {
   void add(const Term& term) {
     const bool pairs = kPairsPay && (term.a.dtype == DType::bf16 || term.b.dtype == DType::bf16);
     const int64_t step = pairs ? 2 * kBlockPairs : kBlockFloats;
-    const bool large = is_large(rows_, columns_);
     tall_ &= pairs || term.depth == 0;
     accumulators_ = std::max(accumulators_, term.into + 1);
     for (int64_t k = 0; k < term.depth; k += step) {
       const Into into = begun_[term.into] ? Into::add : Into::place;
       const int64_t depth = std::min(step, term.depth - k);
-      blocks_.push_back({&term, pairs, k, depth, floats_, ceil_div(depth, longest_run(depth, large)), into});
+      blocks_.push_back({&term, pairs, k, depth, floats_, ceil_div(depth, longest_run(depth, large_)), into});
       floats_ += blocks_.back().floats();
       begun_[term.into] = true;
     }
@@ -367,8 +372,8 @@ class Gemm {
 }  // namespace
 
 void gemm(int64_t rows, int64_t columns, std::initializer_list<Term> terms, Epilogue epilogue, Destination first,
-          Destination second) {
-  if (rows > 0 && columns > 0) Gemm(rows, columns, terms, epilogue, first, second).run();
+          Destination second, Whole whole) {
+  if (rows > 0 && columns > 0) Gemm(rows, columns, terms, epilogue, first, second, whole).run();
 }
 
 }  // namespace llmengine::cpu::LLMENGINE_ISA

@@ -157,7 +157,8 @@ struct Backward : Logits<ops::LinearCrossEntropyBackward> {
         if (!to) return store_tile(tile, out);
         gather_tile(tile, add, to, weight_sums ? d : out.stride(0), [](int64_t r) { return r; });
       };
-      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, store, out);
+      gemm(n, d, {{dx_matrix().t(), Matrix(p.input).gathered(index), rows}}, store,
+           weight_sums ? Destination{} : Destination(out));
     }
     if (p.grad_linear_bias.defined()) {
       visit_dx([&](auto* at) { column_sums(at, kClasses, rows, n, later, p.grad_linear_bias.as<float>() + first); });

@@ -24,9 +24,14 @@ else:
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+_told = module is None
+
+
 def unavailable() -> str | None:
-    """Asked once, by the registry at the first call: then it is also told where a processor's AMX is refused."""
-    if module is not None:
+    """Asked by the registry at the first call: then it is also told, once, where a processor's AMX is refused."""
+    global _told
+    if not _told:
+        _told = True  # though the warning may be raised as an error
         tell_refusal(module.isa_notice())
     return _reason
 

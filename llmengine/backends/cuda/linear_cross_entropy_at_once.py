@@ -25,7 +25,7 @@ def loss_with_gradients(
     tokens, classes, wide = input.shape[0], linear_weight.shape[0], torch.float32
     x: Tensor = rows_of(input)
     head: Tensor = rows_of(linear_weight.to(input.dtype))
-    core = native.core_of("linear_cross_entropy", x, head, backward=True)
+    core = native.core_of("linear", x, head, backward=True)
     labels, options = target.contiguous(), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     options |= {"z_loss": z_loss, "softcap": softcap, **class_weights(weight, label_smoothing)}
     kinds = ((x.shape, x.dtype), (linear_weight.shape, linear_weight.dtype), ((classes,), wide))

@@ -325,7 +325,7 @@ def _product(a, kept: Kept | None, b, out, **sums):
 
 @kernel(KERNELS, "linear_cross_entropy_with_gradients", _forward_refuses)
 def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
-    """In two passes over the logits: on GPUs `at_once` never asks for it."""
+    """In two passes over the logits: `at_once` does not ask for it here."""
     *given, _block_tokens, wanted = options
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
