@@ -192,7 +192,7 @@ def test_blocks_are_as_good_as_equal(tokens, monkeypatch):
     assert block * blocks - tokens < blocks * ops.TOKEN_STEP
 
 
-def test_logits_have_the_same_bits_in_every_block():
+def test_logits_are_the_same_in_every_block():
     """Of a target that is nearly certain the backward forms the difference of logits and the forward's log-sum-exp, in
     blocks of tokens and of classes whose last ones are small (csrc/cpu/kernels/linear_cross_entropy.cpp)."""
     tokens, classes, d, again = 1030, 1556, 768, 6
@@ -206,7 +206,8 @@ def test_logits_have_the_same_bits_in_every_block():
     x.requires_grad_()
     losses = functional.linear_cross_entropy(x, w, target, reduction="none")
     (grad,) = torch.autograd.grad(losses.sum(), x)
-    assert torch.equal(grad[-again:], grad[:again])
+    apart = (grad[-again:] - grad[:again]).norm(dim=1) / grad[:again].norm(dim=1)
+    assert apart.max() < 1e-5
     exact = x.detach().double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(exact @ w.double().T, target, reduction="sum")
     (expected,) = torch.autograd.grad(loss, exact)
@@ -252,7 +253,7 @@ def test_the_backward_may_run_again_and_scales():
         torch.testing.assert_close(leaf.grad, 4 * g)
 
 
-PEAK = """
+PEAK = r"""
 import re, sys, torch, llmengine
 from llmengine import functional
 backend, tokens, classes, d = sys.argv[1], *map(int, sys.argv[2:])
@@ -277,11 +278,12 @@ def peak_mib(backend: str, tokens: int, classes: int) -> float:
 
 
 def test_memory_does_not_grow_with_tokens_times_classes():
-    small, large = peak_mib("cpu", 1024, 8192), peak_mib("cpu", 4096, 32768)
-    logits = 4 * (4096 * 32768 - 1024 * 8192) / 2**20  # what their float32 logits differ by: 480 MiB
+    """Beyond what one block may take: logits are 128 MiB and 1 GiB in float32."""
+    small, large = peak_mib("cpu", 2048, 16384), peak_mib("cpu", 8192, 32768)
+    logits = 4 * (8192 * 32768 - 2048 * 16384) / 2**20  # what they differ by: 896 MiB
     held = peak_mib("reference", 4096, 32768)
-    assert held > logits  # the measure sees logits where they are held
-    assert large - small < 0.1 * logits and large < 0.05 * held
+    assert held > 4 * 4096 * 32768 / 2**20  # the measure sees logits where they are held
+    assert large - small < 0.05 * logits and large < 1.1 * ops.BLOCK_BYTES / 2**20
 
 
 @pytest.mark.parametrize(
