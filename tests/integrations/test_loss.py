@@ -65,7 +65,7 @@ def test_only_in_training_with_labels():
 
 
 def test_memory_of_the_logits_is_not_spent():
-    """Largest allocation of a training step, against one with the logits (128 MiB): ours are a block of 64 at most."""
+    """Largest allocation of a step, against one with the logits (128 MiB): ours are a block of half the tokens."""
     config = transformers.GPT2Config(
         vocab_size=32768, n_embd=32, n_layer=1, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0
     )
@@ -82,7 +82,7 @@ def test_memory_of_the_logits_is_not_spent():
     parameters = 4 * 32 * 32768
     assert largest() >= logits > 2 * parameters
     accelerate(model)
-    assert largest() <= logits / 2
+    assert largest() <= 0.55 * logits
 
 
 SYMBOLIC = {

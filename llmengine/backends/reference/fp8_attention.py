@@ -56,10 +56,9 @@ def rounded(x, turn):
 
 
 def _weigh(logits, values, sinks, step, exact):
-    """softmax(logits) values, and lse: keys a step at a time, with the largest logit so far."""
-    none = logits.new_full((*logits.shape[:-1], 1), -torch.inf)
-    most = none if sinks is None else sinks.to(logits.dtype)[:, None, None].expand_as(none)
-    total = torch.where(most == -torch.inf, 0.0, 1.0)
+    """softmax(logits) values, and lse: keys a step at a time with the largest logit so far, behind them the sink."""
+    most = logits.new_full((*logits.shape[:-1], 1), -torch.inf)
+    total = torch.zeros_like(most)
     output = logits.new_zeros(*logits.shape[:-1], values.shape[-1])
     for x, v in zip(logits.split(step, -1), values.split(step, -2), strict=True):
         higher = torch.maximum(most, x.amax(-1, keepdim=True)) if x.shape[-1] else most
@@ -69,6 +68,12 @@ def _weigh(logits, values, sinks, step, exact):
             p = (p * LIFT).to(torch.float8_e4m3fn).to(p.dtype) / LIFT
         most, total = higher, total * rescaling + p.sum(-1, keepdim=True)
         output = output * rescaling + p @ v
+    if sinks is not None:
+        sink = sinks.to(logits.dtype)[:, None, None].expand_as(most)
+        higher = torch.maximum(most, sink)
+        base = torch.where(higher == -torch.inf, 0.0, higher)
+        rescaling = torch.exp(most - base)
+        most, total, output = higher, total * rescaling + torch.exp(sink - base), output * rescaling
     output = torch.where(total == 0, 0.0, output / total)
     return output, (most + total.log()).squeeze(-1)
 
