@@ -25,6 +25,7 @@ from llmengine.testing.simulator import SCHEDULES
 from .harness import Break, assert_caught, device_of, places_of_products, schedule
 
 HEAVY = (pytest.mark.heavy,)
+AT_ONCE = ops.at_once  # which `scheduled` replaces
 HALVES = (torch.bfloat16, torch.float16)
 (OPERATOR,) = linear_cross_entropy.OPERATORS
 EVERYTHING = {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0}
@@ -319,15 +320,18 @@ def test_made_at_once_where_our_kernels_were_asked_and_have_the_memory(monkeypat
             return self.dtype.itemsize
 
     def at_once(tokens: int, classes: int, *, weight=torch.bfloat16, reduction="mean", recompute=False) -> bool:
-        return ops.at_once(Given(tokens, 8), Given(classes, 8, dtype=weight), reduction, 5.0, recompute)
+        return AT_ONCE(Given(tokens, 8), Given(classes, 8, dtype=weight), reduction, 5.0, recompute)
 
     monkeypatch.setattr(load("cuda"), "unavailable", None)
+    monkeypatch.setattr(ops, "demanded", lambda: None)
     assert at_once(4096, 128256) and at_once(8192, 128256) and not at_once(8192, 128256, recompute=True)
     assert not at_once(8192, 256000) and at_once(8192, 256000, weight=torch.float32)
     assert not at_once(4096, 128256, reduction="none")
     assert ops.block_tokens(Given(65536, 8), Given(128256, 8, dtype=torch.float32)) == 8192
-    with llmengine.backend("triton"):
-        assert not at_once(4096, 128256)
+    monkeypatch.setattr(ops, "demanded", lambda: "triton")
+    assert not at_once(4096, 128256)
+    monkeypatch.setattr(ops, "demanded", lambda: "cuda")
+    assert at_once(4096, 128256)
     monkeypatch.setattr(load("cuda"), "unavailable", "it was not built")
     assert not at_once(4096, 128256)
 
