@@ -48,7 +48,7 @@ std::string text(Site site) {
 uintptr_t number(const void* address) { return reinterpret_cast<uintptr_t>(address); }
 
 // Stacks that stay for the next launch: making one costs some microseconds.
-constexpr size_t kStacksKept = 128;
+constexpr size_t kStacksKept = 32;
 
 Machine& Machine::the() {
   static Machine machine;
