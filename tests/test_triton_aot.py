@@ -171,25 +171,10 @@ def test_every_kernel_that_is_launched_is_compiled():
 
 
 PEAK = """
-import weakref, torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
 from llmengine.backends.triton import aot, device
 from llmengine.backends.triton.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
-
-class Peak(TorchDispatchMode):
-    def __init__(self, *given):
-        super().__init__()
-        self.live, self.most = {tensor.untyped_storage()._cdata: 0 for tensor in given}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-                self.most = max(self.most, sum(self.live.values()))
-        return results
+from llmengine.testing.memory import Peak
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")

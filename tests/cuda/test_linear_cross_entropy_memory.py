@@ -3,14 +3,12 @@ models' heads: what the Python side allocates is all there is, since kernels all
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmengine.backends.cuda import linear_cross_entropy
 from llmengine.backends.cuda.native import Native
+from llmengine.testing.memory import Peak
 
 OPTIONS = ("mean", -100, 0.0, 0.0, 0.0)
 MULTIPROCESSORS = 132
@@ -25,32 +23,11 @@ class H100(Native):
     def call(self, kernel, on, **arguments):
         pass
 
-    def core(self, on):
-        return "sm90a"
-
     def core_of(self, operator, x, *weights, backward=False):
         return "sm90a"
 
     def multiprocessors(self, on):
         return MULTIPROCESSORS
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that live at once beside the tensors given."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.live, self.most = {tensor.untyped_storage()._cdata: 0 for tensor in given}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-                self.most = max(self.most, sum(self.live.values()))
-        return results
 
 
 def empty(*shape, dtype=torch.bfloat16):
