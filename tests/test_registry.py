@@ -450,6 +450,7 @@ def test_a_refusal_of_amx_is_told_once(monkeypatch):
             return "the processor has AMX but the system refuses its tiles (no): using avx512_bf16"
 
     monkeypatch.setattr(native, "module", Refused)
+    monkeypatch.setattr(native, "_told", False)  # as in a process that has called no operator yet
     monkeypatch.setattr(registry, "_loaded", {})
     monkeypatch.delenv("LLMENGINE_CPU_ISA", raising=False)
     with pytest.warns(UserWarning, match=r"llmengine: .* refuses its tiles \(no\): using avx512_bf16"):
@@ -458,5 +459,6 @@ def test_a_refusal_of_amx_is_told_once(monkeypatch):
         warnings.simplefilter("error")
         registry.load("cpu")
         monkeypatch.setenv("LLMENGINE_CPU_ISA", "avx2")  # another was asked for: nothing to tell
+        monkeypatch.setattr(native, "_told", False)
         registry._loaded.clear()
         registry.load("cpu")
