@@ -29,6 +29,7 @@ SKEWED = {
     "empty ones": [0, 0, 130, 0, 7, 0, 0, 140, 0],
     "one": [140],
     "nothing": [0, 0],
+    "no sequence": [],
 }
 
 
@@ -77,7 +78,7 @@ def test_blocks_draw_the_tiles_that_there_are(name: str, passes: str, rooms, mon
     lengths = SKEWED[name]
     monkeypatch.setenv(ATTENTION_BACKWARD, passes)
     number = list(SKEWED).index(name)
-    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {})[number]
+    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {}, {})[number]
     assert_right(VARLEN, skewed(name, lengths, **options), HALVES[number % 2])
     forward, backward = rooms
     assert_in_order(forward["turns"][0], lengths, 2)
@@ -126,7 +127,7 @@ def test_every_gpus_blocks_go_through_places(name: str, rooms, monkeypatch):
     """Of rows, of keys, and of what is yet to be added up of a bias by distance, which has a table for each place."""
     monkeypatch.setenv(ATTENTION, "sm80")
     lengths, number = SKEWED[name], list(SKEWED).index(name)
-    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {})[number]
+    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {}, {})[number]
     assert_right(VARLEN, skewed(name, lengths, list(reversed(lengths)), **options), HALVES[number % 2])
     m = attention._Maker(number)
     m.packed("bias", lengths, lengths, 2, 1, 24, spare=70, distance_bias=m.table(2, 9), **options)
