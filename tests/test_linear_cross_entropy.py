@@ -253,6 +253,28 @@ def test_the_backward_may_run_again_and_scales():
         torch.testing.assert_close(leaf.grad, 4 * g)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_any_number_of_tokens(dynamic, monkeypatch):
+    """Where gradients are made with the loss, too, though how many tokens are taken at a time is theirs."""
+    monkeypatch.setattr(ops, "TILES", False)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.linear_cross_entropy, fullgraph=True, dynamic=dynamic, backend=count)
+    for tokens in (20, 21, 33, 47, 64):
+        sample = make(tokens, 8, 50, tokens).rounded(torch.float32)
+        x, w, target = (t.requires_grad_(t.is_floating_point()) for t in sample.args)
+        assert ops.at_once(x, w, "mean", 0.0)
+        ours, plain = (f(x, w, target, label_smoothing=0.1) for f in (compiled, functional.linear_cross_entropy))
+        for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) <= (1 if dynamic else 2)  # the second once the number was seen to vary
+
+
 PEAK = r"""
 import re, sys, torch, llmengine
 from llmengine import functional

@@ -64,7 +64,7 @@ linear_cross_entropy_backward = define(
 linear_cross_entropy_with_gradients = define(
     "linear_cross_entropy_with_gradients(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? weight, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-    " int block_tokens, bool[] wanted)"
+    " SymInt block_tokens, bool[] wanted)"
     " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     _with_gradients_fake,
 )
