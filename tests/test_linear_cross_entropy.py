@@ -216,12 +216,16 @@ def test_logits_are_the_same_in_every_block():
 
 
 def test_a_weight_of_16_bits_is_summed_once(small_blocks):
-    x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16()
+    x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16().requires_grad_()
     assert not ops.at_once(x, w, "mean", 0.0) and ops.at_once(x[:190], w, "mean", 0.0)
+    assert ops.at_once(x, w.detach(), "mean", 0.0) and not ops.at_once(x, w.float(), "mean", 0.0, main=w.float())
     assert not ops.at_once(x.half(), w.half(), "mean", 0.0) and not ops.at_once(x.float(), w.float(), "none", 0.0)
     assert not ops.at_once(x.float(), w.float(), "mean", 5.0)
     sample = make(190, 24, 3300, 6, ignored=0.1).rounded(torch.bfloat16)
     assert_lawful(sample, sample)
+    frozen = make(230, 24, 3300, 6, ignored=0.1).rounded(torch.bfloat16)
+    frozen = Sample(frozen.name, frozen.args, frozen.kwargs, (1, *frozen.constants))
+    assert_lawful(frozen, frozen)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])

@@ -210,17 +210,25 @@ class Native:
     def weight_gradient(self, grad: Tensor, x: Tensor, dtype: torch.dtype, main: Tensor | None) -> Tensor:
         """grad^T x in `dtype` or, where there is a buffer, float32, for it, added to that; by cuBLAS (in the simulator
         as above)."""
-        if main is None:
-            if not x.is_cuda:
-                return (grad.T.double() @ x.double()).to(dtype)
-            return torch.mm(grad.T, x) if dtype == x.dtype else torch.mm(grad.T, x, out_dtype=dtype)
+        if main is not None:
+            return self.product_into(main, grad.T, x, add=True)
         if not x.is_cuda:
-            main.copy_(main.double() + grad.T.double() @ x.double())
-        elif x.dtype == main.dtype:
-            torch.addmm(main, grad.T, x, out=main)
+            return (grad.T.double() @ x.double()).to(dtype)
+        return torch.mm(grad.T, x) if dtype == x.dtype else torch.mm(grad.T, x, out_dtype=dtype)
+
+    def product_into(self, out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+        """a b in their precision or in float32, in place of what `out` holds or added to it; by cuBLAS (in the
+        simulator as above)."""
+        if not a.is_cuda:
+            exact = a.double() @ b.double()
+            out.copy_(out.double() + exact if add else exact)
+        elif a.dtype == out.dtype:
+            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+        elif add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
         else:
-            torch.ops.aten.addmm.dtype_out(main, grad.T, x, main.dtype, out=main)
-        return main
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return out
 
     def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
         """The refusals that all kernels have in common: a device or float dtype that they do not take."""
