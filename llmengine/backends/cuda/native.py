@@ -156,10 +156,12 @@ class Native:
         return maker, why
 
     def products(self, on: Tensor, core: str) -> dict[str, Any]:
-        """What kernels with products of our own are given: the core, and room for sums of parts of k, as many as the
-        tiles that are made at once (csrc/cuda/gemm.cu)."""
-        tiles = 2 * self.multiprocessors(on)
-        return {"core": core, "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
+        """What kernels with products of our own are given."""
+        return {"core": core, "room": self.room(on)}
+
+    def room(self, on: Tensor) -> Tensor:
+        """For sums of parts of k, as many as the tiles that are made at once (csrc/cuda/gemm.cu)."""
+        return on.new_empty(2 * self.multiprocessors(on) * 128 * 128, dtype=torch.float32)
 
     def refuses_products(self, on: Tensor) -> str | None:
         """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
