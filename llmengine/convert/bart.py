@@ -186,7 +186,9 @@ BART = Family(
         "model.decoder.embed_tokens.weight": "model.shared.weight",
     },
     tied_apart={"lm_head.weight": "model.decoder.embed_tokens.weight"},
-    skipped=r"(en|de)coder\.version$",
+    # nothing but tie_word_embeddings ties them; `shared` has then no use
+    apart={"share_embeddings": ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")},
+    skipped=r"(en|de)coder\.version$|^model\.shared\.weight$",
 )
 MBART = replace(
     BART,
@@ -255,5 +257,6 @@ MARIAN = replace(
     classes={"MarianMTModel": ("seq2seq",), "MarianModel": ()},
     class_fields={},
     heads_of={},
+    apart={},
     skipped=r"embed_positions\.weight$",  # sines and cosines
 )

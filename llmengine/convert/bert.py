@@ -146,6 +146,7 @@ def _roberta(name: str, prefix: str = "Roberta", **defaults: Any) -> Family:
         heads=("lm_head.", "classifier.", "qa_outputs."),
         fields=tuple((theirs, ours) for theirs, ours in _FIELDS if ours != "max_positions"),
         constants={**BERT.constants, "position_of": "token"},
+        demanded={**BERT.demanded, "hidden_act": ("gelu",)},  # what its token head has, whatever the config says
         defaults=BERT.defaults
         | {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
         | defaults,

@@ -174,6 +174,8 @@ class Family:
     """Their second names for a tensor, which files may repeat. Without tied embeddings they use the second."""
     tied_apart: Mapping[str, str] = field(default_factory=dict)
     """`tied` of an encoder-decoder whose sides have words of their own."""
+    apart: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Our fields, true by config.json, that are false where a file has both tensors and they differ."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -243,6 +245,17 @@ class Family:
             ours |= _labels(given, self.defaults.get("num_labels", 2))
         return ours
 
+    def read_ties(self, names: Iterable[str], get: Callable[[str], Tensor], ours: Mapping[str, Any]) -> dict[str, bool]:
+        """Our fields that a file's tensors tell, whatever its config.json says."""
+        names = set(names)
+        differ = {
+            name
+            for name, (first, second) in self.apart.items()
+            if {first, second} <= names and not torch.equal(get(first), get(second))
+        }
+        tied = ours["tie_embeddings"] and "tie_embeddings" not in differ
+        return dict.fromkeys(differ - ({"share_embeddings"} if tied else set()), False)
+
     def write_config(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Their config.json for our fields; ValueError where the family cannot express one. defaults: of our fields."""
         ours = resolved(ours)
@@ -262,11 +275,8 @@ class Family:
                 raise self._inexpressible(our_name, value, f"its {their_name} is {theirs[their_name]!r} already")
         theirs |= self.write_back(ours)
         again = resolved({**defaults, **self.read_config(theirs, ())})
-        for name in (
-            ours.keys()
-            - OF_A_RUN
-            - (set() if set(ours["objectives"]) & {"classification", "choice"} else OF_CLASSIFIERS)
-        ):
+        untold = OF_A_RUN if set(ours["objectives"]) & {"classification", "choice"} else OF_A_RUN | OF_CLASSIFIERS
+        for name in ours.keys() - untold - (set() if ours["tie_embeddings"] else self.apart.keys()):
             if ours[name] != again[name]:
                 raise self._inexpressible(name, ours[name], f"it has {again[name]!r}")
         if {"classification", "tagging"} & set(ours["objectives"]):

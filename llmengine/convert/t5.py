@@ -165,6 +165,8 @@ T5 = Family(
         f"{_PREFIX}encoder.embed_tokens.weight": f"{_PREFIX}shared.weight",
         f"{_PREFIX}decoder.embed_tokens.weight": f"{_PREFIX}shared.weight",
     },
+    # Transformers 5 writes that they are tied of all models
+    apart={"tie_embeddings": ("lm_head.weight", f"{_PREFIX}shared.weight")},
     # published files have it, but attention to an encoder has no bias
     skipped=r"EncDecAttention\.relative_attention_bias\.weight$",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from llmengine import Transformer, TransformerConfig
 from llmengine.convert import FAMILIES
+from llmengine.testing import assert_near
 
-from .peers import SHAPES, VOCABULARY, hf_model, ours_of, random_ids
+from .peers import SHAPES, VOCABULARY, gradients_as_theirs, gradients_of, hf_model, ours_of, random_ids
 
 # What `to_json_string(use_diff=False)` of Transformers 4 wrote of every model, besides the model's own fields.
 EVERY = {
@@ -83,3 +86,43 @@ def test_a_tensor_that_no_model_reads(name, tensor, tmp_path):
     assert torch.equal(
         Transformer.from_pretrained(tmp_path)(ids, labels=ids).loss, ours_of(theirs, tmp_path)(ids, labels=ids).loss
     )
+
+
+def test_a_head_of_its_own_that_transformers_5_calls_tied(tmp_path):
+    """T5 v1.1: of every T5, Transformers 5 writes tie_word_embeddings true; here with both tensors."""
+    theirs = hf_model("T5ForConditionalGeneration", tie_word_embeddings=False)
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32))
+    ours = ours_of(theirs, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    ids = random_ids(2, 5)
+    assert_near(ours(ids, labels=ids).loss, theirs(ids, labels=ids).loss, 1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert_near(again(ids, labels=ids).loss, theirs(ids, labels=ids).loss, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "MBartForQuestionAnswering"])
+def test_words_apart_where_nothing_is_tied(name, tmp_path):
+    """Without tie_word_embeddings, each side of BART has words of its own."""
+    theirs = hf_model(name, tie_word_embeddings=False)
+    ours = ours_of(theirs, tmp_path)
+    ids = random_ids(2, 5)
+    labels = {"labels": ids} if "Cond" in name else {"start_positions": ids[:, 0] % 5, "end_positions": ids[:, 1] % 5}
+    expected, got = theirs(ids, **labels), ours(ids, **labels)
+    assert_near(got.loss, expected.loss, 1e-5)
+    expected.loss.backward()
+    got.loss.backward()
+    their_gradients = gradients_of(theirs)
+    for key, gradient in gradients_as_theirs(ours).items():
+        if key != "final_logits_bias":
+            assert_near(gradient, their_gradients[key], 1e-5, key)
+    ours.save_pretrained(tmp_path / "again")
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    assert_near(again(ids, **labels).loss, expected.loss, 1e-5)
+
+
+def test_a_token_head_with_an_activation_of_its_own(tmp_path):
+    """RoBERTa's is gelu where the layers' is another: not computed, and said."""
+    hf_model("RobertaForMaskedLM", hidden_act="relu").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hidden_act is 'relu'; llmengine computes only 'gelu'"):
+        Transformer.from_pretrained(tmp_path)
