@@ -372,8 +372,9 @@ def _check_shape(c: TransformerConfig) -> None:
     if c.layer_types is not None:
         if c.window is None and "window" in c.layer_types:
             raise ValueError("layer_types names windowed layers; give window")
-        if len(c.layer_types) != c.n_layers:
-            raise ValueError(f"layer_types has {len(c.layer_types)} entries for n_layers {c.n_layers}")
+        for name, depth in (("n_layers", c.n_layers), ("n_decoder_layers", c.decoder_layers or c.n_layers)):
+            if len(c.layer_types) != depth:
+                raise ValueError(f"layer_types has {len(c.layer_types)} entries for {name} {depth}")
     if c.norm_place == "parallel" and c.architecture == "encoder_decoder":
         raise ValueError('norm_place "parallel" does not go with architecture "encoder_decoder"')
 
