@@ -317,7 +317,7 @@ class TransformerConfig(BaseModel):
         fields = dict(fields)
         preset = fields.pop("preset", None)
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ValueError(f"TransformerConfig: preset {preset!r} is not one of {', '.join(PRESETS)}")
             fields = PRESETS[preset] | fields
         try:

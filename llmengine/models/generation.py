@@ -100,6 +100,8 @@ class Generation(Module):
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"generate: seed is {seed}; it must be in [0, 2**63)")
             generator = torch.Generator(input_ids.device).manual_seed(seed)
         with resting(self):
             source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
