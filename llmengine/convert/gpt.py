@@ -246,7 +246,7 @@ GPT_NEO = Family(
 def _neox(theirs: Mapping[str, Any]) -> dict[str, Any]:
     old = {"rotary_pct": 0.25} if not theirs.get("rope_parameters") and "rotary_pct" not in theirs else {}
     place = "parallel" if theirs["use_parallel_residual"] else "pre"
-    return {"rotary": rotary.read({**theirs, **old}), "norm_place": place}
+    return {"rotary": rotary.read({**theirs, **old}, partial=True), "norm_place": place}
 
 
 _NEOX_LAYER = "gpt_neox.layers.{i}."

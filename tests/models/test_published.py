@@ -62,12 +62,21 @@ def test_a_field_of_a_published_config(family, fields):
         ("t5", {"tie_encoder_decoder": True}),
         ("llama", {"pruned_heads": {"0": [1]}}),
         ("qwen2", {"use_mrope": True}),
+        ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"quantization_config": {"bits": 4}}),
     ],
 )
 def test_other_mathematics_is_refused(family, fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         FAMILIES[family].read_config(SHAPES[family] | fields, ())
+
+
+def test_what_yarn_stretches_where_nothing_is_said():
+    """The positions that the model has."""
+    scaling = {"type": "yarn", "factor": 4.0}
+    told = {**scaling, "original_max_position_embeddings": SHAPES["llama"]["max_position_embeddings"]}
+    ours = [FAMILIES["llama"].read_config(SHAPES["llama"] | {"rope_scaling": each}, ()) for each in (scaling, told)]
+    assert ours[0] == ours[1]
 
 
 @pytest.mark.parametrize(
