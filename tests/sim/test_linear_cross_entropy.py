@@ -355,12 +355,15 @@ def attempt(core: str) -> None:
     assert_right(sample_of(20, 24, 1500), HALVES[0], core=core)
     assert_right(sample_of(40, 72, 130), HALVES[0], core=core)  # whose last stage lies where tokens will
     sums = sample_of(40, 24, 270, weighted=True, ignored=1, label_smoothing=0.3, reduction="sum")
+    sums.args[0][0] *= 1e3  # an ignored token's logits, whose exponentials are infinite
     assert_right(sums, HALVES[0], core=core)
     if core == "sm90a":
         sample = sample_of(260, 24, 520, weighted=True, **EVERYTHING)
         assert_right(sample, HALVES[0], core=core)
         del sample.kwargs["linear_bias"]  # whose sums bring barriers
-        assert_right(sample, HALVES[0], core=core)
+        with pytest.MonkeyPatch.context() as wide:  # a block takes several tiles
+            wide.setattr(cuda, "block_of", lambda tokens, classes: (tokens, 4 * cuda.TILE))
+            assert_right(sample, HALVES[0], core=core)
 
 
 KERNEL, LOSS = ("linear_cross_entropy_sm80", "linear_cross_entropy_sm80.cu"), "token_loss.cuh"
@@ -408,7 +411,7 @@ BREAKS: dict[str, Break] = {
         *ENDS, "add_line<T>(p.bias, column, o.classes", "add_line<T>(p.bias, column % 128, o.classes", "exceeds",
     ),
     "ignored tokens have gradients": (
-        *ENDS, "if (tokens.label[line] == kIgnored) {", "if (false) {", "that no thread of the block wrote",
+        *ENDS, "if (tokens.label[line] == kIgnored) {", "if (false) {", "NaN|nan|exceeds",
     ),
     "the target's share": ("linear_cross_entropy_sm80", LOSS, "i == place ?", "i <= place ?", "exceeds"),
     "the softcap's slope": ("linear_cross_entropy_sm80", LOSS, "1.0f - tangent[i] * tangent[i]", "1.0f", "exceeds"),
