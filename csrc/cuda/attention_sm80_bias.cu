@@ -33,7 +33,7 @@ template <int D>
 struct Shape {
   static constexpr int rows = 16 * kWarps, keys = D <= 128 ? 32 : 16;
   // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
-  static constexpr int at_once = D > 128 ? 3 : 0;
+  static constexpr int at_once = D > 128 || D == 112 ? 3 : 0;
 };
 
 template <class T, int D>

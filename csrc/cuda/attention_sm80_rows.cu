@@ -120,6 +120,8 @@ template <int D, bool plain>
 struct Shape {
   static constexpr int blocks = D <= 64 ? 2 : 1, rows = 16 * blocks * kWarps;
   static constexpr int keys = D > 128 || (D > 64 && !plain) ? 16 : 32;
+  // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
+  static constexpr int at_once = D == 160 && !plain ? 2 : 0;
 };
 
 template <class T, int D, bool plain>
@@ -139,7 +141,8 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p, const Schedule schedule) {
+__global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once)
+    attention_rows_sm80(const Backward<T> p, const Schedule schedule) {
   using S = Shape<D, plain>;
   const Place place = place_of(schedule, p.sizes, false, p.sizes.heads, S::rows);
   const Sequence s = sequence_of(p.sizes, place.sequence);

@@ -17,18 +17,19 @@ from torch import Tensor
 # tokenizer, of Trainer, and generate's defaults, which files of Transformers 4 hold.
 WITHOUT_EFFECT = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
-    attn_implementation chunk_size_feed_forward classifier_dropout cross_attention_hidden_size decoder_start_token_id
-    dtype finetuning_task gradient_checkpointing id2label label2id language license mask_token_id model_type
-    name_or_path output_attentions output_hidden_states output_past prefix problem_type return_dict sep_token_id
-    task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
-    use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path _num_labels
+    architectures attn_implementation chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id dtype finetuning_task gradient_checkpointing id2label label2id language license
+    mask_token_id max_sequence_length model_max_length model_type name_or_path output_attentions output_hidden_states
+    output_past prefix problem_type return_dict sbert_ce_default_activation_function sentence_transformers
+    sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
 
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty force_bos_token_to_be_generated forced_bos_token_id forced_eos_token_id
-    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k
-    top_p typical_p
+    eos_token_ids exponential_decay_length_penalty force_bos_token_to_be_generated forced_bos_token_id
+    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p
     """.split()
 )
 # Others, that would change it, with the values that we compute.

@@ -101,7 +101,7 @@ LLAMA = Family(
         "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
     },
     demanded={"pretraining_tp": (1,)},
-    without_effect=frozenset({"is_llama_config", "rope_interleaved", "transformers.js_config", "model_max_length"}),
+    without_effect=frozenset({"is_llama_config", "rope_interleaved"}),
     translated=rotary.FIELDS,
     translate=lambda theirs: {"rotary": rotary.read(theirs)},
     write_back=_write_rotary,

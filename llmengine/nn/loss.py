@@ -47,7 +47,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     The (tokens, num_classes) logits are never held. input (N, in_features) or (in_features,), target (N,) or ().
     `options` (PyTorch's choice of chunks) is accepted and has no effect; out_features and class probabilities are not
-    supported. recompute, which may be set at any time: memory or speed, on GPUs (`functional.linear_cross_entropy`).
+    supported. `recompute`, an attribute that may be set at any time: memory or speed, on GPUs
+    (`functional.linear_cross_entropy`).
     """
 
     weight: Tensor | None
@@ -66,7 +67,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: object = None,
-        recompute: bool = True,
     ) -> None:
         super().__init__()
         if math.prod(out_features) != 1:
@@ -84,7 +84,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.options = options
-        self.recompute = recompute
+        self.recompute = True
         self.register_buffer("weight", weight)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 

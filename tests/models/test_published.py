@@ -45,7 +45,8 @@ def test_a_whole_config_of_transformers_4(family):
         ("bart", {"force_bos_token_to_be_generated": True, "do_blenderbot_90_layernorm": False, "prefix": " "}),
         ("mbart", {"_num_labels": 3, "add_final_layer_norm": True, "normalize_before": True}),
         ("gpt_neo", {"tokenizer_class": "GPT2Tokenizer"}),
-        ("llama", {"pad_token_id": -1}),  # none
+        ("llama", {"pad_token_id": -1, "max_sequence_length": 2048, "architectures": ["LLaMAForCausalLM"]}),
+        ("bert", {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}),
         ("qwen2", {"use_mrope": False, "max_window_layers": 24, "sliding_window": 32768}),
         ("marian", {"extra_pos_embeddings": VOCABULARY, "bad_words_ids": [[0]], "decoder_vocab_size": VOCABULARY})
     ],

@@ -105,7 +105,7 @@ def test_memory_or_speed_of_logits_is_asked_for_at_any_time(monkeypatch):
     """On a GPU `at_once` decides by it, so here what it is given is looked at."""
     asked = []
     monkeypatch.setattr(ops, "at_once", lambda *given: asked.append(given[4]))
-    module = nn.LinearCrossEntropyLoss(8, CLASSES, recompute=False)
+    module = nn.LinearCrossEntropyLoss(8, CLASSES)
     sizes = {"vocab_size": CLASSES, "d_model": 8, "n_heads": 2, "n_layers": 1, "d_ff": 8}
     config = TransformerConfig.preset("gpt2", **sizes, bos_token_id=None, eos_token_id=None)
     model, ids = Transformer(config), targets(2, 4, ignored=None)
