@@ -213,8 +213,10 @@ QWEN3 = replace(
 
 def _gemma_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """hidden_activation where it is given; the first files' hidden_act "gelu" was always the tanh approximation."""
-    name = theirs.get("hidden_activation") or theirs.get("hidden_act")
-    if name not in ("gelu_pytorch_tanh", "gelu"):
+    name = theirs.get("hidden_activation")
+    if name is None:
+        name = "gelu_pytorch_tanh" if theirs.get("hidden_act") == "gelu" else theirs.get("hidden_act")
+    if name != "gelu_pytorch_tanh":
         raise ValueError(
             f"config.json of family gemma: hidden_activation is {name!r}; llmengine computes gelu_pytorch_tanh"
         )
