@@ -281,6 +281,7 @@ def _write_gemma2(ours: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_write_rotary(ours),
         **_write_windows(ours),
+        "sliding_window": 4096 if ours["window"] is None else ours["window"] + 1,  # theirs must be a number
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
         "attn_logit_softcapping": ours["attention_softcap"] or None,
@@ -321,6 +322,7 @@ GEMMA3 = replace(
     GEMMA2,
     name="gemma3_text",
     constants={**GEMMA2.constants, "qk_norm": True},
+    demanded={**GEMMA2.demanded, "attn_logit_softcapping": (None,)},  # Transformers ignores it
     defaults=GEMMA2.defaults
     | {
         "vocab_size": 262208,

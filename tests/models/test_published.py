@@ -65,6 +65,7 @@ def test_a_field_of_a_published_config(family, fields):
         ("qwen2", {"use_mrope": True}),
         ("llama", {"partial_rotary_factor": 0.5}),
         ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("llama", {"quantization_config": {"bits": 4}}),
     ],
 )
