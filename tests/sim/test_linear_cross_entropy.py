@@ -112,6 +112,15 @@ def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backen
     assert_right(sample, HALVES[tokens % 2], backend, core)
 
 
+# Several tiles for each of a device's multiprocessors (see test_linear.py), and there several blocks of both.
+FULL = {"cuda_sim": (300, 16, 520), "cuda": (4104, 72, 20008)}
+
+
+@pytest.mark.parametrize("backend, core", places_of_products())
+def test_a_full_device(backend: str, core: str):
+    assert_right(sample_of(*FULL[backend], ignored=150, weighted=True, **EVERYTHING), HALVES[0], backend, core)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_blocks_of_tokens_and_classes(narrow_blocks, core: str, reduction: str):
     for dtype in HALVES:
