@@ -19,8 +19,8 @@ struct AttentionForward : ops::AttentionForward {
 
 struct AttentionBackward : ops::AttentionBackward {
   TensorView shift, base, delta;  // room, like lse: what the kernels read of each row beside its operands
-  TensorView partial_distances;   // float32 (sequences, heads, tiles of kDistanceRows, 2 M + 1): what is yet to be
-                                  // added up along the third for grad_distance_bias, which is not looked at; or none
+  TensorView partial_distances;   // float32 (places of kDistanceRows rows, heads, 2 M + 1): what is yet to be added up
+                                  // along the first for grad_distance_bias, which is not looked at; or none
   bool exact = false;
 
   static constexpr auto fields() {
@@ -32,7 +32,7 @@ struct AttentionBackward : ops::AttentionBackward {
   }
 };
 
-inline constexpr int kDistanceRows = 64;  // of a part: parts are tiles of the longest sequence
+inline constexpr int kDistanceRows = 64;  // of a part: parts have the places of attention_places.h
 
 void validate(const AttentionForward& p);
 void validate(const AttentionBackward& p);

@@ -10,6 +10,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/attention_logits.cuh"
+#include "cuda/attention_places.h"
 #include "cuda/attention_schedule.h"
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
@@ -109,28 +110,38 @@ inline dim3 grid_of_tiles(int64_t tiles, int64_t beyond = 0) {
   return dim3(static_cast<unsigned>(tiles));
 }
 
-// A block for every tile of every owner, heads or key heads, of every sequence; packed tokens may be left over.
-inline dim3 grid_of(const ops::AttentionOptions& p, int64_t tiles, int64_t owners) {
-  return grid_of_tiles(tiles * owners * (p.sequences() + p.packed()));
+// Tiles of `lines` of each owner, and owners: heads of sequences. Of packed sequences, whose lengths are the device's
+// to know, places of tiles of each head, which tokens behind the last one have, too.
+struct Tiling {
+  int64_t tiles, owners;
+};
+inline Tiling tiling_of(const ops::AttentionOptions& p, int64_t tokens, int64_t heads, int lines) {
+  if (p.packed()) return {count_places(p.sequences() + 1, tokens, lines, true), heads};
+  return {(tokens + lines - 1) / lines, heads * p.sequences()};
 }
 
 // Of sm_80's kernels, of which a multiprocessor has room for two.
 inline int blocks_at_once() { return 2 * multiprocessors(); }
 
-// The order of tiles of rows, `blocks` of which run at once, of all heads of `sequences`; and that of tiles of keys,
-// past which what is `row_bytes` of each row goes.
-inline Schedule order_of_rows(const ops::AttentionOptions& p, int tiles, int64_t sequences, int blocks) {
-  const int64_t keys = p.key.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
+// The order of tiles of so many rows, of which blocks_at_once() run at once; and that of tiles of keys, past which what
+// is `row_bytes` of each row goes. Of packed sequences the longest may be all that goes on.
+inline Schedule order_of_rows(const ops::AttentionOptions& p, int lines) {
+  const auto [tiles, owners] = tiling_of(p, p.query.size(2), p.heads(), lines);
+  const int64_t keys = p.packed() ? std::min(p.max_seqlen_k, p.key.size(2)) : p.key.size(2);
   const Streams streams{keys * (p.key.size(3) + p.value.size(3)) * 2, static_cast<int>(p.group())};
-  return schedule_of_rows(tiles, static_cast<int>(p.heads() * sequences), p.window_left >= 0, p.window_right >= 0,
-                          streams, {cache_bytes(), blocks});
+  grid_of_tiles(tiles * owners);
+  return schedule_of_rows(static_cast<int>(tiles), static_cast<int>(owners), p.window_left >= 0, p.window_right >= 0,
+                          streams, {cache_bytes(), blocks_at_once()});
 }
-inline Schedule order_of_keys(const ops::AttentionOptions& p, int tiles, int64_t sequences, int64_t row_bytes,
-                              int blocks) {
-  const int64_t rows = p.query.size(2) / (p.packed() ? std::max<int64_t>(p.sequences(), 1) : 1);
-  return schedule_of_keys(tiles, static_cast<int>(p.key_heads() * sequences), p.window_right >= 0,
-                          {rows * row_bytes * p.group(), 1}, {cache_bytes(), blocks});
+inline Schedule order_of_keys(const ops::AttentionOptions& p, int lines, int64_t row_bytes) {
+  const auto [tiles, owners] = tiling_of(p, p.key.size(2), p.key_heads(), lines);
+  const int64_t rows = p.packed() ? std::min(p.max_seqlen_q, p.query.size(2)) : p.query.size(2);
+  grid_of_tiles(tiles * owners);
+  return schedule_of_keys(static_cast<int>(tiles), static_cast<int>(owners), p.window_right >= 0,
+                          {rows * row_bytes * p.group(), 1}, {cache_bytes(), blocks_at_once()});
 }
+// A block for every tile.
+inline dim3 grid_of(const Schedule& schedule) { return grid_of_tiles(int64_t{schedule.tiles} * schedule.owners); }
 
 // body(T{}, the class of the head dim, of those that kernels are made for)
 template <int... dims, class Body>

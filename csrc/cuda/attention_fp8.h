@@ -3,7 +3,7 @@
 //
 //   A head's tokens lie in tiles of 128, counted within each sequence, what is missing being zeros; a tile is D bytes a
 //   token, D the class of the head dim, and one float32 scale, a power of two, by which its numbers are multiplied.
-//   Their places are those of attention_packed.h.
+//   Their places are those of attention_places.h.
 //
 //   Queries and keys are turned before they are rounded: row x of D numbers, zeros behind the head dim, becomes H (s
 //   x), with H the Walsh-Hadamard matrix of 1 and -1, and s fixed signs. Products of a query and a key are D times as
@@ -21,7 +21,7 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "cuda/attention_packed.h"
+#include "cuda/attention_places.h"
 #include "cuda/device.h"
 #include "ops/attention.h"
 #include "ops/fields.h"

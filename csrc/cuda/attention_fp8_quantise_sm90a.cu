@@ -40,28 +40,10 @@ enum class Kind : int { query, key, value };
 template <class T>
 struct Tokens {
   Operand<const T> x;
-  const int32_t* boundaries;  // null: every batch entry is a sequence
-  int heads, sequences, tokens;
+  Sizes sizes;  // of tokens as rows
   uint8_t* numbers;
   float* scales;
 };
-
-// A tile of a sequence.
-struct Spot {
-  int sequence, tile;
-};
-
-// What a place holds; of packed sequences a tile outside of its own where it is empty.
-template <class T>
-__device__ __forceinline__ Spot spot_of(const Tokens<T>& p, int place) {
-  if (!p.boundaries) {
-    const int tiles = (p.tokens + kByteRows - 1) / kByteRows;
-    return {place / tiles, place % tiles};
-  }
-  const auto first = [&](int sequence) { return cut_of(p.boundaries, sequence, p.sequences, p.tokens).first; };
-  const int sequence = sequence_of_place(place, p.sequences, kByteRows, first);
-  return {sequence, place - first_place(sequence, first(sequence), 0, kByteRows, true)};
-}
 
 template <int D>
 struct Shared {
@@ -184,12 +166,13 @@ __device__ __forceinline__ void store_columns_of_bytes(const float (&x)[kSide][k
 template <class T, int D>
 __global__ void __launch_bounds__(2 * D) attention_fp8_quantise(const Tokens<T> p, const Kind kind) {
   __shared__ Shared<D> shared;
-  const int number = static_cast<int>(blockIdx.x), head = number % p.heads;
-  const Spot spot = spot_of(p, number / p.heads);
-  const Cut cut = cut_of(p.boundaries, spot.sequence, p.sequences, p.tokens);
+  const Sizes& sizes = p.sizes;
+  const int number = static_cast<int>(blockIdx.x), head = number % sizes.heads;
+  const Spot spot = spot_of(sizes, false, number / sizes.heads, kByteRows, false);
+  const Cut cut = cut_of(sizes.cu_seqlens_q, spot.sequence, sizes.sequences, sizes.rows);
   const int token = spot.tile * kByteRows, count = cut.count - token;
   if (token < 0 || count <= 0) return;
-  const auto lines = p.x.lines(p.boundaries ? 0 : spot.sequence, head, cut.first + token);
+  const auto lines = p.x.lines(sizes.cu_seqlens_q ? 0 : spot.sequence, head, cut.first + token);
   const int column = static_cast<int>(threadIdx.x) % (D / kSide) * kSide;
   const int first = static_cast<int>(threadIdx.x) / (D / kSide) * kSide;
   float x[kSide][kSide];
@@ -243,9 +226,16 @@ void run(const AttentionFp8Quantise& p, Stream stream) {
   check(p.x.size(2) <= kMostTokens && blocks <= std::numeric_limits<int>::max(),
         "attention_fp8_quantise: x " + p.x.shape() + " has more tokens or tiles than are supported on CUDA");
   const auto quantise = [&]<class T, int D>(T, std::integral_constant<int, D>) {
-    const Tokens<T> given{operand_of<const T>(p.x),    p.cu_seqlens.as<const int32_t>(), static_cast<int>(p.x.size(1)),
-                          static_cast<int>(sequences), static_cast<int>(p.x.size(2)),    p.numbers.as<uint8_t>(),
-                          p.scales.as<float>()};
+    const auto tokens = static_cast<int>(p.x.size(2)), heads = static_cast<int>(p.x.size(1));
+    const Sizes sizes{p.cu_seqlens.as<const int32_t>(),
+                      nullptr,
+                      (tokens + kByteRows - 1) / kByteRows,
+                      heads,
+                      1,
+                      static_cast<int>(sequences),
+                      tokens,
+                      0};
+    const Tokens<T> given{operand_of<const T>(p.x), sizes, p.numbers.as<uint8_t>(), p.scales.as<float>()};
     launch({"attention_fp8_quantise", dim3(static_cast<unsigned>(blocks)), dim3(2 * D), cuda_stream(stream), p.x},
            attention_fp8_quantise<T, D>, given, kind_of(p.operand));
   };

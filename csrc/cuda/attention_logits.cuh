@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/attention_places.h"
 #include "cuda/attention_schedule.h"
 #include "cuda/dropout.cuh"
 #include "cuda/maths.cuh"
@@ -88,11 +89,6 @@ __device__ __forceinline__ Place place_of(int tiles, int heads) {
   return {block % tiles, block / tiles % heads, block / tiles / heads};
 }
 
-__device__ __forceinline__ Place place_of(const Schedule& schedule, int heads) {
-  const auto [tile, owner] = schedule.at(static_cast<int>(blockIdx.x));
-  return {tile, owner % heads, owner / heads};
-}
-
 struct Cut {
   int first, count;
 };
@@ -116,6 +112,31 @@ __device__ __forceinline__ Sequence sequence_of(const Sizes& s, int index) {
   const Cut rows = cut_of(s.cu_seqlens_q, index, s.sequences, s.rows);
   const Cut keys = cut_of(s.cu_seqlens_k, index, s.sequences, s.keys);
   return {s.cu_seqlens_q ? 0 : index, index, rows.first, rows.count, keys.first, keys.count};
+}
+
+// What a place holds (attention_places.h): the tile of a sequence, which an empty one's lies outside of. `rest`: packed
+// tokens behind the last sequence have places, too.
+struct Spot {
+  int tile, sequence;
+};
+
+__device__ __forceinline__ Spot spot_of(const Sizes& sizes, bool keys, int place, int lines, bool rest) {
+  const int32_t* boundaries = keys ? sizes.cu_seqlens_k : sizes.cu_seqlens_q;
+  if (!boundaries) return {place % sizes.tiles, place / sizes.tiles};
+  const auto first = [&](int sequence) {
+    return cut_of(boundaries, sequence, sizes.sequences, keys ? sizes.keys : sizes.rows).first;
+  };
+  const int sequence = sequence_of_place(place, sizes.sequences + rest, lines, first);
+  return {place - first_place(sequence, first(sequence), 0, lines, true), sequence};
+}
+
+// For sm_80's blocks, one for every tile. `heads`: that own tiles, of keys or of rows.
+__device__ __forceinline__ Place place_of(const Schedule& schedule, const Sizes& sizes, bool keys, int heads,
+                                          int lines) {
+  const auto [place, owner] = schedule.at(static_cast<int>(blockIdx.x));
+  if (!sizes.cu_seqlens_q) return {place, owner % heads, owner / heads};
+  const Spot spot = spot_of(sizes, keys, place, lines, true);
+  return {spot.tile, owner, spot.sequence};
 }
 
 using Span = ops::SpanOf<int>;

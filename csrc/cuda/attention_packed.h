@@ -1,54 +1,20 @@
-// Tiles of packed sequences: where what is known of each has its place, and in which order Hopper's blocks take them.
-// Standard library only: tests run it as it is.
-//
-//   Lengths lie on the device, and the host does not wait for them. It knows how many lines there are in all, and how
-//   many sequences: so a sequence's tiles have places from (its first line) / lines + (its number) on, which are at
-//   least as many as it has tiles, and one more at most. What a place holds is found by bisection.
-//
-//                 0     128    256    384          tiles of 128 lines
-//     sequence 0  |--------|                       150 lines: places 0 and 1
-//     sequence 1           |-----------------|     290: places 2, 3, 4
-//     sequence 2                             |     0: none, place 5 stays empty
+// In which order Hopper's blocks take the tiles of packed sequences. Standard library only: tests run it as it is.
 //
 //   Blocks take turns at real tiles alone, one for every head of each, in an order that a kernel makes before
-//   (attention_sm90a_order.cu). It goes through sections: as many places as have keys and values (of tiles of keys:
-//   queries and gradients) that the second-level cache holds for a head or some; the last ones first, where last tiles
-//   are the longest. Within a section the tiles with most work come first, whichever sequence has them, by classes an
-//   eighth apart: blocks end together, however skewed lengths are. A section's heads are together as owners are
-//   (attention_schedule.h).
+//   (attention_sm90a_order.cu). It goes through sections: as many places (attention_places.h) as have keys and values
+//   (of tiles of keys: queries and gradients) that the second-level cache holds for a head or some; the last ones
+//   first, where last tiles are the longest. Within a section the tiles with most work come first, whichever sequence
+//   has them, by classes an eighth apart: blocks end together, however skewed lengths are. A section's heads are
+//   together as owners are (attention_schedule.h).
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
+#include "cuda/attention_places.h"
 #include "cuda/attention_schedule.h"
 
 namespace llmengine::cuda::attention {
-
-// ---- places ---------------------------------------------------------------------------------------------------------
-
-// The first of a sequence's, whose `count` lines begin at `first`; of a batch all have as many.
-constexpr int first_place(int sequence, int first, int count, int lines, bool packed) {
-  return packed ? first / lines + sequence : sequence * ((count + lines - 1) / lines);
-}
-
-// How many there are, of all `tokens` of packed sequences, or of each that a batch has.
-constexpr int64_t count_places(int64_t sequences, int64_t tokens, int lines, bool packed) {
-  return packed ? tokens / lines + sequences : sequences * ((tokens + lines - 1) / lines);
-}
-
-// The packed sequence that a place belongs to: the last whose first one is no later. first(sequence): its first line.
-template <class First>
-constexpr int sequence_of_place(int place, int sequences, int lines, const First& first) {
-  int low = 0, high = sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    first_place(middle, first(middle), 0, lines, true) <= place ? low = middle : high = middle - 1;
-  }
-  return low;
-}
-
-// ---- order ----------------------------------------------------------------------------------------------------------
 
 // Of a list that has every tile of one head: which, and where its section lies in the list.
 struct PackedTile {

@@ -15,7 +15,8 @@
 //   otherwise begin where others end. Blocks then end within 5 % of the best that any order could do, or within three
 //   quarters of the longest tile, which is more where a block has fewer than 15 of them; where windows do not cut some
 //   tiles short by a part, always within 5 %. Lengths of packed sequences lie on the device and are in no order:
-//   sm_80's blocks may end a longest tile apart, and Hopper's have an order of their own (attention_packed.h).
+//   sm_80's blocks go through places (attention_places.h) of each head and may end a longest tile apart, and Hopper's
+//   have an order of their own (attention_packed.h).
 #pragma once
 
 #include <cstdint>

@@ -33,7 +33,7 @@ template <int D>
 struct Shape {
   static constexpr int rows = 16 * kWarps, keys = D <= 128 ? 32 : 16;
   // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
-  static constexpr int at_once = D > 128 ? 3 : 0;
+  static constexpr int at_once = D > 128 || D == 112 ? 3 : 0;
 };
 
 template <class T, int D>
@@ -209,29 +209,31 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
   static_assert(Diagonals<D>::kCount <= kThreads);
   const Tiles<T, D> tiles(ptx::dynamic_shared());
   const Diagonals<D> diagonals(ptx::dynamic_shared(), Tiles<T, D>::bytes);
-  const Place place = place_of(p.sizes.tiles, p.sizes.heads);
-  const Sequence s = sequence_of(p.sizes, place.sequence);
-  const int row = place.tile * kRows, farthest = p.options.distances ? p.options.farthest : 0;
-  const Span block = keys_of_rows(s.band(p.options), row, kRows);
+  const int part = static_cast<int>(blockIdx.x), head = part % p.sizes.heads;
+  const Spot spot = spot_of(p.sizes, false, part / p.sizes.heads, kRows, true);
+  const Sequence s = sequence_of(p.sizes, spot.sequence);
+  const int row = spot.tile * kRows, farthest = p.options.distances ? p.options.farthest : 0;
+  const bool some = row >= 0 && spot.sequence < p.sizes.sequences;  // rows that belong to none see no key
+  const Span block = some ? keys_of_rows(s.band(p.options), row, kRows) : Span{};
   const int begin = begin_of_walk(block, kKeys), shift = p.options.bottom_right ? s.keys - s.rows : 0;
 
   for (int i = static_cast<int>(threadIdx.x); i <= 2 * farthest; i += kThreads) diagonals.table[i] = 0.0f;
-  if (begin < block.end) tiles.begin_rows(p, s, place.head, row);
+  if (begin < block.end) tiles.begin_rows(p, s, head, row);
 #pragma unroll 1
   for (int key = begin; key < block.end; key += kKeys) {
-    tiles.begin_keys(p, s, place.head, key);
+    tiles.begin_keys(p, s, head, key);
     ptx::commit_copies();
     ptx::wait_copies<0>();
     __syncthreads();  // the keys are there
     Sums<1, kKeys> grad;
     clear(grad);
-    add_gradient(grad, tiles, p, s, place.head, row, key);
+    add_gradient(grad, tiles, p, s, head, row, key);
     each(grad, [&](const float& x, int r, int c) { diagonals.tile[(16 * warp_of() + r) * (kKeys + 1) + c] = x; });
     __syncthreads();  // the tile of gradients is there
     diagonals.add_to_table(key - row - shift - kRows + 1, farthest);
   }
   __syncthreads();  // the table is whole
-  float* to = partial + static_cast<int64_t>(blockIdx.x) * (2 * static_cast<int64_t>(farthest) + 1);
+  float* to = partial + static_cast<int64_t>(part) * (2 * static_cast<int64_t>(farthest) + 1);
   for (int i = static_cast<int>(threadIdx.x); i <= 2 * farthest; i += kThreads) to[i] = diagonals.table[i];
 }
 
@@ -274,11 +276,11 @@ void run_distances(const AttentionBackward& p, Stream stream) {
   visit_classes(p, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, kDistanceRows));
     const TensorView& partial = p.partial_distances;
-    Checker{"attention backward"}.shape(partial, "partial_distances",
-                                        {p.sequences(), p.heads(), given.sizes.tiles, p.distance_bias.size(1)});
+    const int64_t parts = count_places(p.sequences() + p.packed(), p.query.size(2), kDistanceRows, p.packed());
+    Checker{"attention backward"}.shape(partial, "partial_distances", {parts, p.heads(), p.distance_bias.size(1)});
     const size_t table = p.distance_bias.size(1) * sizeof(float);
     const LaunchSite at{"attention_distances_sm80",
-                        grid_of_tiles(p.sequences() * p.heads() * given.sizes.tiles),
+                        grid_of_tiles(parts * p.heads()),
                         kThreads,
                         cuda_stream(stream),
                         partial,

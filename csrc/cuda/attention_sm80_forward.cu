@@ -67,13 +67,13 @@ struct Tiles {
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once) attention_forward_sm80(const Forward<T> p) {
   using S = Shape<D, plain>;
-  const Place place = place_of(p.schedule, p.sizes.heads);
+  const Place place = place_of(p.schedule, p.sizes, false, p.sizes.heads, S::rows);
   const Sequence s = sequence_of(p.sizes, place.sequence);
-  if (place.sequence == p.sizes.sequences) {
-    return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.sizes.tiles);
-  }
   const int first = place.tile * S::rows;
-  if (first >= s.rows) return;
+  if (first < 0 || first >= s.rows) return;  // an empty place
+  if (place.sequence == p.sizes.sequences) {
+    return leave_empty<kThreads>(p.results, p.sizes, s, place.head, S::rows, place.tile, p.schedule.tiles);
+  }
 
   const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
   const int key_head = place.head / p.sizes.group;
@@ -140,19 +140,15 @@ void run(const AttentionForward& p, Stream stream) {
   using namespace attention;
   constexpr const char* kSource = "cuda/attention_sm80_forward.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
-    const Sizes sizes = sizes_of_rows(p, Shape<D, plain>::rows);
+    constexpr int kRows = Shape<D, plain>::rows;
     const Forward<T> given{operand_of<const T>(p.query),
                            operand_of<const T>(p.key),
                            operand_of<const T>(p.value),
                            results_of<T>(p),
                            options_of(p),
-                           sizes,
-                           order_of_rows(p, sizes.tiles, p.sequences() + p.packed(), blocks_at_once())};
-    const LaunchSite at{"attention_forward_sm80",
-                        grid_of(p, given.sizes.tiles, given.sizes.heads),
-                        kThreads,
-                        cuda_stream(stream),
-                        p.query,
+                           sizes_of_rows(p, kRows),
+                           order_of_rows(p, kRows)};
+    const LaunchSite at{"attention_forward_sm80", grid_of(given.schedule), kThreads, cuda_stream(stream), p.query,
                         Tiles<T, D, plain>::bytes};
     if constexpr (kBuiltAhead<D>) {
       launch(at, attention_forward_sm80<T, D, plain>, given);

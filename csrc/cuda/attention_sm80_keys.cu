@@ -61,19 +61,16 @@ template <class T, int D, bool plain, int wanted>
 __global__ void __launch_bounds__(kThreads) attention_keys_sm80(const Backward<T> p, const Schedule schedule) {
   using S = Shape<D, plain>;
   constexpr bool of_keys = wanted != kValue, of_values = wanted != kKey;
-  const Place place = place_of(schedule, p.sizes.heads / p.sizes.group);
+  const Place place = place_of(schedule, p.sizes, true, p.sizes.heads / p.sizes.group, S::keys);
   const Sequence s = sequence_of(p.sizes, place.sequence);
+  const int first = place.tile * S::keys;
+  if (first < 0 || first >= s.keys) return;   // an empty place
   if (place.sequence == p.sizes.sequences) {  // keys that belong to none
-    const int64_t step = int64_t{p.sizes.tiles} * S::keys;
-    for (int64_t first = int64_t{place.tile} * S::keys; first < s.keys; first += step) {
-      const int key = static_cast<int>(first), count = least(S::keys, s.keys - key);
-      if (of_keys) zero_rows<kThreads>(p.grad_key.lines(s.batch, place.head, s.key0 + key), count);
-      if (of_values) zero_rows<kThreads>(p.grad_value.lines(s.batch, place.head, s.key0 + key), count);
-    }
+    const int count = least(S::keys, s.keys - first);
+    if (of_keys) zero_rows<kThreads>(p.grad_key.lines(s.batch, place.head, s.key0 + first), count);
+    if (of_values) zero_rows<kThreads>(p.grad_value.lines(s.batch, place.head, s.key0 + first), count);
     return;
   }
-  const int first = place.tile * S::keys;
-  if (first >= s.keys) return;
 
   const Tiles<T, D, plain, wanted> tiles(ptx::dynamic_shared());
   const int own = warp_of() * 16 * S::blocks, key = first + own;  // this warp's first key, in the tile and at all
@@ -169,11 +166,11 @@ namespace {
 // Whether its kernel can be had.
 template <class T, int D, bool plain, int wanted>
 bool run_pass(const AttentionBackward& p, Stream stream) {
-  const Backward<T> given = backward_of<T>(p, sizes_of_keys(p, Shape<D, plain>::keys));
-  const Schedule schedule = order_of_keys(p, given.sizes.tiles, p.sequences() + p.packed(),
-                                          (p.query.size(3) + p.value.size(3)) * 2, blocks_at_once());
+  constexpr int kKeys = Shape<D, plain>::keys;
+  const Backward<T> given = backward_of<T>(p, sizes_of_keys(p, kKeys));
+  const Schedule schedule = order_of_keys(p, kKeys, (p.query.size(3) + p.value.size(3)) * 2);
   const LaunchSite at{"attention_keys_sm80",
-                      grid_of(p, given.sizes.tiles, p.key_heads()),
+                      grid_of(schedule),
                       kThreads,
                       cuda_stream(stream),
                       p.key,

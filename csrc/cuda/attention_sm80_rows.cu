@@ -120,6 +120,8 @@ template <int D, bool plain>
 struct Shape {
   static constexpr int blocks = D <= 64 ? 2 : 1, rows = 16 * blocks * kWarps;
   static constexpr int keys = D > 128 || (D > 64 && !plain) ? 16 : 32;
+  // Blocks of a multiprocessor that have registers: for more the assembler would spill. 0: as it thinks best.
+  static constexpr int at_once = D == 160 && !plain ? 2 : 0;
 };
 
 template <class T, int D, bool plain>
@@ -139,20 +141,16 @@ struct Tiles {
 };
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(kThreads) attention_rows_sm80(const Backward<T> p, const Schedule schedule) {
+__global__ void __launch_bounds__(kThreads, Shape<D, plain>::at_once)
+    attention_rows_sm80(const Backward<T> p, const Schedule schedule) {
   using S = Shape<D, plain>;
-  const Place place = place_of(schedule, p.sizes.heads);
+  const Place place = place_of(schedule, p.sizes, false, p.sizes.heads, S::rows);
   const Sequence s = sequence_of(p.sizes, place.sequence);
-  if (place.sequence == p.sizes.sequences) {  // rows that belong to none
-    const int64_t step = int64_t{p.sizes.tiles} * S::rows;
-    for (int64_t first = int64_t{place.tile} * S::rows; first < s.rows; first += step) {
-      const int row = static_cast<int>(first);
-      zero_rows<kThreads>(p.grad_query.lines(s.batch, place.head, s.row0 + row), least(S::rows, s.rows - row));
-    }
-    return;
-  }
   const int first = place.tile * S::rows;
-  if (first >= s.rows) return;
+  if (first < 0 || first >= s.rows) return;   // an empty place
+  if (place.sequence == p.sizes.sequences) {  // rows that belong to none
+    return zero_rows<kThreads>(p.grad_query.lines(s.batch, place.head, s.row0 + first), least(S::rows, s.rows - first));
+  }
 
   const Tiles<T, D, plain> tiles(ptx::dynamic_shared());
   const int key_head = place.head / p.sizes.group;
@@ -234,11 +232,11 @@ void run_statistics(const AttentionBackward& p, Stream stream, Padding padding, 
 void run_rows(const AttentionBackward& p, Stream stream) {
   constexpr const char* kSource = "cuda/attention_sm80_rows.cu";
   visit(p, [&]<class T, int D, bool plain>(T, std::integral_constant<int, D>, std::bool_constant<plain>) {
-    const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, Shape<D, plain>::rows));
-    const Schedule schedule = order_of_rows(p, given.sizes.tiles, p.sequences() + p.packed(), blocks_at_once());
-    const LaunchSite at{
-        "attention_rows_sm80",    grid_of(p, given.sizes.tiles, p.heads()), kThreads, cuda_stream(stream), p.query,
-        Tiles<T, D, plain>::bytes};
+    constexpr int kRows = Shape<D, plain>::rows;
+    const Backward<T> given = backward_of<T>(p, sizes_of_rows(p, kRows));
+    const Schedule schedule = order_of_rows(p, kRows);
+    const LaunchSite at{"attention_rows_sm80", grid_of(schedule), kThreads,
+                        cuda_stream(stream),   p.query,           Tiles<T, D, plain>::bytes};
     if constexpr (kBuiltAhead<D>) {
       launch(at, attention_rows_sm80<T, D, plain>, given, schedule);
       return true;

@@ -85,20 +85,14 @@ struct TilesOf {
 Turns turns_of(const ops::AttentionOptions& p, const TilesOf& of, int* room, Stream stream);
 int64_t turns_room(const ops::AttentionOptions& p);  // numbers
 
-// What a place holds: the tile of a sequence, which an empty one's lies outside of.
 struct PlaceAt {
   Sequence s;
   int tile;
 };
 
 __device__ __forceinline__ PlaceAt at_place(const Sizes& sizes, bool keys, int place, int lines) {
-  const int32_t* boundaries = keys ? sizes.cu_seqlens_k : sizes.cu_seqlens_q;
-  if (!boundaries) return {sequence_of(sizes, place / sizes.tiles), place % sizes.tiles};
-  const auto first = [&](int sequence) {
-    return cut_of(boundaries, sequence, sizes.sequences, keys ? sizes.keys : sizes.rows).first;
-  };
-  const int sequence = sequence_of_place(place, sizes.sequences, lines, first);
-  return {sequence_of(sizes, sequence), place - first_place(sequence, first(sequence), 0, lines, true)};
+  const Spot spot = spot_of(sizes, keys, place, lines, false);
+  return {sequence_of(sizes, spot.sequence), spot.tile};
 }
 
 inline int64_t places_of(const ops::AttentionOptions& p, bool keys, int lines) {

@@ -37,7 +37,7 @@ struct AttentionBackwardSm90a : AttentionBackward {
 };
 
 // The same in one pass (attention_sm90a_one_pass.cu), of head dims up to D, 64, 96 or 128, with tiles of kGridRows rows
-// (attention_grid.h), at places of attention_packed.h. Integers come as zeros, and so does grad_mask where it is each
+// (attention_grid.h), at places of attention_places.h. Integers come as zeros, and so does grad_mask where it is each
 // score's own.
 struct AttentionBackwardOnePass : AttentionBackwardSm90a {
   TensorView grid;     // int32 (tiles, heads, kGridRows, D)

@@ -25,15 +25,6 @@ void must(CUresult result, const char* function, const LaunchSite& at) {
                "; LLMENGINE_CUDA_JIT=0 does without kernels compiled at run time");
 }
 
-// The device that is current. The driver's functions want its context bound to the thread, which functions of the
-// runtime see to by themselves: a thread that has called none yet has none, though the device is current in it.
-int bind_device(const LaunchSite& at) {
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) fail(at, error);
-  if (const auto error = cudaSetDevice(device); error != cudaSuccess) fail(at, error);
-  return device;
-}
-
 // A library belongs to no context, so that a kernel runs on every device of its architecture.
 CUkernel load(const MachineCode& code, const LaunchSite& at) {
   static const auto load_data = driver_function<decltype(cuLibraryLoadData)>("cuLibraryLoadData");
@@ -72,7 +63,7 @@ bool launch_instance(const LaunchSite& site, const Instance& instance, void** pa
   at.kernel = instance.kernel.c_str();
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return true;
   if (at.cluster.x * at.cluster.y * at.cluster.z > 1) fail(at, "kernels compiled at run time have no clusters");
-  const int device = bind_device(at);
+  const int device = bind_device();
   const CUkernel kernel = find(instance, at);
   if (!kernel) return false;
   if (at.shared_bytes > kSharedWithoutOptIn) {

@@ -60,7 +60,10 @@ DEVICES = [(46, 4 * MIB), (82, 6 * MIB), (108, 40 * MIB), (132, 50 * MIB)]  # mu
 BANDS = {"causal": (-1, 0), "full": (-1, -1), "window": (512, 0), "long window": (4096, 0), "both sides": (256, 256)}
 
 
-def balance(program: Path, kernel: str, band: str, device: tuple[int, int], calls: list[tuple[int, int, list[int]]]):
+def balance(
+    program: Path, kernel: str, band: str, device: tuple[int, int], calls: list[tuple[int, int, list[int]]],
+    word: str = "call",
+):  # fmt: skip
     """Of calls of (heads, group, lengths) that give every block two tiles or more: what they are, when blocks end, no
     sooner than when they could, and the longest tile."""
     owner, own, passing, line_bytes, at_once = KERNELS[kernel]
@@ -71,7 +74,7 @@ def balance(program: Path, kernel: str, band: str, device: tuple[int, int], call
         if not 2 * blocks <= tiles <= 40000:
             continue
         given = (owner == "keys", owners, group, own, passing, *BANDS[band], line_bytes, device[1], blocks)
-        lines.append(f"call {' '.join(str(int(x)) for x in given)} {len(lengths)} {' '.join(map(str, lengths))}")
+        lines.append(f"{word} {' '.join(str(int(x)) for x in given)} {len(lengths)} {' '.join(map(str, lengths))}")
         told.append(f"{kernel}, {band}, {device[0]} multiprocessors, {heads} heads by {group}: {lengths[:3]}")
     for what, line in zip(told, said(program, lines), strict=True):
         once, end, least, longest = map(float, line.split())
@@ -106,6 +109,7 @@ def test_blocks_end_within_5_percent_of_the_best_order(program: Path, band: str,
 def test_blocks_end_a_tile_apart_where_sequences_are_packed(program: Path, band: str, device, lengths: list[int]):
     """On sm_80, of all lengths in any order, which the host does not know: a longest tile later than the best order at
     most. Hopper's: test_attention_packed.py."""
+    calls = [(heads, group, each) for heads, group in ((16, 1), (32, 4)) for each in (lengths, [*lengths, 9000, 3, 0])]
     for kernel in (name for name in KERNELS if "sm_80" in name):
-        for what, end, least, longest in balance(program, kernel, band, device, [(16, 1, lengths), (32, 4, lengths)]):
+        for what, end, least, longest in balance(program, kernel, band, device, calls, "packed"):
             assert end <= max(1.05 * least, least + longest), f"{what}: {(end - least) / longest:.2f} of a tile"

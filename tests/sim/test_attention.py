@@ -267,6 +267,7 @@ BREAKS = {
     "a diagonal too far": (BIAS, "", "r = c - diagonal + kRows - 1", "r = c - diagonal + kRows", "exceeds"),
     "the ends are left out": (BIAS, "", "table[2 * farthest] += right;", "", "exceeds"),
     "no barrier before diagonals": (BIAS, "", "__syncthreads();  // the tile of gradients", "//", "races|no thread"),
+    "tokens of no sequence have no places": (FORWARD, LOGITS, "place, lines, true)", "place, lines, false)", "NaN"),
     "the other element": (ROWS, "", "half ? lower[3] : upper[1]", "half ? lower[2] : upper[0]", "exceeds"),
 }  # fmt: skip
 
@@ -280,6 +281,9 @@ def try_attention() -> None:
     mask, table = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((40, 70), (2, 21)))
     assert_right(SDPA, sample_of("mask", 40, 70, 16, 2, 2, attn_mask=mask, distance_bias=table), HALVES[0])
     assert_right(SDPA, sample_of("one row of a mask", 70, 40, 16, 2, 2, attn_mask=mask[:1, :40]), HALVES[0])
+    m = attention._Maker(2)
+    m.packed("packed", [40, 0, 9], [33, 5, 9], 2, 2, 16, spare=140)
+    assert_right(VARLEN, m.samples[0], HALVES[0])
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail():

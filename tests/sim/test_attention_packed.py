@@ -1,6 +1,6 @@
-"""Packed sequences of skewed lengths on Hopper's kernels in the simulator: the order of tiles that
+"""Packed sequences of skewed lengths in the simulator. On Hopper's kernels: the order of tiles that
 csrc/cuda/attention_sm90a_order.cu makes, that blocks draw those tiles and no others, that results are right, and lines
-broken. What the order is good for is told on the host: tests/cuda/test_attention_packed.py.
+broken; what the order is good for is told on the host: tests/cuda/test_attention_packed.py. On every GPU's: places.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SKEWED = {
     "empty ones": [0, 0, 130, 0, 7, 0, 0, 140, 0],
     "one": [140],
     "nothing": [0, 0],
+    "no sequence": [],
 }
 
 
@@ -46,8 +47,8 @@ def rooms(monkeypatch) -> list[dict[str, Any]]:
 
     def noted(self, kernel, on, **arguments):
         call(self, kernel, on, **arguments)
-        if "turns" in arguments:
-            calls.append(arguments | {"kernel": kernel, "turns": arguments["turns"].clone()})
+        turns = arguments.get("turns")
+        calls.append(arguments | {"kernel": kernel, "turns": None if turns is None else turns.clone()})
 
     monkeypatch.setattr(Native, "call", noted)
     return calls
@@ -77,7 +78,7 @@ def test_blocks_draw_the_tiles_that_there_are(name: str, passes: str, rooms, mon
     lengths = SKEWED[name]
     monkeypatch.setenv(ATTENTION_BACKWARD, passes)
     number = list(SKEWED).index(name)
-    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {})[number]
+    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {}, {})[number]
     assert_right(VARLEN, skewed(name, lengths, **options), HALVES[number % 2])
     forward, backward = rooms
     assert_in_order(forward["turns"][0], lengths, 2)
@@ -116,6 +117,24 @@ def test_a_tile_that_is_made_anew_is_found_in_its_sequence(rooms, monkeypatch):
     flags = rooms[1]["remade"]
     places = flags[1:].view(-1, 2)  # by heads; the last sequence's first is 43 / 128 + 3
     assert int(flags[0]) == 4 and places[3:].sum() == 4 and not places[:3].any()
+
+
+# ---- on every GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_every_gpus_blocks_go_through_places(name: str, rooms, monkeypatch):
+    """Of rows, of keys, and of what is yet to be added up of a bias by distance, which has a table for each place."""
+    monkeypatch.setenv(ATTENTION, "sm80")
+    lengths, number = SKEWED[name], list(SKEWED).index(name)
+    options = ({"is_causal": True}, {}, {"window_size": (100, 30)}, {"causal": "bottom_right"}, {}, {})[number]
+    assert_right(VARLEN, skewed(name, lengths, list(reversed(lengths)), **options), HALVES[number % 2])
+    m = attention._Maker(number)
+    m.packed("bias", lengths, lengths, 2, 1, 24, spare=70, distance_bias=m.table(2, 9), **options)
+    assert_right(VARLEN, m.samples[0], HALVES[number % 2 - 1])
+    partial = rooms[-1]["partial_distances"]
+    assert rooms[-1]["kernel"] == "attention_backward"
+    assert partial.shape == ((sum(lengths) + 70) // 64 + len(lengths) + 1, 2, 19)
 
 
 # ---- one line broken -------------------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def test_it_runs_where_it_is_asked_for_and_nowhere_else(ran: list[str], monkeypa
 
 HEADERS = (
     "attention_sm90a_keys.cuh", "attention_sm90a_grid.cuh", "attention_sm90a_backward.cuh",
-    "attention_sm90a_forward.cuh", "attention_sm90a.cuh", "attention_packed.h", "wgmma_tile.cuh",
+    "attention_sm90a_forward.cuh", "attention_sm90a.cuh", "attention_places.h", "attention_packed.h",
+    "wgmma_tile.cuh",
 )  # fmt: skip
 
 

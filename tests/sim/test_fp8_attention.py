@@ -414,7 +414,7 @@ BREAKS: dict[str, Break] = {
     ),
     "the last butterfly is missing": (QUANTISE, f"{QUANTISE}.cu", "lanes < D / kSide", "lanes < D / 16", "query|key"),
     "a sequence's tiles begin at its neighbour's": (
-        QUANTISE, "attention_packed.h", "lines, true) <= place ? low", "lines, true) < place ? low",
+        QUANTISE, "attention_places.h", "lines, true) <= place ? low", "lines, true) < place ? low",
         "query|key|value|exceeds",
     ),
 }  # fmt: skip

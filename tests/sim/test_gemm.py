@@ -303,7 +303,7 @@ BREAKS: dict[str, Break] = {
     "all parts in one place": (*RESULT, "+ part * part_stride", "", "races|exceeds"),
     "a part is left out": (*PARTS, "part < parts; ++part", "part < parts - 1; ++part", "exceeds"),
     "parts have no bias": (
-        *PARTS, "result_of<T>(p.bias, p.added, p.out));", "parts_result_of<T>(p));", "exceeds|races|NaN|nan",
+        *PARTS, "           result_of<T>(p));", "           parts_result_of<T>(p));", "exceeds|races|NaN|nan",
     ),
     "sums of seven warps": (SUMS, "column_sums.cu", "w < kSumWarps; ++w", "w < kSumWarps - 1; ++w", "exceeds"),
     "sums are read too soon": (SUMS, "column_sums.cu", "__syncthreads();", "", "races|no thread"),

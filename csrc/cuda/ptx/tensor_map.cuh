@@ -37,6 +37,7 @@ inline TensorMap encode_tensor_map(const TensorMapFields& fields) {
     if (d > 0) strides[d - 1] = static_cast<cuuint64_t>(fields.strides[d]);
   }
   TensorMap map;
+  cuda::bind_device();
   const CUresult result =
       encode(&map.words, type(fields.dtype), static_cast<cuuint32_t>(fields.rank), const_cast<void*>(fields.data),
              sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(fields.swizzle),

@@ -71,7 +71,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         grad_query, grad_key, grad_value = (empty_rows_first(x, x.shape[3]) for x in (query, key, value))
         grad_mask = lse.new_empty(mask.shape if want_grad_mask else (0,))
         by_kernel = want_grad_mask and mask.shape[3] != 1
-        partial = lse.new_empty(_parts(query, given, bias)) if want_grad_distance_bias else None
+        partial = lse.new_empty(_parts(query, arguments["cu_seqlens_q"], bias)) if want_grad_distance_bias else None
         arguments["grad_output"] = unit_last_stride(grad_output)
         kernel = "attention_backward"
         of_hopper: dict[str, torch.Tensor | None] = {}
@@ -102,7 +102,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         grad_sinks = lse.new_empty(0)
         if taken is not None and want_grad_sinks:
             grad_sinks = -taken.masked_fill(lse == -math.inf, 0.0).sum((0, 2))
-        grad_distance_bias = lse.new_empty(0) if partial is None else partial.sum((0, 2))
+        grad_distance_bias = lse.new_empty(0) if partial is None else partial.sum(0)
         return grad_query, grad_key, grad_value, grad_mask, grad_distance_bias, grad_sinks
 
     return table
@@ -138,7 +138,7 @@ def _zeros(on, *sizes):
 
 
 def places_of_tiles(x, cu_seqlens, lines: int) -> int:
-    """Of `lines` tokens of x, as csrc/cuda/attention_packed.h counts them."""
+    """Of `lines` tokens of x, as csrc/cuda/attention_places.h counts them."""
     batch, _, tokens, _ = x.shape
     return batch * -(-tokens // lines) if cu_seqlens is None else tokens // lines + len(cu_seqlens) - 1
 
@@ -199,14 +199,11 @@ def _grad_of_row_bias(grad_lse, lse, taken):
     return grad.masked_fill(lse == -math.inf, 0.0)[..., None]
 
 
-def _parts(query, options, bias):
-    """Sizes of what is yet to be added up of the gradient of a bias by distance: a table for each tile of rows."""
-    cu_seqlens_q, longest = options[4], options[6]
-    if cu_seqlens_q is None:
-        sequences, tiles = query.shape[0], -(-query.shape[2] // DISTANCE_ROWS)
-    else:
-        sequences, tiles = len(cu_seqlens_q) - 1, max(1, -(-min(longest, query.shape[2]) // DISTANCE_ROWS))
-    return sequences, query.shape[1], tiles, bias.shape[1]
+def _parts(query, cu_seqlens_q, bias):
+    """Sizes of what is yet to be added up of the gradient of a bias by distance: a table for each tile of rows, those
+    behind the last packed sequence included."""
+    places = places_of_tiles(query, cu_seqlens_q, DISTANCE_ROWS) + (cu_seqlens_q is not None)
+    return places, query.shape[1], bias.shape[1]
 
 
 def _arguments(query, key, value, options):
