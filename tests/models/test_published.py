@@ -64,6 +64,7 @@ def test_a_field_of_a_published_config(family, fields):
         ("llama", {"pruned_heads": {"0": [1]}}),
         ("qwen2", {"use_mrope": True}),
         ("llama", {"partial_rotary_factor": 0.5}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("llama", {"quantization_config": {"bits": 4}}),
     ],
 )
