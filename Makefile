@@ -61,7 +61,7 @@ test-heavy: $(VENV)/.tested
 # ThreadSanitizer is left out: GCC's OpenMP runtime tells it of no barrier, so that every region would be a race.
 sanitize: $(VENV)/.dev
 	LLMENGINE_TEST_SANITIZE=address,undefined $(BIN)/python -m pytest tests/test_products.py tests/test_vec_math.py
-	$(BIN)/python -m pytest tests/test_native.py -m heavy -k sanitizers
+	$(BIN)/python -m pytest tests/test_native_builds.py -m heavy -k sanitizers
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH)

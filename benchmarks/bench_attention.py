@@ -19,7 +19,7 @@ from llmengine import functional
 # name: (batch, heads, length, head_dim, causal)
 SHAPES = {
     "bert": (8, 12, 128, 64, False), "gpt": (2, 12, 1024, 64, True), "long": (1, 8, 4096, 64, True),
-    "wide": (2, 8, 512, 128, False),
+    "wide": (2, 8, 512, 128, False), "long-wide": (1, 6, 4096, 128, False), "long-wide-causal": (1, 6, 4096, 128, True),
 }  # fmt: skip
 PASSES = ["forward", "both"]
 

@@ -2,14 +2,15 @@
 
 "masked" gives 15 % of the tokens a label, as masked language modelling does, and ignores the others; "selected" is
 PyTorch at its best there: it picks the labelled rows first. On bf16 logits PyTorch returns its loss in bf16, ours is
-float32. The pairs are the classes of next-sentence prediction: there the way to the kernel is what is measured.
+float32. "copy" copies as many bytes as are moved where all are labelled. The pairs are the classes of next-sentence
+prediction: there the way to the kernel is what is measured.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import forward_backward
+from conftest import copies, forward_backward
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
@@ -38,15 +39,20 @@ def function(peer: str, target: torch.Tensor, smoothing: float):
     return lambda x: room.cross_entropy(x, target, label_smoothing=smoothing)
 
 
-PEERS = [
-    pytest.param(shape, case, peer, id=f"{shape}-{case}-{peer}")
-    for shape in SHAPES
-    for case in (CASES if shape != "pairs" else ["all"])
-    for peer in ("llmengine", "torch", *(["selected"] if case == "masked" else []))
-]
+def peers(*others: str) -> pytest.MarkDecorator:
+    """Every shape and case, beside PyTorch and these where all tokens are labelled; "selected" where not all are."""
+    return pytest.mark.parametrize(
+        "shape, case, peer",
+        [
+            pytest.param(shape, case, peer, id=f"{shape}-{case}-{peer}")
+            for shape in SHAPES
+            for case in (CASES if shape != "pairs" else ["all"])
+            for peer in ("llmengine", "torch", *(["selected"] if case == "masked" else others))
+        ],
+    )
 
 
-@pytest.mark.parametrize("shape, case, peer", PEERS)
+@peers()
 def bench_forward(side_by_side, dtype, shape, case, peer):
     x, target, smoothing = inputs(shape, case, dtype)
     loss = function(peer, target, smoothing)
@@ -54,9 +60,9 @@ def bench_forward(side_by_side, dtype, shape, case, peer):
     side_by_side(peer, {peer: lambda: loss(x)}, bytes_moved=CASES[case][0] * x.numel() * x.element_size())
 
 
-@pytest.mark.parametrize("shape, case, peer", PEERS)
+@peers("copy")
 def bench_forward_backward(side_by_side, dtype, shape, case, peer):
     x, target, smoothing = inputs(shape, case, dtype)
-    call = forward_backward(function(peer, target, smoothing), x)
+    call = copies(x, 1) if peer == "copy" else forward_backward(function(peer, target, smoothing), x)
     # the logits of labelled tokens twice, and the gradient of all logits
     side_by_side(peer, {peer: call}, bytes_moved=(1 + 2 * CASES[case][0]) * x.numel() * x.element_size())

@@ -14,7 +14,10 @@ from torch.nn import functional as torch_functional
 from llmengine import functional
 
 D = 768
-CASES = {"bert-masked": (512, 30522, 0.15), "bert-all": (512, 30522, 1.0), "gpt2-all": (512, 50257, 1.0)}
+CASES = {
+    "bert-masked": (512, 30522, 0.15), "bert-all": (512, 30522, 1.0), "gpt2-all": (512, 50257, 1.0),
+    "gpt2-long": (2048, 50257, 1.0),
+}  # fmt: skip
 
 
 def inputs(case: str, dtype: torch.dtype):

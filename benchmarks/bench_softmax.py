@@ -1,10 +1,11 @@
-"""Softmax along the last dimension, beside torch.nn.functional: attention scores and a vocabulary's logits."""
+"""Softmax along the last dimension, beside torch.nn.functional: attention scores and a vocabulary's logits; and beside
+copying as many bytes, forward and backward: x, the result twice, its gradient and x's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import forward_backward
+from conftest import copies, forward_backward
 from torch.nn import functional as torch_functional
 
 from llmengine import functional
@@ -23,9 +24,9 @@ def bench_forward(side_by_side, peer, dtype, shape):
     side_by_side(peer, calls, bytes_moved=2 * x.numel() * x.element_size())
 
 
-@PEERS
+@pytest.mark.parametrize("peer", ["llmengine", "torch", "copy"])
 @SHAPE
 def bench_forward_backward(side_by_side, peer, dtype, shape):
     x = torch.randn(shape).to(dtype)
-    call = forward_backward(lambda x: ROOMS[peer].softmax(x, -1), x)
+    call = copies(x, 2) if peer == "copy" else forward_backward(lambda x: ROOMS[peer].softmax(x, -1), x)
     side_by_side(peer, {peer: call}, bytes_moved=5 * x.numel() * x.element_size())

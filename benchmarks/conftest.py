@@ -92,6 +92,20 @@ def forward_backward(function: Callable[..., torch.Tensor], *tensors: torch.Tens
     return call
 
 
+def copies(x: torch.Tensor, written: int) -> Callable[[], None]:
+    """A call that copies what an operator moves that writes so many tensors of x's size and reads one more: into new
+    memory, as results are, and the half that is left into memory that there is."""
+    half = x[: len(x) // 2]
+    room = torch.empty_like(half)
+
+    def call() -> None:
+        for _ in range(written):
+            x.clone()
+        room.copy_(half)
+
+    return call
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)

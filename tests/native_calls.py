@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmengine import _cpu
-from llmengine.testing import LAYOUTS, Operator, evaluate
+from llmengine.testing import LAYOUTS, Operator, all_operators, evaluate
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8,
@@ -69,6 +69,11 @@ def _copy(value):
     if isinstance(value, list):
         return [_copy(v) for v in value]
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+CALLS = recorded_calls(all_operators())
+# The operators whose kernels this backend has: others have no law to obey here.
+NATIVE = sorted({call.operator for call in CALLS})
 
 
 def mutations(value) -> st.SearchStrategy:

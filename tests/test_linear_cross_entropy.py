@@ -216,12 +216,16 @@ def test_logits_are_the_same_in_every_block():
 
 
 def test_a_weight_of_16_bits_is_summed_once(small_blocks):
-    x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16()
+    x, w = torch.ones(230, 24).bfloat16(), torch.ones(3300, 24).bfloat16().requires_grad_()
     assert not ops.at_once(x, w, "mean", 0.0) and ops.at_once(x[:190], w, "mean", 0.0)
+    assert ops.at_once(x, w.detach(), "mean", 0.0) and not ops.at_once(x, w.float(), "mean", 0.0, main=w.float())
     assert not ops.at_once(x.half(), w.half(), "mean", 0.0) and not ops.at_once(x.float(), w.float(), "none", 0.0)
     assert not ops.at_once(x.float(), w.float(), "mean", 5.0)
     sample = make(190, 24, 3300, 6, ignored=0.1).rounded(torch.bfloat16)
     assert_lawful(sample, sample)
+    frozen = make(230, 24, 3300, 6, ignored=0.1).rounded(torch.bfloat16)
+    frozen = Sample(frozen.name, frozen.args, frozen.kwargs, (1, *frozen.constants))
+    assert_lawful(frozen, frozen)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
@@ -251,6 +255,28 @@ def test_the_backward_may_run_again_and_scales():
     loss.backward()
     for leaf, g in zip(leaves, first, strict=True):
         torch.testing.assert_close(leaf.grad, 4 * g)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_any_number_of_tokens(dynamic, monkeypatch):
+    """Where gradients are made with the loss, too, though how many tokens are taken at a time is theirs."""
+    monkeypatch.setattr(ops, "TILES", False)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.linear_cross_entropy, fullgraph=True, dynamic=dynamic, backend=count)
+    for tokens in (20, 21, 33, 47, 64):
+        sample = make(tokens, 8, 50, tokens).rounded(torch.float32)
+        x, w, target = (t.requires_grad_(t.is_floating_point()) for t in sample.args)
+        assert ops.at_once(x, w, "mean", 0.0)
+        ours, plain = (f(x, w, target, label_smoothing=0.1) for f in (compiled, functional.linear_cross_entropy))
+        for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) <= (1 if dynamic else 2)  # the second once the number was seen to vary
 
 
 PEAK = r"""

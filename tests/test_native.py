@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,48 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_calls import guarded, mutations, recorded_calls, signature
+from native_calls import CALLS, guarded, mutations, signature
+from processes import SUITE, laws, printed, run_tests
 from programs import compiled, printed_by
 
-import llmengine
 from llmengine import _cpu, functional
-from llmengine.testing import all_operators
-
-ROOT = Path(__file__).resolve().parent.parent
-CALLS = recorded_calls(all_operators())
-# The operators whose kernels this backend has: others have no law to obey here.
-NATIVE = sorted({call.operator for call in CALLS})
-
-
-def run(command: list[str], timeout: float, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """A Python process of its own, with the package that lies in `directory`; a hang is a failure."""
-    environment = {"PYTHONPATH": str(directory)} | environment
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=directory, timeout=timeout,
-        env=os.environ | environment,
-    )  # fmt: skip
-
-
-def printed(script: str, timeout: float = 120, directory: Path = ROOT, **environment: str) -> str:
-    """What a script prints in a process of its own; a crash is a failure."""
-    done = run(["-c", script], timeout, directory, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.strip()
-
-
-def run_tests(file: str, expression: str, timeout: float, directory: Path = ROOT, **environment: str) -> None:
-    """Runs the tests of a file that `expression` selects in a process of their own."""
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-    command += [f"--rootdir={ROOT}", str(ROOT / "tests" / file), "-k", expression]
-    done = run(command, timeout, directory, **environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-
-
-def laws(*tests: str) -> str:
-    """Selects these tests of tests/test_ops.py for the operators that have kernels here, on this backend."""
-    cases = " or ".join(f"[cpu-{name}{end}" for name in NATIVE for end in "-]")
-    return f"({' or '.join(tests)}) and ({cases})"
-
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
@@ -64,14 +24,6 @@ def laws(*tests: str) -> str:
 def test_laws_on_every_instruction_set(isa: str):
     assert printed("from llmengine import _cpu; print(_cpu.isa())", LLMENGINE_CPU_ISA=isa) == isa
     run_tests("test_ops.py", laws("test_errors_against_float64"), 280, LLMENGINE_CPU_ISA=isa)
-
-
-SUITE = [
-    "test_ops.py", "test_nan.py", "test_attention.py", "test_attention_extremes.py", "test_relative_attention.py",
-    "test_decode_attention.py", "test_ffn.py", "test_linear.py", "test_linear_cross_entropy.py",
-    "test_linear_cross_entropy_shard.py", "test_chain_field.py", "test_embedding.py", "optim/test_adamw.py",
-    "optim/test_gradient_norm.py", "optim/test_main_grad.py",
-]  # fmt: skip
 
 
 @pytest.mark.heavy
@@ -370,76 +322,3 @@ def test_tensors_without_an_exchange_table():
     ):
         with pytest.raises(ValueError, match=f"softmax_forward: {problem}"):
             _cpu.softmax_forward(input=Duck(spoilt), output=output)
-
-
-# ---- other builds ----------------------------------------------------------------------------------------------------
-
-
-def build(directory: Path, *options: str) -> None:
-    """A copy of the package in `directory`, its module built with these options of CMakeLists.txt."""
-    import pybind11
-
-    package = directory / "llmengine"
-    shutil.copytree(Path(llmengine.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    configure = [
-        "cmake", "-S", str(ROOT), "-B", str(directory / "build"), f"-DCMAKE_INSTALL_PREFIX={package}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        "-DLLMENGINE_CUDA=OFF", *options,
-    ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(directory / "build"), "--target", "install"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(4 * 3600)
-def test_the_operator_suite_on_emulated_tiles(tmp_path: Path):
-    """AMX's kernels on any machine: its tiles are emulated, all else is theirs."""
-    build(tmp_path, "-DLLMENGINE_AMX_EMULATED=ON")
-    environment = {"LLMENGINE_CPU_ISA": "amx"}
-    assert printed("from llmengine import _cpu; print(_cpu.isa())", 120, tmp_path, **environment) == "amx"
-    for file in SUITE:
-        run_tests(file, "", 3500, tmp_path, **environment)
-
-
-@pytest.mark.heavy
-@pytest.mark.timeout(6 * 3600)
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers' libraries by their Linux names")
-def test_laws_and_fuzz_under_sanitizers(tmp_path: Path):
-    build(tmp_path, "-DLLMENGINE_SANITIZE=address,undefined", "-DLLMENGINE_AMX_EMULATED=ON")
-    find = ["g++", "-print-file-name=libasan.so", "-print-file-name=libubsan.so", "-print-file-name=libstdc++.so"]
-    environment = {
-        "LD_PRELOAD": ":".join(
-            subprocess.run([find[0], option], capture_output=True, text=True, check=True).stdout.strip()
-            for option in find[1:]
-        ),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-    }
-    assert printed("from llmengine import _cpu; print(_cpu.__file__)", 120, tmp_path, **environment).startswith(
-        str(tmp_path)
-    )
-    # The canary: were the sanitizers asleep, this would pass, and so would everything below.
-    overrun = run(["-c", OVERRUN], 120, tmp_path, **environment)
-    assert overrun.returncode != 0 and "ERROR: AddressSanitizer" in overrun.stderr, overrun.stderr[-4000:]
-    selected = laws("test_errors_against_float64", "test_every_layout", "test_repeats")
-    isas = printed("from llmengine import _cpu; print(*_cpu.supported_isas())", 120, tmp_path, **environment).split()
-    assert "amx" in isas
-    for isa in isas:
-        run_tests("test_ops.py", selected, 900, tmp_path, LLMENGINE_CPU_ISA=isa, **environment)
-        run_tests("test_attention.py", "", 1800, tmp_path, LLMENGINE_CPU_ISA=isa, **environment)
-    run_tests("test_native.py", "test_no_argument_crashes", 900, tmp_path, **environment)
-
-
-# A tensor that claims more elements than its memory has.
-OVERRUN = """
-import torch
-from llmengine import _cpu
-
-class Liar:
-    def __init__(self, tensor, shape):
-        self.shape, self.dtype, self.device, self.data_ptr = shape, tensor.dtype, tensor.device, tensor.data_ptr
-        self.stride = lambda: (shape[1], 1)
-
-_cpu.softmax_forward(input=Liar(torch.ones(100), (1, 104)), output=torch.empty(1, 104))
-"""

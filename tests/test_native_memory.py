@@ -84,6 +84,44 @@ print("enough")
 
 
 @linux
+def test_results_that_no_memory_holds_are_errors():
+    """Of tensors of 2^40 and 2^58 rows that are one element each, so that they take no memory themselves."""
+    script = """
+from llmengine import functional
+
+def rows(*shape, dtype=torch.float32):
+    return torch.ones((), dtype=dtype).expand(*shape)
+
+one, calls = torch.ones, {
+    "softmax": lambda n: functional.softmax(rows(n, 8), -1),
+    "a wide row": lambda n: functional.softmax(rows(1, n), -1),
+    "add_layer_norm": lambda n: functional.add_layer_norm(rows(n, 8), rows(n, 8), (8,)),
+    "cross_entropy": lambda n: functional.cross_entropy(rows(n, 8), rows(n, dtype=torch.int64)),
+    "queries": lambda n: functional.scaled_dot_product_attention(rows(1, 1, n, 8), *[one(1, 1, 4, 8)] * 2),
+    "heads": lambda n: functional.scaled_dot_product_attention(*[rows(1, n, 4, 8)] * 3),
+    "ffn": lambda n: functional.ffn(rows(n, 8), one(16, 8), one(8, 16)),
+    "hidden": lambda n: functional.ffn(one(4, 8), rows(n, 8), rows(8, n)),
+    "linear": lambda n: functional.linear(rows(n, 8, dtype=torch.bfloat16), one(16, 8).bfloat16()),
+    "linear_cross_entropy": lambda n: functional.linear_cross_entropy(
+        rows(n, 8), one(16, 8), rows(n, dtype=torch.int64)),
+    "embedding": lambda n: functional.embedding(rows(n, dtype=torch.int64), one(16, 8)),
+}
+limit(1024 * MIB)
+for name, call in calls.items():
+    for n in (2**40, 2**58):
+        try:
+            call(n)
+        except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter
+            assert any(word in str(error) for word in ("allocate", "overflow")), error
+        else:
+            raise AssertionError(name)
+assert functional.softmax(one(2, 2), -1).tolist() == [[0.5, 0.5]] * 2
+print("told")
+"""
+    assert printed(script) == "told"
+
+
+@linux
 @pytest.mark.heavy
 def test_more_than_2_to_the_31_elements():
     """Of pages that nobody has touched, so that they take no memory."""

@@ -173,11 +173,12 @@ def test_opcheck(op: Operator, sample: Sample):
         torch.library.opcheck(getattr(torch.ops.llmengine, name).default, detached)
 
 
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("op, sample", FIRST)
-def test_compiles_into_one_graph(op: Operator, sample: Sample):
+def test_compiles_into_one_graph(op: Operator, sample: Sample, dynamic: bool | None):
     given = sample.rounded(torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     allclose(evaluate(compiled, given, None), evaluate(op.function, given, None))
 
 

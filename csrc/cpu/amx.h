@@ -45,13 +45,13 @@ void amx_zero() {
   std::memset(&amx_tiles[tile], amx_configured ? 0 : 0xff, sizeof(AmxTile));
 }
 template <int tile>
-void amx_load(const void* from, int64_t row_bytes) {
+[[gnu::noinline]] void amx_load(const void* from, int64_t row_bytes) {
   for (int row = 0; row < kAmxRows; ++row) {
     std::memcpy(amx_tiles[tile].bytes[row], static_cast<const char*>(from) + row * row_bytes, kAmxRowBytes);
   }
 }
 template <int tile>
-void amx_store(void* to, int64_t row_bytes) {
+[[gnu::noinline]] void amx_store(void* to, int64_t row_bytes) {
   for (int row = 0; row < kAmxRows; ++row) {
     std::memcpy(static_cast<char*>(to) + row * row_bytes, amx_tiles[tile].bytes[row], kAmxRowBytes);
   }
@@ -60,15 +60,14 @@ void amx_store(void* to, int64_t row_bytes) {
 // The instruction takes denormals for zero, in operands and in results.
 inline float amx_flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
-// tile c += tile a times tile b
-template <int c_tile, int a_tile, int b_tile>
-void amx_multiply_tiles() {
+// c += a times b. One copy for all callers: a kernel full of them would compile for minutes under sanitizers.
+[[gnu::noinline]] inline void amx_multiply_add(AmxTile& c_tile, const AmxTile& a_tile, const AmxTile& b_tile) {
   constexpr int kPairs = kAmxRowBytes / 4;
   float c[kAmxRows][16];
   bf16 a[kAmxRows][2 * kPairs], b[kPairs][32];
-  std::memcpy(c, &amx_tiles[c_tile], sizeof c);
-  std::memcpy(a, &amx_tiles[a_tile], sizeof a);
-  std::memcpy(b, &amx_tiles[b_tile], sizeof b);
+  std::memcpy(c, &c_tile, sizeof c);
+  std::memcpy(a, &a_tile, sizeof a);
+  std::memcpy(b, &b_tile, sizeof b);
   for (int row = 0; row < kAmxRows; ++row) {
     for (int n = 0; n < 16; ++n) {
       float sums[2] = {};  // of the even k and of the odd ones: so the hardware adds, bit for bit
@@ -79,7 +78,12 @@ void amx_multiply_tiles() {
       c[row][n] = amx_flushed(c[row][n] + amx_flushed(sums[0] + sums[1]));
     }
   }
-  std::memcpy(&amx_tiles[c_tile], c, sizeof c);
+  std::memcpy(&c_tile, c, sizeof c);
+}
+
+template <int c_tile, int a_tile, int b_tile>
+void amx_multiply_tiles() {
+  amx_multiply_add(amx_tiles[c_tile], amx_tiles[a_tile], amx_tiles[b_tile]);
 }
 
 #else

@@ -54,6 +54,7 @@ struct Fp8Product {
   TensorView bias;   // (n,), of out's dtype or float32, or none
   TensorView added;  // float32 (m, n), or none; may be out
   TensorView out;    // (m, n), any float
+  TensorView room;   // float32, for sums of parts of k, or none: it is not cut
 
   static constexpr auto fields() {
     using P = Fp8Product;
@@ -64,7 +65,8 @@ struct Fp8Product {
                       ops::field("b_scales", &P::b_scales),
                       ops::field("bias", &P::bias),
                       ops::field("added", &P::added),
-                      ops::field("out", &P::out)};
+                      ops::field("out", &P::out),
+                      ops::field("room", &P::room)};
   }
 };
 

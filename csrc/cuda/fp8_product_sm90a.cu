@@ -11,7 +11,8 @@
 //   all, is the tile's; where each line has its own, they are out's columns, and go through shared memory
 //   (`by_column`): two rows of them in turn, so that one barrier a stage is enough.
 //
-//   `added`, what a weight's buffer holds of earlier gradients, joins the sums on their way out.
+//   `added`, what a weight's buffer holds of earlier gradients, joins the sums on their way out. Of few tiles, k is cut
+//   into parts (gemm.cu).
 //
 //   flops   2 m n k, and 2 (by_column: 3) m n k / 128 beside the tensor cores
 //   bytes   a stage: (128 + 64) 128 from the second-level cache, for 2 128 128 128 flops: 171 flops a byte
@@ -41,6 +42,7 @@ namespace {
 using namespace gemm_sm90a;
 
 constexpr int kTileColumns = 128;
+constexpr int kLeastPart = 2 * kLeastDepth;  // of k: products take half the time
 
 struct ScaledShared : Shared<kTileColumns> {
   static_assert(kStages % 2 == 0, "from a round of stages to the next, two rows would not be in turn");
@@ -114,7 +116,7 @@ __device__ __forceinline__ void multiply_scaled(ScaledShared& shared, const Scal
     }
     const auto load = [&](int r, int v) { return p.to.load(row + r, column + v); };
     const auto store = [&](int r, int v, float (&x)[1][8], const typename Result<T>::Added& added) {
-      p.to.store(row + r, column + v, 0, x[0], added);
+      p.to.store(row + r, column + v, item.part, x[0], added);
     };
     each_vector<1, kAddedAhead>(sums, shared.room(group), load, store, [](int) {});
   }
@@ -129,6 +131,14 @@ __global__ void __launch_bounds__(gemm_sm90a::kThreads, 1) fp8_product_sm90a(con
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
+
+// What the sums end in, as of a product of 16 bits.
+Gemm ends_of(const Fp8Product& p, DType type) {
+  Gemm ends{};
+  ends.a = p.a, ends.a.dtype = type;
+  ends.bias = p.bias, ends.added = p.added, ends.out = p.out, ends.room = p.room;
+  return ends;
+}
 
 ptx::TensorMap map_of_bytes(const char* name, const TensorView& t, int lines) {
   return ptx::encode_tensor_map(tensor_map_fields(name, t, {lines, kScaleDepth}, Swizzle::bytes_128));
@@ -192,6 +202,8 @@ void validate(const Fp8Product& p) {
   at.dtype(p.added, "added", {DType::f32});
   at.shape(p.added, "added", {m, n});
   at.unit_last_stride(p.added, "added");
+  at.dtype(p.room, "room", {DType::f32});
+  at.contiguous(p.room, "room");
 }
 
 void run(const Fp8Product& p, Stream stream) {
@@ -200,19 +212,21 @@ void run(const Fp8Product& p, Stream stream) {
   check_is_hopper("fp8_product");
   if (p.out.numel() == 0) return;
   check(k > 0, "fp8_product: a and b have no k; allowed: 16 and more");
-  const Tiles tiles{ceil_divide(m, kRows * kCluster), ceil_divide(n, kTileColumns), ceil_divide(k, kScaleDepth),
-                    ceil_divide(k, kScaleDepth)};
+  Tiles tiles{ceil_divide(m, kRows * kCluster), ceil_divide(n, kTileColumns), ceil_divide(k, kScaleDepth),
+              ceil_divide(k, kScaleDepth)};
+  const Gemm ends = ends_of(p, p.out.dtype == DType::f16 ? DType::f16 : DType::bf16);
+  tiles.parts = parts_of(ends, int64_t{tiles.rows} * tiles.columns, clusters_at_once(), kScaleDepth, kLeastPart);
   const auto a = map_of_bytes("a", p.a, kRows), b = map_of_bytes("b", p.b, kTileColumns / kCluster);
   const auto visit = [&]<class T, class Format, bool by_column>() {
     const Scaled<T> given{{{a, a}, {b, b}},
                           tiles,
                           scales_of(p.a_scales, m),
                           scales_of(p.b_scales, n),
-                          result_of<T>(p.bias, p.added, p.out)};
+                          tiles.parts > 1 ? parts_result_of<T>(ends) : result_of<T>(ends)};
     launch(site("fp8_product_sm90a", tiles, p.out, sizeof(ScaledShared), stream),
            fp8_product_sm90a<T, Format, by_column>, given);
   };
-  gemm::visit_type(p.out.dtype == DType::f16 ? DType::f16 : DType::bf16, [&]<class T>(T) {
+  gemm::visit_type(ends.a.dtype, [&]<class T>(T) {
     const bool by_column = is_by_line(p.b_scales, n), e5m2 = p.a_format == "e5m2";
     if (by_column) {
       e5m2 ? visit.template operator()<T, E5m2, true>() : visit.template operator()<T, E4m3, true>();
@@ -220,6 +234,7 @@ void run(const Fp8Product& p, Stream stream) {
       e5m2 ? visit.template operator()<T, E5m2, false>() : visit.template operator()<T, E4m3, false>();
     }
   });
+  if (tiles.parts > 1) add_parts(ends, tiles.parts, stream);
 }
 
 }  // namespace llmengine::cuda

@@ -24,8 +24,7 @@
 namespace llmengine::cuda {
 namespace {
 
-constexpr int kLeastDepth = 512;  // of a part: its products take longer than its sums' way to memory and back
-constexpr int kPartLines = 8;     // warps of a block that adds parts up
+constexpr int kPartLines = 8;  // warps of a block that adds parts up
 
 thread_local std::vector<std::string> left;  // to the other core, and why
 
@@ -70,10 +69,10 @@ void check_core(const Checker& at, const std::string& core, const TensorView& ro
   at.contiguous(room, "room");
 }
 
-int parts_of(const Gemm& p, int64_t tiles, int64_t slots, int depth) {
+int parts_of(const Gemm& p, int64_t tiles, int64_t slots, int depth, int least) {
   if (!p.room.defined() || p.a2.defined() || tiles == 0 || 2 * tiles > slots) return 1;
   const int64_t k = p.a.size(1), steps = (k + depth - 1) / depth, mn = p.out.numel();
-  const int64_t most = std::min({slots / tiles, k / kLeastDepth, p.room.numel() / mn});
+  const int64_t most = std::min({slots / tiles, k / least, p.room.numel() / mn});
   if (most <= 1) return 1;
   const int64_t each = (steps + most - 1) / most;
   return static_cast<int>((steps + each - 1) / each);  // none is empty

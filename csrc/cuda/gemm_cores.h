@@ -25,10 +25,13 @@ void multiply_sm90a(const Gemm& p, Stream stream);
 
 // ---- parts of k -----------------------------------------------------------------------------------------------------
 
+// Of a part: its products take about as long as its sums' way to memory and back.
+inline constexpr int kLeastDepth = 512;
+
 // Into how many parts k is cut, so that a product of few tiles has work for all of the `slots` in which tiles are made
-// at once: as many as fill them, each at least kLeastDepth deep, as far as there is room for their sums; of whole steps
-// of `depth`. Never where half of the slots are filled without.
-int parts_of(const Gemm& p, int64_t tiles, int64_t slots, int depth);
+// at once: as many as fill them, each at least `least` deep, as far as there is room for their sums; of whole steps of
+// `depth`. Never where half of the slots are filled without.
+int parts_of(const Gemm& p, int64_t tiles, int64_t slots, int depth, int least = kLeastDepth);
 
 // The sums of the parts, in their order, to the product's result.
 void add_parts(const Gemm& p, int parts, Stream stream);

@@ -120,27 +120,19 @@ struct Result {
 
 // T: of the operands, if they have 16 bits.
 template <class T>
-Result<T> result_of(const TensorView& bias, const TensorView& added, const TensorView& out) {
-  const bool wide = out.dtype == DType::f32, wide_added = added.dtype == DType::f32;
-  return {static_cast<int>(out.size(0)),
-          static_cast<int>(out.size(1)),
-          line_of(bias),
-          wide_added ? Rows<const T>{} : rows_of<const T>(added),
-          wide_added ? rows_of<const float>(added) : Rows<const float>{},
-          wide ? Rows<T>{} : rows_of<T>(out),
-          wide ? rows_of<float>(out) : Rows<float>{},
-          0,
-          {},
-          false,
-          true};
-}
-
-template <class T>
 Result<T> result_of(const Gemm& p) {
-  Result<T> to = result_of<T>(p.bias, p.added, p.out);
-  to.low = rows_of<uint8_t>(p.low);
-  to.goes_on = p.goes_on, to.ends = p.ends;
-  return to;
+  const bool wide = p.out.dtype == DType::f32, wide_added = p.added.dtype == DType::f32;
+  return {static_cast<int>(p.out.size(0)),
+          static_cast<int>(p.out.size(1)),
+          line_of(p.bias),
+          wide_added ? Rows<const T>{} : rows_of<const T>(p.added),
+          wide_added ? rows_of<const float>(p.added) : Rows<const float>{},
+          wide ? Rows<T>{} : rows_of<T>(p.out),
+          wide ? rows_of<float>(p.out) : Rows<float>{},
+          0,
+          rows_of<uint8_t>(p.low),
+          p.goes_on,
+          p.ends};
 }
 
 // The sums of parts, (parts, m, n) in p.room.

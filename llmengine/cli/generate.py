@@ -75,7 +75,8 @@ def command(
         drawn = asked or (not searched and trained.model.config.architecture == "decoder")
         options = {"do_sample": True, **sampling} if drawn else {"num_beams": beams or 1}
         prompts = [prompt] * samples
-        texts = continuations(trained.model, trained.tokenizer, prompts, new_tokens=new_tokens, **options)
+        given: dict[str, Any] = {"new_tokens": new_tokens, "begins": trained.config is None}
+        texts = continuations(trained.model, trained.tokenizer, prompts, **given, **options)
     typer.echo("\n\n---\n\n".join(texts))
 
 

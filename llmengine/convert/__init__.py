@@ -73,7 +73,8 @@ class Checkpoint:
             return
         has_prefix = any(name.startswith(self.family.prefix) for name in self.files)
         self.files = {self.family.canonical(name, has_prefix): place for name, place in self.files.items()}
-        self.fields = self.family.read_config(config, self.files)
+        fields = self.family.read_config(config, self.files)
+        self.fields = fields | self.family.read_ties(self.files, self._get, fields)
 
     def tensors(self, wanted: Iterable[str], fields: Mapping[str, Any]) -> dict[str, Tensor]:
         """Our tensors by name, for a model of these config fields. ValueError where some are missing or the file has

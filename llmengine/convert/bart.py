@@ -148,11 +148,12 @@ BART = Family(
         "extra_pos_embeddings": (2,),
         "add_bias_logits": (False,),
         "is_decoder": (False,),
+        "add_cross_attention": (False, True),  # always is
+        "do_blenderbot_90_layernorm": (False,),
     },
     without_effect=frozenset(
-        "forced_eos_token_id forced_bos_token_id num_hidden_layers classif_dropout output_past max_length min_length "
-        "length_penalty num_beams early_stopping no_repeat_ngram_size prefix num_labels save_step "
-        "replacing_rate student_decoder_layers student_encoder_layers bad_words_ids add_cross_attention".split()
+        "num_hidden_layers classif_dropout num_labels save_step replacing_rate student_decoder_layers "
+        "student_encoder_layers".split()
     ),
     translated=frozenset("decoder_layers decoder_attention_heads decoder_ffn_dim decoder_layerdrop".split()),
     translate=_translate,
@@ -185,6 +186,9 @@ BART = Family(
         "model.decoder.embed_tokens.weight": "model.shared.weight",
     },
     tied_apart={"lm_head.weight": "model.decoder.embed_tokens.weight"},
+    # nothing but tie_word_embeddings ties them; `shared` has then no use
+    apart={"share_embeddings": ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")},
+    skipped=r"(en|de)coder\.version$|^model\.shared\.weight$",
 )
 MBART = replace(
     BART,
@@ -241,16 +245,18 @@ MARIAN = replace(
         "share_encoder_decoder_embeddings": True,
     },
     demanded={
-        **BART.demanded,
+        **{name: allowed for name, allowed in BART.demanded.items() if name != "extra_pos_embeddings"},
         "normalize_embedding": (True, False),
         "static_position_embeddings": (True, False),
-        "extra_pos_embeddings": (2, 0, 58101),
     },
+    # their positions are no table, so that it has no rows to spare: files say any number, mostly that of words
+    without_effect=BART.without_effect | {"extra_pos_embeddings"},
     translated=BART.translated | {"decoder_vocab_size", "share_encoder_decoder_embeddings"},
     translate=_marian,
     write_back=_marian_back,
     classes={"MarianMTModel": ("seq2seq",), "MarianModel": ()},
     class_fields={},
     heads_of={},
+    apart={},
     skipped=r"embed_positions\.weight$",  # sines and cosines
 )

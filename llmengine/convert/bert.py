@@ -51,7 +51,7 @@ _FIELDS = (
 # Of older files, or of the tokenizer.
 _NOTHING = frozenset(
     "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type "
-    "cross_attention_hidden_size layer_norm_type gap_size net_structure_type num_memory_blocks down_scale_factor "
+    "layer_norm_type gap_size net_structure_type num_memory_blocks down_scale_factor "
     "summary_type summary_use_proj summary_activation summary_last_dropout".split()
 )
 
@@ -89,10 +89,7 @@ BERT = Family(
     },
     demanded={
         "is_decoder": (False,),
-        "add_cross_attention": (False,),
-        "is_encoder_decoder": (False,),
         "position_embedding_type": ("absolute", None),
-        "pruned_heads": (None, {}),
     },
     without_effect=_NOTHING,
     classes={
@@ -149,6 +146,7 @@ def _roberta(name: str, prefix: str = "Roberta", **defaults: Any) -> Family:
         heads=("lm_head.", "classifier.", "qa_outputs."),
         fields=tuple((theirs, ours) for theirs, ours in _FIELDS if ours != "max_positions"),
         constants={**BERT.constants, "position_of": "token"},
+        demanded={**BERT.demanded, "hidden_act": ("gelu",)},  # what its token head has, whatever the config says
         defaults=BERT.defaults
         | {"vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
         | defaults,
@@ -261,7 +259,7 @@ ALBERT = replace(
         "bos_token_id": 2,
         "eos_token_id": 3,
     },
-    demanded={**BERT.demanded, "num_hidden_groups": (1,), "inner_group_num": (1,)},
+    demanded={**BERT.demanded, "num_hidden_groups": (1,), "inner_group_num": (1,), "layers_to_keep": ([],)},
     without_effect=_NOTHING | {"classifier_dropout_prob"},
     classes={
         "AlbertForPreTraining": ("mlm", "sop"),

@@ -13,15 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Fields of every Hugging Face config that do not change what the model computes.
+# Fields that any Hugging Face config may have and that do not change what a model computes: of its loader, of its
+# tokenizer, of Trainer, and generate's defaults, which files of Transformers 4 hold.
 WITHOUT_EFFECT = frozenset(
     """
-    _attn_implementation _name_or_path architectures attn_implementation chunk_size_feed_forward
-    classifier_dropout dtype finetuning_task gradient_checkpointing id2label label2id language license model_type
-    name_or_path output_attentions output_hidden_states output_past problem_type return_dict task_specific_params
-    torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path _num_labels
+    architectures attn_implementation chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id dtype finetuning_task gradient_checkpointing id2label label2id language license
+    mask_token_id max_sequence_length model_max_length model_type name_or_path output_attentions output_hidden_states
+    output_past prefix problem_type return_dict sbert_ce_default_activation_function sentence_transformers
+    sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    eos_token_ids exponential_decay_length_penalty force_bos_token_to_be_generated forced_bos_token_id
+    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p
     """.split()
 )
+# Others, that would change it, with the values that we compute.
+DEMANDED: dict[str, tuple] = {
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),  # encoders, which it would change, allow less
+    "is_encoder_decoder": (False,),
+    "pruned_heads": (None, {}),
+    "tie_encoder_decoder": (False,),
+}
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -136,7 +154,7 @@ class Family:
     defaults: dict[str, Any]
     """Values of their fields where a file leaves them out."""
     demanded: dict[str, tuple]
-    """Their fields that change the mathematics, with the values that we compute."""
+    """Their fields that change the mathematics, with the values that we compute, beyond DEMANDED."""
     without_effect: frozenset[str]
     classes: dict[str, tuple[str, ...]]
     """Their classes and the objectives of each; the classes that differ in nothing else come by order."""
@@ -157,6 +175,8 @@ class Family:
     """Their second names for a tensor, which files may repeat. Without tied embeddings they use the second."""
     tied_apart: Mapping[str, str] = field(default_factory=dict)
     """`tied` of an encoder-decoder whose sides have words of their own."""
+    apart: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Our fields, true by config.json, that are false where a file has both tensors and they differ."""
     skipped: str = "$^"
     """Pattern of tensors that hold no parameters."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -190,16 +210,21 @@ class Family:
 
     def read_config(self, theirs: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
         """Our fields from their config.json and the names of the file's tensors."""
-        known = {name for name, _ in self.fields} | self.demanded.keys() | self.without_effect | WITHOUT_EFFECT
+        demanded = DEMANDED | self.demanded
+        known = {name for name, _ in self.fields} | demanded.keys() | self.without_effect | WITHOUT_EFFECT
         if unknown := sorted(theirs.keys() - known - self.translated):
-            raise ValueError(f"config.json of family {self.name}: fields unknown to llmengine: {', '.join(unknown)}")
-        for name, allowed in self.demanded.items():
+            raise ValueError(
+                f"config.json of family {self.name}: fields unknown to llmengine: {', '.join(unknown)}; delete those "
+                "that do not change what the model computes"
+            )
+        for name, allowed in demanded.items():
             if theirs.get(name, allowed[0]) not in allowed:
                 raise ValueError(
                     f"config.json of family {self.name}: {name} is {theirs[name]!r}; llmengine computes only "
                     + " or ".join(map(repr, allowed))
                 )
-        given, theirs = theirs, {**self.defaults, **theirs}
+        none = {name: None for name, value in theirs.items() if name.endswith("_token_id") and value == -1}
+        given, theirs = theirs, {**self.defaults, **theirs, **none}
         for name, derive in self.derived.items():
             theirs[name] = derive(theirs) if theirs.get(name) is None else theirs[name]
         ours = {"family": self.name, **self.constants}
@@ -221,6 +246,17 @@ class Family:
             ours |= _labels(given, self.defaults.get("num_labels", 2))
         return ours
 
+    def read_ties(self, names: Iterable[str], get: Callable[[str], Tensor], ours: Mapping[str, Any]) -> dict[str, bool]:
+        """Our fields that a file's tensors tell, whatever its config.json says."""
+        names = set(names)
+        differ = {
+            name
+            for name, (first, second) in self.apart.items()
+            if {first, second} <= names and not torch.equal(get(first), get(second))
+        }
+        tied = ours["tie_embeddings"] and "tie_embeddings" not in differ
+        return dict.fromkeys(differ - ({"share_embeddings"} if tied else set()), False)
+
     def write_config(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Their config.json for our fields; ValueError where the family cannot express one. defaults: of our fields."""
         ours = resolved(ours)
@@ -240,11 +276,8 @@ class Family:
                 raise self._inexpressible(our_name, value, f"its {their_name} is {theirs[their_name]!r} already")
         theirs |= self.write_back(ours)
         again = resolved({**defaults, **self.read_config(theirs, ())})
-        for name in (
-            ours.keys()
-            - OF_A_RUN
-            - (set() if set(ours["objectives"]) & {"classification", "choice"} else OF_CLASSIFIERS)
-        ):
+        untold = OF_A_RUN if set(ours["objectives"]) & {"classification", "choice"} else OF_A_RUN | OF_CLASSIFIERS
+        for name in ours.keys() - untold - (set() if ours["tie_embeddings"] else self.apart.keys()):
             if ours[name] != again[name]:
                 raise self._inexpressible(name, ours[name], f"it has {again[name]!r}")
         if {"classification", "tagging"} & set(ours["objectives"]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -83,8 +85,7 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=parent))
     try:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        save_file(dict(tensors), temporary / TENSORS, metadata={"format": "pt"})
-        sync(temporary / TENSORS)
+        write_tensors(temporary / TENSORS, tensors, metadata={"format": "pt"})
         replace_text(temporary / CONFIG, text)
         if directory.is_dir():
             for name in (TENSORS, CONFIG):
@@ -95,6 +96,18 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
             os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Returns when the file is on the disk. Raises OSError, with errno.ENOSPC where the disk is full."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        # its I/O errors carry the operating system's number in their text only
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    sync(path)
 
 
 def _umask() -> int:

@@ -57,7 +57,10 @@ def read(path: Path) -> Foreign:
         from gguf import GGUFReader, dequantize
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path} is a GGUF file; to read it: pip install gguf") from None
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file that the package gguf reads: {error}") from None
     wanted = ("general.architecture", "llama.", *(f"tokenizer.ggml.{token}_token_id" for token in _TOKENS.values()))
     facts = {name: field.contents() for name, field in reader.fields.items() if name.startswith(wanted)}
     blocks = {

@@ -72,14 +72,9 @@ GPT2 = Family(
         "eos_token_id": 50256,
     },
     derived={"n_inner": lambda config: 4 * config["n_embd"]},
-    demanded={
-        "scale_attn_weights": (True,),
-        "add_cross_attention": (False,),
-        "is_encoder_decoder": (False,),
-        "pruned_heads": (None, {}),
-    },
+    demanded={"scale_attn_weights": (True,)},
     # reorder_and_upcast_attn asks for float32 scores, which ours are anyway
-    without_effect=_SUMMARY | {"reorder_and_upcast_attn", "n_ctx", "is_decoder"},
+    without_effect=_SUMMARY | {"reorder_and_upcast_attn", "n_ctx"},
     classes={
         "GPT2LMHeadModel": ("clm",),
         "GPT2Model": (),
@@ -127,7 +122,7 @@ GPT = replace(
     defaults=GPT2.defaults
     | {"vocab_size": 40478, "n_positions": 512, "afn": "gelu", "bos_token_id": None, "eos_token_id": None},
     derived={},
-    demanded={"pruned_heads": (None, {})},
+    demanded={},
     without_effect=_SUMMARY | {"predict_special_tokens", "n_ctx", "n_special"},
     classes={
         "OpenAIGPTLMHeadModel": ("clm",),
@@ -211,7 +206,7 @@ GPT_NEO = Family(
         "window_size": 256,
     },
     derived={"intermediate_size": lambda config: 4 * config["hidden_size"]},
-    demanded={"is_encoder_decoder": (False,)},
+    demanded={},
     without_effect=_SUMMARY | {"attention_layers"},
     translated=frozenset({"attention_types", "window_size"}),
     translate=_neo,
@@ -251,7 +246,7 @@ GPT_NEO = Family(
 def _neox(theirs: Mapping[str, Any]) -> dict[str, Any]:
     old = {"rotary_pct": 0.25} if not theirs.get("rope_parameters") and "rotary_pct" not in theirs else {}
     place = "parallel" if theirs["use_parallel_residual"] else "pre"
-    return {"rotary": rotary.read({**theirs, **old}), "norm_place": place}
+    return {"rotary": rotary.read({**theirs, **old}, partial=True), "norm_place": place}
 
 
 _NEOX_LAYER = "gpt_neox.layers.{i}."
@@ -299,7 +294,7 @@ GPT_NEOX = Family(
         "eos_token_id": 2,
         "use_parallel_residual": True,
     },
-    demanded={"is_decoder": (False, True), "is_encoder_decoder": (False,)},
+    demanded={},
     without_effect=frozenset(),
     translated=rotary.FIELDS | {"use_parallel_residual"},
     translate=_neox,

@@ -100,8 +100,8 @@ LLAMA = Family(
         "num_key_value_heads": lambda config: config["num_attention_heads"],
         "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
     },
-    demanded={"pretraining_tp": (1,), "is_encoder_decoder": (False,)},
-    without_effect=frozenset({"is_llama_config", "rope_interleaved", "transformers.js_config", "model_max_length"}),
+    demanded={"pretraining_tp": (1,)},
+    without_effect=frozenset({"is_llama_config", "rope_interleaved"}),
     translated=rotary.FIELDS,
     translate=lambda theirs: {"rotary": rotary.read(theirs)},
     write_back=_write_rotary,
@@ -170,6 +170,7 @@ def _qwen(theirs: Mapping[str, Any]) -> dict[str, Any]:
 QWEN2 = replace(
     MISTRAL,
     name="qwen2",
+    demanded={**LLAMA.demanded, "use_mrope": (False,)},
     fields=tuple((theirs, ours) for theirs, ours in _FIELDS if theirs != "head_dim"),
     constants={**LLAMA.constants, **_UNBIASED, "qkv_bias": True},
     defaults=LLAMA.defaults
@@ -248,7 +249,7 @@ GEMMA = replace(
         "eos_token_id": 1,
         "bos_token_id": 2,
     },
-    demanded={"is_encoder_decoder": (False,), "use_bidirectional_attention": (None, False)},
+    demanded={"use_bidirectional_attention": (None, False)},
     translated=rotary.FIELDS | {"hidden_act", "hidden_activation"},
     translate=lambda theirs: _gemma_activation(theirs) | {"rotary": rotary.read(theirs)},
     write_back=lambda ours: _write_rotary(ours) | {"hidden_act": "gelu_pytorch_tanh"},

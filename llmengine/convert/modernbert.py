@@ -109,7 +109,12 @@ MODERNBERT = Family(
         "classifier_pooling": "cls",
     },
     # its attention_dropout falls on attention's output too, in place of the residual dropout that it has not
-    demanded={"attention_dropout": (0.0,), "classifier_activation": ("gelu",), "hidden_activation": ("gelu",)},
+    demanded={
+        "is_decoder": (False,),
+        "attention_dropout": (0.0,),
+        "classifier_activation": ("gelu",),
+        "hidden_activation": ("gelu",),
+    },
     without_effect=frozenset(
         "initializer_cutoff_factor cls_token_id sep_token_id deterministic_flash_attn sparse_prediction "
         "sparse_pred_ignore_index reference_compile repad_logits_with_grad position_embedding_type "

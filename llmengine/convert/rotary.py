@@ -32,8 +32,11 @@ FIELDS = frozenset(
 )
 
 
-def read(theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: float | None = None) -> dict[str, Any]:
-    """Our `rotary`; the arguments are the family's defaults. window_theta: where windowed layers turn by another."""
+def read(
+    theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: float | None = None, partial: bool = False
+) -> dict[str, Any]:
+    """Our `rotary`; theta and window_theta are the family's defaults. window_theta: where windowed layers turn by
+    another. partial: of families where a part of a head may turn."""
     parameters = theirs.get("rope_parameters") or {}
     by_type = "full_attention" in parameters or "sliding_attention" in parameters
     full = dict(parameters.get("full_attention") or {}) if by_type else dict(parameters)
@@ -41,7 +44,9 @@ def read(theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: flo
     given = next((theirs[k] for k in ("rope_theta", "rotary_emb_base", "global_rope_theta") if k in theirs), theta)
     rotary = _DEFAULTS | {"theta": float(full.pop("rope_theta", given))}
     fraction = full.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", theirs.get("rotary_pct", 1.0)))
-    rotary["fraction"] = float(fraction)
+    rotary["fraction"] = 1.0 if fraction is None else float(fraction)
+    if rotary["fraction"] != 1.0 and not partial:
+        raise ValueError(f"config.json: partial_rotary_factor is {fraction}; in this family whole heads turn")
     kind = full.pop("rope_type", full.pop("type", "default"))
     full.pop("type", None)
     if kind not in _KINDS:
@@ -52,6 +57,8 @@ def read(theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: flo
             raise ValueError(f"config.json: rope_parameters has {name}, unknown to llmengine")
         if kind != "default":
             rotary[_NUMBERS[name]] = value if name == "original_max_position_embeddings" else float(value)
+    if kind in ("llama3", "yarn") and rotary["original_positions"] is None:
+        rotary["original_positions"] = theirs.get("max_position_embeddings")
     if window_theta is not None:
         sliding = dict(parameters.get("sliding_attention") or {})
         if sliding.get("rope_type", "default") != "default":

@@ -132,9 +132,7 @@ T5 = Family(
         "feed_forward_proj": "relu",
     },
     demanded={"is_encoder_decoder": (True,), "is_decoder": (False,)},
-    without_effect=frozenset(
-        "n_positions initializer_factor dense_act_fn is_gated_act bos_token_id tokenizer_class output_past".split()
-    ),
+    without_effect=frozenset("n_positions initializer_factor dense_act_fn is_gated_act bos_token_id".split()),
     translated=frozenset({"feed_forward_proj", "scale_decoder_outputs", "num_decoder_layers"}),
     translate=_translate,
     write_back=_write_back,
@@ -167,4 +165,8 @@ T5 = Family(
         f"{_PREFIX}encoder.embed_tokens.weight": f"{_PREFIX}shared.weight",
         f"{_PREFIX}decoder.embed_tokens.weight": f"{_PREFIX}shared.weight",
     },
+    # Transformers 5 writes that they are tied of all models
+    apart={"tie_embeddings": ("lm_head.weight", f"{_PREFIX}shared.weight")},
+    # published files have it, but attention to an encoder has no bias
+    skipped=r"EncDecAttention\.relative_attention_bias\.weight$",
 )

@@ -127,6 +127,7 @@ XLNET = Family(
         "reuse_len": None,
     },
     demanded={
+        "is_decoder": (False,),
         "bi_data": (False,),
         "same_length": (False,),
         "untie_r": (True,),

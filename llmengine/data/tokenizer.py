@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from llmengine.data import tokenizer_files
 from llmengine.data.special_tokens import AROUND, FAMILIES, SENTINEL, SENTINELS, WORDPIECE
 from llmengine.data.template import Template
+from llmengine.data.textfiles import SURROGATE
 from llmengine.data.tokenizer_files import CONFIG, FILE, around, wordpiece_backend
 from llmengine.files import replace_text
 
@@ -166,6 +167,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none added. A special token written out in it ("[MASK]") is that token: text for prompts."""
+        if SURROGATE.search(text):  # what a shell passes on of bytes that are no UTF-8
+            raise ValueError(f"Tokenizer.encode: {text[:60]!r} has half a surrogate pair, which is no character")
         self.backend.encode_special_tokens = False
         return self.backend.encode(text, add_special_tokens=False).ids
 

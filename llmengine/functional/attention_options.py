@@ -74,6 +74,6 @@ def sides_of(op: str, window_size: Sequence[int]) -> tuple[int, int]:
 def scale_and_cap(op: str, scale: float | None, softcap: float, head_dim: int) -> tuple[float, float]:
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     for name, number, low in (("scale", scale, -math.inf), ("softcap", softcap, 0.0)):
-        if not (math.isfinite(number) and number >= low):
+        if not (abs(number) < math.inf and number >= low):  # not isfinite: see cross_entropy.check_options
             raise ValueError(f"{op}: {name} must be finite{' and at least 0' if low == 0 else ''}, got {number}")
     return scale, float(softcap)

@@ -83,7 +83,7 @@ def check_options(op: str, reduction: str, label_smoothing: float, z_loss: float
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
     for name, value in (("z_loss", z_loss), ("softcap", softcap)):
-        if not (value >= 0.0 and math.isfinite(value)):
+        if not 0.0 <= value < math.inf:  # not math.isfinite, which torch.compile cannot ask of what may vary
             raise ValueError(f"{op}: {name} must be finite and at least 0 (0: none), got {value}")
 
 

@@ -48,7 +48,7 @@ def embedding(
     rows, columns = weight.shape
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(f"{op}: padding_idx is {padding_idx}; allowed: {-rows} to {rows - 1}, or None")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # see cross_entropy.check_options
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     ids = flat(input if input.dtype == torch.int64 else input.to(torch.int64))
     if needs_grad(weight):

@@ -52,10 +52,11 @@ def linear_cross_entropy(
     instead (but for bfloat16 on AMX), with a block of at most 100 MiB: the backward then only scales them.
 
     recompute: memory or speed, on GPUs. Recomputed logits are never in memory, for 8 tokens d C operations forward and
-    backward. Else a mean or sum of bfloat16 by our CUDA kernels makes its gradients at once, for 6, of logits that are
-    held in up to 2 GiB: those of all tokens, or with a float32 weight of some after the others; the backward then
-    scales them, and gradient_filter leaves out nothing. What does not fit, shards, and a weight with a buffer for its
-    gradient (`main_grad`) are recomputed.
+    backward. Else a mean or sum of 16 bits by our CUDA kernels makes its gradients at once, for 6, of logits that are
+    held in up to 2 GiB: those of all tokens, or, where linear_weight is frozen or its gradient is summed in float32, of
+    some after the others; the backward then scales them, and gradient_filter leaves out nothing. In float16, and where
+    linear_weight has a buffer for its gradient (`main_grad`), gradients are held in float32 until then. What does not
+    fit, and shards, are recomputed.
 
     num_items: what "mean" and "sum" divide the sum of the losses by, where this call has a part of a step's tokens
     (gradient accumulation, data-parallel processes): the count of the whole step's labels. Then loss = sum over this
@@ -129,8 +130,8 @@ def linear_cross_entropy(
         loss = LinearCrossEntropyShard.apply(*args, main) if gradients else sharded_loss(*args)[0]
     elif not gradients:
         loss = ops.linear_cross_entropy_forward(*tensors, *options)[0]
-    elif main is None and ops.at_once(*tensors[:2], reduction, softcap, recompute):
-        loss = ops.LinearCrossEntropyAtOnce.apply(*tensors, *options)
+    elif ops.at_once(*tensors[:2], reduction, softcap, recompute, main):
+        loss = ops.LinearCrossEntropyAtOnce.apply(*tensors, *options, main)
     else:
         loss = ops.LinearCrossEntropy.apply(*tensors, *options, float(gradient_filter), main)
     if num_items is not None:

@@ -121,7 +121,7 @@ def relative_attention(
         _check_cover(position_key.shape[0], zero_distance, max_seqlen_q, max_seqlen_k, is_causal)
     check_probability(OP, "dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # see cross_entropy.check_options
         raise ValueError(f"{OP}: scale must be finite, got {scale}")
     seed = draw_seed(query.device) if dropout_p > 0 else None
 

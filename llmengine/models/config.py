@@ -317,7 +317,7 @@ class TransformerConfig(BaseModel):
         fields = dict(fields)
         preset = fields.pop("preset", None)
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ValueError(f"TransformerConfig: preset {preset!r} is not one of {', '.join(PRESETS)}")
             fields = PRESETS[preset] | fields
         try:
@@ -341,14 +341,7 @@ class TransformerConfig(BaseModel):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Of the fields that have one, as `to_dict` gives them."""
-        shape: dict[str, Any] = {
-            "vocab_size": 1,
-            "d_model": 1,
-            "n_layers": 1,
-            "n_heads": 1,
-            "d_ff": 1,
-            "max_positions": 1,
-        }
+        shape: Any = dict.fromkeys(("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_positions"), 1)
         fields = cls(architecture="encoder", **shape).to_dict()
         return {name: value for name, value in fields.items() if name not in (*shape, "architecture")}
 
@@ -379,8 +372,9 @@ def _check_shape(c: TransformerConfig) -> None:
     if c.layer_types is not None:
         if c.window is None and "window" in c.layer_types:
             raise ValueError("layer_types names windowed layers; give window")
-        if len(c.layer_types) != c.n_layers:
-            raise ValueError(f"layer_types has {len(c.layer_types)} entries for n_layers {c.n_layers}")
+        for name, depth in (("n_layers", c.n_layers), ("n_decoder_layers", c.decoder_layers or c.n_layers)):
+            if len(c.layer_types) != depth:
+                raise ValueError(f"layer_types has {len(c.layer_types)} entries for {name} {depth}")
     if c.norm_place == "parallel" and c.architecture == "encoder_decoder":
         raise ValueError('norm_place "parallel" does not go with architecture "encoder_decoder"')
 
@@ -397,6 +391,12 @@ def _check_positions(c: TransformerConfig) -> None:
         raise ValueError(f'positions "relative" is for architecture "encoder"; this is "{c.architecture}"')
     if c.positions == "relative" and (c.norm_place, c.final_norm, c.embed_norm) != ("post", False, False):
         raise ValueError('positions "relative" goes with norm_place "post" and neither final_norm nor embed_norm')
+    least, most = 2 if c.architecture == "decoder" else 4, c.position_bucket_distance * (2 + 2 * (not c.decoder_layers))
+    if c.positions == "buckets" and not least <= c.position_buckets < most:
+        raise ValueError(
+            f"position_buckets ({c.position_buckets}) must be from {least} to {most - 1}: half of them are for single "
+            f"distances, which must be below position_bucket_distance ({c.position_bucket_distance})"
+        )
     if c.init == "neighbours" and (c.positions != "learned" or c.kv_heads != c.n_heads or c.share_layers or c.d_embed):
         raise ValueError(
             'init "neighbours" needs learned positions of d_model features, as many key heads as heads, own layers'

@@ -75,7 +75,8 @@ def sampler(
     generator: torch.Generator | None,
 ) -> Callable[[Tensor], Tensor]:
     def choose(scores: Tensor) -> Tensor:
-        probabilities = restrict(scores / temperature, top_k, top_p, min_p).softmax(-1)
+        # below 1e-30 logits would be infinite, and it is greedy already
+        probabilities = restrict(scores / max(temperature, 1e-30), top_k, top_p, min_p).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
     return choose

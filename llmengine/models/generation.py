@@ -100,6 +100,8 @@ class Generation(Module):
         if generator is not None and seed is not None:
             raise ValueError("generate: give generator or seed, not both")
         if seed is not None:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"generate: seed is {seed}; it must be in [0, 2**63)")
             generator = torch.Generator(input_ids.device).manual_seed(seed)
         with resting(self):
             source, prompts = self._read_source(input_ids, attention_mask, decoder_input_ids)
@@ -237,9 +239,10 @@ class _Run:
     def beams(self, beams: int, length_penalty: float, early_stopping: bool, wanted: int) -> Tensor:
         """Beam search (Sutskever et al. 2014), for each prompt its `wanted` best hypotheses.
 
-        2 * beams candidates are looked at in each step, so that beams that do not end always remain.
+        So many candidates are looked at in each step that beams remain which no end token ends.
         """
         batch, vocab = self.reader.scores.shape
+        looked_at = beams * min(1 + max(len(self.ends), 1), vocab)
         device = self.reader.scores.device
         prompts = self.ids.repeat_interleave(beams, 0)
         self.repeat(beams)
@@ -253,7 +256,7 @@ class _Run:
             so_far = torch.cat([prompts, tokens.flatten(0, 1)], 1)
             logs = self.processed(self.reader.scores.log_softmax(-1), so_far)
             candidates = total[:, :, None] + logs.view(batch, beams, vocab)
-            best, places = candidates.flatten(1).topk(min(2 * beams, beams * vocab), dim=1)
+            best, places = candidates.flatten(1).topk(looked_at, dim=1)
             beam, token = places // vocab, places % vocab
             ends = self.ended(token)
             if self.stops:
@@ -261,15 +264,18 @@ class _Run:
                 for stop in self.stops:
                     stopped = torch.as_tensor(stop(longer, self.reader.scores), device=device).expand(len(longer))
                     ends = ends | stopped.view(ends.shape)
-            for b, rank in ends[:, :beams].nonzero().tolist():
+            reached = ends[:, :beams] & best[:, :beams].isfinite()
+            for b, rank in reached.nonzero().tolist():
                 finished[b].add(best[b, rank].item(), [*tokens[b, beam[b, rank]].tolist(), int(token[b, rank])])
             # the beams that go on: the best candidates that do not end
             keep = best.masked_fill(ends, -torch.inf).topk(beams, dim=1).indices
             total, beam, token = best.gather(1, keep), beam.gather(1, keep), token.gather(1, keep)
             tokens = torch.cat([tokens.gather(1, beam[:, :, None].expand(-1, -1, step)), token[:, :, None]], dim=2)
+            if step + 1 == self.steps:  # all beams end here, and the best count, early stopping or not
+                break
             for b, hypotheses in enumerate(finished):
                 hypotheses.close_if_complete(total[b, 0].item(), step + 1)
-            if step + 1 == self.steps or all(hypotheses.closed for hypotheses in finished):
+            if all(hypotheses.closed for hypotheses in finished):
                 break
             self.reader.select((first + beam).flatten())
             self.reader.step(token.flatten())

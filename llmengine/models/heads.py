@@ -49,7 +49,8 @@ class TokenHead(Module):
     """Scores over the vocabulary: (dense, activation, norm,) output embedding (+ bias).
 
     A tied output embedding belongs to the word embedding and is given to each call; an untied one is `weight`.
-    `compute_dtype`: of a head that has no parameters of its own; None: that of the hidden states.
+    `compute_dtype`: of a head that has no parameters of its own; None: that of the hidden states. `recompute`, which
+    may be set at any time: memory or speed of the loss, on GPUs (`functional.linear_cross_entropy`).
     """
 
     weight: Parameter | None
@@ -67,6 +68,7 @@ class TokenHead(Module):
         self.scale, self.softcap = config.head_scale, config.logit_softcap
         self.smoothing = Smoothing(config)
         self.compute_dtype: torch.dtype | None = None
+        self.recompute = True
         weight = None if config.tie_embeddings else Parameter(torch.empty(config.vocab_size, width))
         bias = Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
         self.register_parameter("weight", weight)
@@ -99,7 +101,7 @@ class TokenHead(Module):
         weight = self._weight(tied, x.dtype)
         loss = functional.linear_cross_entropy(
             x, weight, labels, linear_bias=self.bias, ignore_index=IGNORED, softcap=self.softcap, num_items=items,
-            label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0,
+            label_smoothing=smoothing.spread(len(weight)) if smoothing else 0.0, recompute=self.recompute,
         )  # fmt: skip
         if smoothing is not None and smoothing.pad is not None:
             items = (labels != IGNORED).sum() if items is None else items

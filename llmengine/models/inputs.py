@@ -239,7 +239,7 @@ def target_of(
     max_seqlen: int | None, side: str,
 ) -> Tokens:  # fmt: skip
     """A decoder's input where none was given: the labels, or for a classifier the source, shifted right."""
-    if labels is None and config.token_task is None and config.share_embeddings:
+    if labels is None and config.token_task is None and config.encoder_vocab_size is None:
         ids, bounds = source.input_ids, source.cu_seqlens
         if bounds is not None:
             return Tokens(shift_packed(ids, config, bounds), None, bounds, source.max_seqlen, side)

@@ -47,7 +47,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     The (tokens, num_classes) logits are never held. input (N, in_features) or (in_features,), target (N,) or ().
     `options` (PyTorch's choice of chunks) is accepted and has no effect; out_features and class probabilities are not
-    supported.
+    supported. `recompute`, an attribute that may be set at any time: memory or speed, on GPUs
+    (`functional.linear_cross_entropy`).
     """
 
     weight: Tensor | None
@@ -83,6 +84,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.options = options
+        self.recompute = True
         self.register_buffer("weight", weight)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
@@ -101,6 +103,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             reduction=self.reduction,
             ignore_index=-100 if self.ignore_index is None else self.ignore_index,
             label_smoothing=self.label_smoothing,
+            recompute=self.recompute,
         )
         return loss.view(target.shape) if self.reduction == "none" else loss
 

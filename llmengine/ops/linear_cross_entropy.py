@@ -23,10 +23,10 @@ def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, 
     return lse.new_empty(lse.shape if reduction == "none" else ()), lse, lse.new_empty(())
 
 
-def _gradients_fake(input, linear_weight, wanted, main=None):
+def _gradients_fake(input, linear_weight, wanted, main=None, wide=False):
     gradients = (
-        (input.shape, input.dtype),
-        (linear_weight.shape, linear_weight.dtype),
+        (input.shape, torch.float32 if wide else input.dtype),
+        (linear_weight.shape, torch.float32 if wide else linear_weight.dtype),
         (linear_weight.shape[:1], statistics_dtype(input)),
     )
     return empty_gradients(input, gradients, wanted, {1: main})
@@ -37,7 +37,9 @@ def _backward_fake(grad_loss, input, linear_weight, *others):
 
 
 def _with_gradients_fake(input, linear_weight, *others):
-    return (input.new_empty((), dtype=statistics_dtype(input)), *_gradients_fake(input, linear_weight, others[-1]))
+    *_, wide, wanted = others
+    loss = input.new_empty((), dtype=statistics_dtype(input))
+    return loss, *_gradients_fake(input, linear_weight, wanted, wide=wide)
 
 
 # lse: each token's log-sum-exp, 0 where it is ignored. normaliser: what the sum was divided by: for "mean" the sum of
@@ -60,11 +62,12 @@ linear_cross_entropy_backward = define(
     _backward_fake,
 )
 # The loss, for "mean" or "sum" and on CPUs without a softcap, and the gradients of exactly it. block_tokens: how many
-# tokens to take at a time, with memory for the logits of all their classes.
+# tokens to take at a time, with memory for the logits of all their classes. wide: gradients of input and linear_weight
+# in float32, whatever they belong to, for a factor and a sum that are still to come.
 linear_cross_entropy_with_gradients = define(
     "linear_cross_entropy_with_gradients(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? weight, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-    " int block_tokens, bool[] wanted)"
+    " SymInt block_tokens, bool wide, bool[] wanted)"
     " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     _with_gradients_fake,
 )
@@ -79,16 +82,23 @@ FEWEST_TOKENS, TOKEN_STEP = 96, 32
 """Fewer tokens at a time would leave the products waiting for the weight; products take so many rows at a time."""
 
 
-def block_tokens(input, linear_weight) -> int:
+def is_wide(input, main) -> bool:
+    """Whether gradients that are made with the loss wait for its own in float32: a buffer's, which are not rounded, and
+    float16's, whose losses are scaled to keep gradients from vanishing, here after they were made."""
+    return main is not None or input.dtype == torch.float16
+
+
+def block_tokens(input, linear_weight, main=None, wanted: bool = True) -> int:
     """How many tokens to take at a time, so that blocks fit what they may take, on a CPU as good as equal; 0: too few
-    would fit for gradients to be made with the loss."""
+    would fit for gradients to be made with the loss. wanted: linear_weight's."""
     tokens, classes = input.shape[0], max(linear_weight.shape[0], 1)
     on_gpu = input.device.type == "cuda"
     room, multiple = (GPU_BYTES, 8) if on_gpu else (BLOCK_BYTES, CLASS_BLOCK)
     fitting = room // (-(-classes // multiple) * multiple * input.element_size())
     if fitting >= tokens:
         return max(tokens, 1)
-    if fitting < FEWEST_TOKENS or linear_weight.dtype != torch.float32:  # its gradient would be rounded once a block
+    rounded = wanted and linear_weight.dtype != torch.float32 and not is_wide(input, main)  # once a block
+    if fitting < FEWEST_TOKENS or rounded:
         return 0
     if on_gpu:
         return fitting // GPU_STEP * GPU_STEP
@@ -96,23 +106,24 @@ def block_tokens(input, linear_weight) -> int:
     return -(-tokens // (blocks * TOKEN_STEP)) * TOKEN_STEP
 
 
-def at_once(input, linear_weight, reduction, softcap, recompute=True) -> bool:
+def at_once(input, linear_weight, reduction, softcap, recompute=True, main=None) -> bool:
     """Whether loss and gradients are made together: on a GPU where that was asked for and our CUDA kernels run, on a
-    CPU where it is quicker. float16's are not, whose losses are scaled to keep gradients from vanishing: here they
-    would be made before the loss is scaled. Nor are bfloat16's on AMX, which forms logits again sooner than memory
-    brings them.
+    CPU where it is quicker. There float16's are not, nor those of a buffer (see is_wide), nor bfloat16's on AMX, which
+    forms logits again sooner than memory brings them.
     """
+    sizes = input, linear_weight, main, linear_weight.requires_grad
     if input.device.type == "cuda":
-        asked_for = not recompute and reduction != "none" and input.dtype == torch.bfloat16
+        asked_for = not recompute and reduction != "none" and input.dtype in (torch.bfloat16, torch.float16)
         ours = demanded() in (None, "cuda") and load("cuda").unavailable is None
-        return asked_for and ours and block_tokens(input, linear_weight) > 0
+        return asked_for and ours and block_tokens(*sizes) > 0
     return (
         input.device.type == "cpu"
         and not (TILES and input.dtype == torch.bfloat16)
         and input.dtype in (torch.float32, torch.bfloat16)
+        and main is None
         and reduction != "none"
         and softcap == 0
-        and block_tokens(input, linear_weight) > 0
+        and block_tokens(*sizes) > 0
     )
 
 
@@ -145,38 +156,47 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearCrossEntropyAtOnce(torch.autograd.Function):
-    """The same where `at_once` holds."""
+    """The same where `at_once` holds. The last option is the buffer for linear_weight's gradient."""
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, weight, *options):
-        ctx.wanted = list(ctx.needs_input_grad[:3])
+        *given, main = options
+        ctx.wanted, ctx.main = list(ctx.needs_input_grad[:3]), main
+        block = block_tokens(input, linear_weight, main, ctx.wanted[1])
         loss, *gradients = linear_cross_entropy_with_gradients(
-            input, linear_weight, linear_bias, target, weight, *options, block_tokens(input, linear_weight), ctx.wanted
+            input, linear_weight, linear_bias, target, weight, *given, block, is_wide(input, main), ctx.wanted
         )
         ctx.save_for_backward(*gradients)
         ctx.constants = 2 + len(options)
-        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+        ctx.dtypes = [None if t is None else t.dtype for t in (input, linear_weight, linear_bias)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        grad_input, grad_weight, grad_bias = (
-            _times(gradient, grad_loss) if want else None
-            for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        wanted, (_, grad_weight, _) = list(ctx.wanted), ctx.saved_tensors
+        if ctx.main is not None:
+            ctx.main.addcmul_(grad_weight, grad_loss.reshape(1))
+            wanted[1] = False
+        gradients = (
+            _times(gradient, grad_loss, dtype) if want else None
+            for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
         )
-        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *(None,) * ctx.constants
+        return *gradients, *(None,) * ctx.constants
 
 
-def _times(gradient, factor):
-    """gradient * factor: in place where the graph is not kept for another backward (hooks that pack saved tensors
-    should copy them); on a CPU, where nothing waits for the factor, unread if that is 1.
+def _times(gradient, factor, dtype):
+    """gradient * factor in `dtype`, rounded once: in place where the graph is not kept for another backward (hooks that
+    pack saved tensors should copy them); on a CPU, where nothing waits for the factor, unread if that is 1.
 
     The factor has a dimension: one of none would be rounded to the gradient's dtype on a GPU."""
-    if torch.compiler.is_compiling() or type(factor) is not torch.Tensor or _graph_is_kept():
-        return (gradient * factor.reshape(1)).to(gradient.dtype)
-    return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor.reshape(1))
+    factor = factor.reshape(1)
+    if torch.compiler.is_compiling() or type(factor) is not torch.Tensor:
+        return (gradient * factor).to(dtype)
+    if factor.is_cpu and factor.item() == 1 and not _graph_is_kept():
+        return gradient.to(dtype)
+    in_place = gradient.dtype == dtype and not _graph_is_kept()
+    return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
 
 
 def _graph_is_kept() -> bool:

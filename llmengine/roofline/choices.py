@@ -22,6 +22,7 @@ from llmengine.backends.cuda.native import (
     products_by,
 )
 from llmengine.backends.fp8 import SCALINGS
+from llmengine.ops.linear_cross_entropy import block_tokens
 from llmengine.ops.registry import backend
 from llmengine.roofline.peers import scaled_linear
 
@@ -90,6 +91,18 @@ def by_own_products(ours: Callable[..., Tensor], x: Tensor) -> dict[str, Callabl
 
     cores = ("sm80", "sm90a") if torch.cuda.get_device_capability(x.device) == HOPPER else ("sm80",)
     return {f"llmengine cuda {core}": Within(ours, on_cuda(partial(products_by, core))) for core in cores}
+
+
+def gradients_at_once(ours: Callable[..., Tensor], x: Tensor, weight: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Linear cross-entropy that keeps its logits and makes gradients with the loss, where they fit: its products by
+    cuBLAS and, on Hopper, by its own core."""
+    if not x.is_cuda or x.dtype == torch.float32 or block_tokens(x, weight) == 0:
+        return {}
+    names = {"blas": "llmengine cuda at once"}
+    if torch.cuda.get_device_capability(x.device) == HOPPER:
+        names["sm90a"] = "llmengine cuda sm90a at once"
+    call = partial(ours, recompute=False)
+    return {name: Within(call, on_cuda(partial(products_by, maker))) for maker, name in names.items()}
 
 
 def in_8_bits(x: Tensor) -> dict[str, Callable[..., Tensor]]:

@@ -11,7 +11,7 @@ from torch.nn import functional as torch_functional
 from llmengine import functional
 from llmengine.functional.linear import products
 from llmengine.roofline.case import Case, Shape, Tensors, named
-from llmengine.roofline.choices import by_own_products, in_8_bits
+from llmengine.roofline.choices import by_own_products, gradients_at_once, in_8_bits
 from llmengine.roofline.peers import cut_cross_entropy, liger, torch_linear_cross_entropy
 
 GELU = "gelu_tanh"
@@ -72,13 +72,14 @@ def linear_cross_entropy(make: Tensors, shape: Shape) -> Iterator[Case]:
     flops = 2.0 * tokens * d_model * classes
     moved = make.bytes(x, w)
 
-    def ours(x: Tensor, w: Tensor) -> Tensor:
-        return functional.linear_cross_entropy(x, w, target)
+    def ours(x: Tensor, w: Tensor, recompute: bool = True) -> Tensor:
+        return functional.linear_cross_entropy(x, w, target, recompute=recompute)
 
     run = {
         "llmengine": ours,
         "torch": lambda x, w: torch_functional.cross_entropy(torch_functional.linear(x, w), target),
         **by_own_products(ours, x),
+        **gradients_at_once(ours, x, w),
     }
     if theirs := liger(x):
         run["liger"] = lambda x, w: theirs.liger_fused_linear_cross_entropy(x, w, target)
@@ -97,10 +98,11 @@ def head_options(make: Tensors, shape: Shape) -> Iterator[Case]:
     smoothing, z_loss, softcap = 0.1, 1e-4, 30.0
     flops, moved = 2.0 * tokens * d_model * classes, make.bytes(x, w, b)
 
-    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def ours(x: Tensor, w: Tensor, b: Tensor, recompute: bool = True) -> Tensor:
         return functional.linear_cross_entropy(
-            x, w, target, linear_bias=b, weight=weight, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap
-        )
+            x, w, target, linear_bias=b, weight=weight, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap,
+            recompute=recompute,
+        )  # fmt: skip
 
     def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         logits = softcap * torch.tanh(torch_functional.linear(x, w, b).float() / softcap)
@@ -108,6 +110,7 @@ def head_options(make: Tensors, shape: Shape) -> Iterator[Case]:
         return loss + z_loss * logits.logsumexp(-1).square().sum() / weight[target].sum()
 
     run: dict[str, Callable[..., Tensor]] = {"llmengine": ours, "torch": plain, **by_own_products(ours, x)}
+    run |= gradients_at_once(ours, x, w)
     if theirs := liger(x):
         options = {"label_smoothing": smoothing, "lse_square_scale": z_loss, "softcap": softcap, "ce_weight": weight}
         run["liger"] = lambda x, w, b: theirs.liger_fused_linear_cross_entropy(x, w, target, b, **options)

@@ -162,7 +162,7 @@ def _logits(out: Any, batch: dict[str, Any]) -> list[Tensor]:
 
 def _class(row: Row, place: str) -> str:
     name = value_of("classification", row, place, "label")
-    if not isinstance(name, str | Integral):
+    if not isinstance(name, str | Integral) or name == "":  # an empty cell of a table
         raise wrong("classification", place, "label", name, "the name of a class")
     return str(name)
 

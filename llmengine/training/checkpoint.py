@@ -7,10 +7,8 @@ which the next save sweeps away. What a failing disk damages later fails the dig
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from llmengine.convert.files import write_tensors
 from llmengine.files import replace_text, sha256, sync
 
 MANIFEST = "state.json"
@@ -60,7 +58,7 @@ def save(directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]],
         files = {}
         for name, tensors in groups.items():
             path = partial / f"{name}.safetensors"
-            _write_tensors(path, tensors)
+            write_tensors(path, tensors)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         manifest = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files}
         manifest["sha256"] = _digest(manifest)
@@ -147,14 +145,3 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _sweep(directory: Path) -> None:
     for path in directory.glob(f"{_HIDDEN}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        # its I/O errors carry the operating system's number in their text only
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
-    sync(path)

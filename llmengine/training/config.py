@@ -162,7 +162,7 @@ class RunConfig(Config):
             if name not in known:
                 raise ValueError(f"model.{name} is not a field{hint(name, known)}; fields: {', '.join(sorted(known))}")
         preset = self.model.get("preset")
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
             raise ValueError(f"model.preset: {preset!r} is not a preset{hint(preset, PRESETS)}; {', '.join(PRESETS)}")
         architecture = self.model.get("architecture", PRESETS[preset]["architecture"] if preset else None)
         needed = OBJECTIVES[self.objective].architecture

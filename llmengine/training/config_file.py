@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from llmengine.data.textfiles import decode
 from llmengine.files import replace_text
 
 if sys.version_info >= (3, 11):
@@ -46,10 +47,10 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a config is a .yaml, .yml or .toml file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = decode(path.read_bytes(), 0)
         fields = tomllib.loads(text) if path.suffix == ".toml" else parse(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # TOML's are ValueErrors
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds {type(fields).__name__}; expected fields, one a line: name: value")

@@ -97,25 +97,35 @@ def continuations(
     prompts: Sequence[str],
     *,
     new_tokens: int | None = None,
+    begins: bool = False,
     **options: Any,
 ) -> list[str]:
     """Each prompt with what the model adds to it, up to its end token; `options` are those of `model.generate`.
 
     An encoder-decoder reads the prompt, with the special tokens that its tokenizer puts around a text, and what it
     writes is given alone. new_tokens: the most new ones of each; None: 100, or as many as the model has room for.
+    begins: whether a decoder's text begins with the tokens that its tokenizer puts before one, as Llama's and Gemma's
+    were trained; not as `objectives.clm` trains.
     """
     texts = [tokenizer.encode(prompt) for prompt in prompts]
     if not all(texts):
         raise ValueError("generate: the prompt is empty; give the beginning of a text")
     reads_source = model.config.architecture == "encoder_decoder"
-    rows = [tokenizer.template().around(text).ids for text in texts] if reads_source else texts
+    before = tokenizer.template().sides[0] if begins else []
+    rows = [tokenizer.template().around(text).ids if reads_source else [*before, *text] for text in texts]
     longest, most = max(map(len, rows)), _longest(model) - (not reads_source)
     if longest > most:
         raise ValueError(f"generate: the prompt has {longest} tokens; the model reads {most}")
     room = _longest(model) - (1 if reads_source else longest)
-    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    written = continued(model, rows, ends, new_tokens or min(100, room), **options)
+    written = continued(model, rows, _ends(model, tokenizer), new_tokens or min(100, room), **options)
     return [tokenizer.decode(new if reads_source else [*row, *new]) for row, new in zip(rows, written, strict=True)]
+
+
+def _ends(model: Transformer, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text, by the tokenizer and by the model's config, which may name more."""
+    eos = model.config.eos_token_id
+    named = eos if isinstance(eos, tuple) else (eos,)
+    return [token for token in dict.fromkeys((tokenizer.eos_id, *named)) if token is not None]
 
 
 def _check_length(name: str, length: int, model: Transformer) -> None:

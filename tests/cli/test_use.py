@@ -15,6 +15,7 @@ import llmengine
 from llmengine import TransformerConfig
 from llmengine.cli.info import describe, gather
 from llmengine.data import Tokenizer
+from llmengine.data.tokenizer_files import around
 from llmengine.testing import poison
 from llmengine.training.predict import continuations
 from tests.cli.conftest import MODEL, call, succeed
@@ -39,6 +40,39 @@ def test_generate_is_the_models_own_generation(runs):
     for options, flags in (({}, ["--greedy"]), ({"num_beams": 3}, ["--beams", 3])):
         expected = tokenizer.decode(model.generate(ids, max_new_tokens=7, **options)[0].tolist())
         assert succeed("generate", directory, "--prompt", "It was", "--new-tokens", 7, *flags) == expected + "\n"
+
+
+def test_a_published_decoder_reads_what_its_tokenizer_puts_before_a_text(runs, tmp_path):
+    """As Llama's do, `<s>`; and its text ends where its config says, too."""
+    directory = shutil.copytree(runs["clm"].path / "model", tmp_path / "model")
+    tokenizer, model = Tokenizer.load(directory), llmengine.Transformer.from_pretrained(directory)
+    tokenizer.backend.post_processor = around(tokenizer.backend, "<|endoftext|> $A", "<|endoftext|> $A $B")
+    tokenizer.save(directory)
+    ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode("It was")]])
+    new = model.generate(ids, max_new_tokens=7)[0, ids.shape[1] :].tolist()
+    asked = ("generate", directory, "--prompt", "It was", "--new-tokens", 7, "--greedy")
+    assert succeed(*asked) == "It was" + tokenizer.decode(new) + "\n"
+    config = json.loads((directory / "config.json").read_text())
+    config["eos_token_id"] = [config["eos_token_id"], new[3]]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert succeed(*asked) == "It was" + tokenizer.decode(new[: new.index(new[3])]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-p", "caf\udce9"), "'caf\\udce9' has half a surrogate pair, which is no character"),
+        (("-p", "It", "--seed", 2**63), "seed is 9223372036854775808; it must be in [0, 2**63)"),
+    ],
+)
+def test_what_generate_cannot_read_is_told(runs, options, message):
+    result = call("generate", runs["clm"].path, *options)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_the_lowest_temperature_is_greedy(runs):
+    asked = ("generate", runs["clm"].path, "-p", "It was", "--new-tokens", 7)
+    assert succeed(*asked, "--temperature", 1e-45) == succeed(*asked, "--greedy")
 
 
 def test_generate_prints_several_samples(runs):

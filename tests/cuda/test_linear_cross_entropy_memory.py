@@ -97,8 +97,20 @@ def test_gradients_at_once_hold_one_block_of_logits(weight):
     x, w, target = empty(tokens, d), empty(classes, d, dtype=weight), empty(tokens, dtype=torch.int64)
     for at_once in (4096, 1024) if weight == torch.float32 else (4096,):
         with Peak(x, w, target) as peak:
-            _, *gradients = run(x, w, None, target, None, *OPTIONS, at_once, [True, True, False])
+            _, *gradients = run(x, w, None, target, None, *OPTIONS, at_once, False, [True, True, False])
         held = peak.most - sum(g.nbytes for g in gradients)
         narrow = 2 * classes * d if weight == torch.float32 else 0  # the weight as products take it
         rest = held - 2 * at_once * classes - narrow  # room for parts of k, and numbers of tokens
+        assert 0 < rest <= 4 * 2 * MULTIPROCESSORS * 128 * 128 + 64 * tokens
+
+
+def test_wide_gradients_at_once_hold_no_more_than_themselves():
+    tokens, d, classes = 4096, 512, 128256
+    run = linear_cross_entropy.kernels(H100())["linear_cross_entropy_with_gradients"].run
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w, target = empty(tokens, d, dtype=dtype), empty(classes, d, dtype=dtype), empty(tokens, dtype=torch.int64)
+        with Peak(x, w, target) as peak:
+            _, *gradients = run(x, w, None, target, None, *OPTIONS, 1024, True, [True, True, False])
+        assert sum(g.nbytes for g in gradients) == 4 * (tokens + classes) * d
+        rest = peak.most - sum(g.nbytes for g in gradients) - 2 * 1024 * classes
         assert 0 < rest <= 4 * 2 * MULTIPROCESSORS * 128 * 128 + 64 * tokens

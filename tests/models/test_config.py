@@ -113,7 +113,13 @@ def test_it_is_frozen():
         ({"architecture": "decoder", "share_layers": True}, 'share_layers is for architecture "encoder"'),
         ({"layer_types": ["full", "window"]}, "layer_types names windowed layers; give window"),
         ({"window": 3, "layer_types": ["full"]}, "layer_types has 1 entries for n_layers 2"),
+        (
+            {"architecture": "encoder_decoder", "n_decoder_layers": 3, "window": 3, "layer_types": ["full", "window"]},
+            "layer_types has 2 entries for n_decoder_layers 3",
+        ),
         ({"max_positions": None}, 'max_positions must be given: positions "learned" is a table'),
+        ({"positions": "buckets", "position_buckets": 3}, r"position_buckets \(3\) must be from 4 to 511"),
+        ({"positions": "buckets", "position_bucket_distance": 8}, r"\(32\) must be from 4 to 31: half of them"),
         ({"positions": "rotary", "position_offset": 2}, 'position_offset is for tables of positions; .*"rotary"'),
         ({"positions": "rotary", "d_head": 7}, "rotary turns pairs, but fraction 1.0 of 7 features is odd"),
         ({"rotary": {"scaling": "yarn"}}, 'rotary: scaling "yarn" needs original_positions'),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmengine import Transformer, TransformerConfig
@@ -328,8 +329,8 @@ def test_a_failure_to_write_leaves_no_trace(tmp_path, monkeypatch):
     model = Transformer(TransformerConfig.from_dict(CUSTOM))
     model.save_pretrained(tmp_path)
 
-    def full(*args, **kwargs):
-        raise OSError("No space left on device")
+    def full(*args, **kwargs):  # safetensors has an error of its own
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", full)
     for directory in (tmp_path, tmp_path / "new"):

@@ -86,6 +86,19 @@ def test_greedy_and_beams_equal_hugging_faces(models):
     assert ended >= 6, "hardly a sequence ended: the test says little about eos"
 
 
+def test_beams_with_many_ends_equal_hugging_faces(models):
+    """Where a quarter of the tokens end a text, most of the best candidates do; and some only in the last step."""
+    theirs, ours = models
+    for seed in (2, 13, 16, 20):
+        ids = random_ids(3, 6, seed=seed)
+        options = {
+            "max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 3, "early_stopping": True,
+            "eos_token_id": list(range(3, VOCABULARY, 4)), "pad_token_id": 1,
+        }  # fmt: skip
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+        assert torch.equal(ours.generate(ids, **options), expected), f"seed {seed}"
+
+
 @pytest.mark.parametrize("beams", [1, 2, 3])
 def test_a_prompt_gives_the_same_alone_and_in_a_batch(model, beams):
     for eos in (5, 14, 41):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmengine import nn
+from llmengine import Transformer, TransformerConfig, nn
+from llmengine.ops import linear_cross_entropy as ops
 from llmengine.testing import assert_near
 
 from .peers import compare, pair, randn
@@ -98,6 +99,21 @@ def test_linear_cross_entropy_loss(rows, ignored, smoothing, reduction):
         theirs = make(8, CLASSES, **options).double()
         theirs.load_state_dict(ours.state_dict(), strict=True)
         compare(ours, theirs, randn(*rows, 8), target)
+
+
+def test_memory_or_speed_of_logits_is_asked_for_at_any_time(monkeypatch):
+    """On a GPU `at_once` decides by it, so here what it is given is looked at."""
+    asked = []
+    monkeypatch.setattr(ops, "at_once", lambda *given: asked.append(given[4]))
+    module = nn.LinearCrossEntropyLoss(8, CLASSES)
+    sizes = {"vocab_size": CLASSES, "d_model": 8, "n_heads": 2, "n_layers": 1, "d_ff": 8}
+    config = TransformerConfig.preset("gpt2", **sizes, bos_token_id=None, eos_token_id=None)
+    model, ids = Transformer(config), targets(2, 4, ignored=None)
+    for wanted in (False, True):
+        module.recompute = model.token_head.recompute = wanted
+        module(randn(ROWS, 8).float(), targets(ROWS)).backward()
+        model(ids, labels=ids).loss.backward()
+    assert asked == [False, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "LinearCrossEntropyLoss"])

@@ -181,6 +181,24 @@ def test_goals_are_shapes_of_products_that_no_other_selection_has_time_for():
     assert goals["head_options"] == [(4096, 4096, 128256)] and not SHAPES["cpu"]["head_options"]
 
 
+def test_gradients_that_are_made_with_the_loss_are_timed_where_the_logits_fit(monkeypatch):
+    """By stand-ins of matrices on a GPU that this machine may not have."""
+    capability = [choices.HOPPER]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
+
+    def found(tokens: int, classes: int, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        given = {"is_cuda": True, "device": torch.device("cuda"), "dtype": dtype, "element_size": lambda: 2}
+        matrices = (SimpleNamespace(shape=(rows, 8), **given) for rows in (tokens, classes))
+        calls = choices.gradients_at_once(lambda **asked: asked, *matrices)
+        assert all(call() == {"recompute": False} for call in calls.values())
+        return list(calls)
+
+    assert found(4096, 128256) == ["llmengine cuda at once", "llmengine cuda sm90a at once"]
+    assert not found(8192, 256000) and not found(4096, 128256, torch.float32)
+    capability[0] = (8, 0)
+    assert found(4096, 128256) == ["llmengine cuda at once"]
+
+
 def test_losses_of_others_are_peers_of_a_gpus_heads(monkeypatch):
     """By a stand-in of Cut Cross-Entropy's package, and PyTorch's own, in chunks; on a CPU there is neither."""
     assert set(small("linear_cross_entropy").run) == {"llmengine", "torch"}

@@ -14,6 +14,14 @@ def native():
     return _cuda_sim
 
 
+@pytest.fixture
+def many_multiprocessors(native):
+    """As many as run four clusters at once, instead of one."""
+    native.set_multiprocessors(count=8)
+    yield
+    native.set_multiprocessors(count=3)
+
+
 @pytest.fixture(params=["sm80", "sm90a"])
 def core(request, monkeypatch) -> str:
     """Whose kernels multiply."""

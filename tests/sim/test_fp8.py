@@ -121,7 +121,7 @@ def pair(lines: int, k: int, format: str, block: int, seed: int) -> tuple[Tensor
 def product(a, b, /, a_format: str = "e4m3", dtype=torch.float32, bias=None, pad: int = 0, **change) -> Tensor:
     out = torch.full((a[0].shape[0], b[0].shape[0] + pad), torch.nan, dtype=dtype)[:, : b[0].shape[0]]
     given = {"a": a[0], "b": b[0], "a_format": a_format, "a_scales": a[1], "b_scales": b[1], "bias": bias, "out": out}
-    given["added"] = None
+    given |= {"added": None, "room": None}
     module().fp8_product(**given | change, stream=0)
     return out
 
@@ -173,6 +173,25 @@ def test_equal_bits_under_every_schedule_when_blocks_take_several_tiles(native):
             native.set_schedule(order, 5)
             found.append(assert_right(260, 140, 272, blocks, dtype=torch.bfloat16))
         assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+# Four parts of one tile, the last of less; two of two, of rows that no vector fits; none of three.
+@pytest.mark.parametrize("m, n, k, parts", [(40, 72, 4240, 4), (60, 131, 2064, 2), (300, 257, 2064, 0)])
+def test_parts_of_a_deep_k(native, many_multiprocessors, m: int, n: int, k: int, parts: int):
+    """In equal bits under every schedule; a bias, or what a buffer holds, is added once."""
+    a, b, bias, held = pair(m, k, "e5m2", 1, 1), pair(n, k, "e4m3", 1, 2), randn(n), randn(m, n)
+    exact = values(*a, "e5m2", 1, torch.float64) @ values(*b, "e4m3", 1, torch.float64).T
+    found = []
+    for order in SCHEDULES:
+        native.set_schedule(order, 7)
+        room, buffer = torch.full((4 * 128 * 256,), torch.nan), held.clone()
+        product(a, b, "e5m2", added=buffer, out=buffer, room=room)
+        assert room.isfinite().sum() == parts * m * n
+        found.append((product(a, b, "e5m2", torch.float16, bias=bias, room=room), buffer))
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    narrow, wide = found[0]
+    for ours, oracle in ((narrow, exact + bias), (wide, exact + held)):
+        assert_law(ours, oracle.to(ours.dtype), oracle, OUTPUT, f"{m} x {n} x {k} {ours.dtype}")
 
 
 def test_nan_reaches_its_row_or_column_alone(native):
@@ -230,6 +249,7 @@ def test_gradients_of_weights_go_into_their_buffers(native):
         ({"added": torch.zeros(20, 30).bfloat16()}, "added has dtype bfloat16; allowed: float32"),
         ({"added": torch.zeros(30, 20)}, r"added has shape \(30, 20\); expected \(20, 30\)"),
         ({"added": torch.zeros(20, 60)[:, ::2]}, "added must have last stride 1"),
+        ({"room": torch.zeros(8).half()}, "room has dtype float16; allowed: float32"),
         ({"bias": torch.zeros(20)}, r"bias has shape \(20,\); expected \(30,\)"),
         ({"out": torch.zeros(30, 20)}, r"out has shape \(30, 20\); expected \(20, 30\)"),
     ],
@@ -309,6 +329,9 @@ BREAKS: dict[str, Break] = {
     "sums begin with what was there": (
         PRODUCT, f"{PRODUCT}.cu", "shared.b[s], false);", "shared.b[s], step > item.from);", "exceeds",
     ),
+    "parts in one place": (
+        PRODUCT, f"{PRODUCT}.cu", "column + v, item.part, x[0]", "column + v, 0, x[0]", "not the sum|races",
+    ),
     "what other columns hold is added": (
         PRODUCT, f"{PRODUCT}.cu", "p.to.load(row + r, column + v)", "p.to.load(row + r, v)", "not the sum|exceeds",
     ),
@@ -355,6 +378,11 @@ def attempt() -> None:
     a, b, buffer = pair(40, 32, "e4m3", 0, 1), pair(140, 32, "e4m3", 0, 2), randn(40, 140)
     expected = buffer + product(a, b)
     assert torch.equal(product(a, b, added=buffer), expected), "not the sum"
+    a, b, room = pair(4, 2064, "e4m3", 0, 1), pair(9, 2064, "e4m3", 0, 2), torch.full((2 * 4 * 9,), torch.nan)
+    module().set_multiprocessors(count=8)
+    in_parts = product(a, b, room=room)
+    module().set_multiprocessors(count=3)
+    assert torch.allclose(in_parts, product(a, b), rtol=1e-5), "not the sum"
 
 
 def test_whole_kernels_pass_what_broken_ones_must_fail(native):

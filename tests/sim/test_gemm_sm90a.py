@@ -58,14 +58,6 @@ def test_two_products_in_one_sum(native, way: str):
         assert torch.equal(together, product(*whole, dtype, **HOPPER))
 
 
-@pytest.fixture
-def many_multiprocessors(native):
-    """As many as run four clusters at once, instead of one."""
-    native.set_multiprocessors(count=8)
-    yield
-    native.set_multiprocessors(count=3)
-
-
 # Four parts of one tile, the last of less; two of two; none of three. By vectors, results of 16 bits too.
 @pytest.mark.parametrize(
     "m, n, k, parts", [(40, 72, 2100, 4), (60, 40, 1100, 2), (300, 40, 1100, 2), (600, 40, 1100, 0)]

@@ -17,6 +17,7 @@ from llmengine.backends.cuda import linear_cross_entropy as cuda
 from llmengine.backends.cuda.native import products_by
 from llmengine.ops import linear_cross_entropy as ops
 from llmengine.ops.registry import load
+from llmengine.optim import MainGradients
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
@@ -297,7 +298,7 @@ def test_what_is_not_made_at_once_goes_through_both_passes(core: str, tokens: in
     with llmengine.backend("cuda_sim"):
         loss, lse, normaliser = ops.linear_cross_entropy_forward(*given, *options)
         apart = ops.linear_cross_entropy_backward(torch.ones(()), *given, lse, normaliser, *options, 0.0, None, wanted)
-        together = ops.linear_cross_entropy_with_gradients(*given, *options, 130, wanted)
+        together = ops.linear_cross_entropy_with_gradients(*given, *options, 130, False, wanted)
     assert all(torch.equal(a, b) for a, b in zip(together, (loss, *apart), strict=True))
 
 
@@ -309,23 +310,85 @@ def test_no_labels_have_loss_and_gradients_of_zero_at_once(at_once, core: str, w
     assert at_once and loss == 0 and not any(g.any() for g in gradients.values())
 
 
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_float16_is_made_with_the_loss(at_once, core: str, options: dict):
+    """In three blocks: gradients wait in float32."""
+    assert_right(sample_of(300, 24, 136, ignored=3, weighted=bool(options), **options), torch.float16, core=core)
+    assert at_once
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_that_float16_does_not_hold_before_the_loss_is_scaled(at_once, weighted: bool):
+    """Of classes so improbable that the loss changes with their logits by 2^-26 at most."""
+    sample = sample_of(200, 16, 40, weighted=weighted).rounded(torch.float16)
+    x, w, target = sample.args
+    weights, bias = sample.kwargs.get("weight"), torch.zeros(40)
+    target.clamp_(max=19)
+    bias[:20] = 24.0
+
+    def gradients(x, w, function):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        weight = None if weights is None else weights.to(x.dtype)
+        loss = function(*leaves, target, linear_bias=bias.to(x.dtype), weight=weight)
+        return [g.double() for g in torch.autograd.grad(2.0**18 * loss, leaves)]
+
+    with llmengine.backend("cuda_sim"):
+        of_x, of_w = gradients(x, w, functional.linear_cross_entropy)
+    assert at_once
+    exact_x, exact_w = gradients(x.double(), w.double(), linear_cross_entropy.plain)
+    for ours, exact in ((of_x, exact_x), (of_w[:20], exact_w[:20]), (of_w[20:], exact_w[20:])):
+        assert (ours - exact).norm() < 2e-2 * exact.norm() and exact.any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_buffer_takes_the_gradient_that_was_made_with_the_loss(at_once, core: str, dtype: torch.dtype):
+    """Unrounded, in three blocks, once the loss's is known; again where the graph is kept."""
+    sample = sample_of(300, 24, 136, ignored=3)
+    x, w, target = sample.rounded(dtype).args
+    ours, wide = torch.nn.Parameter(w), torch.nn.Parameter(w.float())
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    MainGradients([ours])
+    ours.main_grad.fill_(0.25)
+    with llmengine.backend("cuda_sim"), poison():
+        losses = [functional.linear_cross_entropy(a, b, target) for a, b in zip(inputs, (ours, wide), strict=True)]
+        assert len(at_once) == 2 and (ours.main_grad == 0.25).all()
+        for loss in losses:
+            (3.0 * loss).backward(retain_graph=True)
+        torch.testing.assert_close(ours.main_grad, wide.grad + 0.25, rtol=1e-5, atol=1e-6)
+        losses[0].backward()
+    torch.testing.assert_close(ours.main_grad, 4 / 3 * wide.grad + 0.25, rtol=1e-5, atol=1e-6)
+    assert ours.grad is None and all(i.grad.dtype == dtype for i in inputs)
+
+
+def test_a_frozen_weight_of_16_bits_goes_in_blocks(at_once, core: str):
+    given = sample_of(300, 24, 136, ignored=3).rounded(torch.bfloat16)
+    assert_right(Sample(given.name, given.args, given.kwargs, (1, *given.constants)), torch.bfloat16, core=core)
+    assert at_once
+
+
 def test_made_at_once_where_our_kernels_were_asked_and_have_the_memory(monkeypatch):
     class Given:  # of a device that this machine may not have
         device = torch.device("cuda")
 
-        def __init__(self, *shape: int, dtype=torch.bfloat16):
-            self.shape, self.dtype = torch.Size(shape), dtype
+        def __init__(self, *shape: int, dtype=torch.bfloat16, frozen: bool = False):
+            self.shape, self.dtype, self.requires_grad = torch.Size(shape), dtype, not frozen
 
         def element_size(self) -> int:
             return self.dtype.itemsize
 
-    def at_once(tokens: int, classes: int, *, weight=torch.bfloat16, reduction="mean", recompute=False) -> bool:
-        return AT_ONCE(Given(tokens, 8), Given(classes, 8, dtype=weight), reduction, 5.0, recompute)
+    def at_once(
+        tokens: int, classes: int, *, x=torch.bfloat16, weight=torch.bfloat16, frozen=False, reduction="mean",
+        recompute=False, main=None,
+    ) -> bool:  # fmt: skip
+        given = Given(tokens, 8, dtype=x), Given(classes, 8, dtype=weight, frozen=frozen)
+        return AT_ONCE(*given, reduction, 5.0, recompute, main)
 
     monkeypatch.setattr(load("cuda"), "unavailable", None)
     monkeypatch.setattr(ops, "demanded", lambda: None)
     assert at_once(4096, 128256) and at_once(8192, 128256) and not at_once(8192, 128256, recompute=True)
     assert not at_once(8192, 256000) and at_once(8192, 256000, weight=torch.float32)
+    assert at_once(8192, 256000, frozen=True) and at_once(8192, 256000, main=torch.empty(0))
+    assert at_once(8192, 256000, x=torch.float16, weight=torch.float16) and not at_once(8, 9, x=torch.float32)
     assert not at_once(4096, 128256, reduction="none")
     assert ops.block_tokens(Given(65536, 8), Given(128256, 8, dtype=torch.float32)) == 8192
     monkeypatch.setattr(ops, "demanded", lambda: "triton")

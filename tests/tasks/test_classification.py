@@ -232,6 +232,7 @@ def test_transformers_pipeline_shows_the_labels(of_family, family, tmp_path):
     [
         ([{"text": "x"}], {}, r"row 1 has no 'label'; its columns: text"),
         ([{"text": "x", "label": "a"}], {}, r"1 classes, 'a'; expected 2 or more"),
+        ([{"text": "x", "label": ""}], {}, r"row 1: label is ''; expected the name of a class"),
         ([{"text": "x", "label": 1.5}], {}, r"row 1: label is 1.5; expected the name of a class"),
         ([{"text": "x", "label": "a"}], {"problem": "multi"}, r"row 1: label is 'a'; expected a list"),
         ([{"text": "x", "label": "a"}], {"problem": "regression"}, r"row 1: label is 'a'; expected a finite number"),

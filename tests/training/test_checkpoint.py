@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from llmengine.convert import files
 from llmengine.training import checkpoint, train
 from llmengine.training.files import exclusive
 from tests.training.runs import At, outcome, run, tiny
@@ -122,12 +123,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_to_do(tmp_path, mo
     config = tiny(tmp_path)
     run(config, tmp_path / "whole")
 
-    def full(tensors, path):
+    def full(tensors, path, **options):
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with pytest.raises(OSError, match=r"the disk is full.*Free some space.*resume") as caught:
-        run(config, tmp_path / "run", 4, lambda: monkeypatch.setattr(checkpoint, "save_file", full))
+        run(config, tmp_path / "run", 4, lambda: monkeypatch.setattr(files, "save_file", full))
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     monkeypatch.undo()

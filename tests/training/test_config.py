@@ -68,6 +68,7 @@ def test_numbers_as_yaml_1_2_has_them():
         "optimizer.betas=[0.9]": "optimizer.betas.1 is required",
         "optimizer.betas=[0.9, 1.0]": "optimizer.betas.1: must be less than 1, got 1.0",
         "model.preset=bert-bas": "model.preset: 'bert-bas' is not a preset (did you mean bert-base?)",
+        "model.preset=[gpt2]": "model.preset: ['gpt2'] is not a preset",
         "model.n_head=2": "model.n_head is not a field (did you mean n_heads?)",
         "model.n_heads=3": "model: n_heads (3) must divide d_model (128)",
         "model.vocab_size=9": "model.vocab_size is filled in from tokenizer; leave it out",

@@ -76,13 +76,15 @@ def linear_cross_entropy_backward(
 def _with_gradients_refuses(input, linear_weight, linear_bias, target, weight, reduction, *others):
     if reduction == "none" or others[3] > 0:
         return "gradients are made with the loss only for a mean or sum, without a softcap"
+    if others[-2]:
+        return "gradients are made with the loss in the dtypes of what they belong to"
     return refuses_tensors(input, linear_weight, linear_bias, target, weight)
 
 
 @kernel(KERNELS, "linear_cross_entropy_with_gradients", _with_gradients_refuses)
 def linear_cross_entropy_with_gradients(
     input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap,
-    block_tokens, wanted,
+    block_tokens, _wide, wanted,
 ):  # fmt: skip
     gradients, given = gradients_of(input, linear_weight, wanted)
     losses, loss = torch.empty(input.shape[0]), torch.empty(())

@@ -40,7 +40,7 @@ def kernels(native: Native) -> dict[str, Kernel]:
         if left.shape[1] > 0:
             native.call(
                 "fp8_product", out, a=left, b=right, a_format=format, a_scales=left_scales, b_scales=right_scales,
-                bias=bias, added=added, out=out,
+                bias=bias, added=added, out=out, room=native.room(out),
             )  # fmt: skip
         elif added is None:
             out.zero_() if bias is None else out.copy_(bias.expand_as(out))

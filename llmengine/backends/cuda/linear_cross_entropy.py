@@ -134,15 +134,16 @@ def kernels(native: Native) -> dict[str, Kernel]:
     def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
         """In two passes over the logits where they are not formed once: of no tokens, and where a weight's gradient
         would be rounded for each of several blocks."""
-        *given, block_tokens, wanted = options
+        *given, block_tokens, wide, wanted = options
         tensors = (input, linear_weight, linear_bias, target, weight)
-        rounded = wanted[1] and linear_weight.dtype != torch.float32
+        rounded = wanted[1] and linear_weight.dtype != torch.float32 and not wide
         if 0 < input.shape[0] and (block_tokens >= input.shape[0] or not rounded):
             return loss_with_gradients(native, *tensors, *options)
         loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
-        return loss, *linear_cross_entropy_backward(
+        gradients = linear_cross_entropy_backward(
             torch.ones_like(loss), *tensors, lse, normaliser, *given, 0.0, None, wanted
         )
+        return loss, *(g.float() if wide else g for g in gradients)
 
     return table
 

@@ -6,9 +6,15 @@ flops    6 tokens d classes, where forward and backward that form the logits twi
 bytes    beside the products' operands and results 6 a logit, and 8 an element of a weight's float32 gradient for each
          block of tokens but the first
 memory   2 a logit of a block
+
+Wide gradients are in float32. Those of float16's logits may then be anything that float16 holds: they are scaled by a
+power of two to just below its largest number, whatever the loss's gradient will be, and the sums scaled back, for 8
+bytes an element. Plain PyTorch leaves that to the loss's scale, which is not known here.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,10 +23,12 @@ from llmengine.backends.buffers import empty_gradients
 from llmengine.backends.cuda.cross_entropy import class_weights
 from llmengine.backends.cuda.native import Native, parameter, parts_of, unit_last_stride
 
+LARGEST = torch.finfo(torch.float16).max
+
 
 def loss_with_gradients(
     native: Native, input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, z_loss,
-    softcap, block_tokens, wanted,
+    softcap, block_tokens, wide_gradients, wanted,
 ):  # fmt: skip
     tokens, classes, wide = input.shape[0], linear_weight.shape[0], torch.float32
     x: Tensor = rows_of(input)
@@ -28,11 +36,14 @@ def loss_with_gradients(
     core = native.core_of("linear", x, head, backward=True)
     labels, options = target.contiguous(), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     options |= {"z_loss": z_loss, "softcap": softcap, **class_weights(weight, label_smoothing)}
-    kinds = ((x.shape, x.dtype), (linear_weight.shape, linear_weight.dtype), ((classes,), wide))
+    dtypes = (wide, wide) if wide_gradients else (x.dtype, linear_weight.dtype)
+    kinds = ((x.shape, dtypes[0]), (linear_weight.shape, dtypes[1]), ((classes,), wide))
     gradients = grad_input, grad_weight, grad_bias = empty_gradients(x, kinds, wanted, {})
     losses, lse = x.new_empty(tokens, dtype=wide), x.new_empty(tokens, dtype=wide)
     one, divisor = losses.new_ones(()), divisor_of(labels, weight, classes, ignore_index)
     scale = torch.where(divisor == 0, 0.0, 1.0 / divisor).to(wide) if reduction == "mean" else one
+    lifted = wide_gradients and x.dtype == torch.float16
+    lift = lift_of(weight, classes, z_loss, softcap, one) if lifted else None
     # rows of whole vectors, which TMA fetches
     room = x.new_empty(min(block_tokens, tokens), -(-classes // 8) * 8)[:, :classes]
 
@@ -42,10 +53,8 @@ def loss_with_gradients(
                 "gemm", x, a=a, b=b, a2=None, b2=None, bias=bias, added=out if add else None, out=out,
                 **native.products(x, core),
             )  # fmt: skip
-        elif out.dtype == wide:
-            native.weight_gradient(a.T, b, wide, out if add else out.zero_())
         elif bias is None:
-            torch.mm(a, b, out=out)
+            native.product_into(out, a, b, add=add)
         else:
             torch.addmm(bias.to(out.dtype), a, b, out=out)
 
@@ -58,8 +67,8 @@ def loss_with_gradients(
             normaliser=losses.new_empty(()),
         )  # fmt: skip
         native.call(
-            "cross_entropy_backward", x, grad_loss=scale, input=logits, **of_rows, reduction="sum", normaliser=one,
-            grad_input=logits,
+            "cross_entropy_backward", x, grad_loss=scale if lift is None else lift, input=logits, **of_rows,
+            reduction="sum", normaliser=one, grad_input=logits,
         )  # fmt: skip
         if wanted[0]:
             multiply(logits, head, grad_input[rows])
@@ -71,6 +80,9 @@ def loss_with_gradients(
             native.call("column_sums", x, rows=logits, partial=partial, sums=sums)
             if first > 0:
                 grad_bias += sums
+    if lift is not None:
+        for gradient in gradients:
+            gradient.mul_(scale / lift)
     loss = losses.sum(dtype=torch.float64)
     if reduction == "mean":
         loss = torch.where(divisor == 0, 0.0, loss / divisor)
@@ -81,6 +93,15 @@ def rows_of(matrix: Tensor) -> Tensor:
     rows = unit_last_stride(matrix)
     assert rows is not None
     return rows
+
+
+def lift_of(weight, classes, z_loss, softcap, one):
+    """A power of two that keeps gradients of the sum of losses, times it, within half of float16's numbers: they are
+    at most the largest class weight and, by z_loss, twice its log-sum-exp's."""
+    largest = one if weight is None else torch.where(weight.isfinite(), weight.abs(), 0).max().float()
+    lse = (min(softcap, LARGEST) if softcap > 0 else LARGEST) + math.log(classes)
+    most = (largest + 2 * z_loss * lse).clamp(min=2.0**-64)
+    return torch.exp2(torch.floor(torch.log2(LARGEST / 2 / most)))
 
 
 def divisor_of(labels, weight, classes, ignore_index):

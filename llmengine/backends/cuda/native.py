@@ -156,10 +156,12 @@ class Native:
         return maker, why
 
     def products(self, on: Tensor, core: str) -> dict[str, Any]:
-        """What kernels with products of our own are given: the core, and room for sums of parts of k, as many as the
-        tiles that are made at once (csrc/cuda/gemm.cu)."""
-        tiles = 2 * self.multiprocessors(on)
-        return {"core": core, "room": on.new_empty(tiles * 128 * 128, dtype=torch.float32)}
+        """What kernels with products of our own are given."""
+        return {"core": core, "room": self.room(on)}
+
+    def room(self, on: Tensor) -> Tensor:
+        """For sums of parts of k, as many as the tiles that are made at once (csrc/cuda/gemm.cu)."""
+        return on.new_empty(2 * self.multiprocessors(on) * 128 * 128, dtype=torch.float32)
 
     def refuses_products(self, on: Tensor) -> str | None:
         """Of operators whose matrices are multiplied in the dtype and on the device of `on`."""
@@ -210,17 +212,25 @@ class Native:
     def weight_gradient(self, grad: Tensor, x: Tensor, dtype: torch.dtype, main: Tensor | None) -> Tensor:
         """grad^T x in `dtype` or, where there is a buffer, float32, for it, added to that; by cuBLAS (in the simulator
         as above)."""
-        if main is None:
-            if not x.is_cuda:
-                return (grad.T.double() @ x.double()).to(dtype)
-            return torch.mm(grad.T, x) if dtype == x.dtype else torch.mm(grad.T, x, out_dtype=dtype)
+        if main is not None:
+            return self.product_into(main, grad.T, x, add=True)
         if not x.is_cuda:
-            main.copy_(main.double() + grad.T.double() @ x.double())
-        elif x.dtype == main.dtype:
-            torch.addmm(main, grad.T, x, out=main)
+            return (grad.T.double() @ x.double()).to(dtype)
+        return torch.mm(grad.T, x) if dtype == x.dtype else torch.mm(grad.T, x, out_dtype=dtype)
+
+    def product_into(self, out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+        """a b in their precision or in float32, in place of what `out` holds or added to it; by cuBLAS (in the
+        simulator as above)."""
+        if not a.is_cuda:
+            exact = a.double() @ b.double()
+            out.copy_(out.double() + exact if add else exact)
+        elif a.dtype == out.dtype:
+            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+        elif add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
         else:
-            torch.ops.aten.addmm.dtype_out(main, grad.T, x, main.dtype, out=main)
-        return main
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return out
 
     def refuses_tensors(self, *tensors: Tensor | None) -> str | None:
         """The refusals that all kernels have in common: a device or float dtype that they do not take."""

@@ -54,7 +54,9 @@ def gradients_of(grad_logits, input, linear_weight, main, wanted):
 
 @kernel(KERNELS, "linear_cross_entropy_with_gradients")
 def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
-    *given, _block_tokens, wanted = options
+    *given, _block_tokens, wide, wanted = options
+    if wide:
+        input, linear_weight = _wide(input), _wide(linear_weight)
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
     rest = (lse, normaliser, *given, 0.0, None, wanted)

@@ -323,10 +323,16 @@ def _product(a, kept: Kept | None, b, out, **sums):
     return gemm(a, b, out=out, **sums) if kept is None else block_sparse_gemm(a, kept, b, out=out, **sums)
 
 
-@kernel(KERNELS, "linear_cross_entropy_with_gradients", _forward_refuses)
+def _with_gradients_refuses(*given):
+    if given[-2]:
+        return "gradients are made with the loss in the dtypes of what they belong to"
+    return _forward_refuses(*given)
+
+
+@kernel(KERNELS, "linear_cross_entropy_with_gradients", _with_gradients_refuses)
 def linear_cross_entropy_with_gradients(input, linear_weight, linear_bias, target, weight, *options):
     """In two passes over the logits: `at_once` does not ask for it here."""
-    *given, _block_tokens, wanted = options
+    *given, _block_tokens, _wide, wanted = options
     tensors = (input, linear_weight, linear_bias, target, weight)
     loss, lse, normaliser = linear_cross_entropy_forward(*tensors, *given)
     rest = (lse, normaliser, *given, 0.0, None, wanted)
