@@ -143,14 +143,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        wanted = list(ctx.needs_input_grad[:3])
-        grad_input, grad_weight, grad_bias = linear_cross_entropy_backward(
-            grad_loss, *ctx.saved_tensors, *ctx.options, wanted
-        )
+        wanted, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors  # read once: checkpoints allow no more
+        grad_input, grad_weight, grad_bias = linear_cross_entropy_backward(grad_loss, *saved, *ctx.options, wanted)
         return (
             grad_input if wanted[0] else None,
             grad_weight if wanted[1] and ctx.options[-1] is None else None,
-            grad_bias.to(ctx.saved_tensors[2].dtype) if wanted[2] else None,
+            grad_bias.to(saved[2].dtype) if wanted[2] else None,
             *(None,) * (2 + len(ctx.options)),
         )
 
@@ -174,13 +172,13 @@ class LinearCrossEntropyAtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        wanted, (_, grad_weight, _) = list(ctx.wanted), ctx.saved_tensors
+        wanted, saved = list(ctx.wanted), ctx.saved_tensors
         if ctx.main is not None:
-            ctx.main.addcmul_(grad_weight, grad_loss.reshape(1))
+            ctx.main.addcmul_(saved[1], grad_loss.reshape(1))
             wanted[1] = False
         gradients = (
             _times(gradient, grad_loss, dtype) if want else None
-            for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
+            for gradient, dtype, want in zip(saved, ctx.dtypes, wanted, strict=True)
         )
         return *gradients, *(None,) * ctx.constants
 
