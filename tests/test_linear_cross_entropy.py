@@ -271,6 +271,13 @@ def test_logits_that_are_recomputed_may_lie_under_a_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_gradients_that_wait_for_a_factor_are_what_they_are_said_to_be(dtype):
+    x, w, target = make(6, 8, 9, 10).rounded(dtype).args
+    node = torch.ops.llmengine.linear_cross_entropy_with_gradients.default
+    torch.library.opcheck(node, (x, w, None, target, None, "mean", -100, 0.0, 0.0, 0.0, 4, True, [True, True, False]))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_graph_serves_any_number_of_tokens(dynamic, monkeypatch):
     """Where gradients are made with the loss, too, though how many tokens are taken at a time is theirs."""

@@ -25,8 +25,8 @@ def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, 
 
 def _gradients_fake(input, linear_weight, wanted, main=None, wide=False):
     gradients = (
-        (input.shape, torch.float32 if wide else input.dtype),
-        (linear_weight.shape, torch.float32 if wide else linear_weight.dtype),
+        (input.shape, statistics_dtype(input) if wide else input.dtype),
+        (linear_weight.shape, statistics_dtype(linear_weight) if wide else linear_weight.dtype),
         (linear_weight.shape[:1], statistics_dtype(input)),
     )
     return empty_gradients(input, gradients, wanted, {1: main})
@@ -62,8 +62,8 @@ linear_cross_entropy_backward = define(
     _backward_fake,
 )
 # The loss, for "mean" or "sum" and on CPUs without a softcap, and the gradients of exactly it. block_tokens: how many
-# tokens to take at a time, with memory for the logits of all their classes. wide: gradients of input and linear_weight
-# in float32, whatever they belong to, for a factor and a sum that are still to come.
+# tokens to take at a time, with memory for the logits of all their classes. wide: gradients of an input
+# or linear_weight of 16 bits in float32, for a factor and a sum that are still to come.
 linear_cross_entropy_with_gradients = define(
     "linear_cross_entropy_with_gradients(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? weight, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap,"
