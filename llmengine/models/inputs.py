@@ -261,13 +261,14 @@ def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tenso
     the target without its last place; padding on the left stays there. IGNORED becomes padding."""
     tokens = _without_ignored(labels, config)
     if attention_mask is None:
-        begins, ends = 0 * tokens[:, :1], (tokens != (config.pad_token_id or 0)).sum(1, keepdim=True) - 1
+        begins = tokens.new_zeros(len(tokens), 1, dtype=torch.int64)
+        ends = (tokens != (config.pad_token_id or 0)).sum(1, keepdim=True) - 1
     else:
         real = attention_mask.int()
         begins = real.argmax(1, keepdim=True)
         ends = real.shape[1] - 1 - real.flip(1).argmax(1, keepdim=True)
     if config.decoder_start_token_id is not None:
-        first = torch.full_like(begins, config.decoder_start_token_id)
+        first = tokens.new_full(begins.shape, config.decoder_start_token_id)
     else:
         first = tokens.gather(1, ends.clamp(min=0))
     return tokens.roll(1, 1).scatter(1, begins, first)

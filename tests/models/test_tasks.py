@@ -106,6 +106,7 @@ def test_a_decoder_begins_with_its_start_on_whichever_side_padding_is(side, tmp_
     ids = torch.where(mask == 1, random_ids(4, LENGTH), 0)
     alone = torch.cat([ours(row[real == 1][None]).logits for row, real in zip(ids, mask, strict=True)])
     assert_near(ours(ids, attention_mask=mask).logits, alone, 1e-5)
+    assert_near(ours(ids.int(), attention_mask=mask.bool()).logits, alone, 1e-5)
 
 
 @pytest.mark.parametrize("name", TOKENS)
