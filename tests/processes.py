@@ -36,8 +36,9 @@ def printed(script: str, timeout: float = 120, directory: Path = ROOT, **environ
 
 def run_tests(file: str, expression: str, timeout: float, directory: Path = ROOT, **environment: str) -> None:
     """Runs the tests of a file that `expression` selects in a process of their own."""
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-    command += [f"--rootdir={ROOT}", str(ROOT / "tests" / file), "-k", expression]
+    # by sys alone: what a sanitizer says goes to the process's own stderr before it ends it
+    command = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", str(ROOT / "tests" / file), "-k", expression]
     done = run(command, timeout, directory, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 

@@ -133,7 +133,7 @@ inline void validate(const DecodeAttention& p, std::initializer_list<DType> type
   if (p.distance_bias.defined() && (p.distance_bias.ndim != 2 || p.distance_bias.size(1) % 2 != 1)) {
     at.fail_at("distance_bias", "must be (heads, 2 M + 1), got " + p.distance_bias.shape());
   }
-  at.shape(p.distance_bias, "distance_bias", {p.heads(), p.distance_bias.size(-1)});
+  at.shape(p.distance_bias, "distance_bias", {p.heads(), p.distance_bias.size(1)});
   at.contiguous(p.distance_bias, "distance_bias");
   at.dtype(p.sinks, "sinks", {DType::f32});
   at.shape(p.sinks, "sinks", {p.heads()});

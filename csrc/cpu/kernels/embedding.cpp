@@ -86,7 +86,7 @@ void clear(void* to, int64_t bytes) {
     std::memcpy(place + i, &zeros, sizeof zeros);
     asm volatile("" ::: "memory");  // or the compiler makes a memset of the loop
   }
-  std::memset(place + i, 0, static_cast<size_t>(bytes - i));
+  if (i < bytes) std::memset(place + i, 0, static_cast<size_t>(bytes - i));  // of no columns there is no place
 }
 
 template <class T>
