@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits, which are never held whole: schemas, fake kernels, autograd.
+"""Cross-entropy of a linear layer's logits, which need not be held whole: schemas, fake kernels, autograd.
 
 Kernels see `input` as (tokens, d), `linear_weight` as (classes, d), `target` as int64 (tokens,). The forward keeps one
 log-sum-exp a token; the backward forms the logits again, block by block. On CPUs, where a loss of all tokens is wanted
