@@ -322,6 +322,7 @@ GEMMA3 = replace(
     GEMMA2,
     name="gemma3_text",
     # a field that is Gemma 2's: their Gemma 3 has it and computes nothing with it
+    demanded={**GEMMA2.demanded, "attn_logit_softcapping": (None,)},
     constants={**GEMMA2.constants, "qk_norm": True},
     defaults=GEMMA2.defaults
     | {
