@@ -7,6 +7,9 @@ that is nothing but the call again, so that the test itself is known to work.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ import llmengine
 from llmengine import functional
 from llmengine.backends import cuda
 from llmengine.testing import Operator, Sample, Target, all_operators, poison, targets
+from llmengine.testing.samples import linear_cross_entropy
 from llmengine.testing.targets import HALVES_ONLY
 
 
@@ -110,11 +114,13 @@ def tied(weight: torch.Tensor, ids: torch.Tensor, x: torch.Tensor) -> tuple[torc
 
 TIED_SAMPLE = Sample("padding", (torch.randn(9, 16), torch.tensor([[1, 2, 2], [7, 1, 1]]), torch.randn(3, 16)))
 TIED = Operator("tied embedding", tied, lambda: [TIED_SAMPLE], node="embedding")  # no operator, but a model's way
+KEPT = dataclasses.replace(linear_cross_entropy.OPERATORS[0], name="linear cross-entropy at once")
+KEPT.function = functools.partial(KEPT.function, recompute=False)  # with gradients from logits that are kept
 TARGETS = [t for t in targets() if t.device == "cuda" or t.backend == "cpu"]
 CASES = [
     pytest.param(t, op, s, dtype, id=f"{t.backend}-{op.name}-{s.name}-{dtype}")
     for t in TARGETS
-    for op in (*all_operators(), TIED)
+    for op in (*all_operators(), TIED, KEPT)
     for s in samples_of(op)
     for dtype in dtypes_of(t, op)
 ]

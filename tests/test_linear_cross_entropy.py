@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as torch_functional
+from torch.utils.checkpoint import checkpoint
 
 import llmengine
 from llmengine import functional
@@ -255,6 +256,26 @@ def test_the_backward_may_run_again_and_scales():
     loss.backward()
     for leaf, g in zip(leaves, first, strict=True):
         torch.testing.assert_close(leaf.grad, 4 * g)
+
+
+def test_logits_that_are_recomputed_may_lie_under_a_checkpoint():
+    """As those of which gradients are made with the loss: tests/test_ops.py."""
+    sample = make(20, 8, 50, 9).rounded(torch.float32)
+    x, w, target = sample.args
+    leaves = [t.requires_grad_() for t in (x, w, sample.kwargs["linear_bias"])]
+
+    def loss(x, w, bias):
+        return functional.linear_cross_entropy(x, w, target, linear_bias=bias, reduction="none").sum()
+
+    found = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_gradients_that_wait_for_a_factor_are_what_they_are_said_to_be(dtype):
+    x, w, target = make(6, 8, 9, 10).rounded(dtype).args
+    node = torch.ops.llmengine.linear_cross_entropy_with_gradients.default
+    torch.library.opcheck(node, (x, w, None, target, None, "mean", -100, 0.0, 0.0, 0.0, 4, True, [True, True, False]))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import llmengine
 from llmengine.backends import cuda_sim
@@ -132,6 +133,17 @@ def test_gradients_appear_only_where_asked(target: Target, op: Operator, sample:
         others = tuple(k for k in everything if k != wanted) + given.constants
         alone = Sample(given.name, given.args, given.kwargs, others, given.float32_stays)
         torch.testing.assert_close(evaluate(op.function, alone, target.backend)[1][wanted], everything[wanted])
+
+
+@pytest.mark.parametrize("op, sample", DIFFERENTIABLE)
+def test_checkpoints_give_the_same_answer(op: Operator, sample: Sample):
+    """They run the forward again, and hand out each tensor that it saved once."""
+    given = sample.rounded(torch.float32)
+
+    def checkpointed(*args, **kwargs):
+        return checkpoint(op.function, *args, use_reentrant=False, **kwargs)
+
+    allclose(evaluate(checkpointed, given, None), evaluate(op.function, given, None))
 
 
 @pytest.mark.parametrize("target, op, sample", FIRST_ON)

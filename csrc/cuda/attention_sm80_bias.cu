@@ -204,13 +204,15 @@ struct Diagonals {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Backward<T> p, float* partial) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_distances_sm80(const Backward<T> p, const Schedule schedule, float* partial) {
   constexpr int kRows = Shape<D>::rows, kKeys = Shape<D>::keys;
   static_assert(Diagonals<D>::kCount <= kThreads);
   const Tiles<T, D> tiles(ptx::dynamic_shared());
   const Diagonals<D> diagonals(ptx::dynamic_shared(), Tiles<T, D>::bytes);
-  const int part = static_cast<int>(blockIdx.x), head = part % p.sizes.heads;
-  const Spot spot = spot_of(p.sizes, false, part / p.sizes.heads, kRows, true);
+  const auto [tile, owner] = schedule.at(static_cast<int>(blockIdx.x));
+  const int heads = p.sizes.heads, head = owner % heads, place = owner / heads * schedule.tiles + tile;
+  const Spot spot = spot_of(p.sizes, false, place, kRows, true);
   const Sequence s = sequence_of(p.sizes, spot.sequence);
   const int row = spot.tile * kRows, farthest = p.options.distances ? p.options.farthest : 0;
   const bool some = row >= 0 && spot.sequence < p.sizes.sequences;  // rows that belong to none see no key
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_distances_sm80(const Ba
     diagonals.add_to_table(key - row - shift - kRows + 1, farthest);
   }
   __syncthreads();  // the table is whole
-  float* to = partial + static_cast<int64_t>(part) * (2 * static_cast<int64_t>(farthest) + 1);
+  float* to = partial + (static_cast<int64_t>(place) * heads + head) * (2 * static_cast<int64_t>(farthest) + 1);
   for (int i = static_cast<int>(threadIdx.x); i <= 2 * farthest; i += kThreads) to[i] = diagonals.table[i];
 }
 
@@ -279,17 +281,15 @@ void run_distances(const AttentionBackward& p, Stream stream) {
     const int64_t parts = count_places(p.sequences() + p.packed(), p.query.size(2), kDistanceRows, p.packed());
     Checker{"attention backward"}.shape(partial, "partial_distances", {parts, p.heads(), p.distance_bias.size(1)});
     const size_t table = p.distance_bias.size(1) * sizeof(float);
-    const LaunchSite at{"attention_distances_sm80",
-                        grid_of_tiles(parts * p.heads()),
-                        kThreads,
-                        cuda_stream(stream),
-                        partial,
-                        Tiles<T, D>::bytes + Diagonals<D>::bytes_without_table + table};
+    const Schedule schedule = order_of_rows(p, kDistanceRows);
+    const LaunchSite at{
+        "attention_distances_sm80", grid_of(schedule), kThreads,
+        cuda_stream(stream),        partial,           Tiles<T, D>::bytes + Diagonals<D>::bytes_without_table + table};
     if constexpr (kBuiltAhead<D>) {
-      launch(at, attention_distances_sm80<T, D>, given, partial.as<float>());
+      launch(at, attention_distances_sm80<T, D>, given, schedule, partial.as<float>());
       return true;
     } else {
-      return launch_compiled(at, {kSource, instance("attention::attention_distances_sm80", T{}, D)}, given,
+      return launch_compiled(at, {kSource, instance("attention::attention_distances_sm80", T{}, D)}, given, schedule,
                              partial.as<float>());
     }
   });

@@ -91,6 +91,7 @@ def _flags(corpus: list[str] | None, objective: str | None, preset: str | None, 
 
 
 def _config(path: Path | None, flags: list[str], overrides: list[str]) -> RunConfig:
+    from llmengine.objectives import OBJECTIVES
     from llmengine.training import RunConfig
     from llmengine.training.config_file import overridden
 
@@ -107,6 +108,11 @@ def _config(path: Path | None, flags: list[str], overrides: list[str]) -> RunCon
     model = fields.setdefault("model", {})
     if not model and fields["objective"] in PRESETS:
         fields["model"] = {"preset": PRESETS[fields["objective"]]}
+    elif not model and fields["objective"] in OBJECTIVES:
+        raise ValueError(
+            f'objective "{fields["objective"]}" has no model of its own: give one of its architecture, '
+            f"{OBJECTIVES[fields['objective']].architecture}, by --preset, or a config file (examples/)"
+        )
     return RunConfig.from_dict(fields)
 
 

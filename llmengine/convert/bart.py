@@ -257,6 +257,5 @@ MARIAN = replace(
     classes={"MarianMTModel": ("seq2seq",), "MarianModel": ()},
     class_fields={},
     heads_of={},
-    apart={},
-    skipped=r"embed_positions\.weight$",  # sines and cosines
+    skipped=rf"embed_positions\.weight$|{BART.skipped}",  # sines and cosines
 )

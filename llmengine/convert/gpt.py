@@ -244,9 +244,12 @@ GPT_NEO = Family(
 
 
 def _neox(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    old = {"rotary_pct": 0.25} if not theirs.get("rope_parameters") and "rotary_pct" not in theirs else {}
     place = "parallel" if theirs["use_parallel_residual"] else "pre"
-    return {"rotary": rotary.read({**theirs, **old}, partial=True), "norm_place": place}
+    return {"rotary": rotary.read(theirs, partial=0.25), "norm_place": place}
+
+
+def _neox_back(ours: Mapping[str, Any]) -> dict[str, Any]:
+    return rotary.write(ours["rotary"], partial=True) | {"use_parallel_residual": ours["norm_place"] == "parallel"}
 
 
 _NEOX_LAYER = "gpt_neox.layers.{i}."
@@ -298,7 +301,7 @@ GPT_NEOX = Family(
     without_effect=frozenset(),
     translated=rotary.FIELDS | {"use_parallel_residual"},
     translate=_neox,
-    write_back=lambda ours: rotary.write(ours["rotary"]) | {"use_parallel_residual": ours["norm_place"] == "parallel"},
+    write_back=_neox_back,
     classes={
         "GPTNeoXForCausalLM": ("clm",),
         "GPTNeoXModel": (),

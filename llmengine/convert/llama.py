@@ -213,8 +213,10 @@ QWEN3 = replace(
 
 def _gemma_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """hidden_activation where it is given; the first files' hidden_act "gelu" was always the tanh approximation."""
-    name = theirs.get("hidden_activation") or theirs.get("hidden_act")
-    if name not in ("gelu_pytorch_tanh", "gelu"):
+    name = theirs.get("hidden_activation")
+    if name is None:
+        name = "gelu_pytorch_tanh" if theirs.get("hidden_act") == "gelu" else theirs.get("hidden_act")
+    if name != "gelu_pytorch_tanh":
         raise ValueError(
             f"config.json of family gemma: hidden_activation is {name!r}; llmengine computes gelu_pytorch_tanh"
         )
@@ -279,6 +281,7 @@ def _write_gemma2(ours: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_write_rotary(ours),
         **_write_windows(ours),
+        "sliding_window": 4096 if ours["window"] is None else ours["window"] + 1,  # theirs must be a number
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
         "attn_logit_softcapping": ours["attention_softcap"] or None,
@@ -318,6 +321,8 @@ GEMMA2 = replace(
 GEMMA3 = replace(
     GEMMA2,
     name="gemma3_text",
+    # a field that is Gemma 2's: their Gemma 3 has it and computes nothing with it
+    demanded={**GEMMA2.demanded, "attn_logit_softcapping": (None,)},
     constants={**GEMMA2.constants, "qk_norm": True},
     defaults=GEMMA2.defaults
     | {

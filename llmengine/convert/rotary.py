@@ -33,19 +33,24 @@ FIELDS = frozenset(
 
 
 def read(
-    theirs: Mapping[str, Any], *, theta: float = 10000.0, window_theta: float | None = None, partial: bool = False
+    theirs: Mapping[str, Any],
+    *,
+    theta: float = 10000.0,
+    window_theta: float | None = None,
+    partial: float | None = None,
 ) -> dict[str, Any]:
-    """Our `rotary`; theta and window_theta are the family's defaults. window_theta: where windowed layers turn by
-    another. partial: of families where a part of a head may turn."""
+    """Our `rotary`; the arguments are the family's defaults. window_theta: where windowed layers turn by another.
+    partial: which part of a head turns; None where it is always the whole."""
     parameters = theirs.get("rope_parameters") or {}
     by_type = "full_attention" in parameters or "sliding_attention" in parameters
     full = dict(parameters.get("full_attention") or {}) if by_type else dict(parameters)
     full |= theirs.get("rope_scaling") or {}
     given = next((theirs[k] for k in ("rope_theta", "rotary_emb_base", "global_rope_theta") if k in theirs), theta)
     rotary = _DEFAULTS | {"theta": float(full.pop("rope_theta", given))}
-    fraction = full.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", theirs.get("rotary_pct", 1.0)))
+    fraction = full.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", theirs.get("rotary_pct")))
+    fraction = partial if fraction is None else fraction
     rotary["fraction"] = 1.0 if fraction is None else float(fraction)
-    if rotary["fraction"] != 1.0 and not partial:
+    if rotary["fraction"] != 1.0 and partial is None:
         raise ValueError(f"config.json: partial_rotary_factor is {fraction}; in this family whole heads turn")
     kind = full.pop("rope_type", full.pop("type", "default"))
     full.pop("type", None)
@@ -70,11 +75,12 @@ def read(
     return rotary
 
 
-def write(rotary: Mapping[str, Any]) -> dict[str, Any]:
-    """Their `rope_parameters` for ours; by layer type where windowed layers have a frequency of their own."""
+def write(rotary: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    """Their `rope_parameters` for ours; by layer type where windowed layers have a frequency of their own. partial:
+    whether a part of a head may turn, so that a whole one must be said too."""
     full: dict[str, Any] = {"rope_theta": rotary["theta"]}
     full["rope_type"] = next(theirs for theirs, ours in _KINDS.items() if ours == rotary["scaling"])
-    if rotary["fraction"] != 1.0:
+    if partial or rotary["fraction"] != 1.0:
         full["partial_rotary_factor"] = rotary["fraction"]
     if rotary["scaling"] != "none":
         full |= {theirs: rotary[ours] for theirs, ours in _NUMBERS.items() if ours in _USED[rotary["scaling"]]}

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits, without ever holding them whole."""
+"""Cross-entropy of a linear layer's logits, which need not be held whole."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor:
-    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), whose logits are never held whole.
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), whose logits need not be held whole.
 
     The formula, its options and the dtype of the result are those of `llmengine.functional.cross_entropy`; names and
     order are those of `torch.nn.functional.linear_cross_entropy`. Tokens of class ignore_index (None: -100) are left

@@ -13,10 +13,10 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 def processors_of(
     repetition_penalty: float, no_repeat_ngram_size: int, min_new_tokens: int, prompt: int, eos: Sequence[int],
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, never: Sequence[int] = (),
 ) -> list[Processor]:  # fmt: skip
     """The rules that generate's options ask for. prompt: columns that are not new. mask (prompts, prompt): 0 where a
-    prompt has padding."""
+    prompt has padding. never: tokens that do not come."""
     found: list[Processor] = []
     if repetition_penalty != 1.0:
         found.append(lambda ids, scores: penalise_repetition(_but_padding(ids, mask), scores, repetition_penalty))
@@ -27,10 +27,16 @@ def processors_of(
         def not_yet(ids: Tensor, scores: Tensor) -> Tensor:
             if ids.shape[1] - prompt >= min_new_tokens:
                 return scores
-            return scores.index_fill(1, torch.tensor(list(eos), device=scores.device), -torch.inf)
+            return _without(scores, eos)
 
         found.append(not_yet)
+    if never:
+        found.append(lambda ids, scores: _without(scores, never))
     return found
+
+
+def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    return scores.index_fill(1, torch.tensor(list(tokens), device=scores.device), -torch.inf)
 
 
 def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float) -> Tensor:

@@ -79,7 +79,7 @@ class Generation(Module):
         num_beams > 1: beam search, the best log-probability over (new tokens) ** length_penalty.
 
         repetition_penalty, no_repeat_ngram_size, min_new_tokens and logits_processor change logits before the choice;
-        a processor is called with (ids so far, float32 logits), as Hugging Face's are.
+        a processor is called with (ids so far, float32 logits), as Hugging Face's are. Marian never writes its padding.
 
         reread: of XLNet, whose tokens see those behind them too. True: for each new token the whole text is read
             again, and all of it sees the tokens that came last. False: what was read stays, so that a step costs one
@@ -108,8 +108,9 @@ class Generation(Module):
             reader = self._reader(source, prompts, max_new_tokens, reread)
             run = _Run(reader, prompts.input_ids.long(), max_new_tokens, ends, pad, stopping_criteria)
             rules = processors_of(
-                repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends, prompts.attention_mask
-            )
+                repetition_penalty, no_repeat_ngram_size, min_new_tokens, run.ids.shape[1], ends,
+                prompts.attention_mask, _never(config, ends),
+            )  # fmt: skip
             run.processors = [*rules, *logits_processor]
             if num_beams > 1:
                 new = run.beams(num_beams, length_penalty, early_stopping, num_return_sequences)
@@ -290,6 +291,12 @@ class _Run:
 
 def _ends(eos: int | Sequence[int] | None) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
+
+
+def _never(config: TransformerConfig, ends: Sequence[int]) -> list[int]:
+    """Tokens that no text has: Marian's padding was no class when it was trained, and its logit, 0, says nothing."""
+    pad = config.pad_token_id
+    return [pad] if config.family == "marian" and pad is not None and pad not in ends else []
 
 
 def _check_options(

@@ -54,7 +54,7 @@ class Tokens:
         _length(config, ids.shape[1], f"{side}input_ids")
         if mask is None:
             return Padded(torch.ones_like(ids), causal) if padded else dense(ids.shape, ids.device, causal)
-        self._check_mask(mask)
+        self.check_mask(mask)
         return Padded(mask, causal) if padded else unpadded(mask, causal)
 
     def must_stay_padded(self, config: TransformerConfig) -> bool:
@@ -98,7 +98,7 @@ class Tokens:
         _length(config, longest, f"{side}cu_seqlens")
         return Packed(ids.shape, cu_seqlens, longest, causal)
 
-    def _check_mask(self, mask: Tensor) -> None:
+    def check_mask(self, mask: Tensor) -> None:
         ids, side = self.input_ids, self.side
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -243,6 +243,8 @@ def target_of(
         ids, bounds = source.input_ids, source.cu_seqlens
         if bounds is not None:
             return Tokens(shift_packed(ids, config, bounds), None, bounds, source.max_seqlen, side)
+        if source.attention_mask is not None:
+            source.check_mask(source.attention_mask)
         return Tokens(shift_right(ids, config, source.attention_mask), source.attention_mask, side=side)
     if isinstance(labels, Tensor) and cu_seqlens is not None:
         return Tokens(shift_packed(labels, config, cu_seqlens), mask, cu_seqlens, max_seqlen, side)
@@ -256,14 +258,20 @@ def target_of(
 
 def shift_right(labels: Tensor, config: TransformerConfig, attention_mask: Tensor | None = None) -> Tensor:
     """A decoder's input for these targets (batch, length): decoder_start_token_id, or the target's last token, and then
-    the target without its last place. IGNORED becomes padding."""
+    the target without its last place; padding on the left stays there. IGNORED becomes padding."""
     tokens = _without_ignored(labels, config)
-    if config.decoder_start_token_id is not None:
-        first = tokens.new_full((len(tokens), 1), config.decoder_start_token_id)
+    if attention_mask is None:
+        begins = tokens.new_zeros(len(tokens), 1, dtype=torch.int64)
+        ends = (tokens != (config.pad_token_id or 0)).sum(1, keepdim=True) - 1
     else:
-        last = (tokens != (config.pad_token_id or 0)).long() if attention_mask is None else attention_mask.long()
-        first = tokens.gather(1, (last.sum(1, keepdim=True) - 1).clamp(min=0))
-    return torch.cat([first, tokens[:, :-1]], 1)
+        real = attention_mask.int()
+        begins = real.argmax(1, keepdim=True)
+        ends = real.shape[1] - 1 - real.flip(1).argmax(1, keepdim=True)
+    if config.decoder_start_token_id is not None:
+        first = tokens.new_full(begins.shape, config.decoder_start_token_id)
+    else:
+        first = tokens.gather(1, ends.clamp(min=0))
+    return tokens.roll(1, 1).scatter(1, begins, first)
 
 
 def shift_packed(labels: Tensor, config: TransformerConfig, cu_seqlens: Tensor) -> Tensor:

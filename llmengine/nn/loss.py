@@ -45,10 +45,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(torch.nn.Module):
     """torch.nn.LinearCrossEntropyLoss for class indices: cross_entropy(linear(input), target).
 
-    The (tokens, num_classes) logits are never held. input (N, in_features) or (in_features,), target (N,) or ().
-    `options` (PyTorch's choice of chunks) is accepted and has no effect; out_features and class probabilities are not
-    supported. `recompute`, an attribute that may be set at any time: memory or speed, on GPUs
-    (`functional.linear_cross_entropy`).
+    The (tokens, num_classes) logits are not held, unless on GPUs the attribute `recompute`, which may be set at any
+    time, is False: then up to 2 GiB of them, for speed (`functional.linear_cross_entropy`). input (N, in_features) or
+    (in_features,), target (N,) or (). `options` (PyTorch's choice of chunks) is accepted and has no effect;
+    out_features and class probabilities are not supported.
     """
 
     weight: Tensor | None

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits, which are never held whole: schemas, fake kernels, autograd.
+"""Cross-entropy of a linear layer's logits, which need not be held whole: schemas, fake kernels, autograd.
 
 Kernels see `input` as (tokens, d), `linear_weight` as (classes, d), `target` as int64 (tokens,). The forward keeps one
 log-sum-exp a token; the backward forms the logits again, block by block. On CPUs, where a loss of all tokens is wanted
@@ -25,8 +25,8 @@ def _forward_fake(input, linear_weight, linear_bias, target, weight, reduction, 
 
 def _gradients_fake(input, linear_weight, wanted, main=None, wide=False):
     gradients = (
-        (input.shape, torch.float32 if wide else input.dtype),
-        (linear_weight.shape, torch.float32 if wide else linear_weight.dtype),
+        (input.shape, statistics_dtype(input) if wide else input.dtype),
+        (linear_weight.shape, statistics_dtype(linear_weight) if wide else linear_weight.dtype),
         (linear_weight.shape[:1], statistics_dtype(input)),
     )
     return empty_gradients(input, gradients, wanted, {1: main})
@@ -62,8 +62,8 @@ linear_cross_entropy_backward = define(
     _backward_fake,
 )
 # The loss, for "mean" or "sum" and on CPUs without a softcap, and the gradients of exactly it. block_tokens: how many
-# tokens to take at a time, with memory for the logits of all their classes. wide: gradients of input and linear_weight
-# in float32, whatever they belong to, for a factor and a sum that are still to come.
+# tokens to take at a time, with memory for the logits of all their classes. wide: gradients of an input
+# or linear_weight of 16 bits in float32, for a factor and a sum that are still to come.
 linear_cross_entropy_with_gradients = define(
     "linear_cross_entropy_with_gradients(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? weight, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap,"
@@ -143,14 +143,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        wanted = list(ctx.needs_input_grad[:3])
-        grad_input, grad_weight, grad_bias = linear_cross_entropy_backward(
-            grad_loss, *ctx.saved_tensors, *ctx.options, wanted
-        )
+        wanted, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors  # read once: checkpoints allow no more
+        grad_input, grad_weight, grad_bias = linear_cross_entropy_backward(grad_loss, *saved, *ctx.options, wanted)
         return (
             grad_input if wanted[0] else None,
             grad_weight if wanted[1] and ctx.options[-1] is None else None,
-            grad_bias.to(ctx.saved_tensors[2].dtype) if wanted[2] else None,
+            grad_bias.to(saved[2].dtype) if wanted[2] else None,
             *(None,) * (2 + len(ctx.options)),
         )
 
@@ -174,13 +172,13 @@ class LinearCrossEntropyAtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        wanted, (_, grad_weight, _) = list(ctx.wanted), ctx.saved_tensors
+        wanted, saved = list(ctx.wanted), ctx.saved_tensors
         if ctx.main is not None:
-            ctx.main.addcmul_(grad_weight, grad_loss.reshape(1))
+            ctx.main.addcmul_(saved[1], grad_loss.reshape(1))
             wanted[1] = False
         gradients = (
             _times(gradient, grad_loss, dtype) if want else None
-            for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
+            for gradient, dtype, want in zip(saved, ctx.dtypes, wanted, strict=True)
         )
         return *gradients, *(None,) * ctx.constants
 

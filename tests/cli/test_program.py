@@ -68,6 +68,10 @@ def test_every_command_has_help_with_an_example():
     [
         (["train"], ["config file", "--corpus", "--objective"]),
         (["train", "--corpus", "austen"], ["--objective is missing"]),
+        (
+            ["train", "--corpus", "austen", "--objective", "plm"],
+            ['objective "plm" has no model of its own', "encoder, by --preset"],
+        ),
         (["train", "no.yaml"], ["no.yaml: no such config file"]),
         (["train", "no.json"], [".yaml", ".toml"]),
         (["train", "CONFIG", "--set", "optimizer.lr"], ["'optimizer.lr' is not section.field=value"]),

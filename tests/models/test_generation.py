@@ -99,6 +99,17 @@ def test_beams_with_many_ends_equal_hugging_faces(models):
         assert torch.equal(ours.generate(ids, **options), expected), f"seed {seed}"
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_marian_never_writes_padding(beams, tmp_path):
+    """As published directories ask of Transformers, by bad_words_ids."""
+    theirs = hf_model("MarianMTModel", seed=3)
+    theirs.final_logits_bias[0, theirs.config.pad_token_id] = 5.0
+    ours, ids = ours_of(theirs, tmp_path), random_ids(3, 6)
+    options = {"max_new_tokens": 5, "num_beams": beams}
+    expected = theirs.generate(ids, do_sample=False, bad_words_ids=[[theirs.config.pad_token_id]], **options)
+    assert torch.equal(ours.generate(ids, **options), expected)
+
+
 @pytest.mark.parametrize("beams", [1, 2, 3])
 def test_a_prompt_gives_the_same_alone_and_in_a_batch(model, beams):
     for eos in (5, 14, 41):

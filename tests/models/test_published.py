@@ -64,6 +64,8 @@ def test_a_field_of_a_published_config(family, fields):
         ("llama", {"pruned_heads": {"0": [1]}}),
         ("qwen2", {"use_mrope": True}),
         ("llama", {"partial_rotary_factor": 0.5}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("llama", {"quantization_config": {"bits": 4}}),
     ],
 )
@@ -78,6 +80,16 @@ def test_what_yarn_stretches_where_nothing_is_said():
     told = {**scaling, "original_max_position_embeddings": SHAPES["llama"]["max_position_embeddings"]}
     ours = [FAMILIES["llama"].read_config(SHAPES["llama"] | {"rope_scaling": each}, ()) for each in (scaling, told)]
     assert ours[0] == ours[1]
+
+
+def test_whole_heads_that_turn_where_a_quarter_is_the_default(tmp_path):
+    """GPT-NeoX: what is not said is a quarter, so that we must say it."""
+    theirs, ids = hf_model("GPTNeoXForCausalLM", rotary_pct=1.0), random_ids(2, 9)
+    ours_of(theirs, tmp_path).save_pretrained(tmp_path / "again")
+    again = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
+    assert_near(again(ids).logits, theirs(ids).logits, 1e-5)
+    unsaid = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    assert FAMILIES["gpt_neox"].read_config(SHAPES["gpt_neox"] | unsaid, ())["rotary"]["fraction"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -111,13 +123,14 @@ def test_a_head_of_its_own_that_transformers_5_calls_tied(tmp_path):
     assert_near(again(ids, labels=ids).loss, theirs(ids, labels=ids).loss, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "MBartForQuestionAnswering"])
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "MBartForQuestionAnswering", "MarianMTModel"])
 def test_words_apart_where_nothing_is_tied(name, tmp_path):
-    """Without tie_word_embeddings, each side of BART has words of its own."""
+    """Without tie_word_embeddings, each side of BART has words of its own; of Marian too, where both share them."""
     theirs = hf_model(name, tie_word_embeddings=False)
     ours = ours_of(theirs, tmp_path)
     ids = random_ids(2, 5)
-    labels = {"labels": ids} if "Cond" in name else {"start_positions": ids[:, 0] % 5, "end_positions": ids[:, 1] % 5}
+    answers = {"start_positions": ids[:, 0] % 5, "end_positions": ids[:, 1] % 5}
+    labels = answers if "Question" in name else {"labels": ids}
     expected, got = theirs(ids, **labels), ours(ids, **labels)
     assert_near(got.loss, expected.loss, 1e-5)
     expected.loss.backward()

@@ -98,6 +98,17 @@ def test_sequence_classification(name, problem, tmp_path):
     compare_files(ours, theirs, tmp_path)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_begins_with_its_start_on_whichever_side_padding_is(side, tmp_path):
+    """Not with the padding before it: each source as alone, where positions are distances."""
+    _, ours = models("T5ForSequenceClassification", tmp_path, decoder_start_token_id=7)
+    mask = padding_mask(side, LENGTHS, LENGTH)
+    ids = torch.where(mask == 1, random_ids(4, LENGTH), 0)
+    alone = torch.cat([ours(row[real == 1][None]).logits for row, real in zip(ids, mask, strict=True)])
+    assert_near(ours(ids, attention_mask=mask).logits, alone, 1e-5)
+    assert_near(ours(ids.int(), attention_mask=mask.bool()).logits, alone, 1e-5)
+
+
 @pytest.mark.parametrize("name", TOKENS)
 def test_token_classification(name, tmp_path):
     theirs, ours = models(name, tmp_path / "theirs", num_labels=LABELS)

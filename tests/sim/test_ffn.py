@@ -72,6 +72,16 @@ def test_edges_of_tiles(tokens: int, d: int, f: int, gated: bool, backend: str, 
         assert_right(sample_of(tokens, d, f, gated=gated, **options), dtype, backend, core)
 
 
+# Several tiles for each of a device's multiprocessors; see test_linear.py.
+FULL = {"cuda_sim": (520, 16, 136), "cuda": (9000, 264, 4104)}
+
+
+@pytest.mark.parametrize("backend, core", places_of_products())
+def test_a_full_device(backend: str, core: str):
+    sample = sample_of(*FULL[backend], gated=True, activation="silu", dropout_p=0.2, residual=True)
+    assert_right(sample, torch.bfloat16, backend, core)
+
+
 @pytest.mark.parametrize("activation", sorted(ffn.ACTIVATIONS))
 @pytest.mark.parametrize("core", ["sm80", "sm90a"])
 def test_every_activation(core: str, activation: str):

@@ -5,6 +5,7 @@ of tests/test_ops.py leave out. The products themselves: test_gemm.py, test_gemm
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +17,14 @@ from llmengine import functional
 from llmengine.backends import cuda_sim
 from llmengine.backends.cuda import linear as backend
 from llmengine.backends.cuda.native import PRODUCTS, products_by
+from llmengine.backends.fp8 import SCALINGS
 from llmengine.functional.linear import products
 from llmengine.nn import fusing
 from llmengine.testing import LAYOUTS, Sample, assert_law, evaluate, poison
 from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import device_of, places_of_products, schedule
+from .harness import device_of, on_hopper, places_of_products, schedule
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -49,14 +51,40 @@ def sample_of(tokens: int, width: int, out: int) -> Sample:
 @pytest.mark.parametrize("backend_name, core", places_of_products())
 def test_edges_of_tiles(tokens: int, width: int, out: int, backend_name: str, core: str):
     for dtype in HALVES:
-        given = sample_of(tokens, width, out).on(device_of(backend_name)).rounded(dtype)
-        oracle = evaluate(products, given.rounded(torch.float64), "reference")
-        plain = evaluate(torch.nn.functional.linear, given, None)
-        with poison(), products_by(core):
-            ours = evaluate(products, given, backend_name)
-        assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{given.name} {dtype}: output")
-        for key in ours[1]:
-            assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{given.name} {dtype}: grad {key}")
+        assert_right(sample_of(tokens, width, out), dtype, backend_name, core)
+
+
+def assert_right(sample: Sample, dtype: torch.dtype, backend_name: str, core: str) -> None:
+    given = sample.on(device_of(backend_name)).rounded(dtype)
+    oracle = evaluate(products, given.rounded(torch.float64), "reference")
+    plain = evaluate(torch.nn.functional.linear, given, None)
+    with poison(), products_by(core):
+        ours = evaluate(products, given, backend_name)
+    assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{given.name} {dtype}: output")
+    for key in ours[1]:
+        assert_law(ours[1][key], plain[1][key], oracle[1][key], GRADIENT, f"{given.name} {dtype}: grad {key}")
+
+
+# Several tiles for each of a device's multiprocessors, one after the other (three of the simulator, 132 of an H100);
+# there the weight's gradient has so few that its k is cut into parts.
+FULL = {"cuda_sim": (520, 24, 264), "cuda": (17928, 72, 1032)}
+
+
+@pytest.mark.parametrize("backend_name, core", places_of_products())
+def test_a_full_device(backend_name: str, core: str):
+    assert_right(sample_of(*FULL[backend_name]), torch.bfloat16, backend_name, core)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("backend_name", ["cuda_sim", *(["cuda"] if on_hopper() else [])])
+def test_a_full_device_in_8_bits(backend_name: str, scaling: str):
+    """Beside the reference, which multiplies the same numbers; tensor cores add 8-bit products with 14 bits."""
+    given = sample_of(*FULL[backend_name]).on(device_of(backend_name)).rounded(torch.float32)
+    call = functools.partial(functional.fp8_linear, scaling=scaling)
+    with poison():
+        ours, plain = (evaluate(call, given, name) for name in (backend_name, "reference"))
+    for a, b in ((ours[0][0], plain[0][0]), *((ours[1][key], plain[1][key]) for key in plain[1])):
+        assert (a - b).norm() < 2e-3 * b.norm()
 
 
 def outcome(sample: Sample) -> list[Tensor]:

@@ -23,7 +23,7 @@ from llmengine.testing.law import GRADIENT, OUTPUT
 from llmengine.testing.samples import linear_cross_entropy
 from llmengine.testing.simulator import SCHEDULES
 
-from .harness import Break, assert_caught, device_of, places_of_products, schedule
+from .harness import Break, assert_caught, device_of, places, places_of_products, schedule
 
 HEAVY = (pytest.mark.heavy,)
 AT_ONCE = ops.at_once  # which `scheduled` replaces
@@ -110,6 +110,15 @@ SIZES = [(127, 33, 129), (128, 32, 128), (129, 8, 127), (257, 16, 256), (300, 72
 def test_edges_of_tiles(tokens: int, d: int, classes: int, options: dict, backend: str, core: str):
     sample = sample_of(tokens, d, classes, ignored=2, weighted=bool(options), **options)
     assert_right(sample, HALVES[tokens % 2], backend, core)
+
+
+# Several tiles for each of a device's multiprocessors (see test_linear.py), and there several blocks of both.
+FULL = {"cuda_sim": (300, 16, 520), "cuda": (4104, 72, 20008)}
+
+
+@pytest.mark.parametrize("backend, core", places_of_products())
+def test_a_full_device(backend: str, core: str):
+    assert_right(sample_of(*FULL[backend], ignored=150, weighted=True, **EVERYTHING), HALVES[0], backend, core)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -268,21 +277,27 @@ def at_once(monkeypatch):
     return asked
 
 
+MAKERS = pytest.mark.parametrize("backend, maker", [*((p, "blas") for p in places()), *places_of_products()])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tokens, classes", [(130, 75), (300, 136)], ids=["one block", "three blocks"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_gradients_made_with_the_loss(at_once, core: str, tokens: int, classes: int, reduction: str, options: dict):
+@MAKERS
+def test_gradients_made_with_the_loss(
+    at_once, backend: str, maker: str, tokens: int, classes: int, reduction: str, options: dict
+):
     """By the law, with logits that were rounded to 16 bits, as plain PyTorch's are; of several blocks beside a float32
     weight, as under autocast."""
     half = sample_of(tokens, 24, classes, ignored=3, weighted=bool(options), reduction=reduction, **options)
-    half = half.rounded(torch.bfloat16)
+    half = half.on(device_of(backend)).rounded(torch.bfloat16)
     x, w, target = half.args
     given = Sample(half.name, (x, w.float() if tokens > 130 else w, target), half.kwargs, half.constants)
     oracle = evaluate(OPERATOR.function, half.rounded(torch.float64), "reference")
     plain = evaluate(linear_cross_entropy.plain, half, None)
     at_once.clear()
-    with poison(), products_by(core):
-        ours = evaluate(OPERATOR.function, given, "cuda_sim")
+    with poison(), products_by(maker):
+        ours = evaluate(OPERATOR.function, given, backend)
     assert at_once
     assert_law(ours[0][0], plain[0][0], oracle[0][0], OUTPUT, f"{half.name}: loss")
     for key in ours[1]:
@@ -311,18 +326,21 @@ def test_no_labels_have_loss_and_gradients_of_zero_at_once(at_once, core: str, w
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_float16_is_made_with_the_loss(at_once, core: str, options: dict):
+@MAKERS
+def test_float16_is_made_with_the_loss(at_once, backend: str, maker: str, options: dict):
     """In three blocks: gradients wait in float32."""
-    assert_right(sample_of(300, 24, 136, ignored=3, weighted=bool(options), **options), torch.float16, core=core)
+    sample = sample_of(300, 24, 136, ignored=3, weighted=bool(options), **options)
+    assert_right(sample, torch.float16, backend, maker)
     assert at_once
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_that_float16_does_not_hold_before_the_loss_is_scaled(at_once, weighted: bool):
+@pytest.mark.parametrize("backend", places())
+def test_gradients_that_float16_does_not_hold_before_the_loss_is_scaled(at_once, backend: str, weighted: bool):
     """Of classes so improbable that the loss changes with their logits by 2^-26 at most."""
-    sample = sample_of(200, 16, 40, weighted=weighted).rounded(torch.float16)
+    sample = sample_of(200, 16, 40, weighted=weighted).on(device_of(backend)).rounded(torch.float16)
     x, w, target = sample.args
-    weights, bias = sample.kwargs.get("weight"), torch.zeros(40)
+    weights, bias = sample.kwargs.get("weight"), torch.zeros(40, device=x.device)
     target.clamp_(max=19)
     bias[:20] = 24.0
 
@@ -332,7 +350,7 @@ def test_gradients_that_float16_does_not_hold_before_the_loss_is_scaled(at_once,
         loss = function(*leaves, target, linear_bias=bias.to(x.dtype), weight=weight)
         return [g.double() for g in torch.autograd.grad(2.0**18 * loss, leaves)]
 
-    with llmengine.backend("cuda_sim"):
+    with llmengine.backend(backend):
         of_x, of_w = gradients(x, w, functional.linear_cross_entropy)
     assert at_once
     exact_x, exact_w = gradients(x.double(), w.double(), linear_cross_entropy.plain)
@@ -341,15 +359,15 @@ def test_gradients_that_float16_does_not_hold_before_the_loss_is_scaled(at_once,
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_buffer_takes_the_gradient_that_was_made_with_the_loss(at_once, core: str, dtype: torch.dtype):
+@MAKERS
+def test_a_buffer_takes_the_gradient_that_was_made_with_the_loss(at_once, backend: str, maker: str, dtype: torch.dtype):
     """Unrounded, in three blocks, once the loss's is known; again where the graph is kept."""
-    sample = sample_of(300, 24, 136, ignored=3)
-    x, w, target = sample.rounded(dtype).args
+    x, w, target = sample_of(300, 24, 136, ignored=3).on(device_of(backend)).rounded(dtype).args
     ours, wide = torch.nn.Parameter(w), torch.nn.Parameter(w.float())
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     MainGradients([ours])
     ours.main_grad.fill_(0.25)
-    with llmengine.backend("cuda_sim"), poison():
+    with llmengine.backend(backend), products_by(maker), poison():
         losses = [functional.linear_cross_entropy(a, b, target) for a, b in zip(inputs, (ours, wide), strict=True)]
         assert len(at_once) == 2 and (ours.main_grad == 0.25).all()
         for loss in losses:
@@ -360,9 +378,10 @@ def test_a_buffer_takes_the_gradient_that_was_made_with_the_loss(at_once, core: 
     assert ours.grad is None and all(i.grad.dtype == dtype for i in inputs)
 
 
-def test_a_frozen_weight_of_16_bits_goes_in_blocks(at_once, core: str):
-    given = sample_of(300, 24, 136, ignored=3).rounded(torch.bfloat16)
-    assert_right(Sample(given.name, given.args, given.kwargs, (1, *given.constants)), torch.bfloat16, core=core)
+@MAKERS
+def test_a_frozen_weight_of_16_bits_goes_in_blocks(at_once, backend: str, maker: str):
+    given = sample_of(300, 24, 136, ignored=3)
+    assert_right(Sample(given.name, given.args, given.kwargs, (1, *given.constants)), torch.bfloat16, backend, maker)
     assert at_once
 
 
