@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_calls import CALLS, guarded, mutations, signature
-from processes import SUITE, laws, printed, run_tests
+from processes import OWN, SUITE, laws, printed, run_tests
 from programs import compiled, printed_by
 
 from llmengine import _cpu, functional
@@ -31,7 +31,7 @@ def test_laws_on_every_instruction_set(isa: str):
 @pytest.mark.parametrize("file", SUITE)
 @pytest.mark.parametrize("isa", _cpu.supported_isas())
 def test_all_of_the_operator_suite_on_every_instruction_set(isa: str, file: str):
-    run_tests(file, "", 3500, LLMENGINE_CPU_ISA=isa)
+    run_tests(file, OWN, 3500, LLMENGINE_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize(

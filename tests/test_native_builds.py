@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SUITE, laws, printed, run, run_tests
+from processes import OWN, ROOT, SUITE, laws, printed, run, run_tests
 from programs import COMPILER
 
 import llmengine
@@ -45,7 +45,7 @@ def test_the_operator_suite_on_emulated_tiles(tmp_path: Path):
     environment = {"LLMENGINE_CPU_ISA": "amx"}
     assert printed("from llmengine import _cpu; print(_cpu.isa())", 120, tmp_path, **environment) == "amx"
     for file in SUITE:
-        run_tests(file, "", 3500, tmp_path, **environment)
+        run_tests(file, OWN, 3500, tmp_path, **environment)
 
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_laws_under_sanitizers(isa: str, sanitized):
 
 @every_isa
 def test_attention_under_sanitizers(isa: str, sanitized):
-    run_tests("test_attention.py", "not triton and not memory", 3600, SANITIZED, LLMENGINE_CPU_ISA=isa, **sanitized)
+    run_tests("test_attention.py", f"{OWN} and not memory", 3600, SANITIZED, LLMENGINE_CPU_ISA=isa, **sanitized)
 
 
 def test_fuzz_under_sanitizers(sanitized):
