@@ -114,7 +114,7 @@ def tied(weight: torch.Tensor, ids: torch.Tensor, x: torch.Tensor) -> tuple[torc
 
 TIED_SAMPLE = Sample("padding", (torch.randn(9, 16), torch.tensor([[1, 2, 2], [7, 1, 1]]), torch.randn(3, 16)))
 TIED = Operator("tied embedding", tied, lambda: [TIED_SAMPLE], node="embedding")  # no operator, but a model's way
-KEPT = dataclasses.replace(linear_cross_entropy.OPERATORS[0], name="linear cross-entropy at once")
+KEPT = dataclasses.replace(linear_cross_entropy.OPERATORS[0], name="linear_cross_entropy_at_once")
 KEPT.function = functools.partial(KEPT.function, recompute=False)  # with gradients from logits that are kept
 TARGETS = [t for t in targets() if t.device == "cuda" or t.backend == "cpu"]
 CASES = [

@@ -154,7 +154,8 @@ def test_every_kernel_for_hopper_is_checked_and_all_that_test_ops_leaves_out(col
         {re.split(r"\[cuda-|[\]-]", case.split("::")[1])[1] for case in collected[name]}
         for name in ("cuda", "cuda by Hopper's kernels")
     )
-    assert by_hopper == {"ffn", "linear", "linear_cross_entropy", "scaled_dot_product_attention"}
+    losses = {"linear_cross_entropy", "linear_cross_entropy_at_once"}
+    assert by_hopper == {"ffn", "linear", "scaled_dot_product_attention"} | losses
     left_out = {case.split("::")[0] for case in collected["cuda in 16 bits"]}
     assert {"layer_norm", "softmax", "cross_entropy", "embedding", "adamw", "ffn", "linear"} <= every
     assert {f"tests/sim/test_{n}.py" for n in ("attention", "decode_attention", "linear_cross_entropy")} <= left_out
