@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from llmengine.roofline import machine
+from llmengine.roofline.clock import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,6 +39,8 @@ def device(request):
     """Where a benchmark's tensors are made, unless it says so itself."""
     name = device_of(request.config)
     torch.set_default_device(None if name == "cpu" else name)
+    if name == "cpu":
+        keep_freed_memory()
     yield name
     torch.set_default_device(None)
 
