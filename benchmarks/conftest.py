@@ -10,6 +10,7 @@ pytest benchmarks/bench_norm.py --benchmark-only -k bf16    one of them
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from llmengine.roofline import machine
 from llmengine.roofline.clock import keep_freed_memory
 
+SETTLING = 0.2  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,13 +61,17 @@ def side_by_side(benchmark, request, device):
         peer: str, calls: dict[str, Callable[[], object]], *, flops: float = 0.0, bytes_moved: float = 0.0,
         rounds: int = 7,
     ):  # fmt: skip
-        """Compilation, where a call does that, falls into the two rounds that are not counted."""
+        """Compilation, where a call does that, falls into the rounds that are not counted. Quick calls have more of
+        them: malloc takes a dozen until results lie where some lay before."""
         name = request.node.name
         benchmark.group = name.replace(f"{peer}-", "").replace(f"-{peer}", "")
         benchmark.extra_info |= {"peer": peer, "flops": flops, "bytes": bytes_moved}
         rounds = max(request.config.getoption("--benchmark-min-rounds"), rounds)
         torch.set_default_device(None)  # it takes time in every call of PyTorch
         call = calls[peer] if device == "cpu" else finished(calls[peer])
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < SETTLING:
+            call()
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=2)
 
     return run
