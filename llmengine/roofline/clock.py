@@ -19,7 +19,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 def keep_freed_memory() -> None:
     """glibc's malloc gives the heap's end back to the system when it is freed and takes new pages for the next call.
     Whether it does hangs on the order in which results are freed: equal work then takes up to twice the time. From
-    here on this process keeps what it has freed, but results above 32 MiB, the most that malloc allows."""
+    here on this process keeps what it has freed, except above 32 MiB, the most that malloc allows to keep."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
         mallopt(MMAP_THRESHOLD, 2**25)
