@@ -79,6 +79,8 @@ def _measured(
 
     start = time.perf_counter()
     dtypes = [dtype for name in chosen for dtype, known in roofline.NAMES.items() if known == name]
+    if place == "cpu":
+        roofline.keep_freed_memory()
     clock = roofline.Clock(place)
     ceilings = roofline.measure_ceilings(clock, dtypes, shapes == "small")
     typer.echo(_limits(ceilings.as_json()))

@@ -8,12 +8,12 @@ time is told as a percentage of that (Williams, Waterman & Patterson, "Roofline"
 
 from llmengine.roofline.cases import OPERATORS, SHAPES, Case, cases
 from llmengine.roofline.ceilings import NAMES, Ceilings, measure_ceilings
-from llmengine.roofline.clock import Clock
+from llmengine.roofline.clock import Clock, keep_freed_memory
 from llmengine.roofline.machine import machine, processor
 from llmengine.roofline.measure import Row, lines, measure
 from llmengine.roofline.plot import draw
 
 __all__ = [
-    "NAMES", "OPERATORS", "SHAPES", "Case", "Ceilings", "Clock", "Row", "cases", "draw", "lines", "machine", "measure",
-    "measure_ceilings", "processor",
+    "NAMES", "OPERATORS", "SHAPES", "Case", "Ceilings", "Clock", "Row", "cases", "draw", "keep_freed_memory", "lines",
+    "machine", "measure", "measure_ceilings", "processor",
 ]  # fmt: skip

@@ -36,8 +36,6 @@ class Clock:
     """
 
     def __init__(self, device: str, seconds: float = SECONDS, alone: bool | None = None) -> None:
-        if device == "cpu":
-            keep_freed_memory()
         self.device, self.seconds = device, seconds
         self.alone = device == "cuda" if alone is None else alone
 
